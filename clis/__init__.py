@@ -1,0 +1,42 @@
+"""CLIS: long-tailed object detection with image-level supervision (arXiv 2210.05568), in pure PyTorch.
+
+Conventions of the whole package: boxes are xyxy in absolute pixels of the tensor that they belong to, float32;
+labels are 0..C-1, background is C; images are uint8 RGB [3,H,W] and are normalised in the model. Letters: B images,
+M mosaics, N RoIs, R regions, P pairs, C classes, K logits, D features, E embedding, Q queue. *Instance-level*
+and *image-level* are the two streams; a *region* is the pre-defined box of an image-level image; a *pair* is a
+region and its pasted copy.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from clis.config import Config, load_config
+    from clis.data.annotations import load_annotations
+    from clis.engine.checkpoint import load_detector
+    from clis.engine.lvis_eval import Detections, evaluate
+    from clis.models import CLISDetector, build_model
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "CLISDetector": "clis.models",
+    "Config": "clis.config",
+    "Detections": "clis.engine.lvis_eval",
+    "build_model": "clis.models",
+    "evaluate": "clis.engine.lvis_eval",
+    "load_annotations": "clis.data.annotations",
+    "load_config": "clis.config",
+    "load_detector": "clis.engine.checkpoint",
+}
+
+__all__ = list(_HOME)
+
+
+def __getattr__(name: str) -> Any:
+    """Imports what is asked for, so that `import clis` costs nothing."""
+    if name not in _HOME:
+        raise AttributeError(f"module 'clis' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOME[name]), name)

@@ -1,0 +1,93 @@
+"""The smaller commands: ``python -m clis --help``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+
+def run_command(main: Callable[[], None]) -> None:
+    """Runs a command; what a user can mend is told in one line, without a traceback.
+
+    Exit codes: 0 done, 1 an error of this kind, 130 interrupted. With CLIS_DEBUG=1 the traceback is shown.
+    """
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except (ValueError, OSError, FloatingPointError) as error:
+        if os.environ.get("CLIS_DEBUG") == "1":
+            raise
+        print(f"error: {error}\n(CLIS_DEBUG=1 shows the traceback)", file=sys.stderr)
+        sys.stderr.flush()
+        sys.exit(1)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m clis", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    command = commands.add_parser("config", help="print a config as it would run, with all defaults")
+    _add_config(command)
+    command.set_defaults(run=_config)
+
+    command = commands.add_parser("shapes", help="write the embedded benchmark into a folder")
+    command.add_argument("folder", type=Path)
+    command.add_argument("--seed", type=int, default=0)
+    command.set_defaults(run=_shapes)
+
+    command = commands.add_parser(
+        "regions", help="make the region file of a config (alone or under torchrun)"
+    )
+    _add_config(command)
+    command.set_defaults(run=_regions)
+
+    command = commands.add_parser("compare", help="print the results of run folders as one table")
+    command.add_argument("folders", nargs="+", type=Path, metavar="RUN_FOLDER")
+    command.set_defaults(run=_compare)
+
+    arguments = parser.parse_args(argv)
+    arguments.run(arguments)
+
+
+def _add_config(command: argparse.ArgumentParser) -> None:
+    command.add_argument("config", help="a YAML file, e.g. configs/lvis_v1/clis_r50.yaml")
+    command.add_argument("overrides", nargs="*", metavar="key=value")
+
+
+def _config(arguments: argparse.Namespace) -> None:
+    from clis.config import config_to_yaml, load_config
+
+    print(config_to_yaml(load_config(arguments.config, arguments.overrides)), end="")
+
+
+def _shapes(arguments: argparse.Namespace) -> None:
+    from clis.data.shapes import ShapesSpec
+    from clis.engine.train import generate_shapes
+
+    generate_shapes(arguments.folder, ShapesSpec(seed=arguments.seed))
+
+
+def _regions(arguments: argparse.Namespace) -> None:
+    from clis.config import load_config
+    from clis.distributed import choose_device, process_group
+    from clis.engine.train import find_regions
+
+    config = load_config(arguments.config, arguments.overrides)
+    device = choose_device(config.train.device)
+    with process_group(device):
+        find_regions(config, device)
+
+
+def _compare(arguments: argparse.Namespace) -> None:
+    from clis.engine.lvis_eval import format_table
+
+    print(format_table({str(f): json.loads((f / "eval.json").read_text()) for f in arguments.folders}))
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,504 @@
+"""The configuration: frozen dataclasses whose defaults are the paper's recipe (arXiv 2210.05568, section IV-A).
+
+A YAML file names only what differs; `base:` names one parent file; `key.path=value` overrides come last. Keys
+are strict: an unknown one is an error that names the nearest.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import difflib
+import os
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+
+@dataclass(frozen=True, kw_only=True)
+class BackboneConfig:
+    name: Literal["resnet10", "resnet18", "resnet50", "resnet101"] = "resnet50"
+    """ResNet depth; 50 and 101 have bottleneck blocks, 10 (one block a stage) and 18 basic ones."""
+    width: int = 64
+    """Channels of the stem and the first stage; torchvision's networks have 64."""
+    norm: Literal["folded", "frozen", "group"] = "folded"
+    """``folded``: batch norm with fixed statistics and trainable affine, folded into the convolution;
+    ``frozen``: the same with a fixed affine; ``group``: group norm, for training from random weights."""
+    trainable_layers: int = 3
+    """How many of (conv1, layer1, ..., layer4), counted from the top, are trained: 3 freezes stem and layer1."""
+    weights: str | None = None
+    """A torchvision ResNet state dict, relative to `data.root`; null is random weights."""
+    download: bool = False
+    """Fetch torchvision's ImageNet-1K weights if `weights` does not exist yet."""
+    fpn_channels: int = 256
+    """Channels of P2-P6."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RPNConfig:
+    anchor_scale: float = 8.0
+    """Anchor side in strides (mmdetection: 8)."""
+    anchor_ratios: tuple[float, ...] = (0.5, 1.0, 2.0)
+    """Height / width."""
+    positive_iou: float = 0.7
+    negative_iou: float = 0.3
+    samples: int = 256
+    """Anchors sampled an image for the loss."""
+    positive_fraction: float = 0.5
+    pre_nms_train: int = 2000
+    """Candidates a level before NMS."""
+    pre_nms_test: int = 1000
+    nms_iou: float = 0.7
+    proposals: int = 1000
+    """Proposals kept an image."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RoIConfig:
+    samples: int = 512
+    """RoIs sampled an image in training."""
+    positive_fraction: float = 0.25
+    positive_iou: float = 0.5
+    pool_size: int = 7
+    sampling_ratio: int = 0
+    """RoIAlign points a bin; 0 is adaptive (mmdetection)."""
+    aligned: bool = True
+    """RoIAlign's half-pixel correction."""
+    finest_scale: float = 56.0
+    """RoIs with sqrt(area) below twice this many pixels are pooled from P2."""
+    fc_dim: int = 1024
+    """Width D of the two hidden layers of each sub-network."""
+    class_agnostic_boxes: bool = False
+    """One box for all classes instead of one a class."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    backbone: BackboneConfig = field(default_factory=BackboneConfig)
+    rpn: RPNConfig = field(default_factory=RPNConfig)
+    roi: RoIConfig = field(default_factory=RoIConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CLISConfig:
+    """The parts of CLIS (section III). All off, with s = t = 0, is a plain Faster R-CNN."""
+
+    task_specialized: bool = True
+    """TSS: the localization task has a sub-network of its own; off, it shares the classification task's 2fc."""
+    objectness: bool = True
+    """L_obj on the localization sub-network, multiplied into the score at inference."""
+    s: int = 16
+    """Image-level images to one instance-level image, a multiple of 4; 0 is no image-level supervision (w/o ILS)."""
+    t: int = 2
+    """Instances pasted into each instance-level image, t <= s; 0 is no pasting."""
+    siamese: bool = True
+    """SS: image classification shares 2fc and last fc with instance classification; off, it has its own."""
+    contrastive: bool = True
+    """CLR: L_con on the pasted pairs; off with t > 0, the pasted instances are ordinary ground truth only."""
+    embedding_dim: int = 128
+    """E, the output of the projection MLPs."""
+    queue_size: int = 115712
+    """Q, keys held in the dictionary."""
+    queue_init: Literal["empty", "noise"] = "empty"
+    """An empty queue masks its unfilled places; ``noise`` starts from normalised Gaussian keys (MoCo)."""
+    momentum: float = 0.999
+    """Of the copy of the instance-classification sub-network and its MLP."""
+    temperature: float = 0.2
+    """tau of Eq. 1."""
+    pasted_view: Literal["online", "momentum"] = "online"
+    """Whether f_d has a gradient or comes from the momentum copy; the latter has one MLP for both tasks, since
+    the instance task's own would never learn."""
+    mask_same_class: bool = False
+    """Leave keys of the query's class out of the negatives; Eq. 1 keeps them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossConfig:
+    """Weights of Eq. 2 and the classification loss."""
+
+    classification: Literal["cross_entropy"] = "cross_entropy"
+    alpha: float = 0.1
+    """Weight of the image-classification loss L_imcls."""
+    beta: float = 0.05
+    """Weight of the contrastive loss L_con; the paper met NaN at 0.1."""
+    rpn_objectness: float = 1.0
+    rpn_box: float = 1.0
+    instance_cls: float = 1.0
+    box: float = 1.0
+    objectness: float = 1.0
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """Weight of every loss that `CLISDetector.forward` may return, by its name there."""
+        return {
+            "rpn_objectness": self.rpn_objectness,
+            "rpn_box": self.rpn_box,
+            "instance_cls": self.instance_cls,
+            "box": self.box,
+            "objectness": self.objectness,
+            "image_cls": self.alpha,
+            "contrastive": self.beta,
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    root: str | None = None
+    """Folder that the paths below are relative to; null is $CLIS_DATA, or ``data`` where that is unset."""
+    generate: Literal["shapes"] | None = None
+    """Write the embedded benchmark to ``root/shapes`` if it is not there."""
+    train: str = "lvis/lvis_v1_train.json"
+    """Instance-level annotations (D_d): LVIS v1, LVIS v0.5 or COCO form."""
+    train_images: str = "coco"
+    """Folder of their images; LVIS v1 names them ``train2017/000000391895.jpg`` below it."""
+    val: str = "lvis/lvis_v1_val.json"
+    val_images: str = "coco"
+    image_level: tuple[str, ...] = ("imagenet22k",)
+    """Folders of the image-level images (D_i): one folder or one tar a class."""
+    mapping: str | None = None
+    """File of ``wnid<TAB>category`` lines, where folder names alone do not tell the class."""
+    drop_unmatched: bool = False
+    """Leave out image-level folders that match no category instead of stopping."""
+    drop_invalid: bool = False
+    """Drop boxes without area and clip boxes that leave the image instead of stopping."""
+    max_bad_images: int = 0
+    """Unreadable images that a run may replace by the next of their stream before it stops."""
+    repeat_threshold: float = 1e-3
+    """t of repeat-factor sampling: classes in a smaller share of the images are repeated."""
+    repeat_rounding: Literal["ceil", "stochastic", "none"] = "ceil"
+    """``ceil`` as mmdetection, ``stochastic`` as detectron2, ``none`` for no repetition."""
+    short_sides: tuple[int, ...] = (640, 672, 704, 736, 768, 800)
+    """Scale jitter: the shorter side is drawn from these."""
+    max_size: int = 1333
+    """Limit of the longer side."""
+    flip: float = 0.5
+    """Probability of the horizontal flip, in both streams and for pasted crops."""
+    mosaic_size: int = 448
+    """Side of the canvas of four image-level images."""
+    mosaic_scale: tuple[float, float] = (0.5, 1.5)
+    """Random scaling of an image-level image, relative to fit-to-tile."""
+    cutout: float = 0.5
+    """Probability of cutout on an image-level image."""
+    cutout_size: tuple[float, float] = (0.1, 0.4)
+    """Sides of the cutout rectangle, relative to the image's."""
+    min_region: float = 16.0
+    """A region whose clipped sides are under this many pixels of the mosaic is dropped."""
+    paste_size: tuple[float, float] = (32.0, 256.0)
+    """Range of sqrt(area) of a pasted crop, in pixels of the instance-level image."""
+    paste_max_cover: float = 0.5
+    """A paste that would cover more than this share of any box is rejected."""
+    workers: int = 4
+    """Loader processes for each training process."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RegionsConfig:
+    """The pre-defined region of every image-level image (section IV-A.3)."""
+
+    file: str | None = None
+    """``regions.npy``, made if it does not exist; null is the run folder's."""
+    rule: Literal["category-rank-first", "top-score", "center", "full"] = "category-rank-first"
+    detector: str | None = None
+    """Checkpoint that finds the regions, or a config (then trained first, in its own run folder)."""
+    images_per_batch: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    lr: float = 0.02
+    """Learning rate for a global batch of `lr_images`; scaled linearly to `train.images_per_step`."""
+    lr_images: int = 16
+    momentum: float = 0.9
+    weight_decay: float = 1e-4
+    """On everything trainable, as in mmdetection."""
+    decay_steps: tuple[int, ...] = (60000, 80000)
+    decay_factor: float = 0.1
+    warmup_steps: int = 500
+    warmup_factor: float = 0.001
+    clip_norm: float | None = None
+    """Limit of the gradient's global norm."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    steps: int = 90000
+    images_per_step: int = 16
+    """B_d, instance-level images in the global batch."""
+    images_per_process: int = 1
+    """The most that one process takes at once; the rest is gradient accumulation."""
+    seed: int = 0
+    precision: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Autocast type of forward and backward; losses stay float32."""
+    device: str = "auto"
+    """``auto`` is CUDA where there is one, else the CPU."""
+    log_every: int = 20
+    save_every: int = 5000
+    keep_last: int = 2
+    """Checkpoints kept."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TestConfig:
+    score_threshold: float = 1e-4
+    nms_iou: float = 0.5
+    detections: int = 300
+    """Detections kept an image."""
+    short_side: int = 800
+    max_size: int = 1333
+    images_per_batch: int = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    model: ModelConfig = field(default_factory=ModelConfig)
+    clis: CLISConfig = field(default_factory=CLISConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    regions: RegionsConfig = field(default_factory=RegionsConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    test: TestConfig = field(default_factory=TestConfig)
+    output: str = "runs/default"
+    """The run folder; `load_config` sets it to ``runs/`` + the config's path below ``configs/``."""
+
+    def __post_init__(self) -> None:
+        _check(self)
+
+
+# Machine settings: a resumed run may change them without being another run.
+RESUMABLE = (
+    "data.root", "data.workers", "train.device", "train.images_per_process", "train.log_every",
+    "train.save_every", "train.keep_last", "regions.images_per_batch", "test.images_per_batch", "output",
+)  # fmt: skip
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Reads a YAML config with its parents and applies `key.path=value` overrides.
+
+    A relative `base` and a relative `regions.detector` in a file are relative to that file; in an override
+    `regions.detector` is relative to the working folder. `data.root` and `output` are resolved.
+
+    Raises:
+        FileNotFoundError: there is no such config.
+        ValueError: an unknown key, a value of the wrong type, or settings that contradict each other.
+    """
+    path = Path(path)
+    values = _read_with_parents(path, ())
+    values = merge_overrides(values, overrides)
+    values.setdefault("output", str(_run_folder(path)))
+    data = values.setdefault("data", {})
+    root = data.get("root") or os.environ.get("CLIS_DATA") or "data"
+    data["root"] = str(Path(str(root)).expanduser().resolve())
+    return config_from_dict(values, source=str(path))
+
+
+def config_from_dict(values: Mapping[str, Any], source: str = "config") -> Config:
+    """Builds a checked `Config` from nested mappings; `source` names them in errors (all `ValueError`)."""
+    try:
+        return _build(Config, values, prefix="")
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from None
+
+
+def config_to_dict(config: Config) -> dict[str, Any]:
+    """The whole configuration as nested plain dicts, lists and scalars."""
+    return _plain(dataclasses.asdict(config))
+
+
+def config_to_yaml(config: Config) -> str:
+    return yaml.safe_dump(config_to_dict(config), sort_keys=False)
+
+
+def config_differences(a: Config, b: Config) -> list[str]:
+    """Dotted keys, with both values, in which two configs differ beyond what a resumed run may change."""
+    flat_a, flat_b = _flatten(config_to_dict(a)), _flatten(config_to_dict(b))
+    return [
+        f"{key}: {flat_a[key]} != {flat_b[key]}"
+        for key in flat_a
+        if key not in RESUMABLE and flat_a[key] != flat_b[key]
+    ]
+
+
+def merge_overrides(values: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """Nested values with `key.path=value` overrides applied; the values are read as YAML."""
+    merged = copy.deepcopy(dict(values))
+    for override in overrides:
+        _apply_override(merged, override)
+    return merged
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in one YAML file, without its parents; an empty file is an empty mapping."""
+    try:
+        values = yaml.safe_load(path.read_text())
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path}: no such config") from None
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path}: not valid YAML: {error}") from None
+    values = {} if values is None else values
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: a config is a mapping of sections, not {type(values).__name__}")
+    return values
+
+
+def data_path(config: Config, relative: str) -> Path:
+    """A path of the config below `data.root` (an absolute one stays as it is)."""
+    return Path(config.data.root or "data") / relative
+
+
+# ---------------------------------------------------------------------------------------------------------
+
+
+def _read_with_parents(path: Path, children: tuple[Path, ...]) -> dict[str, Any]:
+    if path.resolve() in children:
+        raise ValueError(f"{path}: `base:` leads back to this file")
+    values = read_yaml(path)
+    detector = values.get("regions", {}).get("detector") if isinstance(values.get("regions"), dict) else None
+    if isinstance(detector, str):
+        values["regions"]["detector"] = str(path.parent / detector)
+    base = values.pop("base", None)
+    if base is None:
+        return values
+    return _merge(_read_with_parents(path.parent / base, (*children, path.resolve())), values)
+
+
+def _merge(parent: dict[str, Any], child: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(parent)
+    for key, value in child.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merge(merged[key], value) if both else value
+    return merged
+
+
+def _apply_override(values: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals:
+        raise ValueError(f"override {override!r}: write it as key.path=value")
+    *sections, name = key.strip().split(".")
+    for section in sections:
+        inner = values.setdefault(section, {})
+        if not isinstance(inner, dict):
+            raise ValueError(f"override {override!r}: {section} is a value, not a section")
+        values = inner
+    try:
+        values[name] = yaml.safe_load(text)
+    except yaml.YAMLError:
+        values[name] = text
+
+
+def _run_folder(path: Path) -> Path:
+    parts = path.with_suffix("").resolve().parts
+    below = parts[len(parts) - parts[::-1].index("configs") :] if "configs" in parts else parts[-1:]
+    return Path("runs", *below)
+
+
+def _build(cls: type, values: Any, prefix: str) -> Any:
+    if not isinstance(values, Mapping):
+        raise ValueError(f"{prefix.rstrip('.')}: a section of keys is needed, not {values!r}")
+    hints = typing.get_type_hints(cls)
+    arguments = {}
+    for key, value in values.items():
+        if key not in hints:
+            near = difflib.get_close_matches(str(key), hints, n=1, cutoff=0.4)
+            hint = f"; did you mean {prefix}{near[0]}?" if near else f"; known: {', '.join(hints)}"
+            raise ValueError(f"unknown key {prefix}{key}{hint}")
+        arguments[key] = _convert(value, hints[key], f"{prefix}{key}")
+    return cls(**arguments)
+
+
+def _convert(value: Any, hint: Any, where: str) -> Any:
+    """`value` as the annotated type, or a `ValueError` that names the key."""
+    if dataclasses.is_dataclass(hint):
+        return _build(hint, value, f"{where}.")
+    origin, options = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return (
+            None if value is None else _convert(value, next(o for o in options if o is not type(None)), where)
+        )
+    if origin is Literal:
+        if value not in options:
+            raise ValueError(f"{where}: {value!r} is not one of {', '.join(map(repr, options))}")
+        return value
+    if origin is tuple:
+        return _convert_tuple(value, options, where)
+    if hint is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
+        try:  # YAML 1.1 reads 1e-4 as a string
+            return float(value)
+        except ValueError:
+            pass
+    elif isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
+        return value
+    raise ValueError(f"{where}: {value!r} is not of type {hint.__name__}")
+
+
+def _convert_tuple(value: Any, options: tuple[Any, ...], where: str) -> tuple[Any, ...]:
+    if isinstance(value, (str, int, float)):
+        value = (value,)
+    if not isinstance(value, (list, tuple)):
+        raise ValueError(f"{where}: a list is needed, not {value!r}")
+    if options[-1] is not Ellipsis and len(value) != len(options):
+        raise ValueError(f"{where}: {len(options)} values are needed, not {list(value)!r}")
+    return tuple(_convert(item, options[0], where) for item in value)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat.update(
+            _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+        )
+    return flat
+
+
+def _check(config: Config) -> None:
+    """Settings that contradict each other or cannot work."""
+    clis, train, optim, data = config.clis, config.train, config.optim, config.data
+    backbone, rpn, roi, test = config.model.backbone, config.model.rpn, config.model.roi, config.test
+    for wrong, message in (
+        (clis.s < 0 or clis.s % 4, f"clis.s={clis.s}: a multiple of 4, for a mosaic holds four images"),
+        (not 0 <= clis.t <= clis.s, f"clis.t={clis.t}: between 0 and clis.s={clis.s}"),
+        (
+            clis.contrastive and clis.t == 0,
+            "clis.contrastive=true needs pasted pairs: set clis.t above 0 or clis.contrastive=false",
+        ),
+        (clis.queue_size < 1, f"clis.queue_size={clis.queue_size}: at least 1"),
+        (not 0 <= clis.momentum <= 1, f"clis.momentum={clis.momentum}: between 0 and 1"),
+        (clis.temperature <= 0, f"clis.temperature={clis.temperature}: above 0"),
+        (not 0 <= backbone.trainable_layers <= 5, "model.backbone.trainable_layers: between 0 and 5"),
+        (
+            backbone.norm == "group" and backbone.width % 16,
+            f"model.backbone.width={backbone.width}: a multiple of 16 with group norm",
+        ),
+        (
+            backbone.norm == "group" and backbone.weights,
+            "model.backbone.weights are batch-norm weights: set model.backbone.norm=folded or weights=null",
+        ),
+        (min(rpn.samples, roi.samples, rpn.proposals) < 1, "model: samples and proposals are at least 1"),
+        (
+            min(train.steps, train.images_per_step, train.images_per_process) < 1,
+            "train: steps, images_per_step and images_per_process are at least 1",
+        ),
+        (min(train.log_every, train.save_every, train.keep_last) < 1, "train: log_every, save_every, keep_last >= 1"),
+        (
+            not 0 <= config.train.seed < 2**31,
+            f"train.seed={train.seed}: between 0 and 2**31 - 1",
+        ),
+        (optim.lr <= 0, f"optim.lr={optim.lr}: above 0"),
+        (data.workers < 0, f"data.workers={data.workers}: at least 0"),
+        (not data.short_sides, "data.short_sides: at least one size"),
+        (clis.s > 0 and not data.image_level, "clis.s > 0 needs data.image_level folders, or set clis.s=0"),
+        (min(test.images_per_batch, config.regions.images_per_batch) < 1, "images_per_batch: at least 1"),
+    ):  # fmt: skip
+        if wrong:
+            raise ValueError(message)

@@ -1,0 +1,268 @@
+"""Which images a training step sees: repeat factors, a stateless shuffle and the joint two-stream sampler.
+
+Every draw is a pure function of (seed, number of the draw), so resuming and sharding are arithmetic.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import isqrt
+from typing import Literal, Protocol, get_args
+
+import numpy as np
+
+Rounding = Literal["ceil", "stochastic", "none"]
+
+_MASK = (1 << 64) - 1
+_GOLDEN = 0x9E3779B97F4A7C15
+_FEISTEL_ROUNDS = 6
+_FRACTION_BITS = 30
+"""Cumulative repeat factors are int64 in units of 2**-30: exact, and room for 2**33 draws an epoch."""
+
+# Tags that keep hashes of one seed apart by what they are for.
+_REPEAT_ORDER, _REPEAT_OFFSET, _UNIFORM_ORDER, _ITEM_SEED = range(4)
+
+
+def _scramble(x: int) -> int:
+    """The finalizer of splitmix64: a bijection of 64-bit integers whose output bits look independent."""
+    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _MASK
+    return x ^ (x >> 31)
+
+
+def mix(*values: int) -> int:
+    """Hash integers (taken modulo 2**64; their order matters) to one integer in [0, 2**64)."""
+    state = 0
+    for value in values:
+        state = _scramble((state + value + _GOLDEN) & _MASK)
+    return state
+
+
+def permuted(position: int, n: int, key: int) -> int:
+    """Return the entry at `position` of the pseudo-random permutation of [0, n) that `key` selects.
+
+    A Feistel network over Z_a x Z_b with a * b just above n, walked until it lands below n; no memory, any
+    position addressable.
+
+    Args:
+        position: 0 <= position < n.
+        n: 1 <= n <= 2**62.
+        key: any integer; different keys give unrelated permutations.
+
+    Raises:
+        ValueError: `n` or `position` is out of its range.
+    """
+    if not 0 < n <= 1 << 62:
+        raise ValueError(f"permuted: n must be in [1, 2**62], got {n}")
+    if not 0 <= position < n:
+        raise ValueError(f"permuted: position must be in [0, {n}), got {position}")
+    key = mix(key)
+    a = isqrt(n - 1) + 1
+    b = -(-n // a)  # a * b < n + a, so that a walk rarely takes a second turn
+    while True:
+        left, right = divmod(position, b)
+        round_key = key
+        for _ in range(_FEISTEL_ROUNDS // 2):
+            left = (left + _scramble((right + round_key) & _MASK)) % a
+            right = (right + _scramble((left + round_key + _GOLDEN) & _MASK)) % b
+            round_key += 2 * _GOLDEN
+        position = left * b + right
+        if position < n:
+            return position
+
+
+def repeat_factors(offsets: np.ndarray, labels: np.ndarray, num_classes: int, threshold: float) -> np.ndarray:
+    """Compute LVIS's repeat factor of every image (Gupta et al. 2019, section 4).
+
+    With f(c) the share of images that hold class c, r(c) = max(1, sqrt(threshold / f(c))) and an image's
+    factor is the largest r(c) among its classes; 1 for an image without boxes.
+
+    Args:
+        offsets: int64 [N + 1]; image i owns labels[offsets[i]:offsets[i + 1]].
+        labels: int64 [A], 0..C-1, one a box.
+        num_classes: C.
+        threshold: share of images below which a class is repeated; 1e-3 on LVIS.
+
+    Returns:
+        float64 [N], at least 1.
+
+    Raises:
+        ValueError: a label is outside 0..C-1, or the offsets do not span the labels.
+    """
+    if offsets[0] != 0 or offsets[-1] != len(labels):
+        raise ValueError(
+            f"repeat_factors: offsets span {offsets[0]}..{offsets[-1]}, but there are {len(labels)} labels"
+        )
+    if len(labels) and not 0 <= labels.min() <= labels.max() < num_classes:
+        raise ValueError(
+            f"repeat_factors: labels span {labels.min()}..{labels.max()}, outside 0..{num_classes - 1}; "
+            "are these category ids instead of labels?"
+        )
+    num_images = len(offsets) - 1
+    images = np.repeat(np.arange(num_images), np.diff(offsets))
+    images, labels = np.divmod(np.unique(images * num_classes + labels), num_classes)
+    share = np.bincount(labels, minlength=num_classes).clip(min=1) / max(num_images, 1)
+    class_factors = np.sqrt(threshold / share).clip(min=1)
+    factors = np.ones(num_images)
+    np.maximum.at(factors, images, class_factors[labels])
+    return factors
+
+
+def _fixed_point_bounds(factors: np.ndarray, rounding: Rounding) -> np.ndarray:
+    """Cumulative draws of the images, int64 [N] in units of 2**-30; the last is a whole number of draws."""
+    if rounding == "none":
+        factors = np.minimum(np.ceil(factors), 1)
+    elif rounding == "ceil":
+        factors = np.ceil(factors)
+    whole = np.floor(factors)
+    fraction = np.cumsum(factors - whole)
+    if fraction.any():
+        # Fractions shrink to the whole number of draws below their sum. Had they grown to the one above, an
+        # image could be drawn more than ceil(r) times; here it is always floor(r) or ceil(r) times.
+        fraction = fraction / fraction[-1] * np.floor(fraction[-1])
+    unit = 1 << _FRACTION_BITS
+    return np.cumsum(whole.astype(np.int64)) * unit + np.rint(fraction * unit).astype(np.int64)
+
+
+class Sampler(Protocol):
+    """An endless stream of image indices, in epochs of `len` draws."""
+
+    def __len__(self) -> int: ...
+
+    def draw(self, k: int) -> int:
+        """Return the image of the k-th draw, k >= 0."""
+        ...
+
+
+class RepeatSampler:
+    """Shuffled stream in which an epoch repeats every image according to its repeat factor.
+
+    * ``ceil``: ceil(r) times, as mmdetection's ClassBalancedDataset.
+    * ``stochastic``: floor(r) or ceil(r) times, r on average, as detectron2's RepeatFactorTrainingSampler,
+      but by systematic sampling: draws take the images that hold u, u + 1, u + 2, ... on the cumulative sum
+      of the factors, with one random u in [0, 1) an epoch. All epochs have the length floor(sum of r), for
+      which the fractions shrink by less than one draw in all.
+    * ``none``: once.
+    """
+
+    def __init__(self, factors: np.ndarray, rounding: Rounding, seed: int) -> None:
+        """
+        Args:
+            factors: float [N], at least 0; an image with factor 0 is never drawn.
+            rounding: see the class.
+            seed: any integer.
+
+        Raises:
+            ValueError: unknown rounding, no image to draw, or a factor that is negative or not finite.
+        """
+        if rounding not in get_args(Rounding):
+            raise ValueError(f"unknown repeat-factor rounding {rounding!r}; use one of {get_args(Rounding)}")
+        factors = np.asarray(factors, dtype=np.float64)
+        if not (np.isfinite(factors) & (factors >= 0)).all():
+            raise ValueError("repeat factors must be finite and at least 0")
+        self._bounds = _fixed_point_bounds(factors, rounding)
+        self._length = int(self._bounds[-1]) >> _FRACTION_BITS if len(factors) else 0
+        if self._length == 0:
+            raise ValueError("repeat factors leave no image to draw; is the dataset empty?")
+        self._seed = seed
+
+    def __len__(self) -> int:
+        return self._length
+
+    def draw(self, k: int) -> int:
+        """Return the image (0..N-1) of the k-th draw of the endless stream, k >= 0."""
+        epoch, position = divmod(k, self._length)
+        position = permuted(position, self._length, mix(self._seed, _REPEAT_ORDER, epoch))
+        offset = mix(self._seed, _REPEAT_OFFSET, epoch) >> (64 - _FRACTION_BITS)
+        point = (position << _FRACTION_BITS) + offset
+        return int(self._bounds.searchsorted(point, side="right"))
+
+
+class UniformSampler:
+    """Shuffled stream in which an epoch holds every one of n images exactly once; O(1) memory."""
+
+    def __init__(self, n: int, seed: int) -> None:
+        """
+        Args:
+            n: number of images, at least 1.
+            seed: any integer.
+
+        Raises:
+            ValueError: there is no image.
+        """
+        if n < 1:
+            raise ValueError("there is no image to sample from; is the image-level index empty?")
+        self._n = n
+        self._seed = seed
+
+    def __len__(self) -> int:
+        return self._n
+
+    def draw(self, k: int) -> int:
+        """Return the image (0..n-1) of the k-th draw of the endless stream, k >= 0."""
+        epoch, position = divmod(k, self._n)
+        return permuted(position, self._n, mix(self._seed, _UNIFORM_ORDER, epoch))
+
+
+@dataclass(frozen=True)
+class WorkItem:
+    """One instance-level image with its own image-level images: the unit of work of a data worker."""
+
+    index: int
+    """Place in the run: step * images_per_step + place in the global batch."""
+    instance: int
+    """Index of the instance-level image."""
+    image_level: tuple[int, ...]
+    """Indices of the s image-level images."""
+    seed: int
+    """In [0, 2**63): seeds every random choice made for this item, in the worker and in the model."""
+
+
+class JointSampler:
+    """The global batches of a run, drawn from both streams (paper, section IV-A: B_i = s * B_d)."""
+
+    def __init__(
+        self,
+        instance_sampler: Sampler,
+        image_level_sampler: Sampler | None,
+        images_per_step: int,
+        s: int,
+        seed: int,
+    ) -> None:
+        """
+        Args:
+            instance_sampler: stream of instance-level images.
+            image_level_sampler: stream of image-level images; None where s is 0.
+            images_per_step: instance-level images in a global batch, at least 1.
+            s: image-level images for each of them, at least 0.
+            seed: any integer; the items' seeds follow from it.
+
+        Raises:
+            ValueError: a count is out of range, or s > 0 without a stream of image-level images.
+        """
+        if images_per_step < 1 or s < 0:
+            raise ValueError(f"need images_per_step >= 1 and s >= 0, got {images_per_step} and {s}")
+        if s > 0 and image_level_sampler is None:
+            raise ValueError(f"s = {s} needs image-level images; name some or set s to 0")
+        self._instance_sampler = instance_sampler
+        self._image_level_sampler = image_level_sampler
+        self._images_per_step = images_per_step
+        self._s = s
+        self._seed = seed
+
+    def items(self, step: int) -> list[WorkItem]:
+        """Return the global batch of a step (0 for the first): images_per_step items in a fixed order.
+
+        A pure function of the constructor's arguments and `step`; a process takes its slice of the list.
+        """
+        first = step * self._images_per_step
+        return [self._item(index) for index in range(first, first + self._images_per_step)]
+
+    def _item(self, index: int) -> WorkItem:
+        draws = range(index * self._s, (index + 1) * self._s)
+        return WorkItem(
+            index=index,
+            instance=self._instance_sampler.draw(index),
+            image_level=tuple(self._image_level_sampler.draw(k) for k in draws),
+            seed=mix(self._seed, _ITEM_SEED, index) >> 1,
+        )

@@ -1,0 +1,76 @@
+"""Processes started by torchrun: rank, gather, reduce. Everything is a no-op on one process."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_main() -> bool:
+    return rank() == 0
+
+
+def choose_device(name: str) -> torch.device:
+    """`auto` is this process's CUDA device where there is one, else the CPU."""
+    if name != "auto" and not name.startswith("cuda"):
+        return torch.device(name)
+    if not torch.cuda.is_available():
+        if name == "auto":
+            return torch.device("cpu")
+        raise ValueError(f"train.device={name}: this machine has no CUDA device; use train.device=cpu")
+    device = torch.device(name) if ":" in name else torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    torch.cuda.set_device(device)
+    return device
+
+
+@contextlib.contextmanager
+def process_group(device: torch.device) -> Iterator[None]:
+    """Joins the processes that torchrun started (nccl on CUDA, gloo else) for the length of the block."""
+    if "WORLD_SIZE" not in os.environ or int(os.environ["WORLD_SIZE"]) == 1 or dist.is_initialized():
+        yield
+        return
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def barrier() -> None:
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def all_reduce_sum(values: Tensor) -> Tensor:
+    """Sum over all ranks; the same on each. Changes and returns `values`."""
+    if dist.is_initialized():
+        dist.all_reduce(values)
+    return values
+
+
+def all_gather_rows(rows: Tensor) -> Tensor:
+    """Rows [n,...] of all ranks, n different on each, one below the other in the order of the ranks."""
+    if not dist.is_initialized():
+        return rows
+    counts = torch.zeros(world_size(), dtype=torch.int64, device=rows.device)
+    counts[rank()] = len(rows)
+    dist.all_reduce(counts)
+    longest = int(counts.max())
+    padded = rows.new_zeros((longest, *rows.shape[1:]))
+    padded[: len(rows)] = rows
+    gathered = [torch.empty_like(padded) for _ in range(world_size())]
+    dist.all_gather(gathered, padded)
+    return torch.cat([part[:count] for part, count in zip(gathered, counts.tolist())])

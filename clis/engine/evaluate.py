@@ -1,0 +1,120 @@
+"""Runs a detector over the validation split and says how good it is."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from clis.config import Config, config_from_dict, config_to_dict, data_path, merge_overrides
+from clis.data.annotations import Annotations, load_annotations
+from clis.data.images import read_image
+from clis.data.loader import image_loader
+from clis.distributed import all_gather_rows, barrier, choose_device, is_main, process_group, rank, world_size
+from clis.engine.checkpoint import load_checkpoint, load_model
+from clis.engine.log import Progress, say
+from clis.engine.lvis_eval import METRICS, Detections, evaluate, format_table
+from clis.files import written_whole
+from clis.models import CLISDetector
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command ``evaluate.py CHECKPOINT [key=value ...]``: everything else is in the checkpoint."""
+    parser = argparse.ArgumentParser(
+        prog="evaluate.py", description="Evaluate a checkpoint on the validation split of its config."
+    )
+    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value",
+        help="change the checkpoint's config, e.g. data.root=/datasets test.score_threshold=0.05; "
+        "output=FOLDER for the results (default: a folder beside the checkpoint, named after it)",
+    )  # fmt: skip
+    arguments = parser.parse_args(argv)
+    state = load_checkpoint(arguments.checkpoint)
+    values = config_to_dict(config_from_dict(state["config"], source=str(arguments.checkpoint)))
+    values["output"] = str(arguments.checkpoint.with_suffix(""))
+    config = config_from_dict(merge_overrides(values, arguments.overrides), source="override")
+    device = choose_device(config.train.device)
+    with process_group(device):
+        detector = load_model(state, config, str(arguments.checkpoint)).to(device).eval()
+        metrics = evaluate_detector(detector, config, Path(config.output))
+        say(format_table({str(arguments.checkpoint): metrics}))
+        say(f"{config.output}/eval.json, detections.npz")
+
+
+def evaluate_detector(detector: CLISDetector, config: Config, folder: Path) -> dict[str, float]:
+    """Evaluates on `data.val`; rank 0 writes eval.json and detections.npz into `folder`.
+
+    Frequency groups are those of the training split, which the detector's categories hold.
+
+    Returns:
+        The metrics of `METRICS` as fractions, -1 where undefined; the same on all ranks.
+    """
+    annotations = load_annotations(data_path(config, config.data.val))
+    ids = [category.id for category in annotations.categories]
+    if ids != [category.id for category in detector.categories]:
+        raise ValueError(
+            f"{annotations.path}: its {len(ids)} category ids are not the {detector.num_classes} "
+            "that the detector was trained on"
+        )
+    annotations = dataclasses.replace(annotations, categories=detector.categories)
+    detections = run_detector(detector, config, annotations)
+    metrics: list[dict[str, float]] = [{}]
+    if is_main():
+        figures = evaluate(annotations, detections, config.test.detections)
+        recall = f"AR@{config.test.detections}"
+        metrics = [{name: figures[recall if name == "AR@300" else name] for name in METRICS}]
+        detections.save(_folder(folder) / "detections.npz")
+        with written_whole(folder / "eval.json") as temporary:
+            temporary.write_text(json.dumps(metrics[0], indent=1) + "\n")
+    if world_size() > 1:
+        torch.distributed.broadcast_object_list(metrics)
+    return metrics[0]
+
+
+def run_detector(detector: CLISDetector, config: Config, annotations: Annotations) -> Detections:
+    """Detections of all images, gathered from all ranks, in the order of the images and best first in each."""
+    device = next(detector.parameters()).device
+    read = functools.partial(_read, data_path(config, config.data.val_images), annotations.file_names)
+    rows = range(rank(), len(annotations), world_size())
+    loader = image_loader(read, rows, config.test.images_per_batch, config.data.workers)
+    columns = [torch.zeros(0, 7, dtype=torch.float64, device=device)]
+    with Progress("evaluate", len(rows), unit="image") as progress:
+        for batch_rows, images in loader:
+            for row, found in zip(batch_rows, detector.detect(images)):
+                columns.append(_columns(row, found.boxes, found.scores, found.labels))
+            progress.advance(len(images))
+    table = all_gather_rows(torch.cat(columns)).cpu().numpy()
+    table = table[np.argsort(table[:, 0], kind="stable")]
+    category_ids = np.array([category.id for category in annotations.categories])
+    barrier()
+    return Detections(
+        image_id=annotations.image_ids[table[:, 0].astype(np.int64)],
+        category_id=category_ids[table[:, 1].astype(np.int64)],
+        bbox=table[:, 3:].astype(np.float32),
+        score=table[:, 2].astype(np.float32),
+    )
+
+
+def _columns(row: int, boxes: Tensor, scores: Tensor, labels: Tensor) -> Tensor:
+    """Rows of image row, label, score, x y w h; float64 [n,7] holds each exactly."""
+    boxes = boxes.double()
+    image = torch.full_like(scores, row, dtype=torch.float64)
+    sizes = boxes[:, 2:] - boxes[:, :2]
+    return torch.cat([torch.stack([image, labels.double(), scores.double()], 1), boxes[:, :2], sizes], dim=1)
+
+
+def _read(folder: Path, file_names: np.ndarray, row: int) -> Tensor:
+    return read_image(folder / str(file_names[row]))
+
+
+def _folder(folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder

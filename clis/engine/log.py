@@ -1,0 +1,108 @@
+"""What a run says: progress on the terminal, one JSON line a record in metrics.jsonl."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+from tqdm import tqdm
+
+from clis.distributed import is_main
+from clis.files import written_whole
+
+PLAIN_INTERVAL = 15.0
+"""Seconds between lines where the output is not a terminal."""
+
+
+def say(text: str) -> None:
+    """Prints a line, from rank 0 alone."""
+    if is_main():
+        tqdm.write(text, file=sys.stdout)
+        sys.stdout.flush()
+
+
+class Progress:
+    """Rate and time left of a loop: one live line on a terminal, a plain line now and then otherwise; rank 0 only.
+
+    Use as a context manager and call `advance` as the work goes on.
+    """
+
+    def __init__(self, label: str, total: int, start: int = 0, unit: str = "it") -> None:
+        self.label, self.total, self.start, self.done, self.unit = label, total, start, start, unit
+        self.began = self.last_line = time.monotonic()
+        live = sys.stdout.isatty()
+        self.text = ""
+        self.bar = None
+        if is_main() and live:
+            self.bar = tqdm(
+                desc=label, total=total, initial=start, unit=unit, file=sys.stdout, dynamic_ncols=True
+            )
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, kind: type | None, *_: object) -> None:
+        if self.bar is not None:
+            self.bar.close()
+        elif kind is None and self.done > self.start:
+            self._line(self.text)
+
+    def advance(self, count: int = 1, text: str = "") -> None:
+        """`count` more are done; `text`, if any, says how it stands."""
+        self.done += count
+        self.text = text or self.text
+        if self.bar is not None:
+            self.bar.set_postfix_str(self.text, refresh=False)
+            self.bar.update(count)
+        elif time.monotonic() - self.last_line >= PLAIN_INTERVAL and self.done < self.total:
+            self._line(self.text)
+
+    def _line(self, text: str) -> None:
+        self.last_line = now = time.monotonic()
+        rate = (self.done - self.start) / max(now - self.began, 1e-9)
+        left = (self.total - self.done) / max(rate, 1e-9)
+        state = f"{self.label} {self.done}/{self.total}  {rate:.2f} {self.unit}/s"
+        say(
+            "  ".join(
+                part
+                for part in (state, f"{clock(left)} left" if left else clock(now - self.began), text)
+                if part
+            )
+        )
+
+
+def clock(seconds: float) -> str:
+    """``1:02:03`` or ``2:03``."""
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"
+
+
+class MetricsLog:
+    """metrics.jsonl of a run folder: a record a line, appended; written by rank 0 alone."""
+
+    def __init__(self, path: Path, resume_step: int) -> None:
+        """Drops the records of steps after `resume_step`, which a resumed run will make again."""
+        self.path = path
+        if not is_main():
+            return
+        kept = []
+        if path.exists():
+            for line in path.read_text().splitlines():
+                try:
+                    record = json.loads(line)
+                except json.JSONDecodeError:  # cut off by a crash
+                    break
+                if record["step"] > resume_step:
+                    break
+                kept.append(line + "\n")
+        with written_whole(path) as temporary:
+            temporary.write_text("".join(kept))
+
+    def write(self, record: Mapping[str, float | int]) -> None:
+        if is_main():
+            with self.path.open("a") as file:
+                file.write(json.dumps(record) + "\n")

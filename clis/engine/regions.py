@@ -1,0 +1,157 @@
+"""Pre-defined regions: where the labelled instance of each image-level image most likely is (section IV-A.3)."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from clis.config import Config
+from clis.data.image_level import REGION_DTYPE, ImageLevelIndex, RegionSource, region_sidecar
+from clis.data.images import ImageError, decode_image
+from clis.data.loader import image_loader
+from clis.distributed import barrier, is_main, rank, world_size
+from clis.engine.log import Progress, say
+from clis.files import written_whole
+from clis.models import CLISDetector
+
+DETECTOR_RULES = ("category-rank-first", "top-score")
+"""The rules of `regions.rule` that a detector applies."""
+
+FLUSH_EVERY = 256
+"""Images after which finished rows are forced to the disk, so that an interrupted run goes on from there."""
+
+Rule = Callable[[list[Tensor], Tensor], list[tuple[Tensor, float]]]
+"""Images and their labels to a box [4] and a score each; the box is NaN where there is none."""
+
+
+def make_regions(config: Config, index: ImageLevelIndex, detector: CLISDetector | None, path: Path) -> None:
+    """Writes `regions.npy` (one `REGION_DTYPE` row an image, in the index's order) and its sidecar JSON.
+
+    Every process takes a share of the images. Rows are kept in a partial file beside it, so that an interrupted
+    run goes on where it was. An image without a box gets its centre box, flagged as a fallback.
+
+    Args:
+        detector: finds the boxes for `category-rank-first` and `top-score`; None for the other rules.
+
+    Raises:
+        ImageError: more images than `data.max_bad_images` cannot be read.
+    """
+    sidecar = region_sidecar(index, config.regions.rule, detector_of(config))
+    partial = path.with_name(path.stem + ".partial.npy")
+    if is_main():
+        _open_partial(partial, sidecar, len(index))
+    barrier()
+    table = np.load(partial, mmap_mode="r+")
+    pending = np.flatnonzero(table["source"] == RegionSource.PENDING)
+    if len(pending) < len(index):
+        say(f"{len(index) - len(pending)} of {len(index)} regions are there already")
+    mine = pending[rank() :: world_size()]
+    rule = _rule(config.regions.rule, detector)
+    loader = image_loader(
+        functools.partial(_read, index), mine, config.regions.images_per_batch, config.data.workers
+    )
+    unreadable = []
+    with Progress("regions", len(mine), unit="image") as progress:
+        for rows, images in loader:
+            unreadable += [image for image in images if isinstance(image, str)]
+            if len(unreadable) > config.data.max_bad_images:
+                raise ImageError(_too_many(unreadable, config.data.max_bad_images))
+            _fill(table, rows, images, index.labels, rule)
+            progress.advance(len(rows))
+            if progress.done // FLUSH_EVERY > (progress.done - len(rows)) // FLUSH_EVERY:
+                table.flush()
+    table.flush()
+    barrier()
+    if is_main():
+        counts = Counter(RegionSource(source).name.lower() for source in np.load(partial)["source"].tolist())
+        with written_whole(path.with_suffix(".json")) as temporary:
+            temporary.write_text(json.dumps(sidecar | {"counts": counts}, indent=1) + "\n")
+        partial.replace(path)
+        partial.with_suffix(".json").unlink()
+        say(f"{path}: {', '.join(f'{count} {name}' for name, count in sorted(counts.items()))}")
+    barrier()
+
+
+def detector_of(config: Config) -> str | None:
+    """What the sidecar calls the detector; the rules that need none have none."""
+    return config.regions.detector if config.regions.rule in DETECTOR_RULES else None
+
+
+def _open_partial(partial: Path, sidecar: dict[str, object], length: int) -> None:
+    """An all-pending table, unless there is one of the same index, rule and detector to go on with."""
+    note = partial.with_suffix(".json")
+    if partial.exists() and note.exists() and json.loads(note.read_text()) == sidecar:
+        return
+    with written_whole(partial) as temporary:
+        np.save(temporary, np.zeros(length, dtype=REGION_DTYPE))
+    with written_whole(note) as temporary:
+        temporary.write_text(json.dumps(sidecar))
+
+
+def _read(index: ImageLevelIndex, row: int) -> Tensor | str:
+    """The image, or what is wrong with it."""
+    try:
+        return decode_image(index.read(row), index.name(row))
+    except ImageError as error:
+        return str(error)
+
+
+def _fill(
+    table: np.ndarray, rows: list[int], images: list[Tensor | str], labels: np.ndarray, rule: Rule
+) -> None:
+    """Writes the rows' regions; the source last, since it marks a row as done."""
+    readable = [place for place, image in enumerate(images) if not isinstance(image, str)]
+    found = {}
+    if readable:
+        row_labels = torch.tensor([int(labels[rows[place]]) for place in readable])
+        found = dict(zip(readable, rule([images[place] for place in readable], row_labels)))
+    for place, row in enumerate(rows):
+        if place not in found:
+            table[row] = (0.0, 0.0, RegionSource.UNREADABLE)
+            continue
+        box, score = found[place]
+        has_area = bool((box[2:] > box[:2]).all())  # also false for NaN
+        if not has_area:
+            box, score = center_box(images[place]), 0.0
+        source = RegionSource.DETECTOR if has_area else RegionSource.FALLBACK
+        table[row] = (box.cpu().numpy(), float(score), source)
+
+
+def _rule(name: str, detector: CLISDetector | None) -> Rule:
+    if name == "center":
+        return lambda images, labels: [(center_box(image), 1.0) for image in images]
+    if name == "full":
+        return lambda images, labels: [(_full_box(image), 1.0) for image in images]
+    if name == "top-score":
+        return lambda images, labels: [_top_score(found) for found in detector.detect(images)]
+    return lambda images, labels: detector.rank_first(images, labels)
+
+
+def center_box(image: Tensor) -> Tensor:
+    """The central box of half the area, sides in the image's proportions; [4]."""
+    full = _full_box(image)
+    return full[[2, 3, 2, 3]] * torch.tensor([0.5 - 0.125**0.5] * 2 + [0.5 + 0.125**0.5] * 2)
+
+
+def _full_box(image: Tensor) -> Tensor:
+    return torch.tensor([0, 0, image.shape[2], image.shape[1]], dtype=torch.float32)
+
+
+def _top_score(found: object) -> tuple[Tensor, float]:
+    if len(found.boxes) == 0:
+        return torch.full((4,), torch.nan), 0.0
+    return found.boxes[0], float(found.scores[0])
+
+
+def _too_many(unreadable: list[str], allowed: int) -> str:
+    return (
+        f"{len(unreadable)} unreadable image-level images, data.max_bad_images={allowed} are allowed; "
+        f"the last: {unreadable[-1]}"
+    )

@@ -1,0 +1,437 @@
+"""The whole recipe: baseline, regions, CLIS, evaluation; and the loop that trains a detector."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from clis.config import (
+    Config,
+    config_differences,
+    config_from_dict,
+    config_to_yaml,
+    data_path,
+    load_config,
+    read_yaml,
+)
+from clis.data.annotations import Annotations, checked_for_training, load_annotations
+from clis.data.image_level import ImageLevelIndex, build_index, load_regions
+from clis.data.images import ImageError
+from clis.data.loader import Batch, MicroBatches, TwoStreamDataset, train_loader
+from clis.data.sampling import JointSampler, RepeatSampler, UniformSampler, repeat_factors
+from clis.data.shapes import ShapesSpec, write_shapes
+from clis.distributed import (
+    all_gather_rows,
+    all_reduce_sum,
+    barrier,
+    choose_device,
+    is_main,
+    process_group,
+    rank,
+    world_size,
+)
+from clis.engine.checkpoint import load_checkpoint, load_detector, load_state, save_checkpoint
+from clis.engine.evaluate import evaluate_detector
+from clis.engine.log import MetricsLog, Progress, say
+from clis.engine.lvis_eval import format_table
+from clis.engine.optim import learning_rate, make_optimizer
+from clis.engine.regions import DETECTOR_RULES, make_regions
+from clis.files import written_whole
+from clis.models import CLISDetector, Normalizers, TrainOutput, build_model
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command ``train.py --config FILE [key=value ...]``, alone or under torchrun."""
+    parser = argparse.ArgumentParser(
+        prog="train.py",
+        description="Train a detector: everything its config needs is made first (benchmark, baseline, regions).",
+    )
+    parser.add_argument("--config", required=True, help="e.g. configs/shapes/clis.yaml")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value",
+        help="change the config, e.g. train.steps=100 output=runs/short. Overrides outside clis, loss and regions "
+        "also apply to the detector that finds the regions",
+    )  # fmt: skip
+    arguments = parser.parse_args(argv)
+    config = load_config(arguments.config, arguments.overrides)
+    device = choose_device(config.train.device)
+    with process_group(device):
+        recipe(config, arguments.config, arguments.overrides, device)
+
+
+def recipe(config: Config, name: str, overrides: Sequence[str], device: torch.device) -> None:
+    """Runs the stages that the config needs, in order, leaving out what is done; then prints the comparison."""
+    stages: list[tuple[str, Callable[[], None]]] = []
+    if config.data.generate == "shapes":
+        stages.append(("embedded benchmark", lambda: generate_shapes(data_path(config, "shapes"))))
+    detector = detector_config(config, overrides)
+    if config.clis.s > 0 and not regions_file(config).exists():
+        if detector is not None:
+            stages.append(
+                (f"detector for the regions: {config.regions.detector}", lambda: run(detector, device))
+            )
+        stages.append(("regions", lambda: find_regions(config, device, detector)))
+    stages.append((name, lambda: run(config, device)))
+    for number, (title, stage) in enumerate(stages, 1):
+        say(f"{number}/{len(stages)} {title}")
+        stage()
+        barrier()
+    _compare([c for c in (detector, config) if c is not None])
+
+
+def run(config: Config, device: torch.device) -> None:
+    """Trains and evaluates one detector in its run folder, going on from its last checkpoint."""
+    folder = Path(config.output)
+    _claim(folder, config)
+    if (folder / "eval.json").exists():
+        say(f"{folder} is finished already")
+        return
+    detector = train(config, folder, device)
+    evaluate_detector(detector.eval(), config, folder)
+
+
+def train(config: Config, folder: Path, device: torch.device) -> CLISDetector:
+    """Trains a detector for `train.steps` steps, or goes on where its last checkpoint left off.
+
+    Every random choice is a function of (seed, step, place in the global batch), so a resumed run equals the
+    uninterrupted one, and another number of processes sees the same images.
+    """
+    annotations, dataset, sampler = make_streams(config)
+    images_per_process, accumulation = split_batch(config, world_size())
+    torch.manual_seed(config.train.seed)
+    model = build_model(config, annotations.categories).to(device)
+    optimizer = make_optimizer(model, config)
+    scaler = torch.amp.GradScaler(device.type, enabled=config.train.precision == "float16")
+    first_step = _resume(folder, model, optimizer, scaler, device)
+    network = _distribute(model, device)
+    network.train()
+    _describe(config, annotations, dataset.index, sampler, model, accumulation)
+
+    steps = range(first_step, config.train.steps)
+    micro_batches = MicroBatches(sampler, steps, rank(), world_size(), images_per_process)
+    batches = iter(train_loader(dataset, micro_batches, config.data.workers, device.type == "cuda"))
+    log = MetricsLog(folder / "metrics.jsonl", first_step)
+    num_unreadable = 0
+    with Progress("train", config.train.steps, first_step, "step") as progress:
+        for step in steps:
+            began = time.monotonic()
+            step_batches = [next(batches).to(device) for _ in range(accumulation)]
+            num_unreadable = _check_readable(step_batches, num_unreadable, config)
+            data_time = time.monotonic() - began
+
+            rate = learning_rate(step, config.optim, config.train.images_per_step)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            normalizers = count_normalizers(step_batches, config, device)
+            outputs = []
+            for number, batch in enumerate(step_batches, 1):
+                # gradients travel once a step, with the last micro-batch
+                with _gradients_local(network, number < accumulation), _autocast(config, device):
+                    output = network(batch, normalizers)
+                    total = sum(config.loss.weights[name] * loss for name, loss in output.losses.items())
+                    _check_finite(total, output, batch, step)
+                    scaler.scale(total).backward()
+                outputs.append(output)
+            if config.optim.clip_norm is not None:
+                scaler.unscale_(optimizer)
+                nn.utils.clip_grad_norm_(model.parameters(), config.optim.clip_norm)
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad(set_to_none=True)
+            _update_momentum_copy(model, outputs)
+
+            done = step + 1
+            text = ""
+            if done % config.train.log_every == 0 or done == config.train.steps:
+                record = summarize_step(outputs, config)
+                times = {"lr": rate, "time": time.monotonic() - began, "data_time": data_time}
+                log.write({"step": done, **record, **times})
+                text = _one_line(record)
+            progress.advance(text=text)
+            if done % config.train.save_every == 0 or done == config.train.steps:
+                if is_main():
+                    save_checkpoint(
+                        folder / "checkpoints", done, model, optimizer, scaler, config, config.train.keep_last
+                    )
+                barrier()
+    return model
+
+
+def make_streams(config: Config) -> tuple[Annotations, TwoStreamDataset, JointSampler]:
+    """The two streams of training data, and which images each step draws from them.
+
+    Raises:
+        FileNotFoundError, ValueError: a file is missing or wrong; see the readers in `clis.data`.
+    """
+    data, clis, seed = config.data, config.clis, config.train.seed
+    annotations = load_annotations(data_path(config, data.train))
+    annotations, changes = checked_for_training(annotations, drop_invalid=data.drop_invalid)
+    if any(changes.values()):
+        say(f"{annotations.path}: " + ", ".join(f"{count} boxes {what}" for what, count in changes.items()))
+    index = regions = image_level_sampler = None
+    if clis.s > 0:
+        index = make_index(config, annotations)
+        regions = load_regions(regions_file(config), index)
+        image_level_sampler = UniformSampler(len(index), seed)
+    factors = repeat_factors(
+        annotations.offsets, annotations.labels, len(annotations.categories), data.repeat_threshold
+    )
+    instance_sampler = RepeatSampler(factors, data.repeat_rounding, seed)
+    sampler = JointSampler(instance_sampler, image_level_sampler, config.train.images_per_step, clis.s, seed)
+    images = data_path(config, data.train_images)
+    return annotations, TwoStreamDataset(data, clis, annotations, images, index, regions), sampler
+
+
+def make_index(config: Config, annotations: Annotations) -> ImageLevelIndex:
+    """The index of the image-level images of the categories of `annotations`."""
+    data = config.data
+    mapping = None if data.mapping is None else data_path(config, data.mapping)
+    index = build_index(
+        [data_path(config, root) for root in data.image_level],
+        annotations.categories,
+        mapping,
+        strict=not data.drop_unmatched,
+    )
+    if index.unmatched:
+        say(f"image-level folders that match no category, left out: {', '.join(index.unmatched[:10])}")
+    return index
+
+
+def split_batch(config: Config, processes: int) -> tuple[int, int]:
+    """Images a process takes at once, and micro-batches a step (gradient accumulation).
+
+    Raises:
+        ValueError: the global batch does not divide so.
+    """
+    share, rest = divmod(config.train.images_per_step, processes)
+    at_once = min(config.train.images_per_process, share)
+    if rest or share % at_once:
+        raise ValueError(
+            f"train.images_per_step={config.train.images_per_step} is not a whole number of micro-batches of "
+            f"train.images_per_process={config.train.images_per_process} on {processes} processes"
+        )
+    return at_once, share // at_once
+
+
+def count_normalizers(batches: Sequence[Batch], config: Config, device: torch.device) -> Normalizers:
+    """Images, regions and pairs of the global batch, over the number of processes; at least one of each."""
+    counts = torch.tensor(
+        [sum(len(b.regions) for b in batches), sum(len(b.pair_boxes) for b in batches)],
+        dtype=torch.float64 if device.type == "cpu" else torch.float32,
+        device=device,
+    )
+    regions, pairs = all_reduce_sum(counts).clamp(min=1).tolist()
+    processes = world_size()
+    return Normalizers(config.train.images_per_step / processes, regions / processes, pairs / processes)
+
+
+def summarize_step(outputs: Sequence[TrainOutput], config: Config) -> dict[str, float]:
+    """Weighted total, raw losses and statistics of the global batch."""
+    losses = {name: sum(output.losses[name].detach() for output in outputs) for name in outputs[0].losses}
+    stats = {
+        name: sum(output.stats[name].detach().to(losses["box"].device) for output in outputs)
+        for name in outputs[0].stats
+    }
+    values = torch.stack([value.double() for value in (*losses.values(), *stats.values())])
+    values = (all_reduce_sum(values) / world_size()).tolist()
+    record = dict(zip([*losses, *stats], values))
+    total = sum(config.loss.weights[name] * record[name] for name in losses)
+    return {"loss": total, **record}
+
+
+def detector_config(config: Config, overrides: Sequence[str] = ()) -> Config | None:
+    """The config of the detector that finds the regions, if the config names one by its config.
+
+    Overrides outside clis, loss and regions hold for it too. A run folder that was asked for holds its as well.
+    """
+    source = config.regions.detector
+    if config.clis.s == 0 or config.regions.rule not in DETECTOR_RULES or source is None:
+        return None
+    if Path(source).suffix not in (".yaml", ".yml"):
+        return None
+    passed = [o for o in overrides if not o.startswith(("clis.", "loss.", "regions.", "output="))]
+    if any(override.startswith("output=") for override in overrides):
+        passed.append(f"output={Path(config.output, 'detector')}")
+    return load_config(source, passed)
+
+
+def find_regions(config: Config, device: torch.device, detector: Config | None = None) -> None:
+    """Makes the region file that the config names, if it is not there, by `detector` or `regions.detector`."""
+    path = regions_file(config)
+    if path.exists():
+        say(f"{path} is there already")
+        return
+    annotations = load_annotations(data_path(config, config.data.train))
+    index = make_index(config, annotations)
+    if config.regions.rule not in DETECTOR_RULES:
+        make_regions(config, index, None, path)
+        return
+    detector = detector or detector_config(config)
+    source = config.regions.detector if detector is None else detector.output
+    if source is None:
+        raise ValueError(
+            f"{path} does not exist, and the rule {config.regions.rule} makes it with a detector: name a "
+            "checkpoint, a run folder or a config in regions.detector"
+        )
+    checkpoint = Path(source) if Path(source).suffix == ".pt" else Path(source, "checkpoints", "last.pt")
+    model = load_detector(checkpoint, device)
+    if [c.id for c in model.categories] != [c.id for c in annotations.categories]:
+        raise ValueError(f"{checkpoint}: trained on other categories than {annotations.path}")
+    make_regions(config, index, model, path)
+
+
+def regions_file(config: Config) -> Path:
+    return Path(config.regions.file or Path(config.output, "regions.npy"))
+
+
+# ---------------------------------------------------------------------------------------------------------
+
+
+def generate_shapes(folder: Path, spec: ShapesSpec = ShapesSpec()) -> None:
+    """Writes the embedded benchmark, by rank 0, if it is not there."""
+    if is_main():
+        with Progress(f"write {folder}", spec.num_images, unit="image") as progress:
+            write_shapes(folder, spec, progress.advance)
+    barrier()
+
+
+def _claim(folder: Path, config: Config) -> None:
+    """Writes config.yaml into a new run folder; one that belongs to another config is an error."""
+    path = folder / "config.yaml"
+    if path.exists():
+        differences = config_differences(config_from_dict(read_yaml(path), source=str(path)), config)
+        if differences:
+            raise ValueError(
+                f"{folder} belongs to another config: {'; '.join(differences[:5])}; "
+                "pass output=ANOTHER_FOLDER, or remove it"
+            )
+    barrier()
+    if is_main():
+        with written_whole(path) as temporary:
+            temporary.write_text(config_to_yaml(config))
+
+
+def _resume(
+    folder: Path,
+    model: CLISDetector,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    device: torch.device,
+) -> int:
+    """Loads the last checkpoint, if there is one; the step to go on with."""
+    path = folder / "checkpoints" / "last.pt"
+    if not path.exists():
+        return 0
+    state = load_checkpoint(path)
+    load_state(model, state["model"], str(path))
+    optimizer.load_state_dict(state["optimizer"])
+    scaler.load_state_dict(state["scaler"])
+    say(f"{path}: going on from step {state['step']}")
+    return state["step"]
+
+
+def _distribute(model: CLISDetector, device: torch.device) -> nn.Module:
+    if world_size() == 1:
+        return model
+    # the queue is the same on all ranks by construction: 59 MB that need not travel each step
+    return DistributedDataParallel(
+        model, device_ids=[device] if device.type == "cuda" else None, forward_sync_buffers=False
+    )
+
+
+@contextlib.contextmanager
+def _gradients_local(network: nn.Module, local: bool) -> Iterator[None]:
+    with network.no_sync() if local and world_size() > 1 else contextlib.nullcontext():
+        yield
+
+
+def _autocast(config: Config, device: torch.device) -> torch.autocast:
+    precision = config.train.precision
+    return torch.autocast(
+        device.type,
+        getattr(torch, precision if precision != "float32" else "bfloat16"),
+        enabled=precision != "float32",
+    )
+
+
+def _check_finite(total: Tensor, output: TrainOutput, batch: Batch, step: int) -> None:
+    if math.isfinite(total.item()):
+        return
+    bad = [name for name, loss in output.losses.items() if not math.isfinite(loss.item())]
+    raise FloatingPointError(
+        f"step {step + 1}: {', '.join(bad)} not finite on images {batch.image_ids}; the last checkpoint is from "
+        "before. A lower optim.lr or loss.beta, or optim.clip_norm, may help"
+    )
+
+
+def _check_readable(batches: Sequence[Batch], before: int, config: Config) -> int:
+    """Images replaced so far in this process; says each, and stops above the number that the config allows."""
+    messages = [message for batch in batches for message in batch.unreadable]
+    for message in messages:
+        say(f"replaced by the next of its stream: {message}")
+    if before + len(messages) > config.data.max_bad_images:
+        raise ImageError(
+            f"{messages[-1]} ({before + len(messages)} unreadable images, data.max_bad_images="
+            f"{config.data.max_bad_images} are allowed)"
+        )
+    return before + len(messages)
+
+
+def _update_momentum_copy(model: CLISDetector, outputs: Sequence[TrainOutput]) -> None:
+    """After the step: move the momentum copy and push all ranks' keys in the order of the global batch."""
+    if model.contrastive is None:
+        return
+    keys = all_gather_rows(torch.cat([output.keys[0] for output in outputs]))
+    labels = all_gather_rows(torch.cat([output.keys[1] for output in outputs]))
+    model.contrastive.update(model.classification.sub_network, keys, labels)
+
+
+def _one_line(record: dict[str, float]) -> str:
+    return " ".join(f"{name} {value:.3g}" for name, value in record.items())
+
+
+def _describe(
+    config: Config,
+    annotations: Annotations,
+    index: ImageLevelIndex | None,
+    sampler: JointSampler,
+    model: CLISDetector,
+    accumulation: int,
+) -> None:
+    """What this run trains on and with."""
+    train = config.train
+    groups = [category.frequency for category in annotations.categories]
+    counts = " ".join(f"{groups.count(group)} {group}" for group in "rcf")
+    say(
+        f"  {len(annotations)} instance-level images, {len(annotations.labels)} boxes, {len(groups)} classes ({counts})"
+    )
+    if index is not None:
+        say(
+            f"  {len(index)} image-level images of {len(set(index.labels.tolist()))} classes, s={config.clis.s} t={config.clis.t}"
+        )
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    rate = learning_rate(max(config.optim.warmup_steps, 0), config.optim, train.images_per_step)
+    say(
+        f"  {train.steps} steps of {train.images_per_step} images on {world_size()} process(es) with {accumulation} "
+        f"micro-batch(es), lr {rate:g} after warm-up, {trained / 1e6:.1f} M trained parameters, run folder {config.output}"
+    )
+
+
+def _compare(configs: Sequence[Config]) -> None:
+    """Prints the results of the runs that have any, one below the other."""
+    files = {config.output: Path(config.output, "eval.json") for config in configs}
+    if is_main():
+        say(
+            format_table(
+                {name: json.loads(file.read_text()) for name, file in files.items() if file.exists()}
+            )
+        )

@@ -1,0 +1,24 @@
+"""Softmax cross-entropy over C classes and background, the paper's classification loss."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from clis.losses.precision import at_least_float32
+
+
+class CrossEntropy(nn.Module):
+    """L_incls and L_imcls: softmax over C + 1 logits, background last."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.num_logits = num_classes + 1
+
+    def forward(self, logits: Tensor, labels: Tensor, normalizer: Tensor | float) -> Tensor:
+        """Sum over rows of logits [N,C+1] with labels int64 [N] in 0..C, divided by `normalizer`."""
+        return F.cross_entropy(at_least_float32(logits), labels, reduction="sum") / normalizer
+
+    def scores(self, logits: Tensor) -> Tensor:
+        """Class probabilities [N,C] in 0..1, without background's."""
+        return at_least_float32(logits).softmax(dim=1)[:, :-1]

@@ -1,0 +1,82 @@
+"""The network, built from a config: the only place that reads the model switches."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from clis.config import Config, data_path
+from clis.losses import CLASSIFICATION_LOSSES
+from clis.models.backbone import Backbone, load_backbone_weights
+from clis.models.contrastive import ContrastiveRegularization
+from clis.models.detector import CLISDetector, Normalizers, TrainOutput
+from clis.models.heads import ClassificationHead, LocalizationHead, TwoFC
+from clis.models.roi import Detections
+from clis.models.rpn import RPN
+
+__all__ = ["CLISDetector", "Detections", "Normalizers", "TrainOutput", "build_model"]
+
+
+def build_model(config: Config, categories: Sequence[Any], *, pretrained: bool = True) -> CLISDetector:
+    """A detector for C categories, initialised from torch's global generator.
+
+    Sub-networks are shared by aliasing: without TSS the localization sub-network *is* the classification one;
+    siamese, image classification *is* instance classification.
+
+    Args:
+        categories: one object a class; the label is the place in this sequence.
+        pretrained: load `model.backbone.weights`, if the config names any.
+
+    Raises:
+        FileNotFoundError, ValueError: the backbone weights are missing or of another network.
+    """
+    model, clis = config.model, config.clis
+    num_classes = len(categories)
+    backbone = Backbone(model.backbone)
+    if pretrained and model.backbone.weights is not None:
+        weights = data_path(config, model.backbone.weights)
+        load_backbone_weights(backbone.body, model.backbone.name, weights, model.backbone.download)
+    loss = CLASSIFICATION_LOSSES[config.loss.classification](num_classes)
+
+    def sub_network() -> TwoFC:
+        return TwoFC(model.backbone.fpn_channels * model.roi.pool_size**2, model.roi.fc_dim)
+
+    classification = ClassificationHead(sub_network(), loss.num_logits)
+    localization = LocalizationHead(
+        sub_network() if clis.task_specialized else classification.sub_network,
+        num_boxes=1 if model.roi.class_agnostic_boxes else num_classes,
+        objectness=clis.objectness,
+    )
+    image_classification = None
+    if clis.s > 0:
+        image_classification = (
+            classification
+            if clis.siamese
+            else ClassificationHead(
+                sub_network() if clis.task_specialized else classification.sub_network, loss.num_logits
+            )
+        )
+    contrastive = None
+    if clis.contrastive:
+        contrastive = ContrastiveRegularization(
+            classification.sub_network,
+            embedding_dim=clis.embedding_dim,
+            queue_size=clis.queue_size,
+            queue_init=clis.queue_init,
+            momentum=clis.momentum,
+            temperature=clis.temperature,
+            pasted_view=clis.pasted_view,
+            mask_same_class=clis.mask_same_class,
+        )
+    return CLISDetector(
+        backbone=backbone,
+        rpn=RPN(model.backbone.fpn_channels, model.rpn),
+        localization=localization,
+        classification=classification,
+        image_classification=image_classification,
+        contrastive=contrastive,
+        classification_loss=loss,
+        roi_config=model.roi,
+        test_config=config.test,
+        categories=categories,
+    )

@@ -1,0 +1,238 @@
+"""The feature extractor shared by all tasks: ResNet + FPN, from uint8 images to P2-P6."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.ops import FeaturePyramidNetwork
+from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
+
+from clis.config import BackboneConfig
+
+STRIDES = (4, 8, 16, 32, 64)
+"""Of P2-P6."""
+
+IMAGE_MEAN = (123.675, 116.28, 103.53)
+IMAGE_STD = (58.395, 57.12, 57.375)
+"""ImageNet statistics of RGB in 0..255 (mmdetection)."""
+
+BLOCKS = {
+    "resnet10": (1, 1, 1, 1),
+    "resnet18": (2, 2, 2, 2),
+    "resnet50": (3, 4, 6, 3),
+    "resnet101": (3, 4, 23, 3),
+}
+BOTTLENECK = ("resnet50", "resnet101")
+
+
+class FixedBatchNorm(nn.Module):
+    """Batch norm in evaluation mode: y = (x - mean) / sqrt(var + eps) * weight + bias, with fixed statistics.
+
+    `conv_norm` folds it into the convolution before it, so that it costs O(weights) and no activation is kept
+    for it; the gradient still reaches `weight` and `bias`. Names as in torchvision, so that its state dicts load.
+    """
+
+    def __init__(self, channels: int, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
+        self.register_buffer("running_mean", torch.zeros(channels))
+        self.register_buffer("running_var", torch.ones(channels))
+
+    def scale_and_shift(self) -> tuple[Tensor, Tensor]:
+        scale = self.weight * (self.running_var + self.eps).rsqrt()
+        return scale, self.bias - self.running_mean * scale
+
+
+def make_norm(channels: int, kind: str) -> nn.Module:
+    """`folded`, `frozen` or `group` (16 channels a group); see `BackboneConfig.norm`."""
+    if kind == "group":
+        return nn.GroupNorm(channels // 16, channels)
+    return FixedBatchNorm(channels).requires_grad_(kind == "folded")
+
+
+def conv_norm(x: Tensor, conv: nn.Conv2d, norm: nn.Module) -> Tensor:
+    """norm(conv(x)), as one convolution where the statistics are fixed."""
+    if not isinstance(norm, FixedBatchNorm):
+        return norm(conv(x))
+    scale, shift = norm.scale_and_shift()
+    return F.conv2d(x, conv.weight * scale[:, None, None, None], shift, conv.stride, conv.padding)
+
+
+def _conv(inputs: int, outputs: int, kernel: int, stride: int = 1) -> nn.Conv2d:
+    return nn.Conv2d(inputs, outputs, kernel, stride, padding=kernel // 2, bias=False)
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions around a shortcut (ResNet-18)."""
+
+    expansion = 1
+
+    def __init__(self, inputs: int, width: int, stride: int, norm: str) -> None:
+        super().__init__()
+        self.conv1, self.bn1 = _conv(inputs, width, 3, stride), make_norm(width, norm)
+        self.conv2, self.bn2 = _conv(width, width, 3), make_norm(width, norm)
+        self.downsample = _shortcut(inputs, width, stride, norm)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = conv_norm(x, self.conv1, self.bn1).relu_()
+        out = conv_norm(out, self.conv2, self.bn2)
+        return out.add_(_shortened(x, self.downsample)).relu_()
+
+
+class Bottleneck(nn.Module):
+    """1x1, 3x3 (with the stride, as in torchvision), 1x1 around a shortcut (ResNet-50)."""
+
+    expansion = 4
+
+    def __init__(self, inputs: int, width: int, stride: int, norm: str) -> None:
+        super().__init__()
+        outputs = width * self.expansion
+        self.conv1, self.bn1 = _conv(inputs, width, 1), make_norm(width, norm)
+        self.conv2, self.bn2 = _conv(width, width, 3, stride), make_norm(width, norm)
+        self.conv3, self.bn3 = _conv(width, outputs, 1), make_norm(outputs, norm)
+        self.downsample = _shortcut(inputs, outputs, stride, norm)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = conv_norm(x, self.conv1, self.bn1).relu_()
+        out = conv_norm(out, self.conv2, self.bn2).relu_()
+        out = conv_norm(out, self.conv3, self.bn3)
+        return out.add_(_shortened(x, self.downsample)).relu_()
+
+
+def _shortcut(inputs: int, outputs: int, stride: int, norm: str) -> nn.Sequential | None:
+    if stride == 1 and inputs == outputs:
+        return None
+    return nn.Sequential(_conv(inputs, outputs, 1, stride), make_norm(outputs, norm))
+
+
+def _shortened(x: Tensor, downsample: nn.Sequential | None) -> Tensor:
+    return x if downsample is None else conv_norm(x, downsample[0], downsample[1])
+
+
+class ResNet(nn.Module):
+    """Residual network with torchvision's parameter names; returns C2-C5 (strides 4-32)."""
+
+    def __init__(self, config: BackboneConfig) -> None:
+        super().__init__()
+        block = Bottleneck if config.name in BOTTLENECK else BasicBlock
+        self.conv1, self.bn1 = (
+            nn.Conv2d(3, config.width, 7, 2, 3, bias=False),
+            make_norm(config.width, config.norm),
+        )
+        channels, self.channels = config.width, []
+        for stage, num_blocks in enumerate(BLOCKS[config.name]):
+            width, blocks = config.width * 2**stage, []
+            for index in range(num_blocks):
+                stride = 2 if stage > 0 and index == 0 else 1
+                blocks.append(block(channels, width, stride, config.norm))
+                channels = width * block.expansion
+            setattr(self, f"layer{stage + 1}", nn.Sequential(*blocks))
+            self.channels.append(channels)
+        self._initialise()
+        for layer in self._layers()[: 5 - config.trainable_layers]:
+            layer.requires_grad_(False)
+
+    def _layers(self) -> list[nn.Module]:
+        stem = nn.ModuleList([self.conv1, self.bn1])
+        return [stem, self.layer1, self.layer2, self.layer3, self.layer4]
+
+    def _initialise(self) -> None:
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        x = conv_norm(x, self.conv1, self.bn1).relu_()
+        x = F.max_pool2d(x, 3, 2, 1)
+        outputs = []
+        for layer in (self.layer1, self.layer2, self.layer3, self.layer4):
+            x = layer(x)
+            outputs.append(x)
+        return outputs
+
+
+class Backbone(nn.Module):
+    """Normalise, pad and batch images; ResNet; FPN (arXiv 1612.03144) with P6 a subsampled P5."""
+
+    def __init__(self, config: BackboneConfig) -> None:
+        super().__init__()
+        self.body = ResNet(config)
+        self.fpn = FeaturePyramidNetwork(
+            self.body.channels,
+            config.fpn_channels,
+            extra_blocks=LastLevelMaxPool(),
+            norm_layer=(lambda channels: make_norm(channels, "group")) if config.norm == "group" else None,
+        )
+        self.register_buffer("mean", torch.tensor(IMAGE_MEAN)[:, None, None], persistent=False)
+        self.register_buffer("std", torch.tensor(IMAGE_STD)[:, None, None], persistent=False)
+
+    def forward(self, images: Sequence[Tensor]) -> list[Tensor]:
+        """Features P2-P6, each [B, fpn_channels, H/stride, W/stride], of uint8 RGB images [3,H,W] of any sizes."""
+        features = self.body(self.batch(images))
+        return list(self.fpn({str(level): x for level, x in enumerate(features)}).values())
+
+    def batch(self, images: Sequence[Tensor]) -> Tensor:
+        """Normalised images, padded with zeros at the right and bottom to a common multiple of 32; [B,3,H,W]."""
+        height = max(image.shape[1] for image in images)
+        width = max(image.shape[2] for image in images)
+        batch = self.mean.new_zeros((len(images), 3, -(-height // 32) * 32, -(-width // 32) * 32))
+        for row, image in zip(batch, images):
+            row[:, : image.shape[1], : image.shape[2]] = (image - self.mean) / self.std
+        return batch
+
+
+WEIGHTS_URL = {
+    "resnet18": "https://download.pytorch.org/models/resnet18-f37072fd.pth",
+    "resnet50": "https://download.pytorch.org/models/resnet50-0676ba61.pth",
+    "resnet101": "https://download.pytorch.org/models/resnet101-63fe2227.pth",
+}
+"""torchvision's IMAGENET1K_V1 weights, the ones that mmdetection's `torchvision://resnet50` names."""
+
+
+def load_backbone_weights(body: ResNet, name: str, path: Path, download: bool = False) -> None:
+    """Loads a torchvision ResNet state dict; its classifier and batch counters are not needed.
+
+    Raises:
+        FileNotFoundError: no such file, and `download` is false; says where to get it.
+        ValueError: it is not a state dict of this network; names the tensors that differ.
+    """
+    if not path.exists():
+        url = WEIGHTS_URL.get(name)
+        if not download or url is None:
+            where = f"get it from {url}, or set model.backbone.download=true, " if url else ""
+            raise FileNotFoundError(
+                f"{path}: backbone weights are missing; {where}or train from random weights with "
+                "model.backbone.weights=null"
+            )
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.hub.download_url_to_file(url, str(path), hash_prefix=url.split("-")[-1].split(".")[0])
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise ValueError(f"{path}: not a state dict that torch.load can read safely: {error}") from None
+    state = {
+        k: v for k, v in state.items() if not k.startswith("fc.") and not k.endswith("num_batches_tracked")
+    }
+    load_state(body, state, str(path))
+
+
+def load_state(module: nn.Module, state: dict[str, Tensor], source: str) -> None:
+    """`load_state_dict`, strict, with an error that lists what is missing, left over or of another shape."""
+    own = module.state_dict()
+    problems = [f"missing {key}" for key in own if key not in state]
+    problems += [f"unknown {key}" for key in state if key not in own]
+    problems += [
+        f"{key} is {list(state[key].shape)}, the model's is {list(own[key].shape)}"
+        for key in own
+        if key in state and state[key].shape != own[key].shape
+    ]
+    if problems:
+        shown = "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")
+        raise ValueError(f"{source}: weights of another model: {shown}")
+    module.load_state_dict(state)

@@ -1,0 +1,233 @@
+"""CLIS: Faster R-CNN + FPN with an image-classification task beside it (Figure 2 of arXiv 2210.05568)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torchvision.transforms.functional import resize
+
+from clis import boxes as box_ops
+from clis.config import TestConfig
+from clis.losses import at_least_float32, l1_loss, objectness_loss
+from clis.models.backbone import Backbone
+from clis.models.contrastive import ContrastiveRegularization
+from clis.models.heads import ClassificationHead, LocalizationHead
+from clis.models.roi import Detections, RoIPooler, SampledRoIs, sample_rois, select_detections
+from clis.models.rpn import RPN
+
+if TYPE_CHECKING:
+    from clis.config import RoIConfig
+    from clis.data.loader import Batch
+
+
+@dataclass(frozen=True)
+class Normalizers:
+    """What the losses of this process are divided by, so that DDP's mean over processes is the global mean.
+
+    Each is a count over the global batch (all processes, all micro-batches) divided by the number of processes.
+    """
+
+    images: float
+    regions: float
+    pairs: float
+
+
+@dataclass(frozen=True)
+class TrainOutput:
+    losses: dict[str, Tensor]
+    """Raw, unweighted scalars."""
+    stats: dict[str, Tensor]
+    """Detached scalars for the log."""
+    keys: tuple[Tensor, Tensor] | None
+    """Keys [2P,E] and labels [2P] for the queue, to be pushed after the optimizer's step."""
+
+
+class CLISDetector(nn.Module):
+    """The detector and, in training, its tasks with image-level supervision.
+
+    An optional part is a module or None, and shared parts are one module under two names; `build_model` decides
+    (see `clis.models`). Plain Faster R-CNN: no objectness, no `image_head`, no `contrastive`, one sub-network.
+    """
+
+    def __init__(
+        self,
+        *,
+        backbone: Backbone,
+        rpn: RPN,
+        localization: LocalizationHead,
+        classification: ClassificationHead,
+        image_classification: ClassificationHead | None,
+        contrastive: ContrastiveRegularization | None,
+        classification_loss: nn.Module,
+        roi_config: RoIConfig,
+        test_config: TestConfig,
+        categories: Sequence[Any],
+    ) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.rpn = rpn
+        self.roi_align = RoIPooler(roi_config)
+        self.localization = localization
+        self.classification = classification
+        self.image_classification = image_classification
+        self.contrastive = contrastive
+        self.classification_loss = classification_loss
+        self.roi_config, self.test_config = roi_config, test_config
+        self.categories = tuple(categories)
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.categories)
+
+    def forward(self, batch: Batch, normalizers: Normalizers) -> TrainOutput:
+        """One training pass over a batch of both streams (Figure 2); a function of the batch and its seeds."""
+        generators = [torch.Generator().manual_seed(seed) for seed in batch.seeds]
+        sizes = [tuple(image.shape[1:]) for image in batch.images]
+
+        # instance-level images: proposals and their RoIs
+        features = self.backbone(batch.images)
+        levels = self.rpn(features)
+        losses = self.rpn.losses(
+            *levels, batch.boxes, sizes, generators, normalizers.images * self.rpn.config.samples
+        )
+        proposals = self.rpn.propose(*levels, sizes)
+        rois = sample_rois(
+            proposals, batch.boxes, batch.labels, self.roi_config, self.num_classes, generators
+        )
+
+        # localization task and instance-classification task; pasted instances are pooled along with the RoIs
+        num_rois = len(rois.boxes)
+        pooled = self.roi_align(
+            features, torch.cat([rois.boxes, batch.pair_boxes]), torch.cat([rois.images, batch.pair_images])
+        )
+        losses |= self._localization_losses(pooled[:num_rois], rois, normalizers)
+        instance_features = self.classification.sub_network(pooled)
+        logits = self.classification.fc_cls(instance_features[:num_rois])
+        losses["instance_cls"] = self.classification_loss(
+            logits, rois.labels, normalizers.images * self.roi_config.samples
+        )
+        stats = {
+            "positive_rois": (rois.labels < self.num_classes).sum() / len(batch.images),
+            "pairs": torch.tensor(float(len(batch.pair_boxes))),
+        }
+
+        # image-level images: image-classification task on the pre-defined regions
+        keys = None
+        if self.image_classification is not None:
+            mosaic_features = self.backbone(batch.mosaics)
+            pooled_regions = self.roi_align(mosaic_features, batch.regions, batch.region_mosaics)
+            image_features = self.image_classification.sub_network(pooled_regions)
+            image_logits = self.image_classification.fc_cls(image_features)
+            losses["image_cls"] = self.classification_loss(
+                image_logits, batch.region_labels, normalizers.regions
+            )
+            # contrastive regularization between the two views of each pair
+            if self.contrastive is not None:
+                pairs = batch.pair_regions
+                losses["contrastive"], *keys = self.contrastive(
+                    image_features[pairs],
+                    instance_features[num_rois:],
+                    pooled_regions[pairs],
+                    pooled[num_rois:],
+                    batch.region_labels[pairs],
+                    normalizers.pairs,
+                )
+        return TrainOutput(losses, stats, tuple(keys) if keys else None)
+
+    def _localization_losses(
+        self, pooled: Tensor, rois: SampledRoIs, normalizers: Normalizers
+    ) -> dict[str, Tensor]:
+        """L_loc on the positives, for the box of their own class, and L_obj on all RoIs."""
+        count = normalizers.images * self.roi_config.samples
+        features = self.localization.sub_network(pooled)
+        is_object = rois.labels < self.num_classes
+        positive = torch.nonzero(is_object).squeeze(1)
+        deltas = self.localization.deltas(features[positive])
+        own = rois.labels[positive].clamp(max=deltas.shape[1] - 1)
+        losses = {"box": l1_loss(deltas[torch.arange(len(own), device=own.device), own], rois.targets, count)}
+        if self.localization.fc_objectness is not None:
+            logits = self.localization.fc_objectness(features).squeeze(1)
+            losses["objectness"] = objectness_loss(logits, is_object, count)
+        return losses
+
+    @torch.no_grad()
+    def predict(self, images: Sequence[Tensor]) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """Of each image, as it is given: RoIs [n,4], scores [n,C] and box deltas [n, C or 1, 4].
+
+        The score is the class probability, times the objectness where there is one (section III-B.5).
+        """
+        sizes = [tuple(image.shape[1:]) for image in images]
+        features = self.backbone(images)
+        proposals = self.rpn.propose(*self.rpn(features), sizes)
+        counts = [len(boxes) for boxes in proposals]
+        rows = torch.arange(len(images), device=features[0].device)
+        rows = rows.repeat_interleave(torch.tensor(counts, device=rows.device))
+        pooled = self.roi_align(features, torch.cat(proposals), rows)
+        scores = self.classification_loss.scores(
+            self.classification.fc_cls(self.classification.sub_network(pooled))
+        )
+        localized = self.localization.sub_network(pooled)
+        if self.localization.fc_objectness is not None:
+            scores = scores * at_least_float32(self.localization.fc_objectness(localized)).sigmoid()
+        deltas = self.localization.deltas(localized)
+        return list(zip(proposals, scores.split(counts), deltas.split(counts)))
+
+    @torch.no_grad()
+    def detect(self, images: Sequence[Tensor]) -> list[Detections]:
+        """Detects objects in uint8 RGB images [3,H,W] of any sizes, resized as `test_config` says.
+
+        Returns the detections of each image, boxes in pixels of the image that was given.
+        """
+        resized = self.resize(images)
+        detections = []
+        for image, small, prediction in zip(images, resized, self.predict(resized)):
+            found = select_detections(*prediction, tuple(small.shape[1:]), self.test_config)
+            detections.append(Detections(found.boxes * _scale(small, image), found.scores, found.labels))
+        return detections
+
+    @torch.no_grad()
+    def rank_first(self, images: Sequence[Tensor], labels: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """The box [4] and score [] of each image's own label that rank first over all RoIs (section IV-A.3).
+
+        No score threshold and no limit of detections: tail categories score low but rank well. Images and boxes
+        as for `detect`; a box is NaN where the image has no RoI.
+        """
+        resized = self.resize(images)
+        found = []
+        for image, small, label, (rois, scores, deltas) in zip(
+            images, resized, labels, self.predict(resized)
+        ):
+            if len(rois) == 0:
+                found.append((rois.new_full((4,), torch.nan), rois.new_zeros(())))
+                continue
+            score, first = scores[:, label].max(dim=0)
+            moved = box_ops.decode(
+                rois[first], deltas[first, label.clamp(max=deltas.shape[1] - 1)], box_ops.ROI_STDS
+            )
+            found.append((box_ops.clip(moved, tuple(small.shape[1:])) * _scale(small, image), score))
+        return found
+
+    def resize(self, images: Sequence[Tensor]) -> list[Tensor]:
+        """Images with the shorter side at `short_side` and the longer at most `max_size`, on the model's device."""
+        device = self.backbone.mean.device
+        resized = []
+        for image in images:
+            height, width = image.shape[1:]
+            scale = min(
+                self.test_config.short_side / min(height, width),
+                self.test_config.max_size / max(height, width),
+            )
+            size = [max(1, int(side * scale + 0.5)) for side in (height, width)]
+            image = image.to(device)
+            resized.append(image if size == [height, width] else resize(image, size, antialias=True))
+        return resized
+
+
+def _scale(resized: Tensor, original: Tensor) -> Tensor:
+    """Factors [4] from pixels of the resized image to pixels of the original."""
+    height, width = (before / after for before, after in zip(original.shape[1:], resized.shape[1:]))
+    return torch.tensor([width, height, width, height], device=resized.device)

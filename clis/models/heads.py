@@ -1,0 +1,51 @@
+"""The sub-networks of the tasks: two hidden layers each, and the last layers that predict."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from clis.losses import at_least_float32
+
+
+class TwoFC(nn.Module):
+    """The paper's 2fc: pooled features [N, channels, 7, 7] to [N,D], ReLU after both layers."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(inputs, outputs), nn.Linear(outputs, outputs)
+        for layer in (self.fc1, self.fc2):
+            nn.init.xavier_uniform_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, pooled: Tensor) -> Tensor:
+        return self.fc2(self.fc1(pooled.flatten(1)).relu_()).relu_()
+
+
+def _last(inputs: int, outputs: int, std: float) -> nn.Linear:
+    layer = nn.Linear(inputs, outputs)
+    nn.init.normal_(layer.weight, std=std)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+class ClassificationHead(nn.Module):
+    """2fc + fc-incls (or fc-imcls): features for the projection MLP, and logits."""
+
+    def __init__(self, sub_network: TwoFC, num_logits: int) -> None:
+        super().__init__()
+        self.sub_network = sub_network
+        self.fc_cls = _last(sub_network.fc2.out_features, num_logits, std=0.01)
+
+
+class LocalizationHead(nn.Module):
+    """2fc + fc-loc: box deltas of `num_boxes` boxes (C, or 1 if class-agnostic), and objectness if there is one."""
+
+    def __init__(self, sub_network: TwoFC, num_boxes: int, objectness: bool) -> None:
+        super().__init__()
+        self.sub_network = sub_network
+        self.fc_box = _last(sub_network.fc2.out_features, 4 * num_boxes, std=0.001)
+        self.fc_objectness = _last(sub_network.fc2.out_features, 1, std=0.01) if objectness else None
+
+    def deltas(self, features: Tensor) -> Tensor:
+        """[N, num_boxes, 4] of features [N,D]."""
+        return at_least_float32(self.fc_box(features).unflatten(1, (-1, 4)))

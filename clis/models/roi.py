@@ -1,0 +1,115 @@
+"""Regions of interest: sampling with targets, RoIAlign over the pyramid, detections from scores and deltas."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torchvision.ops import box_iou, roi_align
+
+from clis import boxes as box_ops
+from clis.config import RoIConfig, TestConfig
+from clis.models.backbone import STRIDES
+
+
+@dataclass(frozen=True)
+class SampledRoIs:
+    """N RoIs of a batch with their targets; of each image the positives come first."""
+
+    boxes: Tensor
+    """[N,4]."""
+    images: Tensor
+    """int64 [N], row of the batch."""
+    labels: Tensor
+    """int64 [N], background is C."""
+    targets: Tensor
+    """[P,4] deltas of the positives alone, in the order of `torch.nonzero(labels < C)`."""
+
+
+@torch.no_grad()
+def sample_rois(
+    proposals: Sequence[Tensor],
+    boxes: Sequence[Tensor],
+    labels: Sequence[Tensor],
+    config: RoIConfig,
+    num_classes: int,
+    generators: Sequence[torch.Generator],
+) -> SampledRoIs:
+    """Samples RoIs of each image from its proposals [n,4] and ground truth [G,4], which is added to them."""
+    rois, images, roi_labels, targets = [], [], [], []
+    for image, (proposal, truth, label, generator) in enumerate(zip(proposals, boxes, labels, generators)):
+        candidates = torch.cat([truth, proposal])
+        iou = box_iou(truth, candidates)
+        matches = box_ops.match(iou, config.positive_iou, config.positive_iou, low_quality=False)
+        positive, negative = box_ops.sample(matches, config.samples, config.positive_fraction, generator)
+        matched = matches[positive]
+        rois.append(candidates[torch.cat([positive, negative])])
+        images.append(torch.full((len(rois[-1]),), image, device=truth.device))
+        roi_labels.append(torch.cat([label[matched], torch.full_like(negative, num_classes)]))
+        targets.append(box_ops.encode(candidates[positive], truth[matched], box_ops.ROI_STDS))
+    return SampledRoIs(torch.cat(rois), torch.cat(images), torch.cat(roi_labels), torch.cat(targets))
+
+
+class RoIPooler(nn.Module):
+    """RoIAlign from the pyramid level that fits each box: floor(log2(sqrt(area) / finest_scale + 1e-6)), P2-P5."""
+
+    def __init__(self, config: RoIConfig) -> None:
+        super().__init__()
+        self.config = config
+
+    def levels(self, boxes: Tensor) -> Tensor:
+        """Level 0..3 (P2..P5) of each box, int64 [N]."""
+        side = ((boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])).clamp(min=0).sqrt()
+        return torch.log2(side / self.config.finest_scale + 1e-6).floor().clamp(0, 3).long()
+
+    def forward(self, features: Sequence[Tensor], boxes: Tensor, images: Tensor) -> Tensor:
+        """Pooled features [N, channels, pool_size, pool_size] of boxes [N,4] on rows `images` int64 [N]."""
+        size = self.config.pool_size
+        levels = self.levels(boxes)
+        rois = torch.cat([images[:, None].to(boxes), boxes], dim=1).to(features[0].dtype)
+        pooled = features[0].new_zeros((len(boxes), features[0].shape[1], size, size))
+        for level, (feature, stride) in enumerate(zip(features[:4], STRIDES)):
+            index = torch.nonzero(levels == level).squeeze(1)
+            aligned = roi_align(
+                feature, rois[index], size, 1 / stride, self.config.sampling_ratio, self.config.aligned
+            )
+            pooled = pooled.index_put((index,), aligned)
+        return pooled
+
+
+@dataclass(frozen=True)
+class Detections:
+    """Detections of one image, best first."""
+
+    boxes: Tensor
+    """[n,4] xyxy in pixels of the image."""
+    scores: Tensor
+    """[n] in 0..1."""
+    labels: Tensor
+    """int64 [n]."""
+
+
+def select_detections(
+    rois: Tensor, scores: Tensor, deltas: Tensor, size: tuple[int, int], config: TestConfig
+) -> Detections:
+    """The `detections` best boxes above the score threshold after NMS within classes.
+
+    Args:
+        rois: [n,4].
+        scores: [n,C].
+        deltas: [n,C,4], or [n,1,4] where the boxes are class-agnostic.
+        size: height and width of the image.
+    """
+    num_classes, num_boxes = scores.shape[1], deltas.shape[1]
+
+    def candidates(index: Tensor) -> tuple[Tensor, Tensor]:
+        roi, label = index // num_classes, index % num_classes
+        moved = box_ops.decode(rois[roi], deltas[roi, label.clamp(max=num_boxes - 1)], box_ops.ROI_STDS)
+        return box_ops.clip(moved, size), label
+
+    flat = scores.flatten()
+    kept = box_ops.nms_top_k(flat, candidates, config.nms_iou, config.detections, config.score_threshold)
+    boxes, labels = candidates(kept)
+    return Detections(boxes, flat[kept], labels)
