@@ -1,10 +1,10 @@
 """CLIS: long-tailed object detection with image-level supervision (arXiv 2210.05568), in pure PyTorch.
 
-Conventions of the whole package: boxes are xyxy in absolute pixels of the tensor that they belong to, float32;
-labels are 0..C-1, background is C; images are uint8 RGB [3,H,W] and are normalised in the model. Letters: B images,
-M mosaics, N RoIs, R regions, P pairs, C classes, K logits, D features, E embedding, Q queue. *Instance-level*
-and *image-level* are the two streams; a *region* is the pre-defined box of an image-level image; a *pair* is a
-region and its pasted copy.
+Conventions of the whole package: boxes are xyxy in absolute pixels of the tensor that they belong to,
+float32; labels are 0..C-1, background is C; images are uint8 RGB [3,H,W] and are normalised in the model.
+Letters: B images, M mosaics, N RoIs, R regions, P pairs, C classes, K logits, D features, E embedding, Q
+queue. *Instance-level* and *image-level* are the two streams; a *region* is the pre-defined box of an
+image-level image; a *pair* is a region and its pasted copy.
 """
 
 from __future__ import annotations
@@ -32,7 +32,16 @@ _HOME = {
     "load_detector": "clis.engine.checkpoint",
 }
 
-__all__ = list(_HOME)
+__all__ = [
+    "CLISDetector",
+    "Config",
+    "Detections",
+    "build_model",
+    "evaluate",
+    "load_annotations",
+    "load_config",
+    "load_detector",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""Boxes as tensors: encode, decode, match, sample, and exact top-k NMS. All boxes are xyxy in absolute pixels."""
+"""Boxes as tensors (xyxy, absolute pixels): encode, decode, match, sample, and exact top-k NMS."""
 
 from __future__ import annotations
 
@@ -46,9 +46,9 @@ def clip(boxes: Tensor, size: tuple[int, int]) -> Tensor:
 def match(iou: Tensor, positive_iou: float, negative_iou: float, low_quality: bool) -> Tensor:
     """Ground truth of each box, from `iou` [G,N]: an index 0..G-1, `NEGATIVE` or `IGNORED`; int64 [N].
 
-    A box takes the ground truth of its highest IoU if that is at least `positive_iou`, and is negative below
-    `negative_iou`. With `low_quality`, the boxes that reach a ground truth's highest IoU belong to it as well,
-    if that is at least `negative_iou`. Source: mmdetection 3.3, MaxIoUAssigner.
+    A box takes the ground truth of its highest IoU if that is at least `positive_iou`, and is negative
+    below `negative_iou`. With `low_quality`, the boxes that reach a ground truth's highest IoU belong to it
+    as well, if that is at least `negative_iou`. Source: mmdetection 3.3, MaxIoUAssigner.
     """
     num_truths, num_boxes = iou.shape
     if num_truths == 0:
@@ -68,7 +68,7 @@ def match(iou: Tensor, positive_iou: float, negative_iou: float, low_quality: bo
 def sample(
     matches: Tensor, samples: int, positive_fraction: float, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """Indices of randomly chosen positives (at most their fraction) and of negatives that fill up to `samples`.
+    """Indices of randomly chosen positives (up to their fraction), and of negatives up to `samples` in all.
 
     `matches` is int64 [N] as from `match`; `generator` is on the CPU, so that the draw is a function of the
     item's seed whatever the device.
@@ -96,8 +96,8 @@ def nms_top_k(
 ) -> Tensor:
     """The first `k` survivors of NMS over all candidates, exactly, without looking at most of them.
 
-    Whether a candidate survives depends only on those before it, so the survivors among the top K are survivors
-    among all. We take K, suppress, and double K until `k` survive or no candidate is left.
+    Whether a candidate survives depends only on those before it, so the survivors among the top K are
+    survivors among all. We take K, suppress, and double K until `k` survive or no candidate is left.
 
     Args:
         scores: float [N]. The order is total: score descending, then index ascending.

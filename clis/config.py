@@ -1,4 +1,4 @@
-"""The configuration: frozen dataclasses whose defaults are the paper's recipe (arXiv 2210.05568, section IV-A).
+"""The configuration: frozen dataclasses whose defaults are the paper's recipe (arXiv 2210.05568, IV-A).
 
 A YAML file names only what differs; `base:` names one parent file; `key.path=value` overrides come last. Keys
 are strict: an unknown one is an error that names the nearest.
@@ -12,7 +12,7 @@ import difflib
 import os
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -30,7 +30,7 @@ class BackboneConfig:
     """``folded``: batch norm with fixed statistics and trainable affine, folded into the convolution;
     ``frozen``: the same with a fixed affine; ``group``: group norm, for training from random weights."""
     trainable_layers: int = 3
-    """How many of (conv1, layer1, ..., layer4), counted from the top, are trained: 3 freezes stem and layer1."""
+    """How many of (conv1, layer1, ..., layer4), from the top, are trained: 3 freezes stem and layer1."""
     weights: str | None = None
     """A torchvision ResNet state dict, relative to `data.root`; null is random weights."""
     download: bool = False
@@ -89,11 +89,11 @@ class CLISConfig:
     """The parts of CLIS (section III). All off, with s = t = 0, is a plain Faster R-CNN."""
 
     task_specialized: bool = True
-    """TSS: the localization task has a sub-network of its own; off, it shares the classification task's 2fc."""
+    """TSS: the localization task has a sub-network of its own; off, it shares classification's 2fc."""
     objectness: bool = True
     """L_obj on the localization sub-network, multiplied into the score at inference."""
     s: int = 16
-    """Image-level images to one instance-level image, a multiple of 4; 0 is no image-level supervision (w/o ILS)."""
+    """Image-level images to one instance-level image, a multiple of 4; 0 is without them (w/o ILS)."""
     t: int = 2
     """Instances pasted into each instance-level image, t <= s; 0 is no pasting."""
     siamese: bool = True
@@ -111,8 +111,8 @@ class CLISConfig:
     temperature: float = 0.2
     """tau of Eq. 1."""
     pasted_view: Literal["online", "momentum"] = "online"
-    """Whether f_d has a gradient or comes from the momentum copy; the latter has one MLP for both tasks, since
-    the instance task's own would never learn."""
+    """Whether f_d has a gradient or comes from the momentum copy; the latter has one MLP for both tasks,
+    since the instance task's own would never learn."""
     mask_same_class: bool = False
     """Leave keys of the query's class out of the negatives; Eq. 1 keeps them."""
 
@@ -281,20 +281,21 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Reads a YAML config with its parents and applies `key.path=value` overrides.
 
     A relative `base` and a relative `regions.detector` in a file are relative to that file; in an override
-    `regions.detector` is relative to the working folder. `data.root` and `output` are resolved.
+    `regions.detector` is relative to the working folder, as is `data.root` everywhere. `data.root` is made
+    absolute, and `output` is filled in.
 
     Raises:
-        FileNotFoundError: there is no such config.
-        ValueError: an unknown key, a value of the wrong type, or settings that contradict each other.
+        FileNotFoundError: there is no such config, or no such base.
+        ValueError: not a mapping of sections, an unknown key, a value of the wrong type, or settings that
+            contradict each other.
     """
     path = Path(path)
-    values = _read_with_parents(path, ())
-    values = merge_overrides(values, overrides)
+    values = merge_overrides(_read_with_parents(path, ()), overrides)
     values.setdefault("output", str(_run_folder(path)))
-    data = values.setdefault("data", {})
-    root = data.get("root") or os.environ.get("CLIS_DATA") or "data"
-    data["root"] = str(Path(str(root)).expanduser().resolve())
-    return config_from_dict(values, source=str(path))
+    config = config_from_dict(values, source=str(path))
+    root = config.data.root or os.environ.get("CLIS_DATA") or "data"
+    data = dataclasses.replace(config.data, root=str(Path(root).expanduser().resolve()))
+    return dataclasses.replace(config, data=data)
 
 
 def config_from_dict(values: Mapping[str, Any], source: str = "config") -> Config:
@@ -325,7 +326,13 @@ def config_differences(a: Config, b: Config) -> list[str]:
 
 
 def merge_overrides(values: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """Nested values with `key.path=value` overrides applied; the values are read as YAML."""
+    """Nested values with `key.path=value` overrides applied; the values are read as YAML.
+
+    A mapping (`data={workers: 0}`) changes the keys that it names and leaves the section's others alone.
+
+    Raises:
+        ValueError: an override of another form, or one that leads through a value.
+    """
     merged = copy.deepcopy(dict(values))
     for override in overrides:
         _apply_override(merged, override)
@@ -335,14 +342,17 @@ def merge_overrides(values: Mapping[str, Any], overrides: Sequence[str]) -> dict
 def read_yaml(path: Path) -> dict[str, Any]:
     """The mapping in one YAML file, without its parents; an empty file is an empty mapping."""
     try:
-        values = yaml.safe_load(path.read_text())
+        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_StrictLoader)
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: no such config") from None
     except yaml.YAMLError as error:
         raise ValueError(f"{path}: not valid YAML: {error}") from None
     values = {} if values is None else values
     if not isinstance(values, dict):
-        raise ValueError(f"{path}: a config is a mapping of sections, not {type(values).__name__}")
+        raise ValueError(
+            f"{path}: a config is a mapping of sections, e.g. `train: {{steps: 100}}`, "
+            f"not a {type(values).__name__}"
+        )
     return values
 
 
@@ -354,17 +364,35 @@ def data_path(config: Config, relative: str) -> Path:
 # ---------------------------------------------------------------------------------------------------------
 
 
+class _StrictLoader(yaml.SafeLoader):
+    """Refuses a key that is there twice, of which YAML readers silently keep the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key.value in seen:
+                problem = f"{key.value} is there twice; join them"
+                raise yaml.constructor.ConstructorError(problem=problem, problem_mark=key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
 def _read_with_parents(path: Path, children: tuple[Path, ...]) -> dict[str, Any]:
     if path.resolve() in children:
-        raise ValueError(f"{path}: `base:` leads back to this file")
+        raise ValueError(f"{children[-1]}: `base: {path.name}` leads back to itself")
     values = read_yaml(path)
-    detector = values.get("regions", {}).get("detector") if isinstance(values.get("regions"), dict) else None
-    if isinstance(detector, str):
-        values["regions"]["detector"] = str(path.parent / detector)
+    regions = values.get("regions")
+    if isinstance(regions, dict) and isinstance(regions.get("detector"), str):
+        regions["detector"] = str(path.parent / regions["detector"])
     base = values.pop("base", None)
     if base is None:
         return values
-    return _merge(_read_with_parents(path.parent / base, (*children, path.resolve())), values)
+    if not isinstance(base, str):
+        raise ValueError(f"{path}: `base:` names one file, not {base!r}")
+    parent = path.parent / base
+    if not parent.is_file():
+        raise FileNotFoundError(f"{path}: `base: {base}` names {parent}, which does not exist")
+    return _merge(_read_with_parents(parent, (*children, path.resolve())), values)
 
 
 def _merge(parent: dict[str, Any], child: dict[str, Any]) -> dict[str, Any]:
@@ -377,18 +405,18 @@ def _merge(parent: dict[str, Any], child: dict[str, Any]) -> dict[str, Any]:
 
 def _apply_override(values: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
-    if not equals:
-        raise ValueError(f"override {override!r}: write it as key.path=value")
     *sections, name = key.strip().split(".")
+    if not (equals and all(sections) and name):
+        raise ValueError(f"override {override!r}: write it as key.path=value, e.g. train.steps=100")
     for section in sections:
-        inner = values.setdefault(section, {})
-        if not isinstance(inner, dict):
+        values = values.setdefault(section, {})
+        if not isinstance(values, dict):
             raise ValueError(f"override {override!r}: {section} is a value, not a section")
-        values = inner
     try:
-        values[name] = yaml.safe_load(text)
+        value = yaml.safe_load(text)
     except yaml.YAMLError:
-        values[name] = text
+        value = text
+    values.update(_merge(values, {name: value}))
 
 
 def _run_folder(path: Path) -> Path:
@@ -399,16 +427,34 @@ def _run_folder(path: Path) -> Path:
 
 def _build(cls: type, values: Any, prefix: str) -> Any:
     if not isinstance(values, Mapping):
-        raise ValueError(f"{prefix.rstrip('.')}: a section of keys is needed, not {values!r}")
+        found = "nothing" if values is None else repr(values)
+        raise ValueError(f"{prefix.rstrip('.') or 'config'}: a section of keys is needed, not {found}")
     hints = typing.get_type_hints(cls)
     arguments = {}
     for key, value in values.items():
         if key not in hints:
-            near = difflib.get_close_matches(str(key), hints, n=1, cutoff=0.4)
-            hint = f"; did you mean {prefix}{near[0]}?" if near else f"; known: {', '.join(hints)}"
-            raise ValueError(f"unknown key {prefix}{key}{hint}")
+            raise ValueError(f"unknown key {prefix}{key}; {_nearest(str(key), prefix, hints)}")
         arguments[key] = _convert(value, hints[key], f"{prefix}{key}")
     return cls(**arguments)
+
+
+def _nearest(key: str, prefix: str, siblings: Mapping[str, Any]) -> str:
+    """What may have been meant: the key in another section, a like one in this section, or any of this."""
+    elsewhere = [dotted for dotted in _known_keys(Config) if dotted.split(".")[-1] == key]
+    like = difflib.get_close_matches(key, siblings, n=1, cutoff=0.6)
+    meant = elsewhere or [f"{prefix}{name}" for name in like]
+    return f"did you mean {' or '.join(meant)}?" if meant else f"known: {', '.join(siblings)}"
+
+
+def _known_keys(cls: type, prefix: str = "") -> Iterator[str]:
+    """Dotted names of all sections and keys."""
+    for key, hint in typing.get_type_hints(cls).items():
+        yield f"{prefix}{key}"
+        if dataclasses.is_dataclass(hint):
+            yield from _known_keys(hint, f"{prefix}{key}.")
+
+
+_TYPE_NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
 
 
 def _convert(value: Any, hint: Any, where: str) -> Any:
@@ -417,9 +463,8 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
         return _build(hint, value, f"{where}.")
     origin, options = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
-        return (
-            None if value is None else _convert(value, next(o for o in options if o is not type(None)), where)
-        )
+        (some,) = (option for option in options if option is not type(None))
+        return None if value is None else _convert(value, some, where)
     if origin is Literal:
         if value not in options:
             raise ValueError(f"{where}: {value!r} is not one of {', '.join(map(repr, options))}")
@@ -433,14 +478,14 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
             pass
     elif isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
         return value
-    raise ValueError(f"{where}: {value!r} is not of type {hint.__name__}")
+    raise ValueError(f"{where}: {_TYPE_NAMES[hint]} is needed, not {value!r}")
 
 
 def _convert_tuple(value: Any, options: tuple[Any, ...], where: str) -> tuple[Any, ...]:
     if isinstance(value, (str, int, float)):
         value = (value,)
     if not isinstance(value, (list, tuple)):
-        raise ValueError(f"{where}: a list is needed, not {value!r}")
+        raise ValueError(f"{where}: a list is needed, e.g. [a, b], not {value!r}")
     if options[-1] is not Ellipsis and len(value) != len(options):
         raise ValueError(f"{where}: {len(options)} values are needed, not {list(value)!r}")
     return tuple(_convert(item, options[0], where) for item in value)
@@ -455,50 +500,66 @@ def _plain(value: Any) -> Any:
 def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in values.items():
-        flat.update(
-            _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-        )
+        dotted = f"{prefix}{key}"
+        flat |= _flatten(value, f"{dotted}.") if isinstance(value, dict) else {dotted: value}
     return flat
 
 
 def _check(config: Config) -> None:
-    """Settings that contradict each other or cannot work."""
-    clis, train, optim, data = config.clis, config.train, config.optim, config.data
-    backbone, rpn, roi, test = config.model.backbone, config.model.rpn, config.model.roi, config.test
-    for wrong, message in (
-        (clis.s < 0 or clis.s % 4, f"clis.s={clis.s}: a multiple of 4, for a mosaic holds four images"),
-        (not 0 <= clis.t <= clis.s, f"clis.t={clis.t}: between 0 and clis.s={clis.s}"),
-        (
-            clis.contrastive and clis.t == 0,
-            "clis.contrastive=true needs pasted pairs: set clis.t above 0 or clis.contrastive=false",
-        ),
-        (clis.queue_size < 1, f"clis.queue_size={clis.queue_size}: at least 1"),
-        (not 0 <= clis.momentum <= 1, f"clis.momentum={clis.momentum}: between 0 and 1"),
-        (clis.temperature <= 0, f"clis.temperature={clis.temperature}: above 0"),
-        (not 0 <= backbone.trainable_layers <= 5, "model.backbone.trainable_layers: between 0 and 5"),
-        (
-            backbone.norm == "group" and backbone.width % 16,
-            f"model.backbone.width={backbone.width}: a multiple of 16 with group norm",
-        ),
-        (
-            backbone.norm == "group" and backbone.weights,
-            "model.backbone.weights are batch-norm weights: set model.backbone.norm=folded or weights=null",
-        ),
-        (min(rpn.samples, roi.samples, rpn.proposals) < 1, "model: samples and proposals are at least 1"),
-        (
-            min(train.steps, train.images_per_step, train.images_per_process) < 1,
-            "train: steps, images_per_step and images_per_process are at least 1",
-        ),
-        (min(train.log_every, train.save_every, train.keep_last) < 1, "train: log_every, save_every, keep_last >= 1"),
-        (
-            not 0 <= config.train.seed < 2**31,
-            f"train.seed={train.seed}: between 0 and 2**31 - 1",
-        ),
-        (optim.lr <= 0, f"optim.lr={optim.lr}: above 0"),
-        (data.workers < 0, f"data.workers={data.workers}: at least 0"),
-        (not data.short_sides, "data.short_sides: at least one size"),
-        (clis.s > 0 and not data.image_level, "clis.s > 0 needs data.image_level folders, or set clis.s=0"),
-        (min(test.images_per_batch, config.regions.images_per_batch) < 1, "images_per_batch: at least 1"),
-    ):  # fmt: skip
-        if wrong:
+    """Raises `ValueError` for settings that contradict each other or cannot work.
+
+    A rule says what must hold, so that a NaN breaks it too.
+    """
+    for right, message in (*_model_rules(config), *_data_rules(config), *_run_rules(config)):
+        if not right:
             raise ValueError(message)
+
+
+def _model_rules(config: Config) -> Iterator[tuple[Any, str]]:
+    clis, backbone, rpn, roi = config.clis, config.model.backbone, config.model.rpn, config.model.roi
+    yield clis.s >= 0 and clis.s % 4 == 0, f"clis.s={clis.s}: a multiple of 4, for a mosaic holds four images"
+    yield 0 <= clis.t <= clis.s, f"clis.t={clis.t}: between 0 and clis.s={clis.s}"
+    yield (
+        clis.t > 0 or not clis.contrastive,
+        "clis.contrastive=true needs pasted pairs: set clis.t above 0 or clis.contrastive=false",
+    )
+    yield clis.queue_size >= 1, f"clis.queue_size={clis.queue_size}: at least 1"
+    yield 0 <= clis.momentum <= 1, f"clis.momentum={clis.momentum}: between 0 and 1"
+    yield clis.temperature > 0, f"clis.temperature={clis.temperature}: above 0"
+    yield 0 <= backbone.trainable_layers <= 5, "model.backbone.trainable_layers: between 0 and 5"
+    if backbone.norm == "group":
+        yield (
+            backbone.width % 16 == 0,
+            f"model.backbone.width={backbone.width}: a multiple of 16 with group norm",
+        )
+        yield (
+            backbone.weights is None,
+            "model.backbone.weights are batch-norm weights: set model.backbone.norm=folded or weights=null",
+        )
+    yield min(rpn.samples, roi.samples, rpn.proposals) >= 1, "model: samples and proposals are at least 1"
+
+
+def _data_rules(config: Config) -> Iterator[tuple[Any, str]]:
+    data = config.data
+    yield data.short_sides and min(data.short_sides) >= 1, "data.short_sides: at least one size, above 0"
+    yield (
+        data.image_level or config.clis.s == 0,
+        "clis.s > 0 needs data.image_level folders, or set clis.s=0",
+    )
+    yield data.mosaic_size > 0 and data.mosaic_size % 2 == 0, f"data.mosaic_size={data.mosaic_size}: even"
+    for name in ("flip", "cutout", "paste_max_cover"):
+        yield 0 <= getattr(data, name) <= 1, f"data.{name}={getattr(data, name)}: between 0 and 1"
+    for name in ("mosaic_scale", "cutout_size", "paste_size"):
+        low, high = getattr(data, name)
+        yield 0 < low <= high, f"data.{name}=[{low:g}, {high:g}]: lower bound above 0, then upper bound"
+    yield data.workers >= 0, f"data.workers={data.workers}: at least 0"
+
+
+def _run_rules(config: Config) -> Iterator[tuple[Any, str]]:
+    train, optim = config.train, config.optim
+    for name in ("steps", "images_per_step", "images_per_process", "log_every", "save_every", "keep_last"):
+        yield getattr(train, name) >= 1, f"train.{name}={getattr(train, name)}: at least 1"
+    yield 0 <= train.seed < 2**31, f"train.seed={train.seed}: between 0 and 2**31 - 1"
+    yield optim.lr > 0, f"optim.lr={optim.lr}: above 0"
+    yield config.test.images_per_batch >= 1, "test.images_per_batch: at least 1"
+    yield config.regions.images_per_batch >= 1, "regions.images_per_batch: at least 1"

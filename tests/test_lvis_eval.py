@@ -18,6 +18,8 @@ from pycocotools.cocoeval import COCOeval
 from clis.data.annotations import Annotations, Category
 from clis.engine.lvis_eval import METRICS, Detections, accumulate, evaluate, format_table
 
+pytestmark = pytest.mark.filterwarnings("ignore:The 'warn' method is deprecated")  # in lvis/results.py
+
 
 def annotations_of(data: dict) -> Annotations:
     """Pack an LVIS-form or COCO-form dict as the loader does."""
@@ -235,6 +237,24 @@ def test_federated_lists_decide_what_a_false_positive_is() -> None:
     for image in exhaustive["images"]:
         del image["neg_category_ids"], image["not_exhaustive_category_ids"]
     assert evaluate(annotations_of(exhaustive), rows)["AP"] == pytest.approx(34 / 2 / 101)
+
+
+def test_of_two_boxes_with_the_same_iou_the_later_is_taken(tmp_path: Path) -> None:
+    # The first detection lies halfway between the two boxes, IoU 90 / 110 with both. The second is the box of
+    # the earlier one, IoU 80 / 120 with the later: right at every threshold only if the earlier is free.
+    data = hand_made()
+    data["annotations"] = [
+        {"id": i, "image_id": 10, "category_id": 1, "bbox": [x, 0, 100, 100], "area": 10000}
+        for i, x in ((1, 0), (2, 20))
+    ]
+    rows = [
+        {"image_id": 10, "category_id": 1, "bbox": [x, 0, 100, 100], "score": score}
+        for x, score in ((10, 0.9), (0, 0.8))
+    ]
+    curves = accumulate(annotations_of(data), detections_of(rows))
+    assert curves.recall[:, 0, 0].tolist() == [1.0] * 7 + [0.5] * 3  # 90 / 110 = 0.82
+    reference = lvis_reference(data, rows, 300, tmp_path)
+    np.testing.assert_array_equal(curves.recall, reference.eval["recall"])
 
 
 def test_class_ap_tells_absent_from_missed() -> None:

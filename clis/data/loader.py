@@ -181,7 +181,7 @@ class TwoStreamDataset(Dataset[Sample]):
     def _mosaics(
         self, sources: list[tuple[int, Tensor]], generator: np.random.Generator
     ) -> tuple[Tensor, Tensor, np.ndarray]:
-        """Mosaics uint8 [s/4,3,S,S], every source's region in its mosaic [s,4], and whether it was kept [s]."""
+        """Mosaics uint8 [s/4,3,S,S], each source's region in its mosaic [s,4], and whether it was kept [s]."""
         size = self.data.mosaic_size
         canvases, regions, kept = (
             [torch.zeros(0, 3, size, size, dtype=torch.uint8)],

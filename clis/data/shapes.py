@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -56,6 +57,11 @@ class ShapesSpec:
     image_level_object_size: tuple[float, float] = (0.5, 0.8)
     """As `object_size`, for the one object of an image-level image."""
 
+    @property
+    def num_images(self) -> int:
+        """All images, of the three kinds together."""
+        return self.train_images + self.val_images + len(CLASSES) * self.image_level_per_class
+
     def __post_init__(self) -> None:
         if self.seed < 0:
             raise ValueError(f"ShapesSpec.seed is {self.seed}; use a non-negative integer")
@@ -95,18 +101,18 @@ class ShapesSpec:
 
 
 def _regular(x: np.ndarray, y: np.ndarray, corners: int, radius: float) -> np.ndarray:
-    normals = (2 * np.arange(corners) + 1) * np.pi / corners  # of the edges, from upwards
-    beyond = [np.sin(angle) * x - np.cos(angle) * y for angle in normals.tolist()]
-    return radius * np.cos(np.pi / corners) - np.maximum.reduce(beyond)
+    normals = [(2 * k + 1) * math.pi / corners for k in range(corners)]  # of the edges, from upwards
+    beyond = [math.sin(angle) * x - math.cos(angle) * y for angle in normals]
+    return radius * math.cos(math.pi / corners) - np.maximum.reduce(beyond)
 
 
 def _star(x: np.ndarray, y: np.ndarray, tip: float = 1.2, notch: float = 0.6) -> np.ndarray:
-    step = 2 * np.pi / 5
+    step = 2 * math.pi / 5
     from_tip = np.arctan2(x, -y)
     from_tip -= step * np.rint(from_tip / step)
     along, across = np.hypot(x, y) * np.cos(from_tip), np.hypot(x, y) * np.abs(np.sin(from_tip))
-    edge_along, edge_across = tip - notch * np.cos(step / 2), notch * np.sin(step / 2)
-    return (edge_across * (tip - along) - edge_along * across) / np.hypot(edge_along, edge_across)
+    edge_along, edge_across = tip - notch * math.cos(step / 2), notch * math.sin(step / 2)
+    return (edge_across * (tip - along) - edge_along * across) / math.hypot(edge_along, edge_across)
 
 
 def _cross(x: np.ndarray, y: np.ndarray) -> np.ndarray:
@@ -117,13 +123,13 @@ def _cross(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 def _heart(x: np.ndarray, y: np.ndarray, half: float = 0.82, middle: float = 0.08) -> np.ndarray:
     """A square on its corner, with a disk on each upper edge."""
     x, y = np.abs(x), y - middle
-    square = (half - x - np.abs(y)) / np.sqrt(2)
-    return np.maximum(square, half / np.sqrt(2) - np.hypot(x - half / 2, y + half / 2))
+    square = (half - x - np.abs(y)) / math.sqrt(2)
+    return np.maximum(square, half / math.sqrt(2) - np.hypot(x - half / 2, y + half / 2))
 
 
 def _arrow(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     x = np.abs(x)
-    head = np.minimum((1 + y - x) / np.sqrt(2), 0.08 - y)
+    head = np.minimum((1 + y - x) / math.sqrt(2), 0.08 - y)
     shaft = np.minimum(np.minimum(0.4 - x, 1 - y), y + 0.6)
     return np.maximum(head, shaft)
 
@@ -134,7 +140,7 @@ OUTLINES: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
     "pentagon": lambda x, y: _regular(x, y, 5, 1.08),
     "star": _star,
     "cross": _cross,
-    "ring": lambda x, y: np.minimum(1 - np.hypot(x, y), np.hypot(x, y) - 0.33),
+    "ring": lambda x, y: np.minimum(1 - np.hypot(x, y), np.hypot(x, y) - 0.38),
     "heart": _heart,
     "moon": lambda x, y: np.minimum(1 - np.hypot(x, y), np.hypot(x - 0.62, y) - 0.72),
     "arrow": _arrow,
@@ -415,10 +421,9 @@ def write_shapes(
     if _read_record(folder) == record:
         return
     unfinished = _claim_folder(folder)
-    total = spec.train_images + spec.val_images + len(CLASSES) * spec.image_level_per_class
     for done, _ in enumerate(_write_images(folder, spec), start=1):
         if progress is not None:
-            progress(done, total)
+            progress(done, spec.num_images)
     unfinished.write_text(json.dumps(record, indent=2) + "\n")
     os.replace(unfinished, folder / "shapes.json")
 
@@ -499,7 +504,7 @@ def _write_split(
         annotations += _annotation_entries(i + 1, len(annotations) + 1, labels, scene)
         _write_jpeg(folder / images[-1]["file_name"], scene.image)
         yield
-    content = {"categories": _category_entries(spec), "images": images, "annotations": annotations}
+    content = {"categories": category_entries(spec), "images": images, "annotations": annotations}
     (folder / f"{split}.json").write_text(json.dumps(content))
 
 
@@ -530,7 +535,7 @@ def _annotation_entries(image_id: int, first_id: int, labels: np.ndarray, scene:
     return entries
 
 
-def _category_entries(spec: ShapesSpec) -> list[dict]:
+def category_entries(spec: ShapesSpec) -> list[dict]:
     """The categories of both files; as in LVIS, counts and frequency are those of training."""
     entries = []
     for label, count in enumerate(train_image_counts(spec).tolist()):

@@ -80,7 +80,7 @@ def evaluate_detector(detector: CLISDetector, config: Config, folder: Path) -> d
 
 
 def run_detector(detector: CLISDetector, config: Config, annotations: Annotations) -> Detections:
-    """Detections of all images, gathered from all ranks, in the order of the images and best first in each."""
+    """Detections of all images, gathered from all ranks, in the order of the images, best first in each."""
     device = next(detector.parameters()).device
     read = functools.partial(_read, data_path(config, config.data.val_images), annotations.file_names)
     rows = range(rank(), len(annotations), world_size())

@@ -25,7 +25,7 @@ def say(text: str) -> None:
 
 
 class Progress:
-    """Rate and time left of a loop: one live line on a terminal, a plain line now and then otherwise; rank 0 only.
+    """Rate and time left of a loop, from rank 0: one live line on a terminal, plain lines otherwise.
 
     Use as a context manager and call `advance` as the work goes on.
     """

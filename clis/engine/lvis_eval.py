@@ -7,18 +7,16 @@ Shapes: T IoU thresholds, R recall points, C classes, A area ranges, D detection
 from __future__ import annotations
 
 import json
-import os
 import reprlib
 import zipfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
 
 import numpy as np
 
 from clis.data.annotations import Annotations, Category
+from clis.files import written_whole
 
 IOU_THRESHOLDS = np.linspace(0.5, 0.95, 10)
 RECALLS = np.linspace(0.0, 1.0, 101)
@@ -73,14 +71,14 @@ class Detections:
         """Write the columns to `path`, which must end in .npz; an interrupted save leaves no half file."""
         if Path(path).suffix != ".npz":
             raise ValueError(f"{path}: detections are saved as .npz; use to_json for an LVIS result file")
-        with _written_whole(Path(path)) as file:
-            np.savez(file, **{name: getattr(self, name) for name in _COLUMNS})
+        with written_whole(path) as temporary:
+            np.savez(temporary, **{name: getattr(self, name) for name in _COLUMNS})
 
     def to_json(self, path: str | Path) -> None:
         """Write an LVIS result file: a list of objects with image_id, category_id, bbox and score."""
         rows = zip(*(getattr(self, name).tolist() for name in _COLUMNS))
-        with _written_whole(Path(path)) as file:
-            file.write(json.dumps([dict(zip(_COLUMNS, row)) for row in rows]).encode())
+        with written_whole(path) as temporary:
+            temporary.write_text(json.dumps([dict(zip(_COLUMNS, row)) for row in rows]))
 
     @classmethod
     def load(cls, path: str | Path) -> Detections:
@@ -100,15 +98,6 @@ def _reject(bad: np.ndarray, problem: str, values: np.ndarray) -> None:
     if bad.any():
         row = int(bad.argmax())
         raise ValueError(f"row {row}: {problem}: {values[row].tolist()} ({bad.sum()} such rows)")
-
-
-@contextmanager
-def _written_whole(path: Path) -> Iterator[IO[bytes]]:
-    # An open file, because np.savez appends .npz to a name, also to a temporary one.
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        yield file
-    os.replace(temporary, path)
 
 
 def _read_npz(path: Path) -> dict[str, np.ndarray]:
@@ -191,8 +180,8 @@ def accumulate(annotations: Annotations, detections: Detections, max_detections:
     detections of a class that is neither annotated in the image nor known to be absent from it; unmatched
     detections of a class that is not exhaustively annotated in the image are ignored.
 
-    Other annotations are judged as pycocotools does (but for its limit, which is by image and class): every
-    image is exhaustive for every class, boxes without area stay, and a crowd absorbs any number of detections.
+    Other annotations are judged as pycocotools does, except that its limit is by image and class: every image
+    is exhaustive for every class, boxes without area stay, and a crowd absorbs any number of detections.
 
     Raises ValueError for image or category ids that the annotations do not hold.
     """
@@ -280,7 +269,7 @@ def _predictions(
         predictions = predictions[np.isin(_keys(predictions, annotations), judged)]
     partial = _pair_keys(annotations, annotations.not_exhaustive)
     predictions["excused"] = np.isin(_keys(predictions, annotations), partial)
-    return predictions[np.lexsort((-predictions["score"], predictions["image"], predictions["label"]))]
+    return predictions[np.lexsort((predictions["image"], predictions["label"]))]
 
 
 def _ranks(ids: np.ndarray, known: np.ndarray, what: str, path: str) -> np.ndarray:
@@ -319,7 +308,7 @@ def _has_area(rows: np.ndarray) -> np.ndarray:
 
 
 def _trim(predictions: np.ndarray, max_detections: int) -> np.ndarray:
-    """The highest scores of each image; among equal scores the earlier rows."""
+    """The highest scores of each image, in falling order; among equal scores the earlier rows."""
     predictions = predictions[np.lexsort((-predictions["score"], predictions["image"]))]
     image = predictions["image"]
     place = np.arange(len(image)) - np.searchsorted(image, image)
@@ -393,9 +382,11 @@ def _match_image(iou: np.ndarray, ignored: np.ndarray, crowd: np.ndarray) -> np.
     free = np.ones((len(ignored), len(thresholds), num_boxes), bool)
     chosen = np.full((*free.shape[:2], len(iou)), -1)
     for d in range(len(iou)):
-        priority = np.where(free & (iou[d] >= thresholds), rank_by_iou[d] + bonus, -1)
-        best = priority.argmax(axis=-1)
-        found = priority.max(axis=-1) >= 0
+        fits = free & (iou[d] >= thresholds)
+        if not fits.any():
+            continue
+        best = np.where(fits, rank_by_iou[d] + bonus, -1).argmax(axis=-1)
+        found = fits.any(axis=-1)
         chosen[found, d] = best[found]
         a, t = np.nonzero(found & ~crowd[best])
         free[a, t, best[a, t]] = False

@@ -17,7 +17,7 @@ def make_optimizer(model: nn.Module, config: Config) -> torch.optim.SGD:
 
 
 def learning_rate(step: int, optim: OptimConfig, images_per_step: int) -> float:
-    """Rate of step 0, 1, ...: linear warm-up, then a factor at each decay step, scaled to the global batch."""
+    """Rate of step 0, 1, ...: linear warm-up, a factor at each decay step, scaled to the global batch."""
     rate = optim.lr * images_per_step / optim.lr_images
     rate *= optim.decay_factor ** sum(step >= decay for decay in optim.decay_steps)
     if step < optim.warmup_steps:

@@ -23,7 +23,7 @@ from clis.config import (
     load_config,
     read_yaml,
 )
-from clis.data.annotations import Annotations, checked_for_training, load_annotations
+from clis.data.annotations import Annotations, load_annotations, select_training_boxes
 from clis.data.image_level import ImageLevelIndex, build_index, load_regions
 from clis.data.images import ImageError
 from clis.data.loader import Batch, MicroBatches, TwoStreamDataset, train_loader
@@ -53,13 +53,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     """The command ``train.py --config FILE [key=value ...]``, alone or under torchrun."""
     parser = argparse.ArgumentParser(
         prog="train.py",
-        description="Train a detector: everything its config needs is made first (benchmark, baseline, regions).",
+        description="Train a detector; what its config needs is made first (benchmark, baseline, regions).",
     )
     parser.add_argument("--config", required=True, help="e.g. configs/shapes/clis.yaml")
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value",
-        help="change the config, e.g. train.steps=100 output=runs/short. Overrides outside clis, loss and regions "
-        "also apply to the detector that finds the regions",
+        help="change the config, e.g. train.steps=100 output=runs/short. Overrides outside clis, loss and "
+        "regions also apply to the detector that finds the regions",
     )  # fmt: skip
     arguments = parser.parse_args(argv)
     config = load_config(arguments.config, arguments.overrides)
@@ -69,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def recipe(config: Config, name: str, overrides: Sequence[str], device: torch.device) -> None:
-    """Runs the stages that the config needs, in order, leaving out what is done; then prints the comparison."""
+    """Runs the stages that the config needs, leaving out what is done; then prints the comparison."""
     stages: list[tuple[str, Callable[[], None]]] = []
     if config.data.generate == "shapes":
         stages.append(("embedded benchmark", lambda: generate_shapes(data_path(config, "shapes"))))
@@ -129,25 +129,7 @@ def train(config: Config, folder: Path, device: torch.device) -> CLISDetector:
             data_time = time.monotonic() - began
 
             rate = learning_rate(step, config.optim, config.train.images_per_step)
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-            normalizers = count_normalizers(step_batches, config, device)
-            outputs = []
-            for number, batch in enumerate(step_batches, 1):
-                # gradients travel once a step, with the last micro-batch
-                with _gradients_local(network, number < accumulation), _autocast(config, device):
-                    output = network(batch, normalizers)
-                    total = sum(config.loss.weights[name] * loss for name, loss in output.losses.items())
-                    _check_finite(total, output, batch, step)
-                    scaler.scale(total).backward()
-                outputs.append(output)
-            if config.optim.clip_norm is not None:
-                scaler.unscale_(optimizer)
-                nn.utils.clip_grad_norm_(model.parameters(), config.optim.clip_norm)
-            scaler.step(optimizer)
-            scaler.update()
-            optimizer.zero_grad(set_to_none=True)
-            _update_momentum_copy(model, outputs)
+            outputs = train_step(network, model, optimizer, scaler, step_batches, rate, config)
 
             done = step + 1
             text = ""
@@ -166,6 +148,51 @@ def train(config: Config, folder: Path, device: torch.device) -> CLISDetector:
     return model
 
 
+def train_step(
+    network: nn.Module,
+    model: CLISDetector,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    batches: Sequence[Batch],
+    rate: float,
+    config: Config,
+) -> list[TrainOutput]:
+    """One step on this process's micro-batches: Eq. 2, backward, clip, step, momentum copy and queue.
+
+    Args:
+        network: the model, or DDP around it.
+        rate: the step's learning rate.
+
+    Returns:
+        What `CLISDetector.forward` gave for each micro-batch.
+
+    Raises:
+        FloatingPointError: a loss is NaN or infinite; names it and the images. No weight has changed.
+    """
+    device = batches[0].regions.device
+    normalizers = count_normalizers(batches, config, device)
+    outputs = []
+    for number, batch in enumerate(batches, 1):
+        # gradients travel between processes once a step, with the last micro-batch
+        with _gradients_local(network, number < len(batches)):
+            with _autocast(config, device):
+                output = network(batch, normalizers)
+            total = sum(config.loss.weights[name] * loss for name, loss in output.losses.items())
+            _check_finite(total, output, batch)
+            scaler.scale(total).backward()
+        outputs.append(output)
+    if config.optim.clip_norm is not None:
+        scaler.unscale_(optimizer)
+        nn.utils.clip_grad_norm_(model.parameters(), config.optim.clip_norm)
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+    _update_momentum_copy(model, outputs)
+    return outputs
+
+
 def make_streams(config: Config) -> tuple[Annotations, TwoStreamDataset, JointSampler]:
     """The two streams of training data, and which images each step draws from them.
 
@@ -174,9 +201,9 @@ def make_streams(config: Config) -> tuple[Annotations, TwoStreamDataset, JointSa
     """
     data, clis, seed = config.data, config.clis, config.train.seed
     annotations = load_annotations(data_path(config, data.train))
-    annotations, changes = checked_for_training(annotations, drop_invalid=data.drop_invalid)
+    annotations, changes = select_training_boxes(annotations, drop_invalid=data.drop_invalid)
     if any(changes.values()):
-        say(f"{annotations.path}: " + ", ".join(f"{count} boxes {what}" for what, count in changes.items()))
+        say(f"{annotations.path}: " + ", ".join(f"{count} {what} boxes" for what, count in changes.items()))
     index = regions = image_level_sampler = None
     if clis.s > 0:
         index = make_index(config, annotations)
@@ -251,7 +278,8 @@ def summarize_step(outputs: Sequence[TrainOutput], config: Config) -> dict[str, 
 def detector_config(config: Config, overrides: Sequence[str] = ()) -> Config | None:
     """The config of the detector that finds the regions, if the config names one by its config.
 
-    Overrides outside clis, loss and regions hold for it too. A run folder that was asked for holds its as well.
+    Overrides outside clis, loss and regions hold for it too. With ``output=FOLDER`` its run folder is
+    FOLDER/detector.
     """
     source = config.regions.detector
     if config.clis.s == 0 or config.regions.rule not in DETECTOR_RULES or source is None:
@@ -265,7 +293,7 @@ def detector_config(config: Config, overrides: Sequence[str] = ()) -> Config | N
 
 
 def find_regions(config: Config, device: torch.device, detector: Config | None = None) -> None:
-    """Makes the region file that the config names, if it is not there, by `detector` or `regions.detector`."""
+    """Makes the region file of the config, if it is not there, by `detector` or `regions.detector`."""
     path = regions_file(config)
     if path.exists():
         say(f"{path} is there already")
@@ -296,11 +324,12 @@ def regions_file(config: Config) -> Path:
 # ---------------------------------------------------------------------------------------------------------
 
 
-def generate_shapes(folder: Path, spec: ShapesSpec = ShapesSpec()) -> None:
+def generate_shapes(folder: Path, spec: ShapesSpec | None = None) -> None:
     """Writes the embedded benchmark, by rank 0, if it is not there."""
+    spec = spec or ShapesSpec()
     if is_main():
         with Progress(f"write {folder}", spec.num_images, unit="image") as progress:
-            write_shapes(folder, spec, progress.advance)
+            write_shapes(folder, spec, lambda *_: progress.advance())
     barrier()
 
 
@@ -363,18 +392,18 @@ def _autocast(config: Config, device: torch.device) -> torch.autocast:
     )
 
 
-def _check_finite(total: Tensor, output: TrainOutput, batch: Batch, step: int) -> None:
+def _check_finite(total: Tensor, output: TrainOutput, batch: Batch) -> None:
     if math.isfinite(total.item()):
         return
     bad = [name for name, loss in output.losses.items() if not math.isfinite(loss.item())]
     raise FloatingPointError(
-        f"step {step + 1}: {', '.join(bad)} not finite on images {batch.image_ids}; the last checkpoint is from "
-        "before. A lower optim.lr or loss.beta, or optim.clip_norm, may help"
+        f"loss {', '.join(bad)} is not finite on images {batch.image_ids}; a lower optim.lr or loss.beta, a "
+        "longer optim.warmup_steps or an optim.clip_norm may help; the run goes on from its last checkpoint"
     )
 
 
 def _check_readable(batches: Sequence[Batch], before: int, config: Config) -> int:
-    """Images replaced so far in this process; says each, and stops above the number that the config allows."""
+    """Images replaced so far in this process; names each, and stops above the number allowed."""
     messages = [message for batch in batches for message in batch.unreadable]
     for message in messages:
         say(f"replaced by the next of its stream: {message}")
@@ -412,17 +441,20 @@ def _describe(
     groups = [category.frequency for category in annotations.categories]
     counts = " ".join(f"{groups.count(group)} {group}" for group in "rcf")
     say(
-        f"  {len(annotations)} instance-level images, {len(annotations.labels)} boxes, {len(groups)} classes ({counts})"
+        f"  {len(annotations)} instance-level images, {len(annotations.labels)} boxes, "
+        f"{len(groups)} classes ({counts})"
     )
     if index is not None:
         say(
-            f"  {len(index)} image-level images of {len(set(index.labels.tolist()))} classes, s={config.clis.s} t={config.clis.t}"
+            f"  {len(index)} image-level images of {len(set(index.labels.tolist()))} classes, "
+            f"s={config.clis.s} t={config.clis.t}"
         )
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     rate = learning_rate(max(config.optim.warmup_steps, 0), config.optim, train.images_per_step)
     say(
-        f"  {train.steps} steps of {train.images_per_step} images on {world_size()} process(es) with {accumulation} "
-        f"micro-batch(es), lr {rate:g} after warm-up, {trained / 1e6:.1f} M trained parameters, run folder {config.output}"
+        f"  {train.steps} steps of {train.images_per_step} images on {world_size()} process(es) with "
+        f"{accumulation} micro-batch(es), lr {rate:g} after warm-up, {trained / 1e6:.1f} M trained parameters\n"
+        f"  run folder {config.output}"
     )
 
 

@@ -216,6 +216,8 @@ def load_backbone_weights(body: ResNet, name: str, path: Path, download: bool = 
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise ValueError(f"{path}: not a state dict that torch.load can read safely: {error}") from None
+    if not isinstance(state, dict):
+        raise ValueError(f"{path}: a {type(state).__name__}, not a state dict")
     state = {
         k: v for k, v in state.items() if not k.startswith("fc.") and not k.endswith("num_batches_tracked")
     }

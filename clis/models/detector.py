@@ -50,7 +50,8 @@ class CLISDetector(nn.Module):
     """The detector and, in training, its tasks with image-level supervision.
 
     An optional part is a module or None, and shared parts are one module under two names; `build_model` decides
-    (see `clis.models`). Plain Faster R-CNN: no objectness, no `image_head`, no `contrastive`, one sub-network.
+    (see `clis.models`). Plain Faster R-CNN: no objectness, no `image_classification`, no `contrastive`, one
+    sub-network.
     """
 
     def __init__(

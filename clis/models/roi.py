@@ -11,6 +11,7 @@ from torchvision.ops import box_iou, roi_align
 
 from clis import boxes as box_ops
 from clis.config import RoIConfig, TestConfig
+from clis.losses import at_least_float32
 from clis.models.backbone import STRIDES
 
 
@@ -65,12 +66,17 @@ class RoIPooler(nn.Module):
         return torch.log2(side / self.config.finest_scale + 1e-6).floor().clamp(0, 3).long()
 
     def forward(self, features: Sequence[Tensor], boxes: Tensor, images: Tensor) -> Tensor:
-        """Pooled features [N, channels, pool_size, pool_size] of boxes [N,4] on rows `images` int64 [N]."""
+        """Pooled features [N, channels, pool_size, pool_size] of boxes [N,4] on rows `images` int64 [N].
+
+        They are float32 at least: RoIAlign takes boxes in the type of the features, and bfloat16 holds 701 px
+        as 700.
+        """
         size = self.config.pool_size
+        features = [at_least_float32(feature) for feature in features[:4]]
         levels = self.levels(boxes)
         rois = torch.cat([images[:, None].to(boxes), boxes], dim=1).to(features[0].dtype)
         pooled = features[0].new_zeros((len(boxes), features[0].shape[1], size, size))
-        for level, (feature, stride) in enumerate(zip(features[:4], STRIDES)):
+        for level, (feature, stride) in enumerate(zip(features, STRIDES)):
             index = torch.nonzero(levels == level).squeeze(1)
             aligned = roi_align(
                 feature, rois[index], size, 1 / stride, self.config.sampling_ratio, self.config.aligned

@@ -109,9 +109,9 @@ class RPN(nn.Module):
         centres = (all_anchors[:, :2] + all_anchors[:, 2:]) / 2
         losses = {"rpn_objectness": logits.sum() * 0, "rpn_box": all_deltas.sum() * 0}
         for image, (truth, (height, width), generator) in enumerate(zip(boxes, sizes, generators)):
-            iou = box_iou(truth, all_anchors)
-            matches = box_ops.match(iou, self.config.positive_iou, self.config.negative_iou, low_quality=True)
             outside = (centres >= centres.new_tensor([width, height])).any(dim=1)
+            iou = box_iou(truth, all_anchors).masked_fill(outside, -1)  # no box's best anchor is outside
+            matches = box_ops.match(iou, self.config.positive_iou, self.config.negative_iou, low_quality=True)
             matches = matches.masked_fill(outside, box_ops.IGNORED)
             positive, negative = box_ops.sample(
                 matches, self.config.samples, self.config.positive_fraction, generator

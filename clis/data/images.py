@@ -1,0 +1,210 @@
+"""Image files as tensors; whatever cannot be used is an `ImageError` that names its file."""
+
+from __future__ import annotations
+
+import re
+import struct
+import zlib
+from collections.abc import Iterator
+from itertools import dropwhile, takewhile
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torchvision.io import ImageReadMode
+from torchvision.io import decode_image as torchvision_decode_image
+
+MAX_PIXELS = 2**27
+"""An image that claims more is taken for a decompression bomb: 400 MB as RGB."""
+
+_MAX_UNPACKED = 2**30
+_GZIP = b"\x1f\x8b"
+_PNG = b"\x89PNG\r\n\x1a\n"
+_PNG_CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}
+# Adam7, the seven passes of an interlaced PNG: first column and row, step in x and y.
+_PNG_PASSES = (
+    (0, 0, 8, 8),
+    (4, 0, 8, 8),
+    (0, 4, 4, 8),
+    (2, 0, 4, 4),
+    (0, 2, 2, 4),
+    (1, 0, 2, 2),
+    (0, 1, 1, 2),
+)
+_JPEG_FRAMES = set(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
+
+
+class ImageError(ValueError):
+    """An image that cannot be used; the message names it and says why."""
+
+
+def read_image(path: str | Path) -> Tensor:
+    """Reads an image file: uint8 RGB [3,H,W]; see `decode_image`.
+
+    Raises:
+        ImageError: the file is missing, or its bytes are not a usable image.
+    """
+    return decode_image(read_bytes(path), str(path))
+
+
+def read_bytes(path: str | Path) -> bytes:
+    """The bytes of an image file.
+
+    Raises:
+        ImageError: the file cannot be read.
+    """
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise ImageError(f"{path}: {error.strerror or error}; check the image folder") from error
+
+
+def decode_image(data: bytes, name: str) -> Tensor:
+    """Decodes JPEG, PNG, WebP or GIF bytes, also gzip'ed ones (as in ImageNet-22k): uint8 RGB [3,H,W].
+
+    Gray, palette, CMYK, 16-bit and transparent images become RGB; alpha is dropped, not blended. Of an
+    animated GIF the first frame is taken. The pixels stay as stored: EXIF rotation is never applied.
+
+    Args:
+        name: what to call the image in messages.
+
+    Raises:
+        ImageError: the bytes are empty, truncated, corrupt, no image, or an image of no or too many pixels.
+    """
+    try:
+        data = _unpacked(data)
+        _header_size(data)
+        if data.startswith(_PNG):
+            _check_png(data)
+        # A bytearray because PyTorch warns of read-only buffers.
+        image = torchvision_decode_image(
+            torch.frombuffer(bytearray(data), dtype=torch.uint8), mode=ImageReadMode.RGB
+        )
+    except (RuntimeError, ValueError, struct.error, zlib.error) as error:
+        raise ImageError(f"{name}: {_reason(error)}; replace or remove the file") from error
+    if image.ndim == 4:
+        image = image[0]
+    if image.dtype == torch.uint16:
+        image = (image.to(torch.int32) >> 8).to(torch.uint8)
+    return image
+
+
+def image_size(data: bytes, name: str) -> tuple[int, int]:
+    """Height and width in pixels by the header alone, of what `decode_image` takes; EXIF is not looked at.
+
+    Raises:
+        ImageError: the header is none, cut off, or of an image of no or too many pixels.
+    """
+    try:
+        return _header_size(_unpacked(data))
+    except (ValueError, struct.error, zlib.error) as error:
+        raise ImageError(f"{name}: {_reason(error)}; replace or remove the file") from error
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, struct.error):
+        return "truncated image header"
+    # torchvision puts the place in its own sources first.
+    return re.sub(r"^.*\.cpp:\d+,\s*", "", str(error).splitlines()[0])
+
+
+def _unpacked(data: bytes) -> bytes:
+    if not data:
+        raise ValueError("the file is empty")
+    if not data.startswith(_GZIP):
+        return data
+    unpacker = zlib.decompressobj(wbits=16 + zlib.MAX_WBITS)
+    unpacked = unpacker.decompress(data, _MAX_UNPACKED)
+    if not unpacker.eof:
+        raise ValueError("gzip data is truncated or unpacks to more than 1 GiB")
+    return unpacked
+
+
+def _header_size(data: bytes) -> tuple[int, int]:
+    if data.startswith(b"\xff\xd8\xff"):
+        height, width = _jpeg_size(data)
+    elif data.startswith(_PNG):
+        width, height = struct.unpack_from(">II", data, 16)
+    elif data.startswith((b"GIF87a", b"GIF89a")):
+        width, height = struct.unpack_from("<HH", data, 6)
+    elif data.startswith(b"RIFF") and data[8:12] == b"WEBP":
+        height, width = _webp_size(data)
+    else:
+        raise ValueError("not a JPEG, PNG, WebP or GIF image")
+    if not 0 < height * width <= MAX_PIXELS:
+        raise ValueError(f"{width} x {height} pixels, which is none or more than {MAX_PIXELS}")
+    return height, width
+
+
+def _jpeg_size(data: bytes) -> tuple[int, int]:
+    position = 2
+    while True:
+        position = data.find(b"\xff", position)
+        if position < 0:
+            raise ValueError("JPEG without a frame header, perhaps truncated")
+        marker, length = struct.unpack_from(">BH", data, position + 1)
+        if marker in _JPEG_FRAMES:
+            return struct.unpack_from(">HH", data, position + 5)
+        # A marker may be preceded by any number of fill bytes.
+        position += 1 if marker in (0x00, 0xFF) else 2 + length
+
+
+def _webp_size(data: bytes) -> tuple[int, int]:
+    if data[12:16] == b"VP8X":
+        low_width, high_width, low_height, high_height = struct.unpack_from("<HBHB", data, 24)
+        return (high_height << 16 | low_height) + 1, (high_width << 16 | low_width) + 1
+    if data[12:16] == b"VP8L":
+        (bits,) = struct.unpack_from("<I", data, 21)
+        return (bits >> 14 & 0x3FFF) + 1, (bits & 0x3FFF) + 1
+    width, height = struct.unpack_from("<HH", data, 26)
+    return height & 0x3FFF, width & 0x3FFF
+
+
+def _check_png(data: bytes) -> None:
+    """Raises `ValueError` for a PNG whose pixel data would crash the process in torchvision.
+
+    An error of libpng while it reads rows is a segmentation fault in torchvision (seen in 0.29), not an
+    exception. It cannot happen once the checksums hold and the pixel data is complete, with valid filters.
+    """
+    chunks = dropwhile(lambda chunk: chunk[0] != b"IDAT", list(_png_chunks(data)))
+    packed = b"".join(body for _, body in takewhile(lambda chunk: chunk[0] == b"IDAT", chunks))
+    scans = _png_scans(data)
+    length = sum(rows * stride for rows, stride in scans)
+    # The window size is the header's, as for libpng. One byte more, so that zlib goes on to its checksum.
+    unpacker = zlib.decompressobj(wbits=0)
+    pixels = unpacker.decompress(packed, length + 1)
+    if not unpacker.eof or len(pixels) != length:
+        raise ValueError(f"corrupt PNG: its pixel data is not of {length} bytes")
+    start = 0
+    for rows, stride in scans:
+        if max(pixels[start : start + rows * stride : stride]) > 4:
+            raise ValueError("corrupt PNG: unknown filter")
+        start += rows * stride
+
+
+def _png_scans(data: bytes) -> list[tuple[int, int]]:
+    """Rows, and bytes of a row with its filter, of each pass over the image."""
+    width, height, depth, colour, _, _, interlaced = struct.unpack_from(">IIBBBBB", data, 16)
+    bits = depth * _PNG_CHANNELS.get(colour, 0)
+    scans = []
+    for x, y, step_x, step_y in _PNG_PASSES if interlaced else ((0, 0, 1, 1),):
+        columns, rows = -(-(width - x) // step_x), -(-(height - y) // step_y)
+        if columns > 0 and rows > 0:
+            scans.append((rows, 1 + -(-columns * bits // 8)))
+    return scans
+
+
+def _png_chunks(data: bytes) -> Iterator[tuple[bytes, bytes]]:
+    """Kind and body of each chunk up to the last."""
+    position, kind = len(_PNG), b""
+    while kind != b"IEND":
+        if position + 12 > len(data):
+            raise ValueError("truncated PNG")
+        length, kind = struct.unpack_from(">I4s", data, position)
+        end = position + 8 + length
+        if end + 4 > len(data):
+            raise ValueError("truncated PNG")
+        if zlib.crc32(data[position + 4 : end]) != struct.unpack_from(">I", data, end)[0]:
+            raise ValueError(f"corrupt PNG: wrong checksum of {kind.decode('latin-1')}")
+        yield kind, data[position + 8 : end]
+        position = end + 4

@@ -1,0 +1,80 @@
+"""A small network and batches for it, for any test: `from conftest import ...`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from clis.config import Config, config_from_dict, merge_overrides
+from clis.data.loader import Batch, Sample, collate
+from clis.models import CLISDetector, Normalizers, build_model
+
+NUM_CLASSES = 5
+MOSAIC = 64
+
+TINY = {
+    "model": {
+        "backbone": {
+            "name": "resnet10", "width": 16, "norm": "group", "trainable_layers": 5, "fpn_channels": 16,
+        },
+        "rpn": {
+            "anchor_scale": 4, "samples": 32, "pre_nms_train": 60, "pre_nms_test": 60, "proposals": 30,
+        },
+        "roi": {"samples": 16, "finest_scale": 14, "fc_dim": 24},
+    },
+    "clis": {"s": 4, "t": 2, "embedding_dim": 8, "queue_size": 10},
+    "test": {"short_side": 64, "max_size": 96, "detections": 20},
+}  # fmt: skip
+
+
+def tiny_config(*overrides: str) -> Config:
+    """All of CLIS on a four-block network, with `key.path=value` overrides."""
+    return config_from_dict(merge_overrides(TINY, overrides), source="tiny")
+
+
+def make_model(*overrides: str, seed: int = 0) -> CLISDetector:
+    """A float64 detector of `NUM_CLASSES` classes with the tiny config."""
+    torch.manual_seed(seed)
+    return build_model(tiny_config(*overrides), range(NUM_CLASSES)).double()
+
+
+def random_boxes(count: int, height: int, width: int, generator: torch.Generator) -> Tensor:
+    """float32 [count,4], sides of 0.2 to 0.5 of the image's and inside it."""
+    low = 0.5 * torch.rand(count, 2, generator=generator)
+    high = low + 0.2 + 0.3 * torch.rand(count, 2, generator=generator)
+    return torch.cat([low, high], dim=1) * torch.tensor([width, height, width, height])
+
+
+def make_sample(
+    seed: int = 0, *, size: tuple[int, int] = (64, 64), truths: int = 2, regions: int = 4, pairs: int = 2
+) -> Sample:
+    """Random pixels: an image with `truths` boxes and `pairs` pasted ones, and one mosaic with `regions`."""
+    generator = torch.Generator().manual_seed(seed)
+    labels, region_labels = (
+        torch.randint(NUM_CLASSES, (count,), generator=generator) for count in (truths, regions)
+    )
+    pair_boxes = random_boxes(pairs, *size, generator)
+    return Sample(
+        image=torch.randint(256, (3, *size), generator=generator, dtype=torch.uint8),
+        boxes=torch.cat([random_boxes(truths, *size, generator), pair_boxes]),
+        labels=torch.cat([labels, region_labels[:pairs]]),
+        mosaics=torch.randint(256, (1, 3, MOSAIC, MOSAIC), generator=generator, dtype=torch.uint8),
+        regions=random_boxes(regions, MOSAIC, MOSAIC, generator),
+        region_labels=region_labels,
+        region_mosaics=torch.zeros(regions, dtype=torch.int64),
+        pair_boxes=pair_boxes,
+        pair_regions=torch.arange(pairs),
+        seed=seed,
+        image_id=seed,
+        unreadable=(),
+    )
+
+
+def make_batch(images: int = 2, *, seed: int = 0, **options) -> Batch:
+    """The samples of `make_sample` with the seeds from `seed` on."""
+    return collate([make_sample(seed + index, **options) for index in range(images)])
+
+
+def normalizers_of(batch: Batch) -> Normalizers:
+    """Those of one process that takes this batch alone."""
+    return Normalizers(len(batch.images), max(1, len(batch.regions)), max(1, len(batch.pair_boxes)))

@@ -1,0 +1,456 @@
+"""Configs: what is shipped loads and is the paper's recipe; what is wrong is said in one clear line."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from clis.config import (
+    RESUMABLE,
+    CLISConfig,
+    Config,
+    config_differences,
+    config_from_dict,
+    config_to_dict,
+    config_to_yaml,
+    data_path,
+    load_config,
+    merge_overrides,
+)
+
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+SHIPPED = sorted(CONFIGS.rglob("*.yaml"))
+LVIS = [path for path in SHIPPED if path.parent.name.startswith("lvis")]
+
+
+def shipped_name(path: Path) -> str:
+    return str(path.relative_to(CONFIGS))
+
+
+def value_at(config: Config, key: str) -> object:
+    for part in key.split("."):
+        config = getattr(config, part)
+    return config
+
+
+@pytest.fixture
+def write(tmp_path: Path):
+    """Writes a config file below a temporary folder."""
+
+    def write_file(name: str, text: str = "") -> Path:
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+        return path
+
+    return write_file
+
+
+class TestShipped:
+    def test_the_recipes_of_the_paper_are_there(self):
+        assert {shipped_name(path) for path in LVIS} == {
+            "lvis_v1/clis_r50.yaml",
+            "lvis_v1/clis_r101.yaml",
+            "lvis_v1/baseline_r50.yaml",
+            "lvis_v0.5/clis_r50.yaml",
+            "lvis_v0.5/baseline_r50.yaml",
+        }
+
+    @pytest.mark.parametrize("path", SHIPPED, ids=shipped_name)
+    def test_loads_and_its_detector_does_too(self, path):
+        config = load_config(path)
+        assert config.output == str(Path("runs", shipped_name(path)).with_suffix(""))
+        if config.clis.s > 0 and config.regions.detector is not None:
+            detector = load_config(config.regions.detector)
+            assert (detector.clis.s, detector.clis.t) == (0, 0)
+            assert (detector.data.train, detector.data.root) == (config.data.train, config.data.root)
+
+    @pytest.mark.parametrize("path", SHIPPED, ids=shipped_name)
+    def test_header_names_a_command_that_runs_it(self, path):
+        header = path.read_text().split("\n\n")[0]
+        assert f"--config configs/{shipped_name(path)}" in header or "benchmarks/" in header
+
+    @pytest.mark.parametrize("path", LVIS, ids=shipped_name)
+    def test_lvis_recipes_hold_the_settings_of_section_iv_a(self, path):
+        config = load_config(path)
+        paper = {
+            "train.steps": 90000,
+            "train.images_per_step": 16,
+            "optim.lr": 0.02,
+            "optim.lr_images": 16,
+            "optim.momentum": 0.9,
+            "optim.weight_decay": 1e-4,
+            "optim.decay_steps": (60000, 80000),
+            "optim.warmup_steps": 500,
+            "data.repeat_threshold": 1e-3,
+            "data.short_sides": (640, 672, 704, 736, 768, 800),
+            "data.max_size": 1333,
+            "data.mosaic_size": 448,
+            "test.score_threshold": 1e-4,
+            "test.nms_iou": 0.5,
+            "test.detections": 300,
+            "model.backbone.norm": "folded",
+            "model.backbone.trainable_layers": 3,
+            "regions.rule": "category-rank-first",
+        }
+        assert {key: value_at(config, key) for key in paper} == paper
+
+    @pytest.mark.parametrize("path", [path for path in LVIS if "clis" in path.name], ids=shipped_name)
+    def test_clis_recipes_have_every_part_with_the_papers_settings(self, path):
+        config = load_config(path)
+        # s and t, tables V and VI; alpha and beta, tables III and IV; the rest from section IV-A
+        # (momentum is MoCo's).
+        assert config.clis == CLISConfig(
+            task_specialized=True,
+            objectness=True,
+            s=16,
+            t=2,
+            siamese=True,
+            contrastive=True,
+            embedding_dim=128,
+            queue_size=115712,
+            momentum=0.999,
+            temperature=0.2,
+        )
+        assert (config.loss.alpha, config.loss.beta) == (0.1, 0.05)
+        assert Path(config.regions.detector) == path.parent / "baseline_r50.yaml"
+
+    @pytest.mark.parametrize("path", [path for path in SHIPPED if "baseline" in path.name], ids=shipped_name)
+    def test_baselines_differ_from_clis_in_the_parts_of_clis_alone(self, path):
+        baseline = load_config(path)
+        clis = load_config(path.with_name(path.name.replace("baseline", "clis")))
+        parts = {"task_specialized", "objectness", "s", "t", "siamese", "contrastive"}
+        differing = {line.split(":")[0] for line in config_differences(baseline, clis)}
+        assert differing == {f"clis.{part}" for part in parts}
+        assert not any(getattr(baseline.clis, part) for part in parts)
+
+    def test_backbone_weights_fit_the_backbone(self):
+        weights = {shipped_name(path): load_config(path).model.backbone for path in LVIS}
+        for name, backbone in weights.items():
+            depth = "resnet101" if "r101" in name else "resnet50"
+            assert backbone.name == depth
+            assert backbone.weights.startswith(f"{depth}-")
+
+    def test_lvis_versions_name_their_images_below_other_folders(self):
+        v1 = load_config(CONFIGS / "lvis_v1/clis_r50.yaml").data
+        v05 = load_config(CONFIGS / "lvis_v0.5/clis_r50.yaml").data
+        assert (v1.train_images, v1.val_images) == ("coco", "coco")
+        assert (v05.train_images, v05.val_images) == ("coco/train2017", "coco/val2017")
+        assert (v05.drop_invalid, v05.drop_unmatched) == (True, True)
+
+
+class TestFiles:
+    def test_an_empty_file_is_the_default_recipe(self, write):
+        config = load_config(write("empty.yaml"))
+        assert config_differences(config, Config()) == []
+
+    def test_a_child_changes_only_the_keys_that_it_names(self, write):
+        write("parents/base.yaml", "optim: {lr: 0.5, momentum: 0.5}\ntrain: {steps: 7}\n")
+        write("middle.yaml", "base: parents/base.yaml\noptim: {momentum: 0.25}\n")
+        config = load_config(write("child.yaml", "base: middle.yaml\noptim: {warmup_steps: 3}\n"))
+        assert (config.optim.lr, config.optim.momentum, config.optim.warmup_steps) == (0.5, 0.25, 3)
+        assert config.train.steps == 7
+        assert config.optim.weight_decay == 1e-4
+
+    def test_regions_detector_is_relative_to_the_file_that_names_it(self, write, tmp_path):
+        write("parents/base.yaml", "regions: {detector: detector.yaml}")
+        config = load_config(write("child.yaml", "base: parents/base.yaml"))
+        assert config.regions.detector == str(tmp_path / "parents" / "detector.yaml")
+        config = load_config(tmp_path / "child.yaml", ["regions.detector=mine.pt"])
+        assert config.regions.detector == "mine.pt"
+
+    @pytest.mark.parametrize("names", [("a",), ("a", "b"), ("a", "b", "c")])
+    def test_a_cycle_of_bases_is_told(self, write, names):
+        for name, base in zip(names, (*names[1:], names[0])):
+            path = write(f"{name}.yaml", f"base: {base}.yaml")
+        with pytest.raises(ValueError, match=r"`base: a\.yaml` leads back to itself"):
+            load_config(path.with_name("a.yaml"))
+
+    def test_a_missing_base_names_the_file_that_asks_for_it(self, write):
+        write("middle.yaml", "base: gone.yaml")
+        path = write("child.yaml", "base: middle.yaml")
+        with pytest.raises(FileNotFoundError, match=r"middle\.yaml: `base: gone\.yaml` .*does not exist"):
+            load_config(path)
+
+    def test_a_missing_config_is_named(self, tmp_path):
+        with pytest.raises(FileNotFoundError, match=r"gone\.yaml: no such config"):
+            load_config(tmp_path / "gone.yaml")
+
+    @pytest.mark.parametrize(
+        ("text", "message"),
+        [
+            ("- train\n- data\n", "a config is a mapping of sections.*not a list"),
+            ("just words", "a config is a mapping of sections.*not a str"),
+            ("train: {steps: 1", "not valid YAML"),
+            (
+                "train:\n  steps: 1\ndata:\n  workers: 0\ntrain:\n  seed: 1\n",
+                "not valid YAML: train is there twice",
+            ),
+            ("base: [a.yaml, b.yaml]", r"`base:` names one file, not \['a.yaml', 'b.yaml'\]"),
+            ("train:\n  # steps: 10\n", "train: a section of keys is needed, not nothing"),
+            ("data: 5", "data: a section of keys is needed, not 5"),
+        ],
+    )
+    def test_a_file_of_another_form_is_an_error_that_names_it(self, write, text, message):
+        with pytest.raises(ValueError, match=rf"wrong\.yaml: {message}"):
+            load_config(write("wrong.yaml", text))
+
+    @pytest.mark.parametrize(
+        ("name", "folder"),
+        [
+            ("configs/a/b.yaml", "runs/a/b"),
+            ("configs/old/configs/b.yaml", "runs/b"),
+            ("mine.v2.yaml", "runs/mine.v2"),
+        ],
+    )
+    def test_the_run_folder_is_the_path_below_configs(self, write, name, folder):
+        assert load_config(write(name)).output == folder
+
+    def test_the_run_folder_can_be_named(self, write):
+        assert load_config(write("configs/a.yaml"), ["output=elsewhere"]).output == "elsewhere"
+
+
+class TestDataRoot:
+    @pytest.fixture(autouse=True)
+    def _working_folder(self, monkeypatch, tmp_path):
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.delenv("CLIS_DATA", raising=False)
+
+    def test_is_the_override_then_the_file_then_the_environment_then_data(self, write, monkeypatch, tmp_path):
+        plain, named = write("plain.yaml"), write("named.yaml", "data: {root: from_file}")
+        assert load_config(plain).data.root == str(tmp_path / "data")
+        monkeypatch.setenv("CLIS_DATA", "from_environment")
+        assert load_config(plain).data.root == str(tmp_path / "from_environment")
+        assert load_config(named).data.root == str(tmp_path / "from_file")
+        assert load_config(named, ["data.root=/from/override"]).data.root == "/from/override"
+
+    def test_home_is_expanded(self, write, monkeypatch):
+        monkeypatch.setenv("HOME", "/somebody")
+        assert load_config(write("a.yaml"), ["data.root=~/sets"]).data.root == "/somebody/sets"
+
+    def test_paths_are_below_it_unless_absolute(self, write):
+        config = load_config(write("a.yaml"), ["data.root=/sets"])
+        assert data_path(config, "lvis/val.json") == Path("/sets/lvis/val.json")
+        assert data_path(config, "/other/val.json") == Path("/other/val.json")
+
+
+class TestStrictKeys:
+    @pytest.mark.parametrize(
+        ("override", "meant"),
+        [
+            ("data.workrs=2", "data.workers"),
+            ("trian.steps=2", "train"),
+            ("clis.task_specialised=false", "clis.task_specialized"),
+            ("model.backbone.widht=32", "model.backbone.width"),
+            ("lr=0.1", "optim.lr"),
+            ("clis.alpha=0.1", "loss.alpha"),
+            ("backbone.name=resnet18", "model.backbone"),
+            ("momentum=0.9", "clis.momentum or optim.momentum"),
+        ],
+    )
+    def test_an_unknown_key_names_the_nearest(self, write, override, meant):
+        key = override.split("=")[0]
+        expected = rf"a\.yaml: unknown key .*; did you mean {meant}\?$"
+        with pytest.raises(ValueError, match=expected) as raised:
+            load_config(write("a.yaml"), [override])
+        assert f"unknown key {key.split('.')[0]}" in str(raised.value)
+
+    def test_an_unknown_key_like_no_other_lists_those_of_its_section(self):
+        with pytest.raises(ValueError, match=r"unknown key loss\.xyz; known: classification, alpha, beta, "):
+            config_from_dict({"loss": {"xyz": 1}})
+
+    def test_the_same_in_a_file(self, write):
+        with pytest.raises(
+            ValueError, match=r"a\.yaml: unknown key optim\.lr_image; did you mean optim\.lr_images"
+        ):
+            load_config(write("a.yaml", "optim: {lr_image: 8}"))
+
+
+class TestTypes:
+    @pytest.mark.parametrize(
+        ("key", "text", "value"),
+        [
+            ("optim.weight_decay", "1e-4", 1e-4),  # a string to YAML 1.1
+            ("optim.lr", "1", 1.0),
+            ("optim.clip_norm", "10", 10.0),
+            ("optim.clip_norm", "null", None),
+            ("clis.siamese", "off", False),
+            ("data.mapping", "null", None),
+            ("data.image_level", "one_folder", ("one_folder",)),
+            ("data.short_sides", "[80, 96]", (80, 96)),
+            ("data.mosaic_scale", "[0.5, 2]", (0.5, 2.0)),
+            ("optim.decay_steps", "[]", ()),
+        ],
+    )
+    def test_values_become_the_type_of_their_field(self, write, key, text, value):
+        found = value_at(load_config(write("a.yaml"), [f"{key}={text}"]), key)
+        assert found == value
+        assert type(found) is type(value)
+
+    @pytest.mark.parametrize(
+        ("override", "message"),
+        [
+            ("train.steps=9e4", "train.steps: a whole number is needed, not '9e4'"),
+            ("train.steps=1.5", "train.steps: a whole number is needed, not 1.5"),
+            ("train.steps=true", "train.steps: a whole number is needed, not True"),
+            ("train.steps=null", "train.steps: a whole number is needed, not None"),
+            ("optim.lr=fast", "optim.lr: a number is needed, not 'fast'"),
+            ("optim.lr=true", "optim.lr: a number is needed, not True"),
+            ("clis.siamese=1", "clis.siamese: true or false is needed, not 1"),
+            ("data.train=5", "data.train: a text is needed, not 5"),
+            ("data.short_sides={a: 1}", "data.short_sides: a list is needed"),
+            ("data.short_sides=80,96", "data.short_sides: a whole number is needed, not '80,96'"),
+            ("data.mosaic_scale=[1]", r"data.mosaic_scale: 2 values are needed, not \[1\]"),
+            ("model.backbone.name=vgg16", "model.backbone.name: 'vgg16' is not one of 'resnet10', "),
+            ("train.precision=[float32]", "train.precision: .* is not one of 'float32', "),
+            ("clis=", "clis: a section of keys is needed, not nothing"),
+        ],
+    )
+    def test_a_wrong_type_is_an_error_that_names_the_key(self, write, override, message):
+        with pytest.raises(ValueError, match=rf"a\.yaml: {message}"):
+            load_config(write("a.yaml"), [override])
+
+
+class TestOverrides:
+    def test_apply_in_order_and_into_sections_that_the_file_lacks(self, write):
+        path = write("a.yaml", "train: {steps: 5, seed: 3}")
+        config = load_config(path, ["train.steps=6", "model.backbone.width=32", "train.steps=7"])
+        assert (config.train.steps, config.train.seed, config.model.backbone.width) == (7, 3, 32)
+
+    def test_a_mapping_leaves_the_other_keys_of_its_section(self, write):
+        path = write("a.yaml", "clis: {s: 4, t: 1, momentum: 0.5}")
+        config = load_config(path, ["clis={s: 8}"])
+        assert (config.clis.s, config.clis.t, config.clis.momentum) == (8, 1, 0.5)
+
+    def test_the_value_may_hold_equals_signs_colons_and_brackets(self):
+        values = merge_overrides({}, ["data.train=a=b.json", "output=runs: [x"])
+        assert values == {"data": {"train": "a=b.json"}, "output": "runs: [x"}
+
+    def test_leave_the_given_values_as_they_are(self):
+        values = {"train": {"steps": 5}}
+        merge_overrides(values, ["train.steps=6"])
+        assert values == {"train": {"steps": 5}}
+
+    @pytest.mark.parametrize("override", ["train.steps", "=5", ".steps=5", "train.=5", "train..steps=5", ""])
+    def test_of_another_form_are_an_error_that_shows_the_form(self, override):
+        with pytest.raises(ValueError, match=r"write it as key\.path=value, e\.g\. train\.steps=100"):
+            merge_overrides({}, [override])
+
+    def test_cannot_lead_through_a_value(self, write):
+        path = write("a.yaml", "train: {steps: 5}")
+        with pytest.raises(ValueError, match=r"'train\.steps\.x=1': steps is a value, not a section"):
+            load_config(path, ["train.steps.x=1"])
+
+
+class TestContradictions:
+    @pytest.mark.parametrize(
+        ("overrides", "message"),
+        [
+            (["clis.s=6"], "clis.s=6: a multiple of 4"),
+            (["clis.s=-4"], "clis.s=-4: a multiple of 4"),
+            (["clis.s=4", "clis.t=5"], "clis.t=5: between 0 and clis.s=4"),
+            (["clis.t=-1"], "clis.t=-1: between 0"),
+            (["clis.s=0"], "clis.t=2: between 0 and clis.s=0"),
+            (["clis.t=0"], "clis.contrastive=true needs pasted pairs"),
+            (["clis.queue_size=0"], "clis.queue_size=0: at least 1"),
+            (["clis.momentum=1.01"], "clis.momentum=1.01: between 0 and 1"),
+            (["clis.temperature=0"], "clis.temperature=0.0: above 0"),
+            (["data.image_level=[]"], "clis.s > 0 needs data.image_level"),
+            (["data.short_sides=[]"], "data.short_sides: at least one size"),
+            (["data.short_sides=[320, 0]"], "data.short_sides: at least one size, above 0"),
+            (["data.mosaic_size=225"], "data.mosaic_size=225: even"),
+            (["data.flip=50"], "data.flip=50.0: between 0 and 1"),
+            (["data.paste_size=[64, 32]"], r"data.paste_size=\[64, 32\]: lower bound"),
+            (["data.workers=-1"], "data.workers=-1: at least 0"),
+            (["model.backbone.trainable_layers=6"], "trainable_layers: between 0 and 5"),
+            (["model.backbone.norm=group", "model.backbone.width=24"], "width=24: a multiple of 16"),
+            (["model.backbone.norm=group", "model.backbone.weights=a.pth"], "are batch-norm weights"),
+            (["model.rpn.samples=0"], "samples and proposals are at least 1"),
+            (["train.steps=0"], "train.steps=0: at least 1"),
+            (["train.save_every=0"], "train.save_every=0: at least 1"),
+            (["train.seed=-1"], "train.seed=-1: between 0 and"),
+            (["optim.lr=0"], "optim.lr=0.0: above 0"),
+            (["optim.lr=.nan"], "optim.lr=nan: above 0"),
+            (["test.images_per_batch=0"], "test.images_per_batch: at least 1"),
+        ],
+    )
+    def test_are_refused_in_the_words_of_the_keys(self, write, overrides, message):
+        with pytest.raises(ValueError, match=rf"a\.yaml: .*{message}"):
+            load_config(write("a.yaml"), overrides)
+
+    @pytest.mark.parametrize(
+        "overrides",
+        [
+            ["clis.t=0", "clis.contrastive=false"],
+            ["clis.s=0", "clis.t=0", "clis.contrastive=false", "data.image_level=[]"],
+            ["clis.s=4", "clis.t=4"],
+            ["clis.contrastive=false"],  # pasted instances as ordinary ground truth
+            ["model.backbone.width=24"],  # only group norm needs a multiple of 16
+        ],
+    )
+    def test_settings_at_the_border_of_one_are_allowed(self, write, overrides):
+        load_config(write("a.yaml"), overrides)
+
+    def test_are_found_in_python_too(self):
+        with pytest.raises(ValueError, match=r"clis\.t=5"):
+            Config(clis=CLISConfig(s=4, t=5))
+
+
+class TestDifferences:
+    def test_name_the_key_and_both_values(self):
+        config = Config()
+        other = dataclasses.replace(config, optim=dataclasses.replace(config.optim, lr=0.5))
+        assert config_differences(config, other) == ["optim.lr: 0.02 != 0.5"]
+
+    @pytest.mark.parametrize("key", RESUMABLE)
+    def test_ignore_what_a_resumed_run_may_change(self, key):
+        values = {"data.root": "/elsewhere", "train.device": "cpu", "output": "elsewhere"}
+        changed = config_from_dict(merge_overrides({}, [f"{key}={values.get(key, 99)}"]))
+        assert value_at(changed, key) != value_at(Config(), key)
+        assert config_differences(Config(), changed) == []
+
+    def test_do_not_ignore_what_changes_the_result(self):
+        keys = ("train.seed", "train.images_per_step", "train.precision", "data.train")
+        for key, value in zip(keys, (1, 8, "bfloat16", "other.json")):
+            changed = config_from_dict(merge_overrides({}, [f"{key}={value}"]))
+            assert [line.split(":")[0] for line in config_differences(Config(), changed)] == [key]
+
+
+class TestRoundTrip:
+    @pytest.mark.parametrize("path", SHIPPED, ids=shipped_name)
+    def test_a_config_survives_yaml(self, path):
+        config = load_config(path)
+        assert config_from_dict(yaml.safe_load(config_to_yaml(config))) == config
+
+    @given(
+        rate=st.floats(min_value=1e-300, max_value=1e300),
+        clip=st.none() | st.floats(min_value=0, allow_infinity=True),
+        steps=st.lists(st.integers(0, 2**40)).map(tuple),
+        folders=st.lists(st.text(), min_size=1).map(tuple),
+        name=st.text(),
+    )
+    def test_with_any_numbers_and_texts(self, rate, clip, steps, folders, name):
+        config = Config()
+        optim = dataclasses.replace(config.optim, lr=rate, clip_norm=clip, decay_steps=steps)
+        data = dataclasses.replace(config.data, train=name, image_level=folders)
+        config = dataclasses.replace(config, optim=optim, data=data)
+        assert config_from_dict(yaml.safe_load(config_to_yaml(config))) == config
+
+    def test_the_plain_form_has_plain_types_only(self):
+        def leaves(value):
+            if isinstance(value, dict):
+                return [leaf for item in value.values() for leaf in leaves(item)]
+            return [leaf for item in value for leaf in leaves(item)] if isinstance(value, list) else [value]
+
+        assert {type(leaf) for leaf in leaves(config_to_dict(Config()))} <= {
+            str,
+            int,
+            float,
+            bool,
+            type(None),
+        }

@@ -1,0 +1,386 @@
+"""Anchors, proposals, RoIs and detections equal torchvision's, a plain reference or hand-made values."""
+
+import math
+
+import pytest
+import torch
+from conftest import random_boxes, tiny_config
+from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.image_list import ImageList
+from torchvision.ops import MultiScaleRoIAlign, batched_nms, box_iou, clip_boxes_to_image, nms, roi_align
+from torchvision.ops.poolers import LevelMapper
+
+from clis import boxes as box_ops
+from clis.config import RoIConfig, RPNConfig
+from clis.models.backbone import STRIDES
+from clis.models.roi import RoIPooler, sample_rois, select_detections
+from clis.models.rpn import RPN, make_anchors
+
+CPU = torch.device("cpu")
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def pyramid(channels, height, width, images=1, seed=0):
+    """Random float64 features P2-P6 of images of height x width."""
+    random = generator(seed)
+    return [
+        torch.randn(
+            images,
+            channels,
+            math.ceil(height / s),
+            math.ceil(width / s),
+            generator=random,
+            dtype=torch.float64,
+        )
+        for s in STRIDES
+    ]
+
+
+# --- anchors ---
+
+
+def test_anchors_by_hand():
+    # side 8 * 16 = 128; the ratio 1/2 is sqrt(2) wider and sqrt(2) flatter: 181.02 x 90.51
+    anchors = make_anchors(RPNConfig(), stride=16, height=2, width=3, device=CPU)
+    first = [[-90.51, -45.25, 90.51, 45.25], [-64, -64, 64, 64], [-45.25, -90.51, 45.25, 90.51]]
+    assert anchors.shape == (2 * 3 * 3, 4)
+    torch.testing.assert_close(anchors[:3], torch.tensor(first), atol=0.01, rtol=0)
+    # the cell of row 1, column 2 is the sixth: 32 to the right, 16 down
+    shift = torch.tensor([32.0, 16, 32, 16])
+    torch.testing.assert_close(anchors[15:], anchors[:3] + shift)
+    sides = anchors[:, 2:] - anchors[:, :2]
+    torch.testing.assert_close(sides.prod(dim=1), torch.full((18,), 128.0**2))
+    torch.testing.assert_close((sides[:, 1] / sides[:, 0]).reshape(6, 3), torch.tensor([[0.5, 1, 2]] * 6))
+
+
+def test_anchors_equal_torchvision():
+    sizes, ratios = tuple((8 * stride,) for stride in STRIDES), ((0.5, 1.0, 2.0),) * 5
+    shapes = [(-(-96 // s), -(-128 // s)) for s in STRIDES]
+    images = ImageList(torch.zeros(1, 3, 96, 128), [(96, 128)])
+    expected = AnchorGenerator(sizes, ratios)(images, [torch.zeros(1, 1, *shape) for shape in shapes])[0]
+    ours = torch.cat([make_anchors(RPNConfig(), s, *shape, CPU) for s, shape in zip(STRIDES, shapes)])
+    # theirs are rounded to whole pixels, and their last level strides 96 // 2 = 48, not 64
+    last = 3 * shapes[-1][0] * shapes[-1][1]
+    torch.testing.assert_close(ours[:-last], expected[:-last], atol=0.5, rtol=0)
+
+
+def test_rpn_output_belongs_to_its_anchor():
+    torch.manual_seed(0)
+    rpn, features = RPN(4, RPNConfig()).double(), pyramid(4, 64, 96, images=2)
+    objectness, deltas, anchors = rpn(features)
+    for level, feature in enumerate(features):
+        hidden = rpn.conv(feature).relu()
+        logits, moves = rpn.objectness(hidden), rpn.deltas(hidden)
+        height, width = feature.shape[2:]
+        for image, y, x, ratio in [(0, 0, 0, 0), (1, height - 1, width - 1, 2), (1, height // 2, 0, 1)]:
+            row = (y * width + x) * 3 + ratio
+            assert objectness[level][image, row] == logits[image, ratio, y, x]
+            assert torch.equal(deltas[level][image, row], moves[image, 4 * ratio : 4 * ratio + 4, y, x])
+            centre = (anchors[level][row, :2] + anchors[level][row, 2:]) / 2
+            expected = torch.tensor([x, y]) * STRIDES[level]
+            torch.testing.assert_close(centre, expected.float(), atol=1e-3, rtol=0)
+
+
+# --- proposals ---
+
+
+def random_levels(config, height, width, seed=0):
+    """Random predictions of one image, of every level: leaves logits [1,n], deltas [1,n,4]; anchors [n,4]."""
+    random, objectness, deltas, anchors = generator(seed), [], [], []
+    for stride in STRIDES:
+        anchors.append(
+            make_anchors(config, stride, math.ceil(height / stride), math.ceil(width / stride), CPU)
+        )
+        shape = (1, len(anchors[-1]))
+        objectness.append(torch.randn(shape, generator=random, dtype=torch.float64).requires_grad_())
+        move = 0.5 * torch.randn(*shape, 4, generator=random, dtype=torch.float64)
+        deltas.append(move.requires_grad_())
+    return objectness, deltas, anchors
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_proposals_equal_plain_reference(training):
+    config = RPNConfig(pre_nms_train=50, pre_nms_test=20, proposals=40, anchor_scale=3)
+    levels = random_levels(config, 64, 96)
+    found = RPN(4, config).train(training).propose(*levels, [(60, 90)])[0]  # in a batch padded to 64 x 96
+
+    candidates = []
+    for level, (logits, deltas, anchors) in enumerate(zip(*levels)):
+        order = logits[0].argsort(descending=True)[: 50 if training else 20]
+        boxes = box_ops.decode(anchors[order], deltas[0, order], box_ops.RPN_STDS)
+        boxes = clip_boxes_to_image(boxes, (60, 90))
+        group = torch.full((len(order), 1), level)
+        candidates.append(torch.cat([boxes, logits[0, order, None], group], dim=1))
+    candidates = torch.cat(candidates).detach()
+    candidates = candidates[(candidates[:, 2] > candidates[:, 0]) & (candidates[:, 3] > candidates[:, 1])]
+    boxes, scores, group = candidates[:, :4], candidates[:, 4], candidates[:, 5]
+    torch.testing.assert_close(found, boxes[batched_nms(boxes, scores, group, config.nms_iou)[:40]])
+
+
+def test_no_proposal_without_area():
+    objectness, deltas, anchors = random_levels(RPNConfig(), 64, 64)
+    moved = [torch.full_like(x, 50.0) for x in deltas]  # 50 widths to the right, 50 heights down
+    assert RPN(4, RPNConfig()).propose(objectness, moved, anchors, [(64, 64)])[0].shape == (0, 4)
+
+
+# --- losses of the RPN ---
+
+
+def rpn_losses(config, truth, size, padded, normalizer=1.0, seed=0):
+    """Losses of random predictions of one image, and these predictions."""
+    levels = random_levels(config, *padded)
+    losses = RPN(4, config).losses(*levels, [truth], [size], [generator(seed)], normalizer)
+    return losses, levels
+
+
+def inside(anchors, height, width):
+    """Whether the centre is in the image."""
+    x, y = (anchors[:, 0] + anchors[:, 2]) / 2, (anchors[:, 1] + anchors[:, 3]) / 2
+    return (x < width) & (y < height)
+
+
+def test_rpn_losses_equal_plain_formula():
+    # with room for every anchor nothing is random
+    config = RPNConfig(samples=10_000, positive_fraction=1.0, anchor_scale=4)
+    truth = torch.tensor([[5.0, 6, 35, 33], [30, 10, 80, 55]])
+    losses, (logits, deltas, anchors) = rpn_losses(config, truth, (60, 90), (64, 96), normalizer=7.0)
+    logits, deltas, anchors = torch.cat(logits, 1)[0], torch.cat(deltas, 1)[0], torch.cat(anchors)
+    usable = inside(anchors, 60, 90)
+    logits, deltas, anchors = logits[usable].tolist(), deltas[usable], anchors[usable]
+    iou = box_iou(truth, anchors)
+    objectness, box, positives = 0.0, 0.0, 0
+    for i in range(len(anchors)):
+        owners = [g for g in range(2) if iou[g, i] == iou[g].max()]  # low quality: the best of a ground truth
+        if not owners and iou[:, i].max() >= 0.7:
+            owners = [int(iou[:, i].argmax())]
+        if owners:
+            positives += 1
+            objectness += math.log1p(math.exp(-logits[i]))
+            target = box_ops.encode(anchors[i : i + 1], truth[owners[-1:]], box_ops.RPN_STDS)
+            box += (deltas[i] - target).abs().sum().item()
+        elif iou[:, i].max() < 0.3:
+            objectness += math.log1p(math.exp(logits[i]))
+    assert iou.amax(dim=1).min() >= 0.3
+    assert positives >= 2
+    assert losses["rpn_objectness"].item() == pytest.approx(objectness / 7)
+    assert losses["rpn_box"].item() == pytest.approx(box / 7)
+
+
+def test_rpn_samples_the_configured_numbers():
+    # the ground truths are six anchors themselves: 6 positives of at most 32 * 0.125 = 4, 28 negatives
+    config = RPNConfig(samples=32, positive_fraction=0.125, anchor_scale=4)
+    truth = make_anchors(config, 8, 8, 8, CPU)[100:160:10]
+    losses, (logits, deltas, _) = rpn_losses(config, truth, (64, 64), (64, 64))
+    sum(losses.values()).backward()
+    sampled = torch.cat([x.grad for x in logits], 1)[0]
+    assert (sampled < 0).sum() == 4
+    assert (sampled > 0).sum() == 28
+    assert torch.cat([x.grad for x in deltas], 1)[0].any(dim=1).sum() == 4
+
+
+def test_rpn_never_trains_on_padding():
+    config = RPNConfig(samples=10_000, positive_fraction=1.0, anchor_scale=4)
+    truth = torch.tensor([[5.0, 6, 39, 40]])
+    losses, (logits, deltas, anchors) = rpn_losses(config, truth, (40, 40), (64, 96))
+    sum(losses.values()).backward()
+    anchors, sampled = torch.cat(anchors), torch.cat([x.grad for x in logits], 1)[0] != 0
+    moved = torch.cat([x.grad for x in deltas], 1)[0].any(dim=1)
+    usable, iou = inside(anchors, 40, 40), box_iou(truth, anchors)[0]
+    assert not sampled[~usable].any()
+    assert not moved[~usable].any()
+    assert sampled[usable & (iou < 0.3)].all()
+    assert moved[usable & (iou >= 0.7)].all()
+
+
+@pytest.mark.parametrize("edge", [90.0, 89.5, 88.25])
+def test_an_object_beside_the_padding_has_an_anchor(edge):
+    # anchors in the padding overlap it just as well; its low-quality match must not be one of them
+    config = RPNConfig(samples=10_000)
+    anchors = torch.cat(random_levels(config, 64, 96)[2])
+    usable = inside(anchors, 60, 90)
+    tried = 0
+    for width, height in (torch.rand(30, 2, generator=generator(int(edge * 4))) * 25 + 8).tolist():
+        truth = torch.tensor([[edge - width, 60 - height, edge, 60.0]])
+        if box_iou(truth, anchors[usable]).max() >= config.negative_iou:
+            tried += 1
+            losses, _ = rpn_losses(config, truth, (60, 90), (64, 96))
+            assert losses["rpn_box"] > 0
+    assert tried > 3
+
+
+# --- RoI sampling ---
+
+
+def test_rois_by_hand():
+    truth, labels = torch.tensor([[0.0, 0, 10, 10], [50, 50, 90, 70]]), torch.tensor([3, 1])
+    proposals = torch.tensor(
+        [
+            [0.0, 0, 10, 20],  # IoU 100 / 200 with the first, exactly the bound
+            [0.0, 0, 10, 21],  # 100 / 210: background
+            [60.0, 50, 90, 70],  # 600 / 800 with the second
+        ]
+    )
+    config = RoIConfig(samples=8, positive_fraction=0.5)
+    rois = sample_rois([proposals], [truth], [labels], config, 5, [generator()])
+    # ground truth comes first and takes part: 4 positives, 1 negative
+    torch.testing.assert_close(rois.boxes, torch.cat([truth, proposals[[0, 2, 1]]]))
+    assert rois.labels.tolist() == [3, 1, 3, 1, 5]
+    assert rois.images.tolist() == [0] * 5
+    # 10 x 20 to 10 x 10: up by a quarter height / 0.1, log(1/2) / 0.2; 30 x 20 to 40 x 20: left by 5 of 30
+    expected = [
+        [0, 0, 0, 0],
+        [0, 0, 0, 0],
+        [0, -2.5, 0, -5 * math.log(2)],
+        [-5 / 30 / 0.1, 0, 5 * math.log(4 / 3), 0],
+    ]
+    torch.testing.assert_close(rois.targets, torch.tensor(expected))
+
+
+def test_roi_sampling_keeps_images_apart():
+    random = generator(3)
+    proposals = [random_boxes(60, 64, 96, random) for _ in range(3)]
+    truth = [random_boxes(2, 64, 96, random), torch.zeros(0, 4), random_boxes(1, 64, 96, random)]
+    labels = [torch.tensor([0, 4]), torch.zeros(0, dtype=torch.int64), torch.tensor([2])]
+    config = RoIConfig(samples=20, positive_fraction=0.25)
+    rois = sample_rois(proposals, truth, labels, config, 5, [generator(i) for i in range(3)])
+    assert rois.images.tolist() == [0] * 20 + [1] * 20 + [2] * 20
+    assert (rois.labels[20:40] == 5).all()  # no object: all background
+    positive = torch.nonzero(rois.labels < 5).squeeze(1)
+    assert len(rois.targets) == len(positive)
+    # the deltas of every positive lead to a box of its image and label
+    decoded = box_ops.decode(rois.boxes[positive], rois.targets, box_ops.ROI_STDS)
+    for box, image, label in zip(decoded, rois.images[positive], rois.labels[positive]):
+        same = truth[image][labels[image] == label]
+        assert (same - box).abs().amax(dim=1).min() < 1e-3
+    for image in range(3):
+        assert (rois.labels[20 * image : 20 * image + 20] < 5).sum() <= 5
+        # alone or in a batch, in any place: the same
+        alone = sample_rois(*([x[image]] for x in (proposals, truth, labels)), config, 5, [generator(image)])
+        assert torch.equal(alone.boxes, rois.boxes[rois.images == image])
+
+
+# --- RoIAlign over the pyramid ---
+
+
+def square(side, x=0.0, y=0.0):
+    return [x, y, x + side, y + side]
+
+
+def test_levels_by_hand():
+    sides = [0, 1, 56, 111, 112, 223, 224, 447, 448, 5000]
+    boxes = torch.tensor([square(side) for side in sides], dtype=torch.float32)
+    assert RoIPooler(RoIConfig()).levels(boxes).tolist() == [0, 0, 0, 0, 1, 1, 2, 2, 3, 3]
+    # the area counts, not the sides: 28 x 448 is as large as 112 x 112
+    flat = torch.tensor([[0.0, 0, 448, 28]])
+    assert RoIPooler(RoIConfig()).levels(flat).tolist() == [1]
+    assert RoIPooler(RoIConfig(finest_scale=28)).levels(boxes[3:6]).tolist() == [1, 2, 2]
+
+
+def test_levels_equal_torchvision():
+    boxes = random_boxes(500, 1000, 1333, generator()) * torch.rand(500, 1, generator=generator(1))
+    expected = LevelMapper(k_min=2, k_max=5)([boxes])
+    assert expected.unique().tolist() == [0, 1, 2, 3]
+    assert RoIPooler(RoIConfig()).levels(boxes).tolist() == expected.tolist()
+
+
+def spread_boxes(extent=512):
+    """Boxes for all four levels, shuffled, on the rows 0 and 1."""
+    sides = [500, 20, 130, 300, 60, 240, 450, 115, 80]
+    boxes = [square(side, 0.3 * (extent - side), 0.9 * (extent - side)) for side in sides]
+    return torch.tensor(boxes, dtype=torch.float64), torch.arange(9) % 2
+
+
+def test_pooling_equals_roi_align_level_by_level():
+    config = RoIConfig()
+    features, (boxes, images) = pyramid(3, 512, 512, images=2), spread_boxes()
+    pooled, levels = RoIPooler(config)(features, boxes, images), RoIPooler(config).levels(boxes)
+    assert levels.unique().tolist() == [0, 1, 2, 3]
+    for box, image, level, ours in zip(boxes, images, levels, pooled):
+        expected = roi_align(
+            features[level],
+            torch.cat([image[None], box])[None],
+            7,
+            1 / STRIDES[level],
+            sampling_ratio=-1,
+            aligned=True,
+        )
+        torch.testing.assert_close(ours, expected[0])
+
+
+def test_pooling_equals_torchvision():
+    config = RoIConfig(sampling_ratio=2, aligned=False, pool_size=5)
+    features, (boxes, images) = pyramid(3, 512, 512, images=2), spread_boxes()
+    pooler = MultiScaleRoIAlign(["0", "1", "2", "3"], output_size=5, sampling_ratio=2)
+    lists = [boxes[images == 0], boxes[images == 1]]
+    expected = pooler({str(i): x for i, x in enumerate(features[:4])}, lists, [(512, 512)] * 2)
+    order = torch.cat([torch.nonzero(images == 0), torch.nonzero(images == 1)]).squeeze(1)
+    torch.testing.assert_close(RoIPooler(config)(features, boxes, images)[order], expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_pooling_keeps_coordinates_exact_under_autocast(dtype):
+    # bfloat16 has 8 bits: 500.7 px would be 500
+    features = [x.to(dtype) for x in pyramid(3, 512, 512, images=2)]
+    boxes, images = spread_boxes()
+    boxes = boxes.float() + 0.7
+    exact = RoIPooler(RoIConfig())([x.float() for x in features], boxes, images)
+    with torch.autocast("cpu", dtype):
+        pooled = RoIPooler(RoIConfig())(features, boxes, images)
+    torch.testing.assert_close(pooled, exact)
+
+
+def test_no_roi_keeps_the_graph():
+    features = [x.requires_grad_() for x in pyramid(3, 64, 64)]
+    pooled = RoIPooler(RoIConfig())(features, torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64))
+    assert pooled.shape == (0, 3, 7, 7)
+    pooled.sum().backward()
+    assert all(torch.equal(x.grad, torch.zeros_like(x)) for x in features[:4])
+
+
+# --- detections ---
+
+
+def plain_detections(rois, scores, deltas, size, config):
+    """Threshold, decode, clip, NMS class by class, best first: (score, label, box) of every detection."""
+    found = []
+    for label in range(scores.shape[1]):
+        chosen = torch.nonzero(scores[:, label] > config.score_threshold).squeeze(1)
+        column = label if deltas.shape[1] > 1 else 0
+        boxes = box_ops.decode(rois[chosen], deltas[chosen, column], box_ops.ROI_STDS)
+        boxes = clip_boxes_to_image(boxes, size)
+        kept = nms(boxes, scores[chosen, label], config.nms_iou)
+        found += [(scores[chosen[i], label].item(), label, boxes[i]) for i in kept]
+    return sorted(found, key=lambda row: -row[0])[: config.detections]
+
+
+@pytest.mark.parametrize("class_agnostic", [True, False])
+@pytest.mark.parametrize("detections", [5, 1000])
+def test_detections_equal_plain_reference(class_agnostic, detections):
+    random = generator(7)
+    config = tiny_config("test.score_threshold=0.3", f"test.detections={detections}").test
+    rois = random_boxes(50, 80, 120, random).double()
+    scores = torch.rand(50, 6, generator=random, dtype=torch.float64)
+    deltas = torch.randn(50, 1 if class_agnostic else 6, 4, generator=random, dtype=torch.float64)
+    found = select_detections(rois, scores, deltas, (80, 120), config)
+    expected = plain_detections(rois, scores, deltas, (80, 120), config)
+    assert len(expected) == 5 if detections == 5 else 20 < len(expected) < 300
+    assert found.labels.tolist() == [label for _, label, _ in expected]
+    assert found.scores.tolist() == [score for score, _, _ in expected]
+    torch.testing.assert_close(found.boxes, torch.stack([box for *_, box in expected]))
+
+
+def test_no_detection_above_the_threshold():
+    config = tiny_config("test.score_threshold=0.25").test
+    rois, scores = torch.tensor([[0.0, 0, 5, 5]]), torch.full((1, 3), 0.25)
+    for chosen in (slice(None), slice(0)):  # too weak; no RoI at all
+        found = select_detections(
+            rois[chosen],
+            scores[chosen],
+            torch.zeros(1, 3, 4)[chosen],
+            (9, 9),
+            config,
+        )
+        assert (len(found.boxes), len(found.scores), len(found.labels)) == (0, 0, 0)

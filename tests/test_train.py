@@ -1,0 +1,356 @@
+"""The recipe and the loop: end to end, resumed, accumulated, on two processes, and what goes wrong."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.multiprocessing
+from conftest import NUM_CLASSES, make_sample, tiny_config
+from torch import nn
+
+from clis.config import OptimConfig, load_config
+from clis.data.images import ImageError
+from clis.data.loader import Batch, collate
+from clis.data.shapes import ShapesSpec, write_shapes
+from clis.engine import evaluate, train
+from clis.engine.checkpoint import load_checkpoint, load_detector
+from clis.engine.log import MetricsLog
+from clis.engine.lvis_eval import METRICS, Detections
+from clis.engine.optim import learning_rate, make_optimizer
+from clis.models import build_model
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+CONFIG = str(REPOSITORY / "configs" / "shapes" / "clis.yaml")
+SHORT = [
+    "data.generate=null", "data.workers=0", "train.device=cpu", "model.backbone.width=16", "model.backbone.fpn_channels=16",
+    "model.roi.fc_dim=32", "model.roi.samples=16", "data.mosaic_size=64", "data.short_sides=[48]",
+    "data.paste_size=[10,24]", "test.short_side=48", "test.detections=20", "train.images_per_step=4",
+    "optim.warmup_steps=2", "train.log_every=1", "train.save_every=2", "train.steps=4", "train.keep_last=5",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    """A data root with a very small embedded benchmark."""
+    root = tmp_path_factory.mktemp("data")
+    spec = ShapesSpec(image_size=48, train_images=40, val_images=20, image_level_size=40, image_level_per_class=2)
+    write_shapes(root / "shapes", spec)
+    return root
+
+
+@pytest.fixture(scope="module")
+def finished(data, tmp_path_factory) -> Path:
+    """The run folder of the whole recipe, in a few steps."""
+    folder = tmp_path_factory.mktemp("runs") / "clis"
+    train.main(["--config", CONFIG, *SHORT, f"data.root={data}", f"output={folder}"])
+    return folder
+
+
+def records(folder: Path) -> list[dict]:
+    """metrics.jsonl without what differs from run to run."""
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if "time" not in k} for line in lines]
+
+
+def assert_same_state(a: dict, b: dict) -> None:
+    assert a.keys() == b.keys()
+    for key in a:
+        assert torch.equal(a[key], b[key]), key
+
+
+class TestRecipe:
+    def test_leaves_what_the_readme_says(self, finished):
+        for folder in (finished, finished / "detector"):
+            metrics = json.loads((folder / "eval.json").read_text())
+            assert tuple(metrics) == METRICS
+            assert all(-1 <= value <= 1 for value in metrics.values())
+            assert len(Detections.load(folder / "detections.npz")) > 0
+            assert [record["step"] for record in records(folder)] == [1, 2, 3, 4]
+            assert (folder / "checkpoints" / "last.pt").samefile(folder / "checkpoints" / "step_00000004.pt")
+        regions = np.load(finished / "regions.npy")
+        assert len(regions) == 100  # two images of each of the 50 classes
+        counts = json.loads((finished / "regions.json").read_text())["counts"]
+        assert sum(counts.values()) == 100
+
+    def test_the_baseline_has_no_trace_of_clis(self, finished):
+        baseline, clis = (
+            load_checkpoint(folder / "checkpoints" / "last.pt")["model"] for folder in (finished / "detector", finished)
+        )
+        extra = {key.split(".")[0] for key in clis} - {key.split(".")[0] for key in baseline}
+        assert extra == {"contrastive", "image_classification"}
+        assert not any("objectness" in key and not key.startswith("rpn") for key in baseline)
+
+    def test_a_second_call_does_nothing_again(self, finished, data, capsys):
+        before = {path: path.stat().st_mtime_ns for path in finished.rglob("*.pt")}
+        train.main(["--config", CONFIG, *SHORT, f"data.root={data}", f"output={finished}"])
+        assert "finished already" in capsys.readouterr().out
+        assert before == {path: path.stat().st_mtime_ns for path in finished.rglob("*.pt")}
+
+    def test_another_config_may_not_have_the_folder(self, finished, data):
+        with pytest.raises(ValueError, match=r"belongs to another config: optim.lr: 0.16 != 0.5"):
+            train.main(["--config", CONFIG, *SHORT, f"data.root={data}", f"output={finished}", "optim.lr=0.5"])
+
+    def test_evaluate_needs_only_the_checkpoint(self, finished, capsys):
+        checkpoint = finished / "checkpoints" / "last.pt"
+        evaluate.main([str(checkpoint)])
+        again = json.loads((finished / "checkpoints" / "last" / "eval.json").read_text())
+        assert again == json.loads((finished / "eval.json").read_text())
+        assert "| APr |" in capsys.readouterr().out.replace("  ", " ")
+
+    def test_readme_example_runs(self, finished, data, monkeypatch, tmp_path):
+        """The README's library example, in a folder laid out as after its first command."""
+        text = (REPOSITORY / "README.md").read_text()
+        example = text.split("```python\n", 1)[1].split("```", 1)[0]
+        (tmp_path / "configs").symlink_to(REPOSITORY / "configs")
+        (tmp_path / "data").symlink_to(data)
+        (tmp_path / "runs" / "shapes").mkdir(parents=True)
+        (tmp_path / "runs" / "shapes" / "clis").symlink_to(finished)
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.delenv("CLIS_DATA", raising=False)
+        exec(compile(example, "README.md", "exec"), {})
+
+    def test_missing_regions_without_a_detector(self, data, tmp_path):
+        with pytest.raises(ValueError, match=r"regions.npy does not exist.*regions.detector"):
+            train.main(
+                ["--config", CONFIG, *SHORT, f"data.root={data}", f"output={tmp_path}", "regions.detector=null"]
+            )
+
+
+class TestResume:
+    @pytest.mark.parametrize("crash_at", [3, 4])
+    def test_a_resumed_run_is_the_uninterrupted_one(self, finished, data, tmp_path, monkeypatch, crash_at):
+        """Crashes in step 3 (a checkpoint is 2 steps old... none lost) or 4 (one logged step is lost)."""
+        arguments = ["--config", CONFIG, *SHORT, f"data.root={data}", f"output={tmp_path / 'run'}"]
+        arguments += [f"regions.file={finished / 'regions.npy'}"]
+        reference = tmp_path / "reference"
+        train.main([*arguments[:-2], f"output={reference}", arguments[-1]])
+        step, calls = train.train_step, []
+
+        def crash(*values):
+            calls.append(1)
+            if len(calls) == crash_at:
+                raise KeyboardInterrupt
+            return step(*values)
+
+        monkeypatch.setattr(train, "train_step", crash)
+        with pytest.raises(KeyboardInterrupt):
+            train.main(arguments)
+        monkeypatch.undo()
+        train.main(arguments)
+        ours, expected = (
+            load_checkpoint(folder / "checkpoints" / "last.pt") for folder in (tmp_path / "run", reference)
+        )
+        assert_same_state(ours["model"], expected["model"])
+        momentum = [
+            {str(k): v["momentum_buffer"] for k, v in state["optimizer"]["state"].items()} for state in (ours, expected)
+        ]
+        assert_same_state(*momentum)
+        assert records(tmp_path / "run") == records(reference)
+        assert (tmp_path / "run" / "eval.json").read_text() == (reference / "eval.json").read_text()
+
+    def test_metrics_of_lost_steps_are_dropped(self, tmp_path):
+        path = tmp_path / "metrics.jsonl"
+        path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"ste')
+        MetricsLog(path, resume_step=2).write({"step": 3, "loss": 0.5})
+        assert path.read_text() == '{"step": 1}\n{"step": 2}\n{"step": 3, "loss": 0.5}\n'
+
+
+def batches_of(share: list[list[dict]]) -> list[Batch]:
+    """Micro-batches from the options of `make_sample`."""
+    return [collate([make_sample(**options) for options in micro]) for micro in share]
+
+
+# four items of a global batch; one without boxes and pairs, one that lost two regions
+ITEMS = [
+    dict(seed=1),
+    dict(seed=2, truths=0, pairs=0),
+    dict(seed=3, regions=2, pairs=1),
+    dict(seed=4, pairs=2),
+]
+STEPS = 3
+
+
+def run_steps(rank: int, processes: int, accumulation: int, folder: str) -> None:
+    """Trains a float64 model for a few steps on this process's share of ITEMS and saves its end state."""
+    torch.set_num_threads(1)
+    config = tiny_config(f"train.images_per_step={len(ITEMS)}", "optim.clip_norm=5", "clis.momentum=0.9")
+    if processes > 1:
+        torch.distributed.init_process_group(
+            "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=processes
+        )
+    torch.manual_seed(0)
+    model = build_model(config, range(NUM_CLASSES)).double()
+    network = train._distribute(model, torch.device("cpu"))
+    network.train()
+    optimizer = make_optimizer(model, config)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    share = len(ITEMS) // processes
+    mine = ITEMS[rank * share : (rank + 1) * share]
+    size = share // accumulation
+    totals = []
+    for step in range(STEPS):
+        items = [{**options, "seed": options["seed"] + 10 * step} for options in mine]
+        micro = batches_of([items[i : i + size] for i in range(0, share, size)])
+        outputs = train.train_step(network, model, optimizer, scaler, micro, 0.02, config)
+        totals.append(train.summarize_step(outputs, config))
+    name = f"{processes}x{accumulation}_{rank}.pt"
+    torch.save({"model": model.state_dict(), "totals": totals}, Path(folder, name))
+    if processes > 1:
+        torch.distributed.destroy_process_group()
+
+
+def _spawned(rank: int, folder: str) -> None:
+    run_steps(rank, 2, 1, folder)
+
+
+def test_processes_and_accumulation_are_the_same_mathematics(tmp_path):
+    """1 x 4 = 1 x 2 x 2 = 2 processes x 2, to 1e-9 in weights, queue, momentum copy and every loss."""
+    run_steps(0, 1, 1, str(tmp_path))
+    run_steps(0, 1, 2, str(tmp_path))
+    run_steps(0, 1, 4, str(tmp_path))
+    torch.multiprocessing.spawn(_spawned, (str(tmp_path),), nprocs=2)
+    expected = torch.load(tmp_path / "1x1_0.pt")
+    assert expected["model"]["contrastive.queue.pushed"] == 2 * STEPS * 5  # both views of five pairs a step
+    for name in ("1x2_0.pt", "1x4_0.pt", "2x1_0.pt", "2x1_1.pt"):
+        found = torch.load(tmp_path / name)
+        for key, value in expected["model"].items():
+            torch.testing.assert_close(found["model"][key], value, rtol=0, atol=1e-9, msg=f"{name} {key}")
+        for ours, reference in zip(found["totals"], expected["totals"]):
+            for key in reference:
+                if key != "positive_rois":  # a mean over the images of a micro-batch
+                    assert math.isclose(ours[key], reference[key], abs_tol=1e-9), (name, key)
+
+
+@pytest.mark.slow
+def test_torchrun_with_two_processes(finished, data, tmp_path):
+    """The same command under torchrun: same images, so losses agree as far as float32 allows; one result."""
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--rdzv-endpoint=localhost:0",
+        "--rdzv-backend=c10d", str(REPOSITORY / "train.py"), "--config", CONFIG, *SHORT, f"data.root={data}",
+        f"output={tmp_path / 'run'}",
+    ]  # fmt: skip
+    subprocess.run(command, check=True, cwd=tmp_path, timeout=500, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    ours, alone = records(tmp_path / "run" / "detector"), records(finished / "detector")
+    assert [r["step"] for r in ours] == [r["step"] for r in alone]
+    assert ours[0]["loss"] == pytest.approx(alone[0]["loss"], rel=1e-4)
+    assert len(np.load(tmp_path / "run" / "regions.npy")) == 100
+    detections = Detections.load(tmp_path / "run" / "detections.npz")
+    assert len(np.unique(detections.image_id)) == 20
+
+
+def test_learning_rate_is_a_function_of_the_step():
+    """lr 0.02 for 16 images: 8 images take half; warm-up from a thousandth; a tenth after each decay."""
+    optim = OptimConfig(lr=0.02, lr_images=16, warmup_steps=500, decay_steps=(60000, 80000))
+    expected = {0: 1e-5, 250: 0.01 * (0.001 + 0.999 / 2), 500: 0.01, 59999: 0.01, 60000: 1e-3, 80000: 1e-4}
+    for step, rate in expected.items():
+        assert learning_rate(step, optim, images_per_step=8) == pytest.approx(rate, rel=1e-12)
+
+
+def test_split_batch():
+    config = tiny_config("train.images_per_step=16", "train.images_per_process=4")
+    assert train.split_batch(config, 1) == (4, 4)
+    assert train.split_batch(config, 8) == (2, 1)
+    with pytest.raises(ValueError, match="images_per_step=16 is not a whole number .* on 3 processes"):
+        train.split_batch(config, 3)
+
+
+def test_a_loss_that_is_not_finite_is_named(monkeypatch):
+    config = tiny_config("train.images_per_step=1")
+    model = build_model(config, range(NUM_CLASSES)).train()
+    nn.init.constant_(model.localization.fc_objectness.bias, math.inf)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    batch = collate([make_sample(seed=7)])
+    with pytest.raises(FloatingPointError, match=r"loss objectness is not finite on images \[7\]"):
+        train.train_step(
+            model, model, make_optimizer(model, config), torch.amp.GradScaler("cpu", enabled=False), [batch], 0.1, config
+        )
+    assert all(torch.equal(before[name], p) for name, p in model.named_parameters())
+
+
+class TestBadInput:
+    def arguments(self, data: Path, output: Path, *more: str) -> list[str]:
+        baseline = str(REPOSITORY / "configs" / "shapes" / "baseline.yaml")
+        return ["--config", baseline, *SHORT, f"data.root={data}", f"output={output}", "train.steps=2", *more]
+
+    @pytest.fixture
+    def damaged(self, data, tmp_path) -> Path:
+        """The benchmark with one truncated training image."""
+        import shutil
+
+        shutil.copytree(data / "shapes", tmp_path / "shapes")
+        victim = sorted((tmp_path / "shapes" / "train").glob("*.jpg"))[0]
+        victim.write_bytes(victim.read_bytes()[:400])
+        annotations = json.loads((tmp_path / "shapes" / "train.json").read_text())
+        # every image is the damaged one or its neighbour, so that each step meets it
+        keep = {image["id"] for image in annotations["images"][:2]}
+        annotations["images"] = annotations["images"][:2]
+        annotations["annotations"] = [a for a in annotations["annotations"] if a["image_id"] in keep]
+        (tmp_path / "shapes" / "train.json").write_text(json.dumps(annotations))
+        return tmp_path
+
+    def test_a_truncated_image_stops_the_run_by_name(self, damaged, tmp_path):
+        with pytest.raises(ImageError, match=r"000001\.jpg.*max_bad_images=0 are allowed"):
+            train.main(self.arguments(damaged, tmp_path / "run"))
+
+    def test_or_is_replaced_up_to_a_number(self, damaged, tmp_path, capsys):
+        train.main(self.arguments(damaged, tmp_path / "run", "data.max_bad_images=8"))
+        assert "replaced by the next of its stream" in capsys.readouterr().out
+
+    def test_missing_annotations(self, tmp_path):
+        with pytest.raises((ValueError, OSError), match=r"shapes/train\.json"):
+            train.main(self.arguments(tmp_path, tmp_path / "run"))
+
+    def test_foreign_and_truncated_checkpoints(self, finished, tmp_path):
+        path = finished / "checkpoints" / "last.pt"
+        cut = tmp_path / "cut.pt"
+        cut.write_bytes(path.read_bytes()[:5000])
+        with pytest.raises(ValueError, match=r"cut\.pt: not a readable checkpoint"):
+            load_detector(cut)
+        foreign = tmp_path / "foreign.pt"
+        torch.save({"weights": torch.zeros(3)}, foreign)
+        with pytest.raises(ValueError, match=r"foreign\.pt: not a checkpoint of clis"):
+            load_detector(foreign)
+        with pytest.raises(FileNotFoundError, match="no such checkpoint"):
+            load_detector(tmp_path / "none.pt")
+
+    def test_a_checkpoint_of_another_model_says_which_tensors_differ(self, finished):
+        with pytest.raises(ValueError, match=r"weights of another model: .*fc1\.weight is \[32, 784\], the model's is \[24"):
+            evaluate.main([str(finished / "checkpoints" / "last.pt"), "model.roi.fc_dim=24"])
+
+    def test_commands_tell_errors_without_a_traceback(self, tmp_path):
+        result = subprocess.run(
+            [sys.executable, str(REPOSITORY / "train.py"), "--config", CONFIG, "train.stepz=3"],
+            capture_output=True, text=True, cwd=tmp_path,
+        )  # fmt: skip
+        assert result.returncode == 1
+        assert "did you mean train.steps?" in result.stderr
+        assert "Traceback" not in result.stderr
+
+
+def test_import_adds_little():
+    """`import clis` after torch and torchvision: under 0.3 s, and nothing heavy comes along."""
+    code = (
+        "import time, sys, torch, torchvision; before = set(sys.modules); t = time.perf_counter(); import clis; "
+        "print(time.perf_counter() - t, [m for m in ('lvis', 'pycocotools', 'tqdm') if m in set(sys.modules) - before])"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    seconds, heavy = out.split(maxsplit=1)
+    assert float(seconds) < 0.3
+    assert heavy.strip() == "[]"
+
+
+def test_the_embedded_configs_are_one_recipe():
+    """CLIS and the baseline differ in the parts of CLIS alone."""
+    clis, baseline = (load_config(REPOSITORY / "configs" / "shapes" / f"{name}.yaml") for name in ("clis", "baseline"))
+    assert clis.model == baseline.model
+    assert clis.optim == baseline.optim
+    assert clis.train == baseline.train
+    assert (baseline.clis.s, baseline.clis.t) == (0, 0)
