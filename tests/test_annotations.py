@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -197,10 +198,9 @@ def changed(kind, **values):
 def test_bad_files_are_named_with_the_record(load, tmp_path, change, message):
     content = document()
     change(content)
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(ValueError, match=re.escape(message)) as error:
         load(content)
     assert str(error.value).startswith(f"{tmp_path / 'train.json'}: ")
-    assert message in str(error.value)
 
 
 @pytest.mark.parametrize("content", ["", '{"images": [{"id": 1', "[]", "\x00\xff"])
@@ -210,7 +210,7 @@ def test_what_is_no_annotation_file(load, content):
 
 
 def test_missing_file(tmp_path):
-    with pytest.raises(FileNotFoundError, match="none.json"):
+    with pytest.raises(FileNotFoundError, match=r"none\.json"):
         load_annotations(tmp_path / "none.json")
 
 
@@ -223,7 +223,7 @@ def test_same_categories(load):
         check_same_categories(first, load(renamed))
     fewer = document()
     del fewer["categories"][2]
-    with pytest.raises(ValueError, match="3 categories, .* has 2"):
+    with pytest.raises(ValueError, match=r"3 categories, .* has 2"):
         check_same_categories(first, load(fewer))
 
 
@@ -250,9 +250,10 @@ def with_boxes(load, *boxes):
 )
 def test_boxes_without_area(load, box, reason):
     annotations = with_boxes(load, [1, 1, 5, 5], box, [2, 2, 6, 6])
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(
+        ValueError, match=re.escape(f"{annotations.path}: annotation 18 (image 42): {reason}")
+    ):
         checked_for_training(annotations, drop_invalid=False)
-    assert f"{annotations.path}: annotation 18 (image 42): {reason}" in str(error.value)
     kept, counts = checked_for_training(annotations, drop_invalid=True)
     assert kept.boxes_of(0).tolist() == [[1, 1, 6, 6], [2, 2, 8, 8]]
     assert kept.annotation_ids.tolist() == [17, 19]
@@ -306,6 +307,7 @@ def scratch(tmp_path_factory):
     return tmp_path_factory.mktemp("boxes") / "train.json"
 
 
+@pytest.mark.filterwarnings("ignore:invalid value")  # inf - inf, on its way to being refused
 @settings(max_examples=150, deadline=None)
 @given(boxes=st.lists(st.lists(COORDINATE, min_size=4, max_size=4), min_size=1, max_size=6))
 def test_kept_boxes_lie_in_their_image_with_area(scratch, boxes):

@@ -40,7 +40,10 @@ def test_coder_equals_torchvision(stds):
     reference = BoxCoder(weights=tuple(1 / std for std in stds))
     deltas = box_ops.encode(boxes, targets, stds)
     torch.testing.assert_close(deltas, reference.encode_single(targets, boxes))
-    noisy = deltas + torch.randn(200, 4, dtype=torch.float64)
+    # within the limits of growth: theirs has none to shrinkage
+    noisy = deltas + 0.1 * torch.randn(
+        200, 4, generator=torch.Generator().manual_seed(2), dtype=torch.float64
+    )
     expected = reference.decode_single(noisy, boxes)
     torch.testing.assert_close(box_ops.decode(boxes, noisy, stds), expected)
 

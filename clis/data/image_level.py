@@ -247,11 +247,16 @@ def _raise(error: OSError) -> None:
 def _list_tar(path: Path) -> _Listing:
     try:
         with tarfile.open(path, "r:", encoding="utf-8") as tar:
-            return _listing(
+            listing = _listing(
                 (member.name, member.offset_data, member.size)
                 for member in tar
                 if member.isreg() and not member.issparse() and _is_image(member.name)
             )
+            # tarfile takes a header that is cut off or damaged for the end.
+            tar.fileobj.seek(tar.offset)
+            if tar.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+                raise tarfile.ReadError(f"no header and no end at byte {tar.offset}")
+            return listing
     except (tarfile.TarError, OSError) as error:
         raise ValueError(f"{path}: no readable uncompressed tar ({error}); fetch it again") from error
 

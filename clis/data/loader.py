@@ -181,7 +181,7 @@ class TwoStreamDataset(Dataset[Sample]):
     def _mosaics(
         self, sources: list[tuple[int, Tensor]], generator: np.random.Generator
     ) -> tuple[Tensor, Tensor, np.ndarray]:
-        """Mosaics uint8 [s/4,3,S,S], each source's region in its mosaic [s,4], and whether it was kept [s]."""
+        """Mosaics uint8 [s/4,3,S,S], each source's region in its mosaic [s,4], whether it was kept [s]."""
         size = self.data.mosaic_size
         canvases, regions, kept = (
             [torch.zeros(0, 3, size, size, dtype=torch.uint8)],
@@ -226,8 +226,9 @@ class TwoStreamDataset(Dataset[Sample]):
         expected = tuple(self.annotations.image_sizes[row])
         if tuple(image.shape[1:]) != expected:
             raise ImageError(
-                f"{path}: {image.shape[1]} x {image.shape[2]} pixels (height x width), but image "
-                f"{self.annotations.image_ids[row]} of {self.annotations.path} is {expected[0]} x {expected[1]}"
+                f"{path}: {image.shape[1]} x {image.shape[2]} pixels (height x width), but "
+                f"{self.annotations.path} says {expected[0]} x {expected[1]} of image "
+                f"{self.annotations.image_ids[row]}"
             )
         return image
 

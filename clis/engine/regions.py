@@ -1,4 +1,4 @@
-"""Pre-defined regions: where the labelled instance of an image-level image most likely is (section IV-A.3)."""
+"""Pre-defined regions: where the instance that an image-level image is labelled with lies (IV-A.3)."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ Rule = Callable[[list[Tensor], Tensor], list[tuple[Tensor, float]]]
 def make_regions(config: Config, index: ImageLevelIndex, detector: CLISDetector | None, path: Path) -> None:
     """Writes `regions.npy`, one `REGION_DTYPE` row an image in the index's order, and its sidecar JSON.
 
-    Every process takes a share of the images. Rows are kept in a partial file beside it, so that an interrupted
-    run goes on where it was. An image without a box gets its centre box, flagged as a fallback.
+    Every process takes a share of the images. Rows are kept in a partial file beside it, so that an
+    interrupted run goes on where it was. An image without a box gets its centre box, flagged as a fallback.
 
     Args:
         detector: finds the boxes for `category-rank-first` and `top-score`; None for the other rules.

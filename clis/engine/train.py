@@ -23,7 +23,7 @@ from clis.config import (
     load_config,
     read_yaml,
 )
-from clis.data.annotations import Annotations, load_annotations, select_training_boxes
+from clis.data.annotations import Annotations, load_annotations, checked_for_training
 from clis.data.image_level import ImageLevelIndex, build_index, load_regions
 from clis.data.images import ImageError
 from clis.data.loader import Batch, MicroBatches, TwoStreamDataset, train_loader
@@ -201,7 +201,7 @@ def make_streams(config: Config) -> tuple[Annotations, TwoStreamDataset, JointSa
     """
     data, clis, seed = config.data, config.clis, config.train.seed
     annotations = load_annotations(data_path(config, data.train))
-    annotations, changes = select_training_boxes(annotations, drop_invalid=data.drop_invalid)
+    annotations, changes = checked_for_training(annotations, drop_invalid=data.drop_invalid)
     if any(changes.values()):
         say(f"{annotations.path}: " + ", ".join(f"{count} {what} boxes" for what, count in changes.items()))
     index = regions = image_level_sampler = None
@@ -262,17 +262,18 @@ def count_normalizers(batches: Sequence[Batch], config: Config, device: torch.de
 
 
 def summarize_step(outputs: Sequence[TrainOutput], config: Config) -> dict[str, float]:
-    """Weighted total, raw losses and statistics of the global batch."""
+    """Weighted total and raw losses of the global batch; its counts for each instance-level image."""
     losses = {name: sum(output.losses[name].detach() for output in outputs) for name in outputs[0].losses}
     stats = {
         name: sum(output.stats[name].detach().to(losses["box"].device) for output in outputs)
         for name in outputs[0].stats
     }
     values = torch.stack([value.double() for value in (*losses.values(), *stats.values())])
-    values = (all_reduce_sum(values) / world_size()).tolist()
-    record = dict(zip([*losses, *stats], values))
-    total = sum(config.loss.weights[name] * record[name] for name in losses)
-    return {"loss": total, **record}
+    values = all_reduce_sum(values).tolist()
+    record = {name: value / world_size() for name, value in zip(losses, values)}
+    total = sum(config.loss.weights[name] * loss for name, loss in record.items())
+    counts = zip(stats, values[len(losses) :])
+    return {"loss": total} | record | {name: count / config.train.images_per_step for name, count in counts}
 
 
 def detector_config(config: Config, overrides: Sequence[str] = ()) -> Config | None:
@@ -453,7 +454,7 @@ def _describe(
     rate = learning_rate(max(config.optim.warmup_steps, 0), config.optim, train.images_per_step)
     say(
         f"  {train.steps} steps of {train.images_per_step} images on {world_size()} process(es) with "
-        f"{accumulation} micro-batch(es), lr {rate:g} after warm-up, {trained / 1e6:.1f} M trained parameters\n"
+        f"{accumulation} micro-batch(es), lr {rate:g} after warm-up, {trained / 1e6:.1f} M parameters\n"
         f"  run folder {config.output}"
     )
 

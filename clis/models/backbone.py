@@ -33,7 +33,7 @@ class FixedBatchNorm(nn.Module):
     """Batch norm in evaluation mode: y = (x - mean) / sqrt(var + eps) * weight + bias, with fixed statistics.
 
     `conv_norm` folds it into the convolution before it, so that it costs O(weights) and no activation is kept
-    for it; the gradient still reaches `weight` and `bias`. Names as in torchvision, so that its state dicts load.
+    for it; the gradient still reaches `weight` and `bias`. Names as in torchvision, whose state dicts load.
     """
 
     def __init__(self, channels: int, eps: float = 1e-5) -> None:
@@ -173,12 +173,12 @@ class Backbone(nn.Module):
         self.register_buffer("std", torch.tensor(IMAGE_STD)[:, None, None], persistent=False)
 
     def forward(self, images: Sequence[Tensor]) -> list[Tensor]:
-        """Features P2-P6, each [B, fpn_channels, H/stride, W/stride], of uint8 RGB images [3,H,W] of any sizes."""
+        """Features P2-P6, [B, fpn_channels, H/stride, W/stride], of uint8 RGB images [3,H,W] of any sizes."""
         features = self.body(self.batch(images))
         return list(self.fpn({str(level): x for level, x in enumerate(features)}).values())
 
     def batch(self, images: Sequence[Tensor]) -> Tensor:
-        """Normalised images, padded with zeros at the right and bottom to a common multiple of 32; [B,3,H,W]."""
+        """Normalised images, zero-padded at the right and bottom to a common multiple of 32; [B,3,H,W]."""
         height = max(image.shape[1] for image in images)
         width = max(image.shape[2] for image in images)
         batch = self.mean.new_zeros((len(images), 3, -(-height // 32) * 32, -(-width // 32) * 32))

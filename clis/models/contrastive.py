@@ -48,8 +48,8 @@ class KeyQueue(nn.Module):
 class ContrastiveRegularization(nn.Module):
     """f_i and f_d of pasted pairs against the queue, and the momentum copy that makes the queue's keys.
 
-    Each task has an MLP (one fc, E outputs). With `pasted_view="momentum"` f_d comes from the momentum copy and
-    both tasks share one MLP, for the instance task's own would get no gradient.
+    Each task has an MLP (one fc, E outputs). With `pasted_view="momentum"` f_d comes from the momentum copy
+    and both tasks share one MLP, for the instance task's own would get no gradient.
     """
 
     def __init__(

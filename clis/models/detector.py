@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 class Normalizers:
     """What the losses of this process are divided by, so that DDP's mean over processes is the global mean.
 
-    Each is a count over the global batch (all processes, all micro-batches) divided by the number of processes.
+    Each is a count over the global batch (all processes and micro-batches) divided by the number of processes.
     """
 
     images: float
@@ -41,7 +41,7 @@ class TrainOutput:
     losses: dict[str, Tensor]
     """Raw, unweighted scalars."""
     stats: dict[str, Tensor]
-    """Detached scalars for the log."""
+    """Counts over the batch, for the log."""
     keys: tuple[Tensor, Tensor] | None
     """Keys [2P,E] and labels [2P] for the queue, to be pushed after the optimizer's step."""
 
@@ -85,7 +85,7 @@ class CLISDetector(nn.Module):
         return len(self.categories)
 
     def forward(self, batch: Batch, normalizers: Normalizers) -> TrainOutput:
-        """One training pass over a batch of both streams (Figure 2); a function of the batch and its seeds."""
+        """One training pass over a batch of both streams (Figure 2), a function of the batch and its seeds."""
         generators = [torch.Generator().manual_seed(seed) for seed in batch.seeds]
         sizes = [tuple(image.shape[1:]) for image in batch.images]
 
@@ -112,8 +112,8 @@ class CLISDetector(nn.Module):
             logits, rois.labels, normalizers.images * self.roi_config.samples
         )
         stats = {
-            "positive_rois": (rois.labels < self.num_classes).sum() / len(batch.images),
-            "pairs": torch.tensor(float(len(batch.pair_boxes))),
+            "positive_rois": (rois.labels < self.num_classes).sum(),
+            "pairs": torch.tensor(len(batch.pair_boxes)),
         }
 
         # image-level images: image-classification task on the pre-defined regions
@@ -194,8 +194,8 @@ class CLISDetector(nn.Module):
     def rank_first(self, images: Sequence[Tensor], labels: Tensor) -> list[tuple[Tensor, Tensor]]:
         """The box [4] and score [] of each image's own label that rank first over all RoIs (section IV-A.3).
 
-        No score threshold and no limit of detections: tail categories score low but rank well. Images and boxes
-        as for `detect`; a box is NaN where the image has no RoI.
+        No score threshold and no limit of detections: tail categories score low but rank well. Images and
+        boxes as for `detect`; a box is NaN where the image has no RoI.
         """
         resized = self.resize(images)
         found = []
@@ -213,7 +213,7 @@ class CLISDetector(nn.Module):
         return found
 
     def resize(self, images: Sequence[Tensor]) -> list[Tensor]:
-        """Images with the shorter side at `short_side` and the longer at most `max_size`, on the model's device."""
+        """Images with the shorter side at `short_side`, the longer at most `max_size`, on the model's device."""
         device = self.backbone.mean.device
         resized = []
         for image in images:

@@ -38,7 +38,7 @@ class ClassificationHead(nn.Module):
 
 
 class LocalizationHead(nn.Module):
-    """2fc + fc-loc: box deltas of `num_boxes` boxes (C, or 1 if class-agnostic), and objectness if there is one."""
+    """2fc + fc-loc: box deltas of `num_boxes` boxes (C, or 1 if class-agnostic), and objectness or None."""
 
     def __init__(self, sub_network: TwoFC, num_boxes: int, objectness: bool) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Regions of interest: sampling with targets, RoIAlign over the pyramid, detections from scores and deltas."""
+"""Regions of interest: sampling with targets, RoIAlign over the pyramid, detections from scores."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def sample_rois(
 
 
 class RoIPooler(nn.Module):
-    """RoIAlign from the pyramid level that fits each box: floor(log2(sqrt(area) / finest_scale + 1e-6)), P2-P5."""
+    """RoIAlign from the level that fits each box: P2-P5, floor(log2(sqrt(area) / finest_scale + 1e-6))."""
 
     def __init__(self, config: RoIConfig) -> None:
         super().__init__()
@@ -72,17 +72,17 @@ class RoIPooler(nn.Module):
         as 700.
         """
         size = self.config.pool_size
-        features = [at_least_float32(feature) for feature in features[:4]]
         levels = self.levels(boxes)
         rois = torch.cat([images[:, None].to(boxes), boxes], dim=1).to(features[0].dtype)
-        pooled = features[0].new_zeros((len(boxes), features[0].shape[1], size, size))
-        for level, (feature, stride) in enumerate(zip(features, STRIDES)):
-            index = torch.nonzero(levels == level).squeeze(1)
-            aligned = roi_align(
-                feature, rois[index], size, 1 / stride, self.config.sampling_ratio, self.config.aligned
+        rows, pooled = [], []
+        for level, (feature, stride) in enumerate(zip(features[:4], STRIDES)):
+            rows.append(torch.nonzero(levels == level).squeeze(1))
+            pooled.append(
+                roi_align(
+                    feature, rois[rows[-1]], size, 1 / stride, self.config.sampling_ratio, self.config.aligned
+                )
             )
-            pooled = pooled.index_put((index,), aligned)
-        return pooled
+        return torch.cat(pooled)[torch.cat(rows).argsort()]
 
 
 @dataclass(frozen=True)

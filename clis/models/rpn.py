@@ -101,7 +101,7 @@ class RPN(nn.Module):
         generators: Sequence[torch.Generator],
         normalizer: float,
     ) -> dict[str, Tensor]:
-        """L_rpn: objectness of sampled anchors and L1 of the positives, for ground truth `boxes` [G,4] an image.
+        """L_rpn: objectness of sampled anchors and L1 of the positives, for `boxes` [G,4] of each image.
 
         Anchors that are centred outside their image, in the padding, are neither positive nor negative.
         """

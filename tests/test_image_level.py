@@ -1,0 +1,327 @@
+"""The image-level index: which class is which category, where the bytes lie, and what ties regions to it."""
+
+import dataclasses
+import io
+import json
+import pickle
+import shutil
+import tarfile
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from torch.utils.data import DataLoader
+
+from clis.data.annotations import Category, load_annotations
+from clis.data.image_level import (
+    REGION_DTYPE,
+    RegionSource,
+    build_index,
+    load_regions,
+    region_sidecar,
+)
+from clis.data.images import ImageError, decode_image
+
+SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
+MINI = SHARED / "imagenet_mini"
+needs_mini = pytest.mark.skipif(not MINI.exists(), reason="sample data is not here")
+
+
+def category(id_, name, synset=""):
+    return Category(id=id_, name=name, synset=synset, frequency="r", image_count=1)
+
+
+CATEGORIES = [
+    category(1, "aerosol_can", "aerosol.n.02"),
+    category(2, "Traffic Light"),
+    category(5, "bird"),
+]
+
+
+def write_folder(path, *names):
+    for name in names:
+        file = path / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(f"bytes of {name}".encode())
+
+
+def write_tar(path, *names, kind=tarfile.PAX_FORMAT):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w", format=kind) as tar:
+        for name in names:
+            data = f"bytes of {name}".encode()
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+
+
+def found(index):
+    """Name and label of every image."""
+    return [(index.name(i), int(index.labels[i])) for i in range(len(index))]
+
+
+@pytest.mark.parametrize(
+    ("name", "label"),
+    [
+        ("aerosol_can", 0),
+        ("Aerosol Can", 0),
+        ("aerosol.n.02", 0),
+        ("n02682922", 0),  # aerosol.n.02 in WordNet 3.0
+        ("traffic_light", 1),
+        ("bird", 2),
+        ("n01514668", 2),
+        ("n01514859", 2),
+    ],
+)
+@pytest.mark.parametrize("packed", [False, True])
+def test_class_names(tmp_path, name, label, packed):
+    mapping = tmp_path / "mapping.tsv"
+    mapping.write_text("wnid\tcategory\nn01514668\tbird\nn01514859\tBIRD\n# a comment\n\n")
+    if packed:
+        write_tar(tmp_path / "root" / f"{name}.tar", "x.jpg")
+    else:
+        write_folder(tmp_path / "root" / name, "x.jpg")
+    index = build_index([tmp_path / "root"], CATEGORIES, mapping)
+    assert found(index) == [(f"{name}.tar:x.jpg" if packed else f"{name}/x.jpg", label)]
+    assert index.read(0) == b"bytes of x.jpg"
+
+
+def test_mapping_comes_first(tmp_path):
+    write_folder(tmp_path / "root" / "bird", "x.jpg")
+    (tmp_path / "mapping.tsv").write_text("bird\taerosol_can\n")
+    assert build_index([tmp_path / "root"], CATEGORIES, tmp_path / "mapping.tsv").labels.tolist() == [0]
+
+
+def test_exact_name_before_a_similar_one_and_shared_names_mean_none(tmp_path):
+    write_folder(tmp_path / "Bat", "x.jpg")
+    assert build_index([tmp_path], [category(1, "bat"), category(2, "Bat")]).labels.tolist() == [1]
+    with pytest.raises(ValueError, match="1 of 1 image-level classes match no category: Bat"):
+        build_index([tmp_path], [category(1, "bat"), category(2, "BAT")])
+
+
+def test_order_and_what_is_passed_over(tmp_path):
+    write_folder(tmp_path / "b" / "bird", "z.JPEG", "a/y.png", "B.gif", "notes.txt", ".hidden.jpg")
+    write_tar(tmp_path / "b" / "aerosol_can.tar", "sub/2.webp", "sub/._2.webp", "1.jpeg", "README")
+    write_folder(tmp_path / "b", "README.md", ".git/x.jpg")
+    write_folder(tmp_path / "a" / "bird", "x.jpg")
+    index = build_index([tmp_path / "b", tmp_path / "a"], CATEGORIES)
+    assert found(index) == [
+        ("aerosol_can.tar:1.jpeg", 0),
+        ("aerosol_can.tar:sub/2.webp", 0),
+        ("bird/B.gif", 2),
+        ("bird/a/y.png", 2),
+        ("bird/z.JPEG", 2),
+        ("bird/x.jpg", 2),
+    ]
+    assert index.read(1) == b"bytes of sub/2.webp"
+    assert index.read(3) == b"bytes of a/y.png"
+
+
+@pytest.mark.parametrize("kind", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT, tarfile.USTAR_FORMAT])
+def test_tar_members_are_read_in_place(tmp_path, kind):
+    long = "d" * 90 + "/" + "f" * 90 + ".jpg"  # longer than the 100 bytes of the old header
+    names = [long, "../../escape.jpg", "/etc/absolute.jpg", "b.jpg"]
+    write_tar(tmp_path / "bird.tar", *names, kind=kind)
+    with tarfile.open(tmp_path / "bird.tar", "a") as tar:
+        link = tarfile.TarInfo("link.jpg")
+        link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+        tar.addfile(link)
+    index = build_index([tmp_path], CATEGORIES)
+    assert {index.name(i): index.read(i) for i in range(len(index))} == {
+        f"bird.tar:{name}": f"bytes of {name}".encode() for name in names
+    }
+
+
+def test_unmatched_classes_are_an_error_unless_left_out(tmp_path):
+    write_folder(tmp_path / "bird", "x.jpg")
+    write_folder(tmp_path / "n00000001", "x.jpg")
+    (tmp_path / "zzz.tar").write_bytes(b"not even a tar: must not be opened")
+    with pytest.raises(ValueError, match=r"2 of 3 .* no category: n00000001, zzz; .*drop_unmatched=true"):
+        build_index([tmp_path], CATEGORIES)
+    index = build_index([tmp_path], CATEGORIES, strict=False)
+    assert index.unmatched == ("n00000001", "zzz")
+    assert found(index) == [("bird/x.jpg", 2)]
+
+
+def test_nothing_matches(tmp_path):
+    for k in range(12):
+        write_folder(tmp_path / f"class{k:02}", "x.jpg")
+    message = (
+        r"12 of 12 image-level classes match no category: class00, .*class09, \.\.\.; name them by category "
+        r"\(aerosol_can, Traffic Light, bird\), WordNet synset or wnid, or give a data.mapping$"
+    )
+    with pytest.raises(ValueError, match=message):
+        build_index([tmp_path], CATEGORIES, strict=False)
+
+
+def test_bad_roots(tmp_path):
+    with pytest.raises(ValueError, match=r"none: no such folder"):
+        build_index([tmp_path / "none"], CATEGORIES)
+    with pytest.raises(ValueError, match=r"0 of 0 image-level classes"):
+        build_index([tmp_path], CATEGORIES)
+    (tmp_path / "bird").mkdir()
+    with pytest.raises(ValueError, match=r"bird: no \.jpg, .* file"):
+        build_index([tmp_path], CATEGORIES)
+    (tmp_path / "bird.tar.gz").touch()
+    with pytest.raises(ValueError, match=r"bird\.tar\.gz: .*compressed tar; unpack it"):
+        build_index([tmp_path], CATEGORIES)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda tar: b"",
+        lambda tar: b"not a tar" * 100,
+        lambda tar: tar[:600],  # in the first member's data: a member takes 512 bytes of header, 512 of data
+        lambda tar: tar[:1024],  # before the second member's header
+        lambda tar: tar[:1100],  # in it
+        lambda tar: tar[:1024] + b"x" + tar[1025:],
+        lambda tar: tar[:2048],  # before the end marker
+    ],
+)
+def test_damaged_tars(tmp_path, damage):
+    write_tar(tmp_path / "bird.tar", "1.jpg", "2.jpg", kind=tarfile.USTAR_FORMAT)
+    tar = (tmp_path / "bird.tar").read_bytes()
+    (tmp_path / "bird.tar").write_bytes(damage(tar))
+    with pytest.raises(ValueError, match=r"bird\.tar: no readable uncompressed tar"):
+        build_index([tmp_path], CATEGORIES)
+
+
+def test_files_that_vanish_are_image_errors(tmp_path):
+    write_folder(tmp_path / "bird", "x.jpg")
+    write_tar(tmp_path / "aerosol_can.tar", "y.jpg")
+    write_tar(tmp_path / "Traffic Light.tar", "z.jpg")
+    index = build_index([tmp_path], CATEGORIES)
+    assert [label for _, label in found(index)] == [1, 0, 2]
+    (tmp_path / "Traffic Light.tar").write_bytes(b"short")
+    (tmp_path / "aerosol_can.tar").unlink()
+    (tmp_path / "bird" / "x.jpg").unlink()
+    with pytest.raises(ImageError, match=r"Traffic Light\.tar:z\.jpg: the tar has changed"):
+        index.read(0)
+    with pytest.raises(ImageError, match=r"aerosol_can\.tar: No such file"):
+        index.read(1)
+    with pytest.raises(ImageError, match=r"bird/x\.jpg: No such file"):
+        index.read(2)
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        ("n1 bird\n", r"mapping\.tsv, line 1: 'n1 bird' is not two columns"),
+        ("n1\tbird\n\nn1\tdog\n", r"mapping\.tsv, line 3: n1 means 'dog' here and 'bird' above"),
+    ],
+)
+def test_bad_mapping(tmp_path, table, message):
+    (tmp_path / "mapping.tsv").write_text(table)
+    with pytest.raises(ValueError, match=message):
+        build_index([tmp_path], CATEGORIES, tmp_path / "mapping.tsv")
+
+
+def test_digest_follows_what_is_indexed_and_not_where(tmp_path):
+    write_folder(tmp_path / "a" / "bird", "1.jpg", "2.jpg")
+    write_tar(tmp_path / "a" / "aerosol_can.tar", "3.jpg")
+    digest = build_index([tmp_path / "a"], CATEGORIES).digest
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    assert build_index([tmp_path / "b"], CATEGORIES).digest == digest
+    write_folder(tmp_path / "b" / "unknown", "1.jpg")
+    assert build_index([tmp_path / "b"], CATEGORIES, strict=False).digest == digest  # its images are the same
+    assert build_index([tmp_path / "a"], CATEGORIES[::-1]).digest != digest
+    (tmp_path / "a" / "bird" / "2.jpg").rename(tmp_path / "a" / "bird" / "4.jpg")
+    assert build_index([tmp_path / "a"], CATEGORIES).digest != digest
+    # A pin: region files of one machine must fit the index of another.
+    assert digest == "bef062d5c0959e54b7baeb7aedb5f23c96f13d7768829d3412d80d6fef8b0392"
+
+
+class Read:
+    """What a loader process does."""
+
+    def __init__(self, index):
+        self.index = index
+
+    def __len__(self):
+        return len(self.index)
+
+    def __getitem__(self, i):
+        return self.index.name(i), self.index.read(i)
+
+
+def test_loader_processes_read_one_open_tar(tmp_path):
+    names = [f"{k:03}.jpg" for k in range(200)]
+    write_tar(tmp_path / "bird.tar", *names)
+    index = build_index([tmp_path], CATEGORIES)
+    index.read(0)  # opened before the fork: a position shared by the processes would mix their bytes up
+    loader = DataLoader(Read(index), batch_size=None, num_workers=2)
+    assert list(loader) == [[f"bird.tar:{name}", f"bytes of {name}".encode()] for name in names]
+    assert pickle.loads(pickle.dumps(index)).read(7) == b"bytes of 007.jpg"
+
+
+@pytest.fixture
+def regions(tmp_path):
+    """An index of two images and a region file for it."""
+    write_folder(tmp_path / "bird", "1.jpg", "2.jpg")
+    index = build_index([tmp_path], CATEGORIES)
+    table = np.zeros(2, dtype=REGION_DTYPE)
+    table[0] = ((1, 2, 3, 4), 0.5, RegionSource.DETECTOR)
+    table[1] = ((0, 0, 0, 0), 0, RegionSource.UNREADABLE)
+    np.save(tmp_path / "regions.npy", table)
+    (tmp_path / "regions.json").write_text(json.dumps(region_sidecar(index, "center", None)))
+    return tmp_path / "regions.npy", index, table
+
+
+def test_regions_of_an_index(regions):
+    path, index, table = regions
+    np.testing.assert_array_equal(load_regions(path, index), table)
+
+
+def test_regions_of_another_index(regions):
+    path, index, _ = regions
+    with pytest.raises(ValueError, match=r"regions\.npy: made for other image-level images than the 2"):
+        load_regions(path, dataclasses.replace(index, digest="other"))
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        ((0, 0, 0, 0), 0, RegionSource.PENDING),
+        ((3, 2, 1, 4), 0.5, RegionSource.DETECTOR),
+        ((np.nan, 2, 1, 4), 0.5, RegionSource.FALLBACK),
+    ],
+)
+def test_unusable_regions(regions, row):
+    path, index, table = regions
+    table[1] = row
+    np.save(path, table)
+    with pytest.raises(ValueError, match=r"regions\.npy: row 1 \(bird/2\.jpg\) is unfinished or has no area"):
+        load_regions(path, index)
+
+
+@needs_mini
+def test_sample_folders_and_tars():
+    categories = load_annotations(SHARED / "coco_mini" / "train.json").categories
+    mapping = dict(line.split("\t") for line in (MINI / "wnid_to_category.tsv").read_text().splitlines()[1:])
+    index = build_index([MINI / "folders"], categories, MINI / "wnid_to_category.tsv")
+    expected = Counter(mapping[file.parent.name] for file in (MINI / "folders").rglob("*.JPEG"))
+    assert Counter(categories[label].name for label in index.labels) == expected
+
+    tars = build_index([MINI / "tars"], categories, MINI / "wnid_to_category.tsv", strict=False)
+    for i in range(0, len(tars), 97):
+        tar, member = tars.name(i).split(":")
+        with tarfile.open(MINI / "tars" / tar) as whole:
+            assert tars.read(i) == whole.extractfile(member).read()
+        assert decode_image(tars.read(i), tars.name(i)).ndim == 3
+        assert categories[tars.labels[i]].name == mapping[Path(tar).stem]
+
+
+@needs_mini
+def test_sample_tars_by_wnid_alone():
+    """LVIS names its categories by synset; aerosol.n.02 and its like are resolved without a mapping."""
+    categories = load_annotations(SHARED / "lvis" / "lvis_v0.5_val_100.json").categories
+    rows = [line.split("\t") for line in (SHARED / "lvis" / "lvis_wnids.tsv").read_text().splitlines()[1:]]
+    name_of = {row[7]: row[2] for row in rows if row[0] == "v0.5"}
+    index = build_index([MINI / "tars"], categories, strict=False)
+    names = {Path(index.containers[k]).stem for k in index.container}
+    assert names == {tar.stem for tar in (MINI / "tars").iterdir() if tar.stem in name_of}
+    assert set(index.unmatched) == {tar.stem for tar in (MINI / "tars").iterdir()} - names
+    for i in range(0, len(index), 53):
+        assert categories[index.labels[i]].name == name_of[Path(index.name(i).split(":")[0]).stem]
