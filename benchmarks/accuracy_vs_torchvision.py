@@ -3,9 +3,9 @@
     python benchmarks/accuracy_vs_torchvision.py --seeds 0 1 2
 
 Both have the same backbone and pyramid (random weights), see the same images in the same order, take the same
-steps with the same optimizer, and are evaluated by the same metric. What is torchvision's own stays: its RPN and RoI
-losses (smooth L1), its RoIAlign (two points a bin, not aligned), anchors, matching and inference. Results are
-kept in OUT, so that an interrupted run goes on with the next seed.
+steps with the same optimizer, and are evaluated by the same metric. What is torchvision's own stays: its RPN
+and RoI losses (smooth L1), its RoIAlign (two points a bin, not aligned), anchors, matching and inference.
+Results are kept in OUT, so that an interrupted run goes on with the next seed.
 """
 
 from __future__ import annotations
@@ -65,8 +65,9 @@ class ClassAgnosticPredictor(nn.Module):
 def make_peer(config: Config, num_classes: int) -> FasterRCNN:
     """torchvision's Faster R-CNN of the config's sizes."""
     model, test = config.model, config.test
-    side = model.rpn.anchor_scale
-    ratios = tuple(model.rpn.anchor_ratios)
+    sides = tuple((model.rpn.anchor_scale * stride,) for stride in STRIDES)
+    ratios = (tuple(model.rpn.anchor_ratios),) * len(STRIDES)
+    canonical = int(4 * model.roi.finest_scale)
     channels = model.backbone.fpn_channels
     peer = FasterRCNN(
         PeerBackbone(Backbone(model.backbone)),
@@ -74,14 +75,14 @@ def make_peer(config: Config, num_classes: int) -> FasterRCNN:
         image_mean=[value / 255 for value in IMAGE_MEAN],
         image_std=[value / 255 for value in IMAGE_STD],
         _skip_resize=True,
-        rpn_anchor_generator=AnchorGenerator(tuple((side * stride,) for stride in STRIDES), (ratios,) * len(STRIDES)),
+        rpn_anchor_generator=AnchorGenerator(sides, ratios),
         rpn_pre_nms_top_n_train=model.rpn.pre_nms_train,
         rpn_pre_nms_top_n_test=model.rpn.pre_nms_test,
         rpn_post_nms_top_n_train=model.rpn.proposals,
         rpn_post_nms_top_n_test=model.rpn.proposals,
         rpn_batch_size_per_image=model.rpn.samples,
         box_roi_pool=MultiScaleRoIAlign(
-            ["0", "1", "2", "3"], model.roi.pool_size, sampling_ratio=2, canonical_scale=int(4 * model.roi.finest_scale)
+            ["0", "1", "2", "3"], model.roi.pool_size, sampling_ratio=2, canonical_scale=canonical
         ),
         box_head=TwoMLPHead(channels * model.roi.pool_size**2, model.roi.fc_dim),
         box_predictor=ClassAgnosticPredictor(model.roi.fc_dim, num_classes + 1),

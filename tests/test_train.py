@@ -30,7 +30,8 @@ from clis.models import build_model
 REPOSITORY = Path(__file__).resolve().parents[1]
 CONFIG = str(REPOSITORY / "configs" / "shapes" / "clis.yaml")
 SHORT = [
-    "data.generate=null", "data.workers=0", "train.device=cpu", "model.backbone.width=16", "model.backbone.fpn_channels=16",
+    "data.generate=null", "data.workers=0", "train.device=cpu",
+    "model.backbone.width=16", "model.backbone.fpn_channels=16",
     "model.roi.fc_dim=32", "model.roi.samples=16", "data.mosaic_size=64", "data.short_sides=[48]",
     "data.paste_size=[10,24]", "test.short_side=48", "test.detections=20", "train.images_per_step=4",
     "optim.warmup_steps=2", "train.log_every=1", "train.save_every=2", "train.steps=4", "train.keep_last=5",
@@ -183,10 +184,10 @@ def batches_of(share: list[list[dict]]) -> list[Batch]:
 
 # four items of a global batch; one without boxes and pairs, one that lost two regions
 ITEMS = [
-    dict(seed=1),
-    dict(seed=2, truths=0, pairs=0),
-    dict(seed=3, regions=2, pairs=1),
-    dict(seed=4, pairs=2),
+    {"seed": 1},
+    {"seed": 2, "truths": 0, "pairs": 0},
+    {"seed": 3, "regions": 2, "pairs": 1},
+    {"seed": 4, "pairs": 2},
 ]
 STEPS = 3
 
@@ -245,7 +246,7 @@ def test_processes_and_accumulation_are_the_same_mathematics(tmp_path):
 def test_torchrun_with_two_processes(finished, data, tmp_path):
     """The same command under torchrun: same images, so losses agree as far as float32 allows; one result."""
     command = [
-        sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--rdzv-endpoint=localhost:0",
+        sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--rdzv-endpoint=localhost:0",
         "--rdzv-backend=c10d", str(REPOSITORY / "train.py"), "--config", CONFIG, *SHORT, f"data.root={data}",
         f"output={tmp_path / 'run'}",
     ]  # fmt: skip
@@ -270,7 +271,7 @@ def test_split_batch():
     config = tiny_config("train.images_per_step=16", "train.images_per_process=4")
     assert train.split_batch(config, 1) == (4, 4)
     assert train.split_batch(config, 8) == (2, 1)
-    with pytest.raises(ValueError, match="images_per_step=16 is not a whole number .* on 3 processes"):
+    with pytest.raises(ValueError, match=r"images_per_step=16 is not a whole number .* on 3 processes"):
         train.split_batch(config, 3)
 
 
@@ -341,7 +342,7 @@ class TestBadInput:
 
     def test_a_checkpoint_of_another_model_says_which_tensors_differ(self, finished):
         with pytest.raises(
-            ValueError, match=r"weights of another model: .*fc1\.weight is \[32, 784\], the model's is \[24"
+            ValueError, match=r"of another model: .*fc1\.weight is \[32, 784\], the model's is \[24"
         ):
             evaluate.main([str(finished / "checkpoints" / "last.pt"), "model.roi.fc_dim=24"])
 
@@ -358,8 +359,10 @@ class TestBadInput:
 def test_import_adds_little():
     """`import clis` after torch and torchvision: under 0.3 s, and nothing heavy comes along."""
     code = (
-        "import time, sys, torch, torchvision; before = set(sys.modules); t = time.perf_counter(); import clis; "
-        "print(time.perf_counter() - t, [m for m in ('lvis', 'pycocotools', 'tqdm') if m in set(sys.modules) - before])"
+        "import time, sys, torch, torchvision; before = set(sys.modules); "
+        "t = time.perf_counter(); import clis; "
+        "t = time.perf_counter() - t; new = set(sys.modules) - before; "
+        "print(t, [m for m in ('lvis', 'pycocotools', 'tqdm') if m in new])"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     seconds, heavy = out.split(maxsplit=1)

@@ -23,7 +23,7 @@ from clis.config import (
     load_config,
     read_yaml,
 )
-from clis.data.annotations import Annotations, load_annotations, checked_for_training
+from clis.data.annotations import Annotations, checked_for_training, load_annotations
 from clis.data.image_level import ImageLevelIndex, build_index, load_regions
 from clis.data.images import ImageError
 from clis.data.loader import Batch, MicroBatches, TwoStreamDataset, train_loader

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 class Normalizers:
     """What the losses of this process are divided by, so that DDP's mean over processes is the global mean.
 
-    Each is a count over the global batch (all processes and micro-batches) divided by the number of processes.
+    Each is a count over the global batch (all processes and micro-batches) over the number of processes.
     """
 
     images: float
@@ -49,9 +49,8 @@ class TrainOutput:
 class CLISDetector(nn.Module):
     """The detector and, in training, its tasks with image-level supervision.
 
-    An optional part is a module or None, and shared parts are one module under two names; `build_model` decides
-    (see `clis.models`). Plain Faster R-CNN: no objectness, no `image_classification`, no `contrastive`, one
-    sub-network.
+    An optional part is a module or None, and shared parts are one module under two names; `build_model`
+    decides. Plain Faster R-CNN: no objectness, `image_classification` or `contrastive`, one sub-network.
     """
 
     def __init__(
@@ -85,7 +84,7 @@ class CLISDetector(nn.Module):
         return len(self.categories)
 
     def forward(self, batch: Batch, normalizers: Normalizers) -> TrainOutput:
-        """One training pass over a batch of both streams (Figure 2), a function of the batch and its seeds."""
+        """One training pass over a batch of both streams (Figure 2); a function of batch and seeds."""
         generators = [torch.Generator().manual_seed(seed) for seed in batch.seeds]
         sizes = [tuple(image.shape[1:]) for image in batch.images]
 
@@ -213,7 +212,7 @@ class CLISDetector(nn.Module):
         return found
 
     def resize(self, images: Sequence[Tensor]) -> list[Tensor]:
-        """Images with the shorter side at `short_side`, the longer at most `max_size`, on the model's device."""
+        """Images, shorter side at `short_side`, longer at most `max_size`, on the model's device."""
         device = self.backbone.mean.device
         resized = []
         for image in images:

@@ -11,7 +11,6 @@ from torchvision.ops import box_iou, roi_align
 
 from clis import boxes as box_ops
 from clis.config import RoIConfig, TestConfig
-from clis.losses import at_least_float32
 from clis.models.backbone import STRIDES
 
 
