@@ -533,6 +533,10 @@ def _model_rules(config: Config) -> Iterator[tuple[Any, str]]:
             f"model.backbone.width={backbone.width}: a multiple of 16 with group norm",
         )
         yield (
+            backbone.fpn_channels % 16 == 0,
+            f"model.backbone.fpn_channels={backbone.fpn_channels}: a multiple of 16 with group norm",
+        )
+        yield (
             backbone.weights is None,
             "model.backbone.weights are batch-norm weights: set model.backbone.norm=folded or weights=null",
         )

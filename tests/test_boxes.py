@@ -224,6 +224,18 @@ def test_lazy_nms_is_exact_with_many_classes_and_large_coordinates(num_rois, num
     assert kept == whole_nms(scores, boxes, groups, 0.5, 300, score_threshold=1e-4)
 
 
+def test_lazy_nms_is_exact_for_small_objects_of_late_classes():
+    # classes set apart by 2000 px reach 2.4 million, where float32 knows quarters of a pixel
+    groups, generator = torch.arange(1203).repeat(4), torch.Generator().manual_seed(0)
+    corner = 1990 + 3 * torch.rand(len(groups), 2, generator=generator)
+    boxes = torch.cat([corner, corner + 5], dim=1)
+    boxes[0, :2] = 0
+    scores = torch.rand(len(groups), generator=generator)
+    kept, _ = lazy_nms(scores, boxes, groups, 0.5, len(groups))
+    assert kept == whole_nms(scores, boxes, groups, 0.5, len(groups))
+    assert 1203 < len(kept) < len(groups)
+
+
 def test_lazy_nms_goes_on_until_nothing_is_left():
     # 3000 equal boxes in 3 groups leave 3, more than 1024 candidates deep
     groups = torch.arange(3000) // 1000

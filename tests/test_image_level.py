@@ -262,7 +262,7 @@ def regions(tmp_path):
     write_folder(tmp_path / "bird", "1.jpg", "2.jpg")
     index = build_index([tmp_path], CATEGORIES)
     table = np.zeros(2, dtype=REGION_DTYPE)
-    table[0] = ((1, 2, 3, 4), 0.5, RegionSource.DETECTOR)
+    table[0] = ((1, 2, 3, 4), 0.5, RegionSource.RULE)
     table[1] = ((0, 0, 0, 0), 0, RegionSource.UNREADABLE)
     np.save(tmp_path / "regions.npy", table)
     (tmp_path / "regions.json").write_text(json.dumps(region_sidecar(index, "center", None)))
@@ -284,7 +284,7 @@ def test_regions_of_another_index(regions):
     "row",
     [
         ((0, 0, 0, 0), 0, RegionSource.PENDING),
-        ((3, 2, 1, 4), 0.5, RegionSource.DETECTOR),
+        ((3, 2, 1, 4), 0.5, RegionSource.RULE),
         ((np.nan, 2, 1, 4), 0.5, RegionSource.FALLBACK),
     ],
 )

@@ -32,7 +32,7 @@ class RegionSource(enum.IntEnum):
 
     PENDING = 0
     """Not made yet; only in unfinished files."""
-    DETECTOR = 1
+    RULE = 1
     """The rule of the region file gave it."""
     FALLBACK = 2
     """The rule gave none: the centre box."""

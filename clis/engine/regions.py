@@ -120,7 +120,7 @@ def _fill(
         has_area = bool((box[2:] > box[:2]).all())  # also false for NaN
         if not has_area:
             box, score = center_box(images[place]), 0.0
-        source = RegionSource.DETECTOR if has_area else RegionSource.FALLBACK
+        source = RegionSource.RULE if has_area else RegionSource.FALLBACK
         table[row] = (box.cpu().numpy(), float(score), source)
 
 

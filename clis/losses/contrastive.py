@@ -33,4 +33,6 @@ def info_nce(
         queries, positives, negatives = map(at_least_float32, (queries, positives, negatives))
         positive = (queries * positives).sum(dim=1, keepdim=True) / temperature
         negative = (queries @ negatives.T / temperature).masked_fill(~negative_mask, -math.inf)
-        return (torch.cat([positive, negative], dim=1).logsumexp(dim=1) - positive[:, 0]).sum() / normalizer
+        # as log(1 + sum of exp(n - p)), which loses no digits where p is large
+        gaps = torch.cat([torch.zeros_like(positive), negative - positive], dim=1)
+        return gaps.logsumexp(dim=1).sum() / normalizer

@@ -11,6 +11,7 @@ from torchvision.ops import box_iou, roi_align
 
 from clis import boxes as box_ops
 from clis.config import RoIConfig, TestConfig
+from clis.losses import at_least_float32
 from clis.models.backbone import STRIDES
 
 
@@ -71,10 +72,11 @@ class RoIPooler(nn.Module):
         as 700.
         """
         size = self.config.pool_size
+        features = [at_least_float32(feature) for feature in features[:4]]
         levels = self.levels(boxes)
         rois = torch.cat([images[:, None].to(boxes), boxes], dim=1).to(features[0].dtype)
         rows, pooled = [], []
-        for level, (feature, stride) in enumerate(zip(features[:4], STRIDES)):
+        for level, (feature, stride) in enumerate(zip(features, STRIDES)):
             rows.append(torch.nonzero(levels == level).squeeze(1))
             pooled.append(
                 roi_align(
