@@ -22,7 +22,10 @@ def run_command(main: Callable[[], None]) -> None:
     except (ValueError, OSError, FloatingPointError) as error:
         if os.environ.get("CLIS_DEBUG") == "1":
             raise
-        print(f"error: {error}\n(CLIS_DEBUG=1 shows the traceback)", file=sys.stderr)
+        text = str(error).rstrip()
+        if "Original Traceback" in text:  # from a loader process, whose traceback is in the message
+            text = text.splitlines()[-1].partition(": ")[2]
+        print(f"error: {text}\n(CLIS_DEBUG=1 shows the traceback)", file=sys.stderr)
         sys.stderr.flush()
         sys.exit(1)
 
@@ -75,12 +78,12 @@ def _shapes(arguments: argparse.Namespace) -> None:
 def _regions(arguments: argparse.Namespace) -> None:
     from clis.config import load_config
     from clis.distributed import choose_device, process_group
-    from clis.engine.train import find_regions
+    from clis.engine.train import detector_config, find_regions
 
     config = load_config(arguments.config, arguments.overrides)
     device = choose_device(config.train.device)
     with process_group(device):
-        find_regions(config, device)
+        find_regions(config, device, detector_config(config, arguments.overrides))
 
 
 def _compare(arguments: argparse.Namespace) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import difflib
+import math
 import os
 import types
 import typing
@@ -28,7 +29,8 @@ class BackboneConfig:
     """Channels of the stem and the first stage; torchvision's networks have 64."""
     norm: Literal["folded", "frozen", "group"] = "folded"
     """``folded``: batch norm with fixed statistics and trainable affine, folded into the convolution;
-    ``frozen``: the same with a fixed affine; ``group``: group norm, for training from random weights."""
+    ``frozen``: the same with a fixed affine; ``group``: group norm, for training from random weights. Group
+    norm's statistics take in the padding, so images of different sizes in a batch affect each other."""
     trainable_layers: int = 3
     """How many of (conv1, layer1, ..., layer4), from the top, are trained: 3 freezes stem and layer1."""
     weights: str | None = None
@@ -97,7 +99,8 @@ class CLISConfig:
     t: int = 2
     """Instances pasted into each instance-level image, t <= s; 0 is no pasting."""
     siamese: bool = True
-    """SS: image classification shares 2fc and last fc with instance classification; off, it has its own."""
+    """SS: image classification shares 2fc and last fc with instance classification; off, it has its own
+    (without TSS its own last fc alone)."""
     contrastive: bool = True
     """CLR: L_con on the pasted pairs; off with t > 0, the pasted instances are ordinary ground truth only."""
     embedding_dim: int = 128
@@ -167,7 +170,7 @@ class DataConfig:
     drop_invalid: bool = False
     """Drop boxes without area and clip boxes that leave the image instead of stopping."""
     max_bad_images: int = 0
-    """Unreadable images that a run may replace by the next of their stream before it stops."""
+    """Unreadable images that a start of a run may replace by the next of their stream before it stops."""
     repeat_threshold: float = 1e-3
     """t of repeat-factor sampling: classes in a smaller share of the images are repeated."""
     repeat_rounding: Literal["ceil", "stochastic", "none"] = "ceil"
@@ -292,7 +295,11 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     path = Path(path)
     values = merge_overrides(_read_with_parents(path, ()), overrides)
     values.setdefault("output", str(_run_folder(path)))
-    config = config_from_dict(values, source=str(path))
+    return with_root(config_from_dict(values, source=str(path)))
+
+
+def with_root(config: Config) -> Config:
+    """The config with `data.root` absolute: as given, else $CLIS_DATA, else ``data``."""
     root = config.data.root or os.environ.get("CLIS_DATA") or "data"
     data = dataclasses.replace(config.data, root=str(Path(root).expanduser().resolve()))
     return dataclasses.replace(config, data=data)
@@ -383,7 +390,7 @@ def _read_with_parents(path: Path, children: tuple[Path, ...]) -> dict[str, Any]
     values = read_yaml(path)
     regions = values.get("regions")
     if isinstance(regions, dict) and isinstance(regions.get("detector"), str):
-        regions["detector"] = str(path.parent / regions["detector"])
+        regions["detector"] = os.path.relpath(path.parent / regions["detector"])
     base = values.pop("base", None)
     if base is None:
         return values
@@ -541,6 +548,11 @@ def _model_rules(config: Config) -> Iterator[tuple[Any, str]]:
             "model.backbone.weights are batch-norm weights: set model.backbone.norm=folded or weights=null",
         )
     yield min(rpn.samples, roi.samples, rpn.proposals) >= 1, "model: samples and proposals are at least 1"
+    yield len(rpn.anchor_ratios) > 0 and min(rpn.anchor_ratios) > 0, "model.rpn.anchor_ratios: above 0"
+    for name, fraction in (("rpn", rpn.positive_fraction), ("roi", roi.positive_fraction)):
+        yield 0 <= fraction <= 1, f"model.{name}.positive_fraction={fraction}: between 0 and 1"
+    for name, weight in config.loss.weights.items():
+        yield 0 <= weight < math.inf, f"loss: the weight of {name} is {weight}; at least 0 and finite"
 
 
 def _data_rules(config: Config) -> Iterator[tuple[Any, str]]:
@@ -556,7 +568,15 @@ def _data_rules(config: Config) -> Iterator[tuple[Any, str]]:
     for name in ("mosaic_scale", "cutout_size", "paste_size"):
         low, high = getattr(data, name)
         yield 0 < low <= high, f"data.{name}=[{low:g}, {high:g}]: lower bound above 0, then upper bound"
-    yield data.workers >= 0, f"data.workers={data.workers}: at least 0"
+    yield data.cutout_size[1] <= 1, f"data.cutout_size={list(data.cutout_size)}: at most 1, the whole side"
+    yield data.min_region > 0, f"data.min_region={data.min_region}: above 0"
+    for name in ("workers", "max_bad_images"):
+        yield getattr(data, name) >= 0, f"data.{name}={getattr(data, name)}: at least 0"
+    for section, sizes in (
+        ("data", (data.max_size,)),
+        ("test", (config.test.short_side, config.test.max_size)),
+    ):
+        yield min(sizes) >= 1, f"{section}: image sizes are at least 1"
 
 
 def _run_rules(config: Config) -> Iterator[tuple[Any, str]]:
@@ -564,6 +584,7 @@ def _run_rules(config: Config) -> Iterator[tuple[Any, str]]:
     for name in ("steps", "images_per_step", "images_per_process", "log_every", "save_every", "keep_last"):
         yield getattr(train, name) >= 1, f"train.{name}={getattr(train, name)}: at least 1"
     yield 0 <= train.seed < 2**31, f"train.seed={train.seed}: between 0 and 2**31 - 1"
-    yield optim.lr > 0, f"optim.lr={optim.lr}: above 0"
+    yield optim.lr > 0 and optim.lr_images >= 1, f"optim.lr={optim.lr}: above 0, optim.lr_images at least 1"
     yield config.test.images_per_batch >= 1, "test.images_per_batch: at least 1"
+    yield config.test.detections >= 1, f"test.detections={config.test.detections}: at least 1"
     yield config.regions.images_per_batch >= 1, "regions.images_per_batch: at least 1"

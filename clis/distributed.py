@@ -5,10 +5,14 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+TIMEOUT = timedelta(hours=3)
+"""For a collective: the others wait while rank 0 evaluates, or for the slowest share of the regions."""
 
 
 def rank() -> int:
@@ -26,7 +30,10 @@ def is_main() -> bool:
 def choose_device(name: str) -> torch.device:
     """`auto` is this process's CUDA device where there is one, else the CPU."""
     if name != "auto" and not name.startswith("cuda"):
-        return torch.device(name)
+        try:
+            return torch.device(name)
+        except RuntimeError:
+            raise ValueError(f"train.device={name}: use auto, cpu, cuda or cuda:0") from None
     if not torch.cuda.is_available():
         if name == "auto":
             return torch.device("cpu")
@@ -42,7 +49,7 @@ def process_group(device: torch.device) -> Iterator[None]:
     if "WORLD_SIZE" not in os.environ or int(os.environ["WORLD_SIZE"]) == 1 or dist.is_initialized():
         yield
         return
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT)
     try:
         yield
     finally:

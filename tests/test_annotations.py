@@ -215,16 +215,19 @@ def test_missing_file(tmp_path):
 
 
 def test_same_categories(load):
+    def check(first, second):
+        check_same_categories(first.categories, first.path, second.categories, second.path)
+
     first = load(document())
-    check_same_categories(first, load(document()))
+    check(first, load(document()))
     renamed = document()
     renamed["categories"][0]["name"] = "lion"
     with pytest.raises(ValueError, match=r"label 2 is category 9 \(cat\) .* but 9 \(lion\)"):
-        check_same_categories(first, load(renamed))
+        check(first, load(renamed))
     fewer = document()
     del fewer["categories"][2]
     with pytest.raises(ValueError, match=r"3 categories, .* has 2"):
-        check_same_categories(first, load(fewer))
+        check(first, load(fewer))
 
 
 def with_boxes(load, *boxes):

@@ -271,13 +271,19 @@ def regions(tmp_path):
 
 def test_regions_of_an_index(regions):
     path, index, table = regions
-    np.testing.assert_array_equal(load_regions(path, index), table)
+    np.testing.assert_array_equal(load_regions(path, index, "center"), table)
 
 
 def test_regions_of_another_index(regions):
     path, index, _ = regions
     with pytest.raises(ValueError, match=r"regions\.npy: made for other image-level images than the 2"):
-        load_regions(path, dataclasses.replace(index, digest="other"))
+        load_regions(path, dataclasses.replace(index, digest="other"), "center")
+
+
+def test_regions_of_another_rule(regions):
+    path, index, _ = regions
+    with pytest.raises(ValueError, match=r"regions\.npy: made by the rule center, regions.rule is full"):
+        load_regions(path, index, "full")
 
 
 @pytest.mark.parametrize(
@@ -293,7 +299,7 @@ def test_unusable_regions(regions, row):
     table[1] = row
     np.save(path, table)
     with pytest.raises(ValueError, match=r"regions\.npy: row 1 \(bird/2\.jpg\) is unfinished or has no area"):
-        load_regions(path, index)
+        load_regions(path, index, "center")
 
 
 @needs_mini

@@ -142,18 +142,20 @@ def image_file_name(record: Record) -> str:
     return record["file_name"].removeprefix("COCO_val2014_").removeprefix("COCO_train2014_")
 
 
-def check_same_categories(first: Annotations, second: Annotations) -> None:
-    """Raises `ValueError` unless two files give every label the same category id and name."""
-    if first.num_classes != second.num_classes:
+def check_same_categories(
+    first: Sequence[Category], first_source: str, second: Sequence[Category], second_source: str
+) -> None:
+    """Raises `ValueError`, naming the sources, unless each label is the same category id and name in both."""
+    if len(first) != len(second):
         raise ValueError(
-            f"{first.path} has {first.num_classes} categories, {second.path} has {second.num_classes}; "
-            "use two files of one data set"
+            f"{first_source} has {len(first)} categories, {second_source} has {len(second)}; they must be of "
+            "one data set"
         )
-    for label, (a, b) in enumerate(zip(first.categories, second.categories)):
+    for label, (a, b) in enumerate(zip(first, second)):
         if (a.id, a.name) != (b.id, b.name):
             raise ValueError(
-                f"label {label} is category {a.id} ({a.name}) in {first.path} but {b.id} ({b.name}) in "
-                f"{second.path}; use two files of one data set"
+                f"label {label} is category {a.id} ({a.name}) in {first_source} but {b.id} ({b.name}) in "
+                f"{second_source}; they must be of one data set"
             )
 
 
@@ -234,13 +236,17 @@ def _corners(bboxes: np.ndarray) -> np.ndarray:
 
 
 def _read_document(path: str | Path) -> dict[str, list[Record]]:
-    with open(path, "rb") as file:
-        try:
-            document = json.load(file)
-        except ValueError as error:
-            raise ValueError(
-                f"{path}: not valid JSON, perhaps truncated ({error}); fetch or write the file again"
-            ) from error
+    try:
+        document = json.loads(Path(path).read_bytes())
+    except FileNotFoundError:
+        raise FileNotFoundError(
+            f"{path}: no such annotation file; set data.root, or CLIS_DATA, to the folder that the config's "
+            "paths are relative to"
+        ) from None
+    except ValueError as error:
+        raise ValueError(
+            f"{path}: not valid JSON, perhaps truncated ({error}); fetch or write the file again"
+        ) from error
     for key in ("images", "annotations", "categories"):
         value = document.get(key) if isinstance(document, dict) else None
         if not isinstance(value, list):

@@ -159,19 +159,24 @@ def region_sidecar(index: ImageLevelIndex, rule: str, detector: str | None) -> d
     return {"index": index.digest, "images": len(index), "rule": rule, "detector": detector}
 
 
-def load_regions(path: str | Path, index: ImageLevelIndex) -> np.ndarray:
+def load_regions(path: str | Path, index: ImageLevelIndex, rule: str) -> np.ndarray:
     """The regions of the index's images, in its order: `REGION_DTYPE` [n], memory-mapped.
 
     Raises:
-        ValueError: the file was made for another index, is unfinished, or has a region without area.
+        ValueError: the file was made for another index or by another rule, is unfinished, or has a region
+            without area.
     """
     path = Path(path)
-    made_for = json.loads(path.with_suffix(".json").read_text())["index"]
+    made = json.loads(path.with_suffix(".json").read_text())
     regions = np.load(path, mmap_mode="r")
-    if made_for != index.digest or regions.shape != (len(index),) or regions.dtype != REGION_DTYPE:
+    if made["index"] != index.digest or regions.shape != (len(index),) or regions.dtype != REGION_DTYPE:
         raise ValueError(
             f"{path}: made for other image-level images than the {len(index)} of data.image_level; remove it "
             "to have it made again, or correct data.image_level, data.mapping or data.train"
+        )
+    if made["rule"] != rule:
+        raise ValueError(
+            f"{path}: made by the rule {made['rule']}, regions.rule is {rule}; name another regions.file"
         )
     x1, y1, x2, y2 = regions["box"].T
     without_area = ~((x2 > x1) & (y2 > y1)) & (regions["source"] != RegionSource.UNREADABLE)

@@ -7,6 +7,7 @@ exactly. All randomness comes from the `numpy.random.Generator` that is passed i
 from __future__ import annotations
 
 import numpy as np
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -26,7 +27,13 @@ def resize_scale(height: int, width: int, short_side: float, max_size: float) ->
 
 def resize_image(image: Tensor, size: tuple[int, int]) -> Tensor:
     """Resize uint8 [3, H, W] to `size` (height, width), bilinear with antialiasing."""
-    return F.interpolate(image[None], size=size, mode="bilinear", antialias=True)[0]
+    if tuple(image.shape[-2:]) == tuple(size):
+        return image
+    if image.device.type == "cpu":
+        return F.interpolate(image[None], size=size, mode="bilinear", antialias=True)[0]
+    # elsewhere there is no kernel for uint8
+    resized = F.interpolate(image[None].float(), size=size, mode="bilinear", antialias=True)[0]
+    return resized.round().clamp(0, 255).to(torch.uint8)
 
 
 def resize(image: Tensor, boxes: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:

@@ -71,10 +71,6 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     return state
 
 
-def checkpoint_config(state: dict[str, Any], source: str) -> Config:
-    return config_from_dict(state["config"], source=source)
-
-
 def load_model(state: dict[str, Any], config: Config, source: str) -> CLISDetector:
     """The checkpoint's detector, built as `config` says.
 
@@ -94,5 +90,5 @@ def load_detector(path: str | Path, device: str | torch.device = "cpu") -> CLISD
         FileNotFoundError, ValueError: as `load_checkpoint`.
     """
     state = load_checkpoint(path)
-    model = load_model(state, checkpoint_config(state, str(path)), str(path))
+    model = load_model(state, config_from_dict(state["config"], source=str(path)), str(path))
     return model.to(device).eval()

@@ -13,11 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from clis.config import Config, config_from_dict, config_to_dict, data_path, merge_overrides
-from clis.data.annotations import Annotations, load_annotations
+from clis.config import Config, config_from_dict, config_to_dict, data_path, merge_overrides, with_root
+from clis.data.annotations import Annotations, Category, check_same_categories, load_annotations
 from clis.data.images import read_image
 from clis.data.loader import image_loader
-from clis.distributed import all_gather_rows, barrier, choose_device, is_main, process_group, rank, world_size
+from clis.distributed import all_gather_rows, choose_device, is_main, process_group, rank, world_size
 from clis.engine.checkpoint import load_checkpoint, load_model
 from clis.engine.log import Progress, say
 from clis.engine.lvis_eval import METRICS, Detections, evaluate, format_table
@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     state = load_checkpoint(arguments.checkpoint)
     values = config_to_dict(config_from_dict(state["config"], source=str(arguments.checkpoint)))
     values["output"] = str(arguments.checkpoint.with_suffix(""))
-    config = config_from_dict(merge_overrides(values, arguments.overrides), source="override")
+    config = with_root(config_from_dict(merge_overrides(values, arguments.overrides), source="override"))
     device = choose_device(config.train.device)
     with process_group(device):
         detector = load_model(state, config, str(arguments.checkpoint)).to(device).eval()
@@ -52,31 +52,35 @@ def main(argv: Sequence[str] | None = None) -> None:
 def evaluate_detector(detector: CLISDetector, config: Config, folder: Path) -> dict[str, float]:
     """Evaluates on `data.val`; rank 0 writes eval.json and detections.npz into `folder`.
 
-    Frequency groups are those of the training split, which the detector's categories hold.
-
     Returns:
-        The metrics of `METRICS` as fractions, -1 where undefined; the same on all ranks.
+        The metrics of `METRICS` as fractions, -1 where undefined, AR at `test.detections`; the same on all
+        ranks.
     """
-    annotations = load_annotations(data_path(config, config.data.val))
-    ids = [category.id for category in annotations.categories]
-    if ids != [category.id for category in detector.categories]:
-        raise ValueError(
-            f"{annotations.path}: its {len(ids)} category ids are not the {detector.num_classes} "
-            "that the detector was trained on"
-        )
-    annotations = dataclasses.replace(annotations, categories=detector.categories)
+    annotations = load_validation(config, detector.categories)
     detections = run_detector(detector, config, annotations)
     metrics: list[dict[str, float]] = [{}]
     if is_main():
         figures = evaluate(annotations, detections, config.test.detections)
-        recall = f"AR@{config.test.detections}"
-        metrics = [{name: figures[recall if name == "AR@300" else name] for name in METRICS}]
-        detections.save(_folder(folder) / "detections.npz")
+        names = [f"AR@{config.test.detections}" if name == "AR@300" else name for name in METRICS]
+        metrics = [{name: figures[name] for name in names}]
         with written_whole(folder / "eval.json") as temporary:
+            detections.save(folder / "detections.npz")
             temporary.write_text(json.dumps(metrics[0], indent=1) + "\n")
     if world_size() > 1:
         torch.distributed.broadcast_object_list(metrics)
     return metrics[0]
+
+
+def load_validation(config: Config, categories: Sequence[Category]) -> Annotations:
+    """The annotations of `data.val`, with the frequency groups of the training split's `categories`."""
+    annotations = load_annotations(data_path(config, config.data.val))
+    check_same_categories(categories, "the detector", annotations.categories, annotations.path)
+    return dataclasses.replace(annotations, categories=tuple(categories))
+
+
+def check_validation(config: Config, categories: Sequence[Category]) -> None:
+    """Fails now rather than after the training, if the validation split cannot be read."""
+    _read(data_path(config, config.data.val_images), load_validation(config, categories).file_names, 0)
 
 
 def run_detector(detector: CLISDetector, config: Config, annotations: Annotations) -> Detections:
@@ -94,7 +98,6 @@ def run_detector(detector: CLISDetector, config: Config, annotations: Annotation
     table = all_gather_rows(torch.cat(columns)).cpu().numpy()
     table = table[np.argsort(table[:, 0], kind="stable")]
     category_ids = np.array([category.id for category in annotations.categories])
-    barrier()
     return Detections(
         image_id=annotations.image_ids[table[:, 0].astype(np.int64)],
         category_id=category_ids[table[:, 1].astype(np.int64)],
@@ -113,8 +116,3 @@ def _columns(row: int, boxes: Tensor, scores: Tensor, labels: Tensor) -> Tensor:
 
 def _read(folder: Path, file_names: np.ndarray, row: int) -> Tensor:
     return read_image(folder / str(file_names[row]))
-
-
-def _folder(folder: Path) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder

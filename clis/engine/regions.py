@@ -19,7 +19,7 @@ from clis.data.loader import image_loader
 from clis.distributed import barrier, is_main, rank, world_size
 from clis.engine.log import Progress, say
 from clis.files import written_whole
-from clis.models import CLISDetector
+from clis.models import CLISDetector, ImageDetections
 
 DETECTOR_RULES = ("category-rank-first", "top-score")
 """The rules of `regions.rule` that a detector applies."""
@@ -50,6 +50,7 @@ def make_regions(config: Config, index: ImageLevelIndex, detector: CLISDetector 
     barrier()
     table = np.load(partial, mmap_mode="r+")
     pending = np.flatnonzero(table["source"] == RegionSource.PENDING)
+    barrier()  # all have the same list before anyone writes a row
     if len(pending) < len(index):
         say(f"{len(index) - len(pending)} of {len(index)} regions are there already")
     mine = pending[rank() :: world_size()]
@@ -70,6 +71,7 @@ def make_regions(config: Config, index: ImageLevelIndex, detector: CLISDetector 
     table.flush()
     barrier()
     if is_main():
+        _check_complete(partial)
         counts = Counter(RegionSource(source).name.lower() for source in np.load(partial)["source"].tolist())
         with written_whole(path.with_suffix(".json")) as temporary:
             temporary.write_text(json.dumps(sidecar | {"counts": counts}, indent=1) + "\n")
@@ -77,6 +79,15 @@ def make_regions(config: Config, index: ImageLevelIndex, detector: CLISDetector 
         partial.with_suffix(".json").unlink()
         say(f"{path}: {', '.join(f'{count} {name}' for name, count in sorted(counts.items()))}")
     barrier()
+
+
+def _check_complete(partial: Path) -> None:
+    pending = int((np.load(partial, mmap_mode="r")["source"] == RegionSource.PENDING).sum())
+    if pending:
+        raise ValueError(
+            f"{partial}: {pending} regions are missing, which happens where several machines write to one "
+            "file over a network; the same command on one machine makes the missing ones"
+        )
 
 
 def detector_of(config: Config) -> str | None:
@@ -144,7 +155,7 @@ def _full_box(image: Tensor) -> Tensor:
     return torch.tensor([0, 0, image.shape[2], image.shape[1]], dtype=torch.float32)
 
 
-def _top_score(found: object) -> tuple[Tensor, float]:
+def _top_score(found: ImageDetections) -> tuple[Tensor, float]:
     if len(found.boxes) == 0:
         return torch.full((4,), torch.nan), 0.0
     return found.boxes[0], float(found.scores[0])

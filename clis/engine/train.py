@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import inspect
 import json
 import math
 import time
@@ -23,7 +24,12 @@ from clis.config import (
     load_config,
     read_yaml,
 )
-from clis.data.annotations import Annotations, checked_for_training, load_annotations
+from clis.data.annotations import (
+    Annotations,
+    check_same_categories,
+    checked_for_training,
+    load_annotations,
+)
 from clis.data.image_level import ImageLevelIndex, build_index, load_regions
 from clis.data.images import ImageError
 from clis.data.loader import Batch, MicroBatches, TwoStreamDataset, train_loader
@@ -40,7 +46,7 @@ from clis.distributed import (
     world_size,
 )
 from clis.engine.checkpoint import load_checkpoint, load_detector, load_state, save_checkpoint
-from clis.engine.evaluate import evaluate_detector
+from clis.engine.evaluate import check_validation, evaluate_detector
 from clis.engine.log import MetricsLog, Progress, say
 from clis.engine.lvis_eval import format_table
 from clis.engine.optim import learning_rate, make_optimizer
@@ -70,10 +76,13 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def recipe(config: Config, name: str, overrides: Sequence[str], device: torch.device) -> None:
     """Runs the stages that the config needs, leaving out what is done; then prints the comparison."""
+    detector = detector_config(config, overrides)
+    configs = [config] if detector is None else [detector, config]
+    for each in configs:
+        _claim(Path(each.output), each)
     stages: list[tuple[str, Callable[[], None]]] = []
     if config.data.generate == "shapes":
         stages.append(("embedded benchmark", lambda: generate_shapes(data_path(config, "shapes"))))
-    detector = detector_config(config, overrides)
     if config.clis.s > 0 and not regions_file(config).exists():
         if detector is not None:
             stages.append(
@@ -85,7 +94,7 @@ def recipe(config: Config, name: str, overrides: Sequence[str], device: torch.de
         say(f"{number}/{len(stages)} {title}")
         stage()
         barrier()
-    _compare([c for c in (detector, config) if c is not None])
+    _compare(configs)
 
 
 def run(config: Config, device: torch.device) -> None:
@@ -103,15 +112,16 @@ def train(config: Config, folder: Path, device: torch.device) -> CLISDetector:
     """Trains a detector for `train.steps` steps, or goes on where its last checkpoint left off.
 
     Every random choice is a function of (seed, step, place in the global batch), so a resumed run equals the
-    uninterrupted one, and another number of processes sees the same images.
+    uninterrupted one (bit for bit on the CPU), and another number of processes sees the same images.
     """
     annotations, dataset, sampler = make_streams(config)
+    check_validation(config, annotations.categories)
     images_per_process, accumulation = split_batch(config, world_size())
     torch.manual_seed(config.train.seed)
     model = build_model(config, annotations.categories).to(device)
     optimizer = make_optimizer(model, config)
     scaler = torch.amp.GradScaler(device.type, enabled=config.train.precision == "float16")
-    first_step = _resume(folder, model, optimizer, scaler, device)
+    first_step = _resume(folder, model, optimizer, scaler)
     network = _distribute(model, device)
     network.train()
     _describe(config, annotations, dataset.index, sampler, model, accumulation)
@@ -125,7 +135,8 @@ def train(config: Config, folder: Path, device: torch.device) -> CLISDetector:
         for step in steps:
             began = time.monotonic()
             step_batches = [next(batches).to(device) for _ in range(accumulation)]
-            num_unreadable = _check_readable(step_batches, num_unreadable, config)
+            num_unreadable += count_unreadable(step_batches, device)
+            _check_readable(num_unreadable, config)
             data_time = time.monotonic() - began
 
             rate = learning_rate(step, config.optim, config.train.images_per_step)
@@ -167,7 +178,8 @@ def train_step(
         What `CLISDetector.forward` gave for each micro-batch.
 
     Raises:
-        FloatingPointError: a loss is NaN or infinite; names it and the images. No weight has changed.
+        FloatingPointError: a loss or the gradient is NaN or infinite; names it and the images. No weight
+            has changed.
     """
     device = batches[0].regions.device
     normalizers = count_normalizers(batches, config, device)
@@ -181,9 +193,11 @@ def train_step(
             _check_finite(total, output, batch)
             scaler.scale(total).backward()
         outputs.append(output)
-    if config.optim.clip_norm is not None:
-        scaler.unscale_(optimizer)
-        nn.utils.clip_grad_norm_(model.parameters(), config.optim.clip_norm)
+    scaler.unscale_(optimizer)
+    norm = nn.utils.clip_grad_norm_(model.parameters(), config.optim.clip_norm or math.inf)
+    if not scaler.is_enabled() and not math.isfinite(norm.item()):  # a float16 scaler skips such steps
+        images = [image_id for batch in batches for image_id in batch.image_ids]
+        raise FloatingPointError(f"the gradient is not finite on images {images}; {_UNSTABLE}")
     for group in optimizer.param_groups:
         group["lr"] = rate
     scaler.step(optimizer)
@@ -207,7 +221,7 @@ def make_streams(config: Config) -> tuple[Annotations, TwoStreamDataset, JointSa
     index = regions = image_level_sampler = None
     if clis.s > 0:
         index = make_index(config, annotations)
-        regions = load_regions(regions_file(config), index)
+        regions = load_regions(regions_file(config), index, config.regions.rule)
         image_level_sampler = UniformSampler(len(index), seed)
     factors = repeat_factors(
         annotations.offsets, annotations.labels, len(annotations.categories), data.repeat_threshold
@@ -287,8 +301,10 @@ def detector_config(config: Config, overrides: Sequence[str] = ()) -> Config | N
         return None
     if Path(source).suffix not in (".yaml", ".yml"):
         return None
-    passed = [o for o in overrides if not o.startswith(("clis.", "loss.", "regions.", "output="))]
-    if any(override.startswith("output=") for override in overrides):
+    sections = [override.partition("=")[0].strip().split(".")[0] for override in overrides]
+    own = ("clis", "loss", "regions", "output")
+    passed = [override for override, section in zip(overrides, sections) if section not in own]
+    if "output" in sections:
         passed.append(f"output={Path(config.output, 'detector')}")
     return load_config(source, passed)
 
@@ -313,8 +329,7 @@ def find_regions(config: Config, device: torch.device, detector: Config | None =
         )
     checkpoint = Path(source) if Path(source).suffix == ".pt" else Path(source, "checkpoints", "last.pt")
     model = load_detector(checkpoint, device)
-    if [c.id for c in model.categories] != [c.id for c in annotations.categories]:
-        raise ValueError(f"{checkpoint}: trained on other categories than {annotations.path}")
+    check_same_categories(model.categories, str(checkpoint), annotations.categories, annotations.path)
     make_regions(config, index, model, path)
 
 
@@ -355,7 +370,6 @@ def _resume(
     model: CLISDetector,
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
-    device: torch.device,
 ) -> int:
     """Loads the last checkpoint, if there is one; the step to go on with."""
     path = folder / "checkpoints" / "last.pt"
@@ -373,9 +387,10 @@ def _distribute(model: CLISDetector, device: torch.device) -> nn.Module:
     if world_size() == 1:
         return model
     # the queue is the same on all ranks by construction: 59 MB that need not travel each step
-    return DistributedDataParallel(
-        model, device_ids=[device] if device.type == "cuda" else None, forward_sync_buffers=False
-    )
+    known = inspect.signature(DistributedDataParallel).parameters
+    sync_buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+    device_ids = [device] if device.type == "cuda" else None
+    return DistributedDataParallel(model, device_ids=device_ids, **{sync_buffers: False})
 
 
 @contextlib.contextmanager
@@ -393,27 +408,35 @@ def _autocast(config: Config, device: torch.device) -> torch.autocast:
     )
 
 
+_UNSTABLE = (
+    "a lower optim.lr or loss.beta, a longer optim.warmup_steps or an optim.clip_norm may help; the last "
+    "checkpoint is from before"
+)
+
+
 def _check_finite(total: Tensor, output: TrainOutput, batch: Batch) -> None:
     if math.isfinite(total.item()):
         return
     bad = [name for name, loss in output.losses.items() if not math.isfinite(loss.item())]
     raise FloatingPointError(
-        f"loss {', '.join(bad)} is not finite on images {batch.image_ids}; a lower optim.lr or loss.beta, a "
-        "longer optim.warmup_steps or an optim.clip_norm may help; the run goes on from its last checkpoint"
+        f"loss {', '.join(bad) or 'weight'} is not finite on images {batch.image_ids}; {_UNSTABLE}"
     )
 
 
-def _check_readable(batches: Sequence[Batch], before: int, config: Config) -> int:
-    """Images replaced so far in this process; names each, and stops above the number allowed."""
+def count_unreadable(batches: Sequence[Batch], device: torch.device) -> int:
+    """Images of the global batch that were replaced; each process names its own."""
     messages = [message for batch in batches for message in batch.unreadable]
     for message in messages:
-        say(f"replaced by the next of its stream: {message}")
-    if before + len(messages) > config.data.max_bad_images:
+        print(f"replaced by the next of its stream: {message}", flush=True)
+    return int(all_reduce_sum(torch.tensor(len(messages), device=device)))
+
+
+def _check_readable(count: int, config: Config) -> None:
+    if count > config.data.max_bad_images:
         raise ImageError(
-            f"{messages[-1]} ({before + len(messages)} unreadable images, data.max_bad_images="
-            f"{config.data.max_bad_images} are allowed)"
+            f"{count} unreadable images since this start, named above; data.max_bad_images="
+            f"{config.data.max_bad_images} are allowed"
         )
-    return before + len(messages)
 
 
 def _update_momentum_copy(model: CLISDetector, outputs: Sequence[TrainOutput]) -> None:

@@ -11,10 +11,10 @@ from clis.models.backbone import Backbone, load_backbone_weights
 from clis.models.contrastive import ContrastiveRegularization
 from clis.models.detector import CLISDetector, Normalizers, TrainOutput
 from clis.models.heads import ClassificationHead, LocalizationHead, TwoFC
-from clis.models.roi import Detections
+from clis.models.roi import ImageDetections
 from clis.models.rpn import RPN
 
-__all__ = ["CLISDetector", "Detections", "Normalizers", "TrainOutput", "build_model"]
+__all__ = ["CLISDetector", "ImageDetections", "Normalizers", "TrainOutput", "build_model"]
 
 
 def build_model(config: Config, categories: Sequence[Any], *, pretrained: bool = True) -> CLISDetector:

@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torchvision.transforms.functional import resize
 
 from clis import boxes as box_ops
 from clis.config import TestConfig
+from clis.data.transforms import resize_image, resize_scale, round_half_up
 from clis.losses import at_least_float32, l1_loss, objectness_loss
 from clis.models.backbone import Backbone
 from clis.models.contrastive import ContrastiveRegularization
 from clis.models.heads import ClassificationHead, LocalizationHead
-from clis.models.roi import Detections, RoIPooler, SampledRoIs, sample_rois, select_detections
+from clis.models.roi import ImageDetections, RoIPooler, SampledRoIs, sample_rois, select_detections
 from clis.models.rpn import RPN
 
 if TYPE_CHECKING:
@@ -104,8 +104,9 @@ class CLISDetector(nn.Module):
         pooled = self.roi_align(
             features, torch.cat([rois.boxes, batch.pair_boxes]), torch.cat([rois.images, batch.pair_images])
         )
-        losses |= self._localization_losses(pooled[:num_rois], rois, normalizers)
         instance_features = self.classification.sub_network(pooled)
+        localization_features = self._localization_features(pooled[:num_rois], instance_features[:num_rois])
+        losses |= self._localization_losses(localization_features, rois, normalizers)
         logits = self.classification.fc_cls(instance_features[:num_rois])
         losses["instance_cls"] = self.classification_loss(
             logits, rois.labels, normalizers.images * self.roi_config.samples
@@ -138,12 +139,17 @@ class CLISDetector(nn.Module):
                 )
         return TrainOutput(losses, stats, tuple(keys) if keys else None)
 
+    def _localization_features(self, pooled: Tensor, instance_features: Tensor) -> Tensor:
+        """[N,D] of the localization sub-network, computed anew only if it is one of its own."""
+        if self.localization.sub_network is self.classification.sub_network:
+            return instance_features
+        return self.localization.sub_network(pooled)
+
     def _localization_losses(
-        self, pooled: Tensor, rois: SampledRoIs, normalizers: Normalizers
+        self, features: Tensor, rois: SampledRoIs, normalizers: Normalizers
     ) -> dict[str, Tensor]:
         """L_loc on the positives, for the box of their own class, and L_obj on all RoIs."""
         count = normalizers.images * self.roi_config.samples
-        features = self.localization.sub_network(pooled)
         is_object = rois.labels < self.num_classes
         positive = torch.nonzero(is_object).squeeze(1)
         deltas = self.localization.deltas(features[positive])
@@ -167,17 +173,16 @@ class CLISDetector(nn.Module):
         rows = torch.arange(len(images), device=features[0].device)
         rows = rows.repeat_interleave(torch.tensor(counts, device=rows.device))
         pooled = self.roi_align(features, torch.cat(proposals), rows)
-        scores = self.classification_loss.scores(
-            self.classification.fc_cls(self.classification.sub_network(pooled))
-        )
-        localized = self.localization.sub_network(pooled)
+        instance_features = self.classification.sub_network(pooled)
+        scores = self.classification_loss.scores(self.classification.fc_cls(instance_features))
+        localized = self._localization_features(pooled, instance_features)
         if self.localization.fc_objectness is not None:
             scores = scores * at_least_float32(self.localization.fc_objectness(localized)).sigmoid()
         deltas = self.localization.deltas(localized)
         return list(zip(proposals, scores.split(counts), deltas.split(counts)))
 
     @torch.no_grad()
-    def detect(self, images: Sequence[Tensor]) -> list[Detections]:
+    def detect(self, images: Sequence[Tensor]) -> list[ImageDetections]:
         """Detects objects in uint8 RGB images [3,H,W] of any sizes, resized as `test_config` says.
 
         Returns the detections of each image, boxes in pixels of the image that was given.
@@ -186,7 +191,7 @@ class CLISDetector(nn.Module):
         detections = []
         for image, small, prediction in zip(images, resized, self.predict(resized)):
             found = select_detections(*prediction, tuple(small.shape[1:]), self.test_config)
-            detections.append(Detections(found.boxes * _scale(small, image), found.scores, found.labels))
+            detections.append(ImageDetections(found.boxes * _scale(small, image), found.scores, found.labels))
         return detections
 
     @torch.no_grad()
@@ -213,17 +218,12 @@ class CLISDetector(nn.Module):
 
     def resize(self, images: Sequence[Tensor]) -> list[Tensor]:
         """Images, shorter side at `short_side`, longer at most `max_size`, on the model's device."""
-        device = self.backbone.mean.device
-        resized = []
+        config, resized = self.test_config, []
         for image in images:
             height, width = image.shape[1:]
-            scale = min(
-                self.test_config.short_side / min(height, width),
-                self.test_config.max_size / max(height, width),
-            )
-            size = [max(1, int(side * scale + 0.5)) for side in (height, width)]
-            image = image.to(device)
-            resized.append(image if size == [height, width] else resize(image, size, antialias=True))
+            scale = resize_scale(height, width, config.short_side, config.max_size)
+            image = resize_image(image, (round_half_up(height * scale), round_half_up(width * scale)))
+            resized.append(image.to(self.backbone.mean.device))
         return resized
 
 

@@ -87,7 +87,7 @@ class RoIPooler(nn.Module):
 
 
 @dataclass(frozen=True)
-class Detections:
+class ImageDetections:
     """Detections of one image, best first."""
 
     boxes: Tensor
@@ -100,7 +100,7 @@ class Detections:
 
 def select_detections(
     rois: Tensor, scores: Tensor, deltas: Tensor, size: tuple[int, int], config: TestConfig
-) -> Detections:
+) -> ImageDetections:
     """The `detections` best boxes above the score threshold after NMS within classes.
 
     Args:
@@ -119,4 +119,4 @@ def select_detections(
     flat = scores.flatten()
     kept = box_ops.nms_top_k(flat, candidates, config.nms_iou, config.detections, config.score_threshold)
     boxes, labels = candidates(kept)
-    return Detections(boxes, flat[kept], labels)
+    return ImageDetections(boxes, flat[kept], labels)

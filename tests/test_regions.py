@@ -1,0 +1,297 @@
+"""Pre-defined regions: what each rule writes, what an interruption leaves, and shares of processes."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.multiprocessing
+from conftest import tiny_config
+from torch import Tensor
+from torchvision.io import write_png
+
+from clis.config import Config
+from clis.data.annotations import Category
+from clis.data.image_level import ImageLevelIndex, RegionSource, build_index, load_regions
+from clis.data.images import ImageError
+from clis.engine import regions
+from clis.engine.regions import center_box, make_regions
+from clis.models import ImageDetections
+
+CATEGORIES = [
+    Category(id=id_, name=name, frequency="r", image_count=1)
+    for id_, name in enumerate(("bird", "cat", "dog"))
+]
+CLASSES = ("cat", "bird", "dog", "cat", "bird", "dog", "cat")
+NUM_IMAGES = 3 * len(CLASSES)
+RANK_FIRST = "category-rank-first"
+
+
+def write_images(root: Path) -> Path:
+    """Images of height 20 + n and width 30 + 2n, in which every pixel is n, their number."""
+    for number in range(NUM_IMAGES):
+        path = root / CLASSES[number % len(CLASSES)] / f"{number:02}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        image = torch.full((3, 20 + number, 30 + 2 * number), number, dtype=torch.uint8)
+        write_png(image, str(path))
+    return root
+
+
+@pytest.fixture
+def root(tmp_path) -> Path:
+    return write_images(tmp_path / "images")
+
+
+@pytest.fixture
+def index(root) -> ImageLevelIndex:
+    return build_index([root], CATEGORIES)
+
+
+def numbers_of(index: ImageLevelIndex) -> list[int]:
+    """The number that is written in each image, by row; not the row, since rows are sorted by class."""
+    return [int(Path(index.name(row)).stem) for row in range(len(index))]
+
+
+def config_of(*overrides: str) -> Config:
+    return tiny_config("data.workers=0", "regions.images_per_batch=4", "regions.detector=some.pt", *overrides)
+
+
+def box_of(number: int) -> list[float]:
+    return [number / 4, 1.0, number / 4 + 5, 7.5]
+
+
+class Detector:
+    """Finds `box_of` the number in the pixels, with a score that tells number and label."""
+
+    def __init__(self, broken: dict[int, list[float]] | None = None, interrupt_after: int | None = None):
+        self.broken = broken or {}
+        self.interrupt_after = interrupt_after
+        self.asked: list[tuple[int, int]] = []
+        self.batches = 0
+
+    def rank_first(self, images: list[Tensor], labels: Tensor) -> list[tuple[Tensor, Tensor]]:
+        if self.batches == self.interrupt_after:
+            raise KeyboardInterrupt
+        self.batches += 1
+        assert len(images) == len(labels) <= 4
+        found = []
+        for image, label in zip(images, labels.tolist()):
+            number = int(image[0, 0, 0])
+            self.asked.append((number, label))
+            box = torch.tensor(self.broken.get(number, box_of(number)))
+            found.append((box, torch.tensor((8 * label + number) / 64)))
+        return found
+
+
+class OrderedDetector:
+    """Finds two boxes, best first, or none in images with an odd number."""
+
+    def detect(self, images: list[Tensor]) -> list[ImageDetections]:
+        found = []
+        for image in images:
+            number = int(image[0, 0, 0])
+            boxes = torch.tensor([box_of(number), [0.0, 0.0, 20.0, 20.0]])[: 0 if number % 2 else 2]
+            found.append(
+                ImageDetections(
+                    boxes, torch.tensor([0.5, 0.25])[: len(boxes)], torch.zeros(len(boxes)).long()
+                )
+            )
+        return found
+
+
+def counts_of(path: Path) -> dict[str, int]:
+    return json.loads(path.with_suffix(".json").read_text())["counts"]
+
+
+class TestRules:
+    def test_category_rank_first_asks_for_each_images_own_label(self, index, tmp_path):
+        path, detector = tmp_path / "run" / "regions.npy", Detector()
+        make_regions(config_of(), index, detector, path)
+        numbers = numbers_of(index)
+        names = [CLASSES[number % len(CLASSES)] for number in numbers]
+        labels = [[category.name for category in CATEGORIES].index(name) for name in names]
+        assert detector.asked == list(zip(numbers, labels))
+        table = load_regions(path, index, RANK_FIRST)
+        assert table["box"].tolist() == [box_of(number) for number in numbers]
+        assert table["score"].tolist() == [(8 * label + n) / 64 for label, n in zip(labels, numbers)]
+        assert (table["source"] == RegionSource.RULE).all()
+        note = json.loads(path.with_suffix(".json").read_text())
+        assert note == {
+            "index": index.digest,
+            "images": NUM_IMAGES,
+            "rule": RANK_FIRST,
+            "detector": "some.pt",
+            "counts": {"rule": NUM_IMAGES},
+        }
+        assert sorted(p.name for p in path.parent.iterdir()) == ["regions.json", "regions.npy"]
+
+    @pytest.mark.parametrize(
+        "broken", [[math.nan] * 4, [3.0, 2.0, 3.0, 9.0], [3.0, 9.0, 8.0, 9.0], [8.0, 2.0, 3.0, 9.0]]
+    )
+    def test_a_box_without_area_becomes_the_centre_box(self, index, tmp_path, broken):
+        """NaN is what `rank_first` gives without an RoI; then no width, no height, corners the other way."""
+        path = tmp_path / "regions.npy"
+        make_regions(config_of(), index, Detector(broken={5: broken, 20: broken}), path)
+        table, numbers = load_regions(path, index, RANK_FIRST), numbers_of(index)
+        for row, number in enumerate(numbers):
+            if number in (5, 20):
+                height, width = 20 + number, 30 + 2 * number
+                half = math.sqrt(0.5) / 2  # sides of sqrt(1/2): half the area
+                expected = [s * (0.5 + sign * half) for sign in (-1, 1) for s in (width, height)]
+                assert table["box"][row].tolist() == pytest.approx(expected, rel=1e-6)
+                assert (table["score"][row], table["source"][row]) == (0, RegionSource.FALLBACK)
+            else:
+                assert table["box"][row].tolist() == box_of(number)
+        assert counts_of(path) == {"rule": NUM_IMAGES - 2, "fallback": 2}
+
+    def test_top_score_takes_the_first_detection_of_any_class(self, index, tmp_path):
+        path = tmp_path / "regions.npy"
+        make_regions(config_of("regions.rule=top-score"), index, OrderedDetector(), path)
+        table = load_regions(path, index, "top-score")
+        for row, number in enumerate(numbers_of(index)):
+            if number % 2:
+                assert (table["score"][row], table["source"][row]) == (0, RegionSource.FALLBACK)
+            else:
+                assert table["box"][row].tolist() == box_of(number)
+                assert (table["score"][row], table["source"][row]) == (0.5, RegionSource.RULE)
+        assert counts_of(path) == {"rule": 11, "fallback": 10}
+
+    @pytest.mark.parametrize("rule", ["center", "full"])
+    def test_rules_without_a_detector(self, index, tmp_path, rule):
+        path = tmp_path / "regions.npy"
+        make_regions(config_of(f"regions.rule={rule}"), index, None, path)
+        table = load_regions(path, index, rule)
+        row = numbers_of(index).index(10)  # 30 high, 50 wide
+        # 50 * (0.5 -+ 0.353553), 30 * (0.5 -+ 0.353553)
+        expected = {"center": [7.32233, 4.39340, 42.67767, 25.60660], "full": [0, 0, 50, 30]}[rule]
+        assert table["box"][row].tolist() == pytest.approx(expected, abs=1e-4)
+        assert (table["score"] == 1).all()
+        note = json.loads(path.with_suffix(".json").read_text())
+        # a detector that the rule did not ask has no part in the file
+        assert (note["rule"], note["detector"], note["counts"]) == (rule, None, {"rule": NUM_IMAGES})
+
+    def test_center_box_has_half_the_area_and_the_images_proportions(self):
+        x1, y1, x2, y2 = center_box(torch.zeros(3, 30, 80, dtype=torch.uint8)).tolist()
+        assert (x2 - x1) * (y2 - y1) == pytest.approx(30 * 80 / 2, rel=1e-6)
+        assert (x2 - x1) / (y2 - y1) == pytest.approx(80 / 30, rel=1e-6)
+        assert (x1 + x2, y1 + y2) == pytest.approx((80, 30))
+
+
+class TestInterruption:
+    @pytest.mark.parametrize("batches", [0, 1, 5])
+    def test_a_second_run_asks_only_for_the_rest(self, index, tmp_path, batches):
+        """21 images in batches of 4: after 5 of them one is left."""
+        whole, path = tmp_path / "whole" / "regions.npy", tmp_path / "cut" / "regions.npy"
+        make_regions(config_of(), index, Detector(), whole)
+        first, second = Detector(interrupt_after=batches), Detector()
+        with pytest.raises(KeyboardInterrupt):
+            make_regions(config_of(), index, first, path)
+        assert len(first.asked) == 4 * batches
+        assert not path.exists()
+        make_regions(config_of(), index, second, path)
+        assert [number for number, _ in first.asked + second.asked] == numbers_of(index)
+        for suffix in (".npy", ".json"):
+            assert path.with_suffix(suffix).read_bytes() == whole.with_suffix(suffix).read_bytes()
+        assert len(list(path.parent.iterdir())) == 2
+
+    @pytest.mark.parametrize("change", ["rule", "detector", "images"])
+    def test_what_another_rule_began_is_made_anew(self, index, root, tmp_path, change):
+        path = tmp_path / "regions.npy"
+        with pytest.raises(KeyboardInterrupt):
+            make_regions(config_of(), index, Detector(interrupt_after=2), path)
+        if change == "rule":
+            make_regions(config_of("regions.rule=full"), index, None, path)
+            assert load_regions(path, index, "full")["box"][:, :2].max() == 0
+            return
+        if change == "images":
+            (root / "bird" / "01.png").unlink()
+            index = build_index([root], CATEGORIES)
+        detector = Detector()
+        other = ["regions.detector=other.pt"] if change == "detector" else []
+        make_regions(config_of(*other), index, detector, path)
+        assert [number for number, _ in detector.asked] == numbers_of(index)
+        assert len(load_regions(path, index, RANK_FIRST)) == len(index)
+
+
+class TestBadInput:
+    @pytest.fixture
+    def damaged(self, root) -> ImageLevelIndex:
+        """Images 1 (bird) and 9 (dog) are cut off."""
+        for name in ("bird/01.png", "dog/09.png"):
+            (root / name).write_bytes((root / name).read_bytes()[:50])
+        return build_index([root], CATEGORIES)
+
+    def test_an_unreadable_image_stops_the_run_by_name(self, damaged, tmp_path):
+        path = tmp_path / "regions.npy"
+        with pytest.raises(ImageError, match=r"1 unreadable .*max_bad_images=0 are allowed.*bird/01\.png"):
+            make_regions(config_of(), damaged, Detector(), path)
+        with pytest.raises(ImageError, match=r"2 unreadable .*max_bad_images=1 are allowed.*dog/09\.png"):
+            make_regions(config_of("data.max_bad_images=1"), damaged, Detector(), path)
+        assert not path.exists()
+
+    def test_or_is_marked_and_left_out(self, damaged, tmp_path):
+        path, detector = tmp_path / "regions.npy", Detector()
+        make_regions(config_of("data.max_bad_images=2"), damaged, detector, path)
+        table = load_regions(path, damaged, RANK_FIRST)
+        for row, number in enumerate(numbers_of(damaged)):
+            if number in (1, 9):
+                assert table["source"][row] == RegionSource.UNREADABLE
+                assert table["box"][row].tolist() == [0, 0, 0, 0]
+            else:  # the others of its batch still have their own boxes
+                assert table["box"][row].tolist() == box_of(number)
+        assert counts_of(path) == {"rule": NUM_IMAGES - 2, "unreadable": 2}
+        assert not {1, 9} & {number for number, _ in detector.asked}
+
+    def test_a_batch_of_unreadable_images_asks_nothing(self, root, tmp_path):
+        for path in (root / "bird").iterdir():
+            path.write_bytes(b"not an image")
+        index = build_index([root], CATEGORIES)
+        path = tmp_path / "regions.npy"
+        make_regions(config_of("data.max_bad_images=6"), index, Detector(), path)
+        assert counts_of(path) == {"rule": NUM_IMAGES - 6, "unreadable": 6}
+
+    def test_a_file_of_other_images_is_refused(self, index, root, tmp_path):
+        path = tmp_path / "regions.npy"
+        make_regions(config_of(), index, Detector(), path)
+        (root / "cat" / "00.png").rename(root / "cat" / "99.png")
+        renamed = build_index([root], CATEGORIES)
+        assert len(renamed) == len(index)
+        with pytest.raises(ValueError, match=r"regions\.npy: made for other image-level images than the 21"):
+            load_regions(path, renamed, RANK_FIRST)
+
+
+def _spawned(rank: int, folder: str) -> None:
+    """Rank 1 takes its time once the table is open, so that rank 0 would be far ahead if it did not wait."""
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2
+    )
+    load = np.load
+
+    def slow_load(*arguments, **options):
+        table = load(*arguments, **options)
+        time.sleep(1)
+        return table
+
+    if rank == 1:
+        regions.np.load = slow_load
+    index = build_index([Path(folder, "images")], CATEGORIES)
+    detector = Detector()
+    make_regions(config_of(), index, detector, Path(folder, "two", "regions.npy"))
+    Path(folder, f"asked_{rank}.json").write_text(json.dumps([number for number, _ in detector.asked]))
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_two_processes_make_the_file_of_one(index, tmp_path):
+    make_regions(config_of(), index, Detector(), tmp_path / "one" / "regions.npy")
+    torch.multiprocessing.spawn(_spawned, (str(tmp_path),), nprocs=2)
+    asked = [json.loads((tmp_path / f"asked_{rank}.json").read_text()) for rank in (0, 1)]
+    assert asked == [numbers_of(index)[0::2], numbers_of(index)[1::2]]
+    for name in ("regions.npy", "regions.json"):
+        assert (tmp_path / "two" / name).read_bytes() == (tmp_path / "one" / name).read_bytes()
