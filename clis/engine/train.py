@@ -135,8 +135,7 @@ def train(config: Config, folder: Path, device: torch.device) -> CLISDetector:
         for step in steps:
             began = time.monotonic()
             step_batches = [next(batches).to(device) for _ in range(accumulation)]
-            num_unreadable += count_unreadable(step_batches, device)
-            _check_readable(num_unreadable, config)
+            num_unreadable = _count_unreadable(step_batches, num_unreadable, config, device)
             data_time = time.monotonic() - began
 
             rate = learning_rate(step, config.optim, config.train.images_per_step)
@@ -423,20 +422,19 @@ def _check_finite(total: Tensor, output: TrainOutput, batch: Batch) -> None:
     )
 
 
-def count_unreadable(batches: Sequence[Batch], device: torch.device) -> int:
-    """Images of the global batch that were replaced; each process names its own."""
+def _count_unreadable(batches: Sequence[Batch], before: int, config: Config, device: torch.device) -> int:
+    """Images of all processes replaced since this start; all stop together above the number allowed."""
     messages = [message for batch in batches for message in batch.unreadable]
     for message in messages:
         print(f"replaced by the next of its stream: {message}", flush=True)
-    return int(all_reduce_sum(torch.tensor(len(messages), device=device)))
-
-
-def _check_readable(count: int, config: Config) -> None:
+    count = before + int(all_reduce_sum(torch.tensor(len(messages), device=device)))
     if count > config.data.max_bad_images:
+        last = messages[-1] if messages else "named by another process"
         raise ImageError(
-            f"{count} unreadable images since this start, named above; data.max_bad_images="
-            f"{config.data.max_bad_images} are allowed"
+            f"{count} unreadable images, data.max_bad_images={config.data.max_bad_images} are allowed; the "
+            f"last: {last}"
         )
+    return count
 
 
 def _update_momentum_copy(model: CLISDetector, outputs: Sequence[TrainOutput]) -> None:
