@@ -32,7 +32,8 @@ from clis.data.loader import MicroBatches, train_loader
 from clis.engine.log import Progress
 from clis.engine.lvis_eval import Detections, evaluate
 from clis.engine.optim import learning_rate
-from clis.engine.train import generate_shapes, make_streams, run
+from clis.engine.streams import make_streams
+from clis.engine.train import generate_shapes, run
 from clis.models.backbone import IMAGE_MEAN, IMAGE_STD, STRIDES, Backbone
 
 

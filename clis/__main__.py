@@ -78,7 +78,7 @@ def _shapes(arguments: argparse.Namespace) -> None:
 def _regions(arguments: argparse.Namespace) -> None:
     from clis.config import load_config
     from clis.distributed import choose_device, process_group
-    from clis.engine.train import detector_config, find_regions
+    from clis.engine.regions import detector_config, find_regions
 
     config = load_config(arguments.config, arguments.overrides)
     device = choose_device(config.train.device)

@@ -14,7 +14,7 @@ from clis.config import load_config
 from clis.data.annotations import load_annotations
 from clis.data.image_level import load_regions
 from clis.data.images import decode_image
-from clis.engine import train
+from clis.engine import streams, train
 from clis.engine.lvis_eval import METRICS, Detections
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "coco_mini"
@@ -67,7 +67,7 @@ def test_the_recipe_runs_on_photographs(tmp_path):
     assert {"objectness", "image_cls", "contrastive"} == clis.keys() - detector.keys()
     assert all(np.isfinite(value) for record in (detector, clis) for value in record.values())
 
-    index = train.make_index(config, load_annotations(SHARED / "coco_mini" / "train.json"))
+    index = streams.make_index(config, load_annotations(SHARED / "coco_mini" / "train.json"))
     regions = load_regions(output / "regions.npy", index, config.regions.rule)
     assert len(regions) == 277  # one image a wnid
     counts = json.loads((output / "regions.json").read_text())["counts"]

@@ -20,7 +20,7 @@ from clis.config import OptimConfig, load_config
 from clis.data.images import ImageError
 from clis.data.loader import Batch, collate
 from clis.data.shapes import ShapesSpec, write_shapes
-from clis.engine import evaluate, train
+from clis.engine import evaluate, regions, train
 from clis.engine.checkpoint import load_checkpoint, load_detector
 from clis.engine.log import MetricsLog
 from clis.engine.lvis_eval import METRICS, Detections
@@ -316,7 +316,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing():
 def test_overrides_of_clis_alone_do_not_reach_the_detector(tmp_path):
     """Also in mapping form; a run folder that was asked for holds the detector's."""
     overrides = ["clis={s: 8}", "loss.alpha=0.5", "train.steps=7", f"output={tmp_path}"]
-    detector = train.detector_config(load_config(CONFIG, overrides), overrides)
+    detector = regions.detector_config(load_config(CONFIG, overrides), overrides)
     assert (detector.clis.s, detector.loss.alpha, detector.train.steps) == (0, 0.3, 7)
     assert detector.output == str(tmp_path / "detector")
 

@@ -5,19 +5,22 @@ from __future__ import annotations
 import functools
 import json
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from clis.config import Config
+from clis.config import Config, data_path, load_config
+from clis.data.annotations import check_same_categories, load_annotations
 from clis.data.image_level import REGION_DTYPE, ImageLevelIndex, RegionSource, region_sidecar
 from clis.data.images import ImageError, decode_image
 from clis.data.loader import image_loader
 from clis.distributed import barrier, is_main, rank, world_size
+from clis.engine.checkpoint import load_detector
 from clis.engine.log import Progress, say
+from clis.engine.streams import make_index, regions_file
 from clis.files import written_whole
 from clis.models import CLISDetector, ImageDetections
 
@@ -29,6 +32,49 @@ FLUSH_EVERY = 256
 
 Rule = Callable[[list[Tensor], Tensor], list[tuple[Tensor, float]]]
 """Images and their labels to a box [4] and a score each; the box is NaN where there is none."""
+
+
+def detector_config(config: Config, overrides: Sequence[str] = ()) -> Config | None:
+    """The config of the detector that finds the regions, if the config names one by its config.
+
+    Overrides outside clis, loss and regions hold for it too. With ``output=FOLDER`` its run folder is
+    FOLDER/detector.
+    """
+    source = config.regions.detector
+    if config.clis.s == 0 or config.regions.rule not in DETECTOR_RULES or source is None:
+        return None
+    if Path(source).suffix not in (".yaml", ".yml"):
+        return None
+    sections = [override.partition("=")[0].strip().split(".")[0] for override in overrides]
+    own = ("clis", "loss", "regions", "output")
+    passed = [override for override, section in zip(overrides, sections) if section not in own]
+    if "output" in sections:
+        passed.append(f"output={Path(config.output, 'detector')}")
+    return load_config(source, passed)
+
+
+def find_regions(config: Config, device: torch.device, detector: Config | None = None) -> None:
+    """Makes the region file of the config, if it is not there, by `detector` or `regions.detector`."""
+    path = regions_file(config)
+    if path.exists():
+        say(f"{path} is there already")
+        return
+    annotations = load_annotations(data_path(config, config.data.train))
+    index = make_index(config, annotations)
+    if config.regions.rule not in DETECTOR_RULES:
+        make_regions(config, index, None, path)
+        return
+    detector = detector or detector_config(config)
+    source = config.regions.detector if detector is None else detector.output
+    if source is None:
+        raise ValueError(
+            f"{path} does not exist, and the rule {config.regions.rule} makes it with a detector: name a "
+            "checkpoint, a run folder or a config in regions.detector"
+        )
+    checkpoint = Path(source) if Path(source).suffix == ".pt" else Path(source, "checkpoints", "last.pt")
+    model = load_detector(checkpoint, device)
+    check_same_categories(model.categories, str(checkpoint), annotations.categories, annotations.path)
+    make_regions(config, index, model, path)
 
 
 def make_regions(config: Config, index: ImageLevelIndex, detector: CLISDetector | None, path: Path) -> None:

@@ -24,16 +24,11 @@ from clis.config import (
     load_config,
     read_yaml,
 )
-from clis.data.annotations import (
-    Annotations,
-    check_same_categories,
-    checked_for_training,
-    load_annotations,
-)
-from clis.data.image_level import ImageLevelIndex, build_index, load_regions
+from clis.data.annotations import Annotations
+from clis.data.image_level import ImageLevelIndex
 from clis.data.images import ImageError
-from clis.data.loader import Batch, MicroBatches, TwoStreamDataset, train_loader
-from clis.data.sampling import JointSampler, RepeatSampler, UniformSampler, repeat_factors
+from clis.data.loader import Batch, MicroBatches, train_loader
+from clis.data.sampling import JointSampler
 from clis.data.shapes import ShapesSpec, write_shapes
 from clis.distributed import (
     all_gather_rows,
@@ -45,14 +40,16 @@ from clis.distributed import (
     rank,
     world_size,
 )
-from clis.engine.checkpoint import load_checkpoint, load_detector, load_state, save_checkpoint
+from clis.engine.checkpoint import load_checkpoint, save_checkpoint
 from clis.engine.evaluate import check_validation, evaluate_detector
 from clis.engine.log import MetricsLog, Progress, say
 from clis.engine.lvis_eval import format_table
 from clis.engine.optim import learning_rate, make_optimizer
-from clis.engine.regions import DETECTOR_RULES, make_regions
+from clis.engine.regions import detector_config, find_regions
+from clis.engine.streams import make_streams, regions_file
 from clis.files import written_whole
 from clis.models import CLISDetector, Normalizers, TrainOutput, build_model
+from clis.models.backbone import load_state
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -206,46 +203,6 @@ def train_step(
     return outputs
 
 
-def make_streams(config: Config) -> tuple[Annotations, TwoStreamDataset, JointSampler]:
-    """The two streams of training data, and which images each step draws from them.
-
-    Raises:
-        FileNotFoundError, ValueError: a file is missing or wrong; see the readers in `clis.data`.
-    """
-    data, clis, seed = config.data, config.clis, config.train.seed
-    annotations = load_annotations(data_path(config, data.train))
-    annotations, changes = checked_for_training(annotations, drop_invalid=data.drop_invalid)
-    if any(changes.values()):
-        say(f"{annotations.path}: " + ", ".join(f"{count} {what} boxes" for what, count in changes.items()))
-    index = regions = image_level_sampler = None
-    if clis.s > 0:
-        index = make_index(config, annotations)
-        regions = load_regions(regions_file(config), index, config.regions.rule)
-        image_level_sampler = UniformSampler(len(index), seed)
-    factors = repeat_factors(
-        annotations.offsets, annotations.labels, len(annotations.categories), data.repeat_threshold
-    )
-    instance_sampler = RepeatSampler(factors, data.repeat_rounding, seed)
-    sampler = JointSampler(instance_sampler, image_level_sampler, config.train.images_per_step, clis.s, seed)
-    images = data_path(config, data.train_images)
-    return annotations, TwoStreamDataset(data, clis, annotations, images, index, regions), sampler
-
-
-def make_index(config: Config, annotations: Annotations) -> ImageLevelIndex:
-    """The index of the image-level images of the categories of `annotations`."""
-    data = config.data
-    mapping = None if data.mapping is None else data_path(config, data.mapping)
-    index = build_index(
-        [data_path(config, root) for root in data.image_level],
-        annotations.categories,
-        mapping,
-        strict=not data.drop_unmatched,
-    )
-    if index.unmatched:
-        say(f"image-level folders that match no category, left out: {', '.join(index.unmatched[:10])}")
-    return index
-
-
 def split_batch(config: Config, processes: int) -> tuple[int, int]:
     """Images a process takes at once, and micro-batches a step (gradient accumulation).
 
@@ -287,53 +244,6 @@ def summarize_step(outputs: Sequence[TrainOutput], config: Config) -> dict[str, 
     total = sum(config.loss.weights[name] * loss for name, loss in record.items())
     counts = zip(stats, values[len(losses) :])
     return {"loss": total} | record | {name: count / config.train.images_per_step for name, count in counts}
-
-
-def detector_config(config: Config, overrides: Sequence[str] = ()) -> Config | None:
-    """The config of the detector that finds the regions, if the config names one by its config.
-
-    Overrides outside clis, loss and regions hold for it too. With ``output=FOLDER`` its run folder is
-    FOLDER/detector.
-    """
-    source = config.regions.detector
-    if config.clis.s == 0 or config.regions.rule not in DETECTOR_RULES or source is None:
-        return None
-    if Path(source).suffix not in (".yaml", ".yml"):
-        return None
-    sections = [override.partition("=")[0].strip().split(".")[0] for override in overrides]
-    own = ("clis", "loss", "regions", "output")
-    passed = [override for override, section in zip(overrides, sections) if section not in own]
-    if "output" in sections:
-        passed.append(f"output={Path(config.output, 'detector')}")
-    return load_config(source, passed)
-
-
-def find_regions(config: Config, device: torch.device, detector: Config | None = None) -> None:
-    """Makes the region file of the config, if it is not there, by `detector` or `regions.detector`."""
-    path = regions_file(config)
-    if path.exists():
-        say(f"{path} is there already")
-        return
-    annotations = load_annotations(data_path(config, config.data.train))
-    index = make_index(config, annotations)
-    if config.regions.rule not in DETECTOR_RULES:
-        make_regions(config, index, None, path)
-        return
-    detector = detector or detector_config(config)
-    source = config.regions.detector if detector is None else detector.output
-    if source is None:
-        raise ValueError(
-            f"{path} does not exist, and the rule {config.regions.rule} makes it with a detector: name a "
-            "checkpoint, a run folder or a config in regions.detector"
-        )
-    checkpoint = Path(source) if Path(source).suffix == ".pt" else Path(source, "checkpoints", "last.pt")
-    model = load_detector(checkpoint, device)
-    check_same_categories(model.categories, str(checkpoint), annotations.categories, annotations.path)
-    make_regions(config, index, model, path)
-
-
-def regions_file(config: Config) -> Path:
-    return Path(config.regions.file or Path(config.output, "regions.npy"))
 
 
 # ---------------------------------------------------------------------------------------------------------

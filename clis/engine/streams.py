@@ -1,0 +1,58 @@
+"""The two streams of a config: which files they read and which images each step draws."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from clis.config import Config, data_path
+from clis.data.annotations import Annotations, checked_for_training, load_annotations
+from clis.data.image_level import ImageLevelIndex, build_index, load_regions
+from clis.data.loader import TwoStreamDataset
+from clis.data.sampling import JointSampler, RepeatSampler, UniformSampler, repeat_factors
+from clis.engine.log import say
+
+
+def make_streams(config: Config) -> tuple[Annotations, TwoStreamDataset, JointSampler]:
+    """The two streams of training data, and which images each step draws from them.
+
+    Raises:
+        FileNotFoundError, ValueError: a file is missing or wrong; see the readers in `clis.data`.
+    """
+    data, clis, seed = config.data, config.clis, config.train.seed
+    annotations = load_annotations(data_path(config, data.train))
+    annotations, changes = checked_for_training(annotations, drop_invalid=data.drop_invalid)
+    if any(changes.values()):
+        say(f"{annotations.path}: " + ", ".join(f"{count} {what} boxes" for what, count in changes.items()))
+    index = regions = image_level_sampler = None
+    if clis.s > 0:
+        index = make_index(config, annotations)
+        regions = load_regions(regions_file(config), index, config.regions.rule)
+        image_level_sampler = UniformSampler(len(index), seed)
+    factors = repeat_factors(
+        annotations.offsets, annotations.labels, len(annotations.categories), data.repeat_threshold
+    )
+    instance_sampler = RepeatSampler(factors, data.repeat_rounding, seed)
+    sampler = JointSampler(instance_sampler, image_level_sampler, config.train.images_per_step, clis.s, seed)
+    images = data_path(config, data.train_images)
+    return annotations, TwoStreamDataset(data, clis, annotations, images, index, regions), sampler
+
+
+def make_index(config: Config, annotations: Annotations) -> ImageLevelIndex:
+    """The index of the image-level images of the categories of `annotations`."""
+    data = config.data
+    mapping = None if data.mapping is None else data_path(config, data.mapping)
+    index = build_index(
+        [data_path(config, root) for root in data.image_level],
+        annotations.categories,
+        mapping,
+        strict=not data.drop_unmatched,
+    )
+    if index.unmatched:
+        some = ", ".join(index.unmatched[:10])
+        say(f"{len(index.unmatched)} image-level classes match no category and are left out: {some} ...")
+    return index
+
+
+def regions_file(config: Config) -> Path:
+    """Where the regions of this config are, or will be."""
+    return Path(config.regions.file or Path(config.output, "regions.npy"))
