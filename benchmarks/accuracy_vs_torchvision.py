@@ -11,6 +11,7 @@ Results are kept in OUT, so that an interrupted run goes on with the next seed.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import statistics
 import time
@@ -27,8 +28,8 @@ from torchvision.ops import MultiScaleRoIAlign
 
 from clis.config import Config, data_path, load_config
 from clis.data.annotations import load_annotations
-from clis.data.images import read_image
-from clis.data.loader import MicroBatches, train_loader
+from clis.data.loader import MicroBatches, image_loader, train_loader
+from clis.engine.evaluate import read_validation_image
 from clis.engine.log import Progress
 from clis.engine.lvis_eval import Detections, evaluate
 from clis.engine.optim import learning_rate
@@ -82,12 +83,14 @@ def make_peer(config: Config, num_classes: int) -> FasterRCNN:
         rpn_post_nms_top_n_train=model.rpn.proposals,
         rpn_post_nms_top_n_test=model.rpn.proposals,
         rpn_batch_size_per_image=model.rpn.samples,
+        rpn_positive_fraction=model.rpn.positive_fraction,
         box_roi_pool=MultiScaleRoIAlign(
             ["0", "1", "2", "3"], model.roi.pool_size, sampling_ratio=2, canonical_scale=canonical
         ),
         box_head=TwoMLPHead(channels * model.roi.pool_size**2, model.roi.fc_dim),
         box_predictor=ClassAgnosticPredictor(model.roi.fc_dim, num_classes + 1),
         box_batch_size_per_image=model.roi.samples,
+        box_positive_fraction=model.roi.positive_fraction,
         box_score_thresh=test.score_threshold,
         box_nms_thresh=test.nms_iou,
         box_detections_per_img=test.detections,
@@ -129,13 +132,17 @@ def evaluate_peer(peer: FasterRCNN, config: Config) -> dict[str, float]:
     peer.eval()
     columns: dict[str, list[np.ndarray]] = {name: [] for name in ("image_id", "category_id", "bbox", "score")}
     category_ids = np.array([category.id for category in annotations.categories])
-    for row in range(len(annotations)):
-        found = peer([read_image(folder / str(annotations.file_names[row])) / 255])[0]
-        boxes = found["boxes"].double()
-        columns["image_id"].append(np.full(len(boxes), annotations.image_ids[row]))
-        columns["category_id"].append(category_ids[found["labels"].numpy() - 1])
-        columns["bbox"].append(torch.cat([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], dim=1).numpy())
-        columns["score"].append(found["scores"].numpy())
+    read = functools.partial(read_validation_image, folder, annotations.file_names)
+    loader = image_loader(read, range(len(annotations)), config.test.images_per_batch, config.data.workers)
+    with Progress("evaluate torchvision", len(annotations), unit="image") as progress:
+        for rows, images in loader:
+            for row, found in zip(rows, peer([image / 255 for image in images])):
+                boxes = found["boxes"].double()
+                columns["image_id"].append(np.full(len(boxes), annotations.image_ids[row]))
+                columns["category_id"].append(category_ids[found["labels"].numpy() - 1])
+                columns["bbox"].append(torch.cat([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], dim=1).numpy())
+                columns["score"].append(found["scores"].numpy())
+            progress.advance(len(images))
     return evaluate(annotations, Detections(**{name: np.concatenate(rows) for name, rows in columns.items()}))
 
 

@@ -80,13 +80,17 @@ def load_validation(config: Config, categories: Sequence[Category]) -> Annotatio
 
 def check_validation(config: Config, categories: Sequence[Category]) -> None:
     """Fails now rather than after the training, if the validation split cannot be read."""
-    _read(data_path(config, config.data.val_images), load_validation(config, categories).file_names, 0)
+    read_validation_image(
+        data_path(config, config.data.val_images), load_validation(config, categories).file_names, 0
+    )
 
 
 def run_detector(detector: CLISDetector, config: Config, annotations: Annotations) -> Detections:
     """Detections of all images, gathered from all ranks, in the order of the images, best first in each."""
     device = next(detector.parameters()).device
-    read = functools.partial(_read, data_path(config, config.data.val_images), annotations.file_names)
+    read = functools.partial(
+        read_validation_image, data_path(config, config.data.val_images), annotations.file_names
+    )
     rows = range(rank(), len(annotations), world_size())
     loader = image_loader(read, rows, config.test.images_per_batch, config.data.workers)
     columns = [torch.zeros(0, 7, dtype=torch.float64, device=device)]
@@ -114,5 +118,6 @@ def _columns(row: int, boxes: Tensor, scores: Tensor, labels: Tensor) -> Tensor:
     return torch.cat([torch.stack([image, labels.double(), scores.double()], 1), boxes[:, :2], sizes], dim=1)
 
 
-def _read(folder: Path, file_names: np.ndarray, row: int) -> Tensor:
+def read_validation_image(folder: Path, file_names: np.ndarray, row: int) -> Tensor:
+    """Image `row` of an annotation file, uint8 RGB [3,H,W]."""
     return read_image(folder / str(file_names[row]))
