@@ -76,7 +76,9 @@ def make_peer(config: Config, num_classes: int) -> FasterRCNN:
         num_classes=None,
         image_mean=[value / 255 for value in IMAGE_MEAN],
         image_std=[value / 255 for value in IMAGE_STD],
-        _skip_resize=True,
+        min_size=test.short_side,
+        max_size=test.max_size,
+        _skip_resize=True,  # in training: the images come resized
         rpn_anchor_generator=AnchorGenerator(sides, ratios),
         rpn_pre_nms_top_n_train=model.rpn.pre_nms_train,
         rpn_pre_nms_top_n_test=model.rpn.pre_nms_test,
