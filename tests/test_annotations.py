@@ -50,7 +50,7 @@ def load(tmp_path):
 def test_coco_form(load):
     annotations = load(document())
     assert [category.name for category in annotations.categories] == ["dog", "emu", "cat"]  # ids 2, 5, 9
-    assert annotations.label_of_category_id == {2: 0, 5: 1, 9: 2}
+    assert [category.id for category in annotations.categories] == [2, 5, 9]
     assert annotations.num_classes == 3
     assert len(annotations) == 2
     assert annotations.image_ids.tolist() == [42, 7]

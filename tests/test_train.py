@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -25,7 +26,7 @@ from clis.engine.checkpoint import load_checkpoint, load_detector
 from clis.engine.log import MetricsLog
 from clis.engine.lvis_eval import METRICS, Detections
 from clis.engine.optim import learning_rate, make_optimizer
-from clis.models import build_model
+from clis.models import CLISDetector, build_model
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 CONFIG = str(REPOSITORY / "configs" / "shapes" / "clis.yaml")
@@ -140,7 +141,7 @@ class TestRecipe:
 class TestResume:
     @pytest.mark.parametrize("crash_at", [3, 4])
     def test_a_resumed_run_is_the_uninterrupted_one(self, finished, data, tmp_path, monkeypatch, crash_at):
-        """Crashes in step 3 (a checkpoint is 2 steps old... none lost) or 4 (one logged step is lost)."""
+        """Stopped in step 3, right after a checkpoint, or in step 4, when step 3 is logged but not saved."""
         arguments = ["--config", CONFIG, *SHORT, f"data.root={data}", f"output={tmp_path / 'run'}"]
         arguments += [f"regions.file={finished / 'regions.npy'}"]
         reference = tmp_path / "reference"
@@ -275,41 +276,26 @@ def test_split_batch():
         train.split_batch(config, 3)
 
 
-def test_a_loss_that_is_not_finite_is_named(monkeypatch):
-    config = tiny_config("train.images_per_step=1")
-    model = build_model(config, range(NUM_CLASSES)).train()
+def spoil_loss(model: CLISDetector) -> None:
     nn.init.constant_(model.localization.fc_objectness.bias, math.inf)
-    before = {name: p.clone() for name, p in model.named_parameters()}
-    batch = collate([make_sample(seed=7)])
-    with pytest.raises(FloatingPointError, match=r"loss objectness is not finite on images \[7\]"):
-        train.train_step(
-            model,
-            model,
-            make_optimizer(model, config),
-            torch.amp.GradScaler("cpu", enabled=False),
-            [batch],
-            0.1,
-            config,
-        )
-    assert all(torch.equal(before[name], p) for name, p in model.named_parameters())
 
 
-def test_a_gradient_that_is_not_finite_changes_nothing():
-    """A finite loss with an infinite gradient: clipping would turn it into NaN weights."""
+def spoil_gradient(model: CLISDetector) -> None:
+    """The loss stays finite; clipping would turn the infinite gradient into NaN weights."""
+    model.rpn.objectness.bias.register_hook(lambda gradient: gradient * math.inf)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "named"), [(spoil_loss, "loss objectness is"), (spoil_gradient, "the gradient is")]
+)
+def test_what_is_not_finite_is_named_and_changes_nothing(spoil, named):
     config = tiny_config("train.images_per_step=1")
     model = build_model(config, range(NUM_CLASSES)).train()
-    model.rpn.objectness.bias.register_hook(lambda gradient: gradient * math.inf)
+    spoil(model)
     before = {name: p.clone() for name, p in model.named_parameters()}
-    with pytest.raises(FloatingPointError, match=r"the gradient is not finite on images \[7\]"):
-        train.train_step(
-            model,
-            model,
-            make_optimizer(model, config),
-            torch.amp.GradScaler("cpu", enabled=False),
-            [collate([make_sample(seed=7)])],
-            0.1,
-            config,
-        )
+    optimizer, scaler = make_optimizer(model, config), torch.amp.GradScaler("cpu", enabled=False)
+    with pytest.raises(FloatingPointError, match=rf"{named} not finite on images \[7\]"):
+        train.train_step(model, model, optimizer, scaler, [collate([make_sample(seed=7)])], 0.1, config)
     assert all(torch.equal(before[name], p) for name, p in model.named_parameters())
 
 
@@ -329,8 +315,6 @@ class TestBadInput:
     @pytest.fixture
     def damaged(self, data, tmp_path) -> Path:
         """The benchmark with one truncated training image."""
-        import shutil
-
         shutil.copytree(data / "shapes", tmp_path / "shapes")
         victim = sorted((tmp_path / "shapes" / "train").glob("*.jpg"))[0]
         victim.write_bytes(victim.read_bytes()[:400])

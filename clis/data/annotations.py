@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -76,11 +75,6 @@ class Annotations:
     def num_classes(self) -> int:
         """C, background not counted."""
         return len(self.categories)
-
-    @cached_property
-    def label_of_category_id(self) -> dict[int, int]:
-        """Category id -> label."""
-        return {category.id: label for label, category in enumerate(self.categories)}
 
     def boxes_of(self, image: int) -> np.ndarray:
         """Boxes of the image at this place: float32 [G, 4], xyxy in pixels of the stored image."""

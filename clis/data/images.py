@@ -89,18 +89,6 @@ def decode_image(data: bytes, name: str) -> Tensor:
     return image
 
 
-def image_size(data: bytes, name: str) -> tuple[int, int]:
-    """Height and width in pixels by the header alone, of what `decode_image` takes; EXIF is not looked at.
-
-    Raises:
-        ImageError: the header is none, cut off, or of an image of no or too many pixels.
-    """
-    try:
-        return _header_size(_unpacked(data))
-    except (ValueError, struct.error, zlib.error) as error:
-        raise ImageError(f"{name}: {_reason(error)}; replace or remove the file") from error
-
-
 def _reason(error: Exception) -> str:
     if isinstance(error, struct.error):
         return "truncated image header"
