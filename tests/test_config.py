@@ -371,6 +371,8 @@ class TestContradictions:
             (["model.backbone.norm=group", "model.backbone.width=24"], "width=24: a multiple of 16"),
             (["model.backbone.norm=group", "model.backbone.weights=a.pth"], "are batch-norm weights"),
             (["model.rpn.samples=0"], "samples and proposals are at least 1"),
+            (["model.roi.fc_cls_std=-1"], "model.roi.fc_cls_std=-1.0: at least 0"),
+            (["model.roi.fc_cls_std=.inf"], "model.roi.fc_cls_std=inf: at least 0 and finite"),
             (["train.steps=0"], "train.steps=0: at least 1"),
             (["train.save_every=0"], "train.save_every=0: at least 1"),
             (["train.seed=-1"], "train.seed=-1: between 0 and"),

@@ -223,6 +223,15 @@ def test_tasks_share_the_classification_sub_network_when_siamese(siamese):
         assert not reached(model, losses[loss], "classification.")
 
 
+@pytest.mark.parametrize("std", [0.01, 0.2])
+def test_the_last_classification_fcs_start_as_wide_as_asked(std):
+    model = make_model("clis.siamese=false", "model.roi.fc_dim=1024", f"model.roi.fc_cls_std={std}")
+    for head in (model.classification, model.image_classification):  # >= 5120 weights: 1 % is one sigma
+        assert head.fc_cls.weight.std().item() == pytest.approx(std, rel=0.05)
+        assert head.fc_cls.bias.abs().max() == 0
+    assert model.localization.fc_objectness.weight.std().item() == pytest.approx(0.01, rel=0.1)
+
+
 @pytest.mark.parametrize("siamese", [True, False])
 def test_without_tss_all_tasks_train_one_sub_network(siamese):
     model = make_model("clis.task_specialized=false", f"clis.siamese={siamese}")

@@ -41,7 +41,7 @@ def build_model(config: Config, categories: Sequence[Any], *, pretrained: bool =
     def sub_network() -> TwoFC:
         return TwoFC(model.backbone.fpn_channels * model.roi.pool_size**2, model.roi.fc_dim)
 
-    classification = ClassificationHead(sub_network(), loss.num_logits)
+    classification = ClassificationHead(sub_network(), loss.num_logits, model.roi.fc_cls_std)
     localization = LocalizationHead(
         sub_network() if clis.task_specialized else classification.sub_network,
         num_boxes=1 if model.roi.class_agnostic_boxes else num_classes,
@@ -53,7 +53,9 @@ def build_model(config: Config, categories: Sequence[Any], *, pretrained: bool =
             classification
             if clis.siamese
             else ClassificationHead(
-                sub_network() if clis.task_specialized else classification.sub_network, loss.num_logits
+                sub_network() if clis.task_specialized else classification.sub_network,
+                loss.num_logits,
+                model.roi.fc_cls_std,
             )
         )
     contrastive = None

@@ -31,10 +31,10 @@ def _last(inputs: int, outputs: int, std: float) -> nn.Linear:
 class ClassificationHead(nn.Module):
     """2fc + fc-incls (or fc-imcls): features for the projection MLP, and logits."""
 
-    def __init__(self, sub_network: TwoFC, num_logits: int) -> None:
+    def __init__(self, sub_network: TwoFC, num_logits: int, std: float) -> None:
         super().__init__()
         self.sub_network = sub_network
-        self.fc_cls = _last(sub_network.fc2.out_features, num_logits, std=0.01)
+        self.fc_cls = _last(sub_network.fc2.out_features, num_logits, std)
 
 
 class LocalizationHead(nn.Module):
