@@ -15,7 +15,8 @@ from clis.data.annotations import load_annotations
 from clis.data.image_level import load_regions
 from clis.data.images import decode_image
 from clis.engine import streams, train
-from clis.engine.lvis_eval import METRICS, Detections
+from clis.engine.detections import Detections
+from clis.engine.lvis_eval import METRICS
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "coco_mini"
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"

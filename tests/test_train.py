@@ -23,8 +23,9 @@ from clis.data.loader import Batch, collate
 from clis.data.shapes import ShapesSpec, write_shapes
 from clis.engine import evaluate, regions, train
 from clis.engine.checkpoint import load_checkpoint, load_detector
+from clis.engine.detections import Detections
 from clis.engine.log import MetricsLog
-from clis.engine.lvis_eval import METRICS, Detections
+from clis.engine.lvis_eval import METRICS
 from clis.engine.optim import learning_rate, make_optimizer
 from clis.models import CLISDetector, build_model
 

@@ -97,8 +97,12 @@ def load_annotations(path: str | Path) -> Annotations:
         ValueError: the file is not JSON, lacks a key, repeats an id, refers to an unknown one, or holds no
             image or no annotation; the message names the file and the first record at fault.
     """
-    document = _read_document(path)
-    images, records = document["images"], document["annotations"]
+    return pack_annotations(read_document(path), path)
+
+
+def pack_annotations(document: dict[str, list[Record]], path: str | Path) -> Annotations:
+    """The same of a loaded file; `path` is its name in errors."""
+    images, records = _checked_lists(document, path)
     categories, category_ids = _sorted_categories(document["categories"], path)
 
     image_ids = _unique_ids(images, "image", path)
@@ -229,9 +233,10 @@ def _corners(bboxes: np.ndarray) -> np.ndarray:
     return np.concatenate([bboxes[:, :2], bboxes[:, :2] + bboxes[:, 2:]], axis=1)
 
 
-def _read_document(path: str | Path) -> dict[str, list[Record]]:
+def read_document(path: str | Path) -> dict[str, list[Record]]:
+    """The JSON of an annotation file; errors as in `load_annotations`."""
     try:
-        document = json.loads(Path(path).read_bytes())
+        return json.loads(Path(path).read_bytes())
     except FileNotFoundError:
         raise FileNotFoundError(
             f"{path}: no such annotation file; set data.root, or CLIS_DATA, to the folder that the config's "
@@ -241,6 +246,10 @@ def _read_document(path: str | Path) -> dict[str, list[Record]]:
         raise ValueError(
             f"{path}: not valid JSON, perhaps truncated ({error}); fetch or write the file again"
         ) from error
+
+
+def _checked_lists(document: object, path: str | Path) -> tuple[list[Record], list[Record]]:
+    """The images and annotations of a document that has all three lists."""
     for key in ("images", "annotations", "categories"):
         value = document.get(key) if isinstance(document, dict) else None
         if not isinstance(value, list):
@@ -250,7 +259,7 @@ def _read_document(path: str | Path) -> dict[str, list[Record]]:
             )
         if not value:
             raise ValueError(f"{path}: empty split: no {key}; use a file that has some")
-    return document
+    return document["images"], document["annotations"]
 
 
 def _fault(path: str | Path, kind: str, records: Sequence[Record], place: int, what: str) -> ValueError:

@@ -18,25 +18,39 @@ from clis.data.annotations import Annotations, Category, check_same_categories, 
 from clis.data.images import read_image
 from clis.data.loader import image_loader
 from clis.distributed import all_gather_rows, choose_device, is_main, process_group, rank, world_size
+from clis.engine import report
 from clis.engine.checkpoint import load_checkpoint, load_model
+from clis.engine.detections import Detections
 from clis.engine.log import Progress, say
-from clis.engine.lvis_eval import METRICS, Detections, evaluate, format_table
+from clis.engine.lvis_eval import METRICS, evaluate, format_table
 from clis.files import written_whole
 from clis.models import CLISDetector
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The command ``evaluate.py CHECKPOINT [key=value ...]``: everything else is in the checkpoint."""
+    """The command ``evaluate.py``, of a checkpoint, which holds everything else, or of result files."""
     parser = argparse.ArgumentParser(
-        prog="evaluate.py", description="Evaluate a checkpoint on the validation split of its config."
+        prog="evaluate.py",
+        usage="evaluate.py CHECKPOINT [key=value ...]\n"
+        "       evaluate.py --annotations FILE --results FILE [options]",
+        description="Evaluate a checkpoint on the validation split of its config, or any detector's results.",
     )
-    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("checkpoint", type=Path, nargs="?")
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value",
         help="change the checkpoint's config, e.g. data.root=/datasets test.score_threshold=0.05; "
         "output=FOLDER for the results (default: a folder beside the checkpoint, named after it)",
     )  # fmt: skip
+    report.add_arguments(parser)
     arguments = parser.parse_args(argv)
+    by_file = [arguments.annotations is not None, arguments.results is not None]
+    if not any(by_file) and arguments.checkpoint is None:
+        parser.error("a CHECKPOINT is needed, or --annotations FILE and --results FILE")
+    if any(by_file):
+        if not all(by_file) or arguments.checkpoint is not None:
+            parser.error("--annotations FILE and --results FILE go together, and without a CHECKPOINT")
+        report.evaluate_results(arguments)
+        return
     state = load_checkpoint(arguments.checkpoint)
     values = config_to_dict(config_from_dict(state["config"], source=str(arguments.checkpoint)))
     values["output"] = str(arguments.checkpoint.with_suffix(""))
@@ -60,7 +74,7 @@ def evaluate_detector(detector: CLISDetector, config: Config, folder: Path) -> d
     detections = run_detector(detector, config, annotations)
     metrics: list[dict[str, float]] = [{}]
     if is_main():
-        figures = evaluate(annotations, detections, config.test.detections)
+        figures = evaluate(annotations, detections, max_detections=config.test.detections)
         names = [f"AR@{config.test.detections}" if name == "AR@300" else name for name in METRICS]
         metrics = [{name: figures[name] for name in names}]
         with written_whole(folder / "eval.json") as temporary:

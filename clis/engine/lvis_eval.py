@@ -1,22 +1,28 @@
-"""The LVIS box metric: detections and annotations as arrays in, average precision out.
+"""The LVIS metric: annotations and detections as arrays in, average precision out, in NumPy alone.
 
 The numbers equal those of the `lvis` package (Gupta et al., LVIS, CVPR 2019), which follows pycocotools.
-Shapes: T IoU thresholds, R recall points, C classes, A area ranges, D detections, G ground-truth boxes.
+Shapes: T IoU thresholds, R recall points, C classes, A area ranges, D judged detections, G ground truths.
+
+Only the (image, class) pairs that hold ground truth need an IoU. What a detection is at the T x A settings is
+one bit each of one integer, `SETTING_BITS`, and matching goes over those integers: the k-th candidate match
+of every pair at once. Average precision then needs the true positives alone, with the false positives counted
+in front of each.
 """
 
 from __future__ import annotations
 
-import json
-import reprlib
-import zipfile
-from collections.abc import Sequence
+import dataclasses
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 
-from clis.data.annotations import Annotations, Category
-from clis.files import written_whole
+from clis.data.annotations import Annotations, Category, load_annotations, pack_annotations
+from clis.engine.detections import Detections
+from clis.engine.masks import MaskIoU, ground_truth_masks
 
 IOU_THRESHOLDS = np.linspace(0.5, 0.95, 10)
 RECALLS = np.linspace(0.0, 1.0, 101)
@@ -29,123 +35,70 @@ AREA_RANGES = {
 """Square pixels, both ends inclusive: a box of 32 x 32 is small and medium."""
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "APr", "APc", "APf", "AR@300")
+FIXED_LIMIT = 10_000
+"""Detections a class over the split for fixed and pooled AP (Dave et al., arXiv 2102.01066)."""
 
-_COLUMNS = ("image_id", "category_id", "bbox", "score")
+Protocol = Literal["standard", "fixed", "pooled"]
+T, A = len(IOU_THRESHOLDS), len(AREA_RANGES)
+RANGE_BITS = (1 << T) - 1
+"""The bits of one area range; bit t is threshold t, and range a is shifted by a * T."""
+IN_ALL_RANGES = sum(1 << (a * T) for a in range(A))
+SETTING_BITS = RANGE_BITS * IN_ALL_RANGES
+CANDIDATES = 1 << 19
+"""Pairs of a detection and a ground truth whose IoU is computed at once: bounds the memory."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Detections:
-    """The detections of a split, one row each, in any order; D may be 0.
+class Matches:
+    """The judged detections, best first within each class, and what each is at every setting.
 
-    Raises ValueError with the row (counted from 0) and its value where the columns differ in length, a box or
-    a score is not finite, or a box has a negative size.
+    Bit a * T + t is IoU threshold t and area range a. A detection that is neither a true positive nor ignored
+    at a bit is a false positive there.
     """
 
-    image_id: np.ndarray
-    """int64 [D]."""
-    category_id: np.ndarray
-    """int64 [D], the annotation file's ids, not labels."""
-    bbox: np.ndarray
-    """float32 or float64 [D, 4], x y w h in pixels of the stored image."""
-    score: np.ndarray
-    """float32 or float64 [D]; among equal scores the earlier row ranks higher."""
+    rows: np.ndarray
+    """int64 [D], the row of each in the `Detections`; with ties in the package's order."""
+    labels: np.ndarray
+    """int64 [D], ascending."""
+    images: np.ndarray
+    """int64 [D], rank of the image id."""
+    scores: np.ndarray
+    """float64 [D], falling within a class."""
+    true_positive: np.ndarray
+    """int64 [D] of bits."""
+    ignored: np.ndarray
+    """int64 [D] of bits: neither true nor false."""
+    truth_labels: np.ndarray
+    """int64 [G]."""
+    truth_images: np.ndarray
+    """int64 [G], rank of the image id."""
+    truth_counts: np.ndarray
+    """bool [G, A]: whether the ground truth has to be found in this area range."""
+    truth_found: np.ndarray
+    """int64 [G] of bits: taken by a detection."""
+    truth_places: np.ndarray
+    """int64 [G], the row of each in the `Annotations`."""
+    num_classes: int
+    num_images: int
 
-    def __post_init__(self) -> None:
-        num = self.score.size
-        expected = {"image_id": (num,), "category_id": (num,), "bbox": (num, 4), "score": (num,)}
-        found = {name: getattr(self, name).shape for name in _COLUMNS}
-        if found != expected:
-            raise ValueError(f"detections need columns of one length and bbox [D, 4], found shapes {found}")
-        for name, kinds in zip(_COLUMNS, ("iu", "iu", "f", "f")):
-            dtype = getattr(self, name).dtype
-            if dtype.kind not in kinds:
-                raise ValueError(f"{name} must be {'float' if kinds == 'f' else 'integer'}, found {dtype}")
-        _reject(~np.isfinite(self.score), "score is not finite", self.score)
-        _reject(~np.isfinite(self.bbox).all(axis=1), "bbox is not finite", self.bbox)
-        _reject((self.bbox[:, 2:] < 0).any(axis=1), "bbox (x y w h) has a negative size", self.bbox)
-
-    def __len__(self) -> int:
-        return len(self.score)
-
-    def save(self, path: str | Path) -> None:
-        """Write the columns to `path`, which must end in .npz; an interrupted save leaves no half file."""
-        if Path(path).suffix != ".npz":
-            raise ValueError(f"{path}: detections are saved as .npz; use to_json for an LVIS result file")
-        with written_whole(path) as temporary:
-            np.savez(temporary, **{name: getattr(self, name) for name in _COLUMNS})
-
-    def to_json(self, path: str | Path) -> None:
-        """Write an LVIS result file: a list of objects with image_id, category_id, bbox and score."""
-        rows = zip(*(getattr(self, name).tolist() for name in _COLUMNS))
-        with written_whole(path) as temporary:
-            temporary.write_text(json.dumps([dict(zip(_COLUMNS, row)) for row in rows]))
-
-    @classmethod
-    def load(cls, path: str | Path) -> Detections:
-        """Read what `save` wrote (.npz), or an LVIS result file (any other name); further keys are ignored.
-
-        Raises ValueError with the path, and the row (counted from 0) and value where there is one, for a file
-        that is not whole, a missing or ill-typed column or key, and all that the class itself rejects.
-        """
-        path = Path(path)
-        try:
-            return cls(**(_read_npz(path) if path.suffix == ".npz" else _read_json(path)))
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from error
+    def with_labels(self, label_of: np.ndarray) -> Matches:
+        """The same matches under new labels, int64 [C]: matched by class, counted by group; -1 drops."""
+        labels, truth_labels = label_of[self.labels], label_of[self.truth_labels]
+        order = np.lexsort((-self.scores, labels))
+        order = order[labels[order] >= 0]
+        kept = truth_labels >= 0
+        return dataclasses.replace(
+            self,
+            labels=labels[order],
+            **{name: getattr(self, name)[order] for name in _DETECTION_COLUMNS},
+            truth_labels=truth_labels[kept],
+            **{name: getattr(self, name)[kept] for name in _TRUTH_COLUMNS},
+            num_classes=int(label_of.max(initial=0)) + 1,
+        )
 
 
-def _reject(bad: np.ndarray, problem: str, values: np.ndarray) -> None:
-    if bad.any():
-        row = int(bad.argmax())
-        raise ValueError(f"row {row}: {problem}: {values[row].tolist()} ({bad.sum()} such rows)")
-
-
-def _read_npz(path: Path) -> dict[str, np.ndarray]:
-    with open(path, "rb") as file:
-        if not zipfile.is_zipfile(file):  # the table of contents is at the end: a cut file has none
-            raise ValueError("not a whole .npz file; write it again")
-    try:
-        with np.load(path) as columns:
-            missing = [name for name in _COLUMNS if name not in columns]
-            if missing:
-                raise ValueError(f"no column {', '.join(missing)}; found {', '.join(columns)}")
-            return {name: columns[name] for name in _COLUMNS}
-    except zipfile.BadZipFile as error:
-        raise ValueError(f"damaged .npz file ({error}); write it again") from error
-
-
-def _read_json(path: Path) -> dict[str, np.ndarray]:
-    with open(path, encoding="utf-8") as file:
-        try:
-            rows = json.load(file)
-        except ValueError as error:
-            raise ValueError(f"not whole JSON ({error}); write it again") from error
-    if not isinstance(rows, list):
-        raise ValueError(f"an LVIS result file is a list of objects, found {reprlib.repr(rows)}")
-    for number, row in enumerate(rows):
-        _check_row(number, row)
-    return {
-        "image_id": np.array([row["image_id"] for row in rows], dtype=np.int64),
-        "category_id": np.array([row["category_id"] for row in rows], dtype=np.int64),
-        "bbox": np.array([row["bbox"] for row in rows], dtype=np.float64).reshape(-1, 4),
-        "score": np.array([row["score"] for row in rows], dtype=np.float64),
-    }
-
-
-def _check_row(number: int, row: object) -> None:
-    if not isinstance(row, dict):
-        raise ValueError(f"row {number}: an object is needed, found {reprlib.repr(row)}")
-    missing = [name for name in _COLUMNS if name not in row]
-    if missing:
-        raise ValueError(f"row {number}: no {', '.join(missing)} in {reprlib.repr(row)}")
-    for name in ("image_id", "category_id"):
-        if not isinstance(row[name], int):
-            raise ValueError(f"row {number}: {name} is not an integer: {row[name]!r}")
-    box = row["bbox"]
-    if not isinstance(box, list) or len(box) != 4 or not all(isinstance(x, int | float) for x in box):
-        raise ValueError(f"row {number}: bbox is not four numbers x y w h: {reprlib.repr(box)}")
-    if not isinstance(row["score"], int | float):
-        raise ValueError(f"row {number}: score is not a number: {row['score']!r}")
+_DETECTION_COLUMNS = ("rows", "images", "scores", "true_positive", "ignored")
+_TRUTH_COLUMNS = ("truth_images", "truth_counts", "truth_found", "truth_places")  # beside the labels
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,128 +115,316 @@ class Curves:
         return self.precision[..., 0].mean(axis=(0, 1))
 
 
-def evaluate(annotations: Annotations, detections: Detections, max_detections: int = 300) -> dict[str, float]:
-    """The LVIS figures of a split: `METRICS`, then ARs, ARm and ARl, as fractions; undefined is -1.
+def evaluate(
+    ground_truth: str | Path | Mapping[str, Any] | Annotations,
+    detections: str | Path | list[dict[str, Any]] | Detections,
+    iou_type: Literal["bbox", "segm"] = "bbox",
+    *,
+    max_detections: int = 300,
+    protocol: Protocol = "standard",
+) -> dict[str, float]:
+    """The LVIS figures of a split as fractions, undefined ones -1, under the names of the `lvis` package.
 
-    Arguments and errors as in `accumulate`.
+    AP, AP50, AP75, APs, APm, APl, APr, APc, APf, AR@300, ARs@300, ARm@300, ARl@300 (300 is `max_detections`).
+    The fixed and the pooled protocol (Dave et al., arXiv 2102.01066) keep `FIXED_LIMIT` detections a class
+    instead of 300 an image, and their names begin with ``fixed_`` and ``pooled_``; pooled AP ranks the
+    detections of all classes together and has no AP by area and no AR.
+
+    Args:
+        ground_truth: an annotation file of LVIS or COCO form, its loaded JSON, or `Annotations`.
+        detections: a file that `Detections.load` reads, a loaded LVIS result list, or `Detections`.
+        iou_type: "segm" compares masks; both arguments must then have them, so `Annotations` do not do.
+
+    Raises:
+        ValueError: bad input, named; FileNotFoundError: no such file.
     """
-    curves = accumulate(annotations, detections, max_detections)
-    return summarize(curves, annotations.categories, max_detections)
+    matches, annotations = load_and_match(ground_truth, detections, iou_type, max_detections, protocol)
+    return summarize(matches, annotations.categories, max_detections, protocol)
 
 
-def accumulate(annotations: Annotations, detections: Detections, max_detections: int = 300) -> Curves:
-    """Match the detections of every class to its ground truth and trace precision over recall.
+def load_and_match(
+    ground_truth: str | Path | Mapping[str, Any] | Annotations,
+    detections: str | Path | list[dict[str, Any]] | Detections,
+    iou_type: Literal["bbox", "segm"] = "bbox",
+    max_detections: int = 300,
+    protocol: Protocol = "standard",
+) -> tuple[Matches, Annotations]:
+    """What `evaluate` summarizes, for further analysis; arguments as there."""
+    if iou_type not in ("bbox", "segm"):
+        raise ValueError(f"iou_type is {iou_type!r}; it must be bbox or segm")
+    segm = iou_type == "segm"
+    truth_masks = None
+    if segm:
+        if isinstance(ground_truth, Annotations):
+            raise ValueError(
+                "iou_type segm needs the annotation file or its loaded JSON: Annotations are boxes"
+            )
+        annotations, truth_masks = ground_truth_masks(ground_truth)
+    else:
+        annotations = _annotations(ground_truth)
+    if isinstance(detections, str | Path):
+        detections = Detections.load(detections, masks=segm)
+    elif not isinstance(detections, Detections):
+        detections = Detections.from_records(detections, masks=segm)
+    if segm and detections.masks is None:
+        raise ValueError("iou_type segm needs detections with masks: Detections.load(path, masks=True)")
+    return match(annotations, detections, max_detections, protocol, truth_masks), annotations
 
-    An image keeps its `max_detections` highest scores over all classes.
+
+def _annotations(ground_truth: str | Path | Mapping[str, Any] | Annotations) -> Annotations:
+    if isinstance(ground_truth, Annotations):
+        return ground_truth
+    if isinstance(ground_truth, Mapping):
+        return pack_annotations(ground_truth, "ground truth")
+    return load_annotations(ground_truth)
+
+
+def match(
+    annotations: Annotations,
+    detections: Detections,
+    max_detections: int = 300,
+    protocol: Protocol = "standard",
+    truth_masks: Sequence[dict[str, Any]] | None = None,
+) -> Matches:
+    """Match the detections of every class to its ground truth in each image, at all settings.
+
+    An image keeps its `max_detections` highest scores over all classes (fixed and pooled: a class its
+    `FIXED_LIMIT` highest over all images).
 
     Federated annotations are judged as the `lvis` package does: boxes without area are dropped, and so are
     detections of a class that is neither annotated in the image nor known to be absent from it; unmatched
     detections of a class that is not exhaustively annotated in the image are ignored.
 
-    Other annotations are judged as pycocotools does, except that its limit is by image and class: every image
-    is exhaustive for every class, boxes without area stay, and a crowd absorbs any number of detections.
+    Other annotations are judged as pycocotools does: every image is exhaustive for every class, boxes without
+    area stay, a crowd absorbs any number of detections, and `max_detections` is by image and class.
 
-    Raises ValueError for image or category ids that the annotations do not hold.
+    Args:
+        truth_masks: compressed RLE of each annotation, A of them: masks are compared instead of boxes.
+
+    Raises:
+        ValueError: image or category ids that the annotations do not hold, or ground-truth boxes that are not
+            finite or have a negative size.
     """
     if max_detections < 1:
         raise ValueError(f"max_detections must be at least 1, found {max_detections}")
-    num_classes = len(annotations.categories)
+    if protocol not in ("standard", "fixed", "pooled"):
+        raise ValueError(f"protocol is {protocol!r}; it must be standard, fixed or pooled")
+    _check_truth(annotations)
     truth = _ground_truth(annotations)
-    predictions = _predictions(annotations, detections, truth, max_detections)
-    shape = (len(AREA_RANGES), len(IOU_THRESHOLDS), num_classes)
-    precision, recall = np.full((*shape, len(RECALLS)), -1.0), np.full(shape, -1.0)
-    truth_bounds, bounds = (
-        np.searchsorted(rows["label"], np.arange(num_classes + 1)) for rows in (truth, predictions)
+    judged = _judged(annotations, detections, truth, max_detections if protocol == "standard" else None)
+    rows = judged["rows"]
+
+    area = detections.area[rows] if detections.area is not None else _box_areas(detections.bbox, rows)
+    if truth_masks is None:
+        iou = BoxIoU(detections.bbox, rows, annotations.bboxes[truth["place"]], truth["crowd"])
+    else:
+        iou = MaskIoU(detections.masks, rows, truth_masks, truth["place"], truth["crowd"])
+    true_positive, ignored, found = _match_pairs(judged["truth_start"], judged["truth_count"], truth, iou)
+    excused = np.where(judged["excused"], SETTING_BITS, _range_bits(~_in_ranges(area)))
+    ignored |= ~true_positive & excused
+    return Matches(
+        rows=rows,
+        labels=judged["labels"],
+        images=judged["images"],
+        scores=detections.score[rows].astype(np.float64),
+        true_positive=true_positive,
+        ignored=ignored,
+        truth_labels=truth["label"],
+        truth_images=truth["image"],
+        truth_counts=truth["counts"],
+        truth_found=found,
+        truth_places=truth["place"],
+        num_classes=annotations.num_classes,
+        num_images=len(annotations),
     )
-    for c in range(num_classes):
-        class_truth = truth[truth_bounds[c] : truth_bounds[c + 1]]
-        if len(class_truth):
-            class_predictions = predictions[bounds[c] : bounds[c + 1]]
-            precision[:, :, c], recall[:, :, c] = _class_curves(class_truth, class_predictions)
+
+
+def accumulate(matches: Matches, image_weights: np.ndarray | None = None, num_areas: int = A) -> Curves:
+    """Trace precision over recall of every class.
+
+    Args:
+        image_weights: int64 [N] by rank of the image id: how often each image counts; default once.
+        num_areas: only the first so many of `AREA_RANGES`.
+    """
+    shape = (num_areas, T, matches.num_classes)
+    precision, recall = np.full((*shape, len(RECALLS)), -1.0), np.full(shape, -1.0)
+    weights = None if image_weights is None else image_weights[matches.images]
+    truth_weights = None if image_weights is None else image_weights[matches.truth_images]
+    bounds = np.searchsorted(matches.labels, np.arange(matches.num_classes + 1))
+    false_positive = ~(matches.true_positive | matches.ignored)
+    for a in range(num_areas):
+        counts = matches.truth_counts[:, a]
+        num_truth = np.bincount(
+            matches.truth_labels[counts],
+            None if truth_weights is None else truth_weights[counts],
+            matches.num_classes,
+        ).astype(np.int64)
+        defined = np.flatnonzero(num_truth)
+        starts, ends, num_truth = bounds[defined], bounds[defined + 1], num_truth[defined]
+        needed = _needed(num_truth)
+        for t in range(T):
+            bit = 1 << (a * T + t)
+            hits = np.flatnonzero(matches.true_positive & bit)
+            if weights is not None:
+                hits = hits[weights[hits] > 0]
+            num_false = _running_sum((false_positive & bit) != 0, weights)
+            curves = _curves(hits, weights, num_false, starts, ends, needed)
+            precision[a, t, defined], recall[a, t, defined] = curves[0], curves[1] / num_truth
     return Curves(precision=precision.transpose(1, 3, 2, 0), recall=recall.transpose(1, 2, 0))
 
 
-def summarize(curves: Curves, categories: Sequence[Category], max_detections: int = 300) -> dict[str, float]:
-    """Average the curves into the figures of `evaluate`, leaving out undefined entries (-1)."""
+def summarize(
+    matches: Matches,
+    categories: Sequence[Category],
+    max_detections: int = 300,
+    protocol: Protocol = "standard",
+    image_weights: np.ndarray | None = None,
+    num_areas: int = A,
+) -> dict[str, float]:
+    """The figures of `evaluate`, averaged over what is defined; fewer `num_areas` leave out those by area.
+
+    `image_weights` as in `accumulate`.
+    """
     frequency = np.array([category.frequency for category in categories])
-    areas = {name[0]: index for index, name in enumerate(AREA_RANGES) if name != "all"}
-    precision, recall = curves.precision, curves.recall
-    metrics = {
-        "AP": precision[..., 0],
-        "AP50": precision[IOU_THRESHOLDS == 0.5, ..., 0],
-        "AP75": precision[IOU_THRESHOLDS == 0.75, ..., 0],
-        **{f"AP{letter}": precision[..., index] for letter, index in areas.items()},
-        **{f"AP{group}": precision[:, :, frequency == group, 0] for group in "rcf"},
-        f"AR@{max_detections}": recall[..., 0],
-        **{f"AR{letter}@{max_detections}": recall[..., index] for letter, index in areas.items()},
+    if protocol == "pooled":
+        groups = {"": np.zeros(len(frequency), np.int64)}
+        groups |= {group: np.where(frequency == group, 0, -1) for group in "rcf"}
+        curves = {
+            group: accumulate(matches.with_labels(labels), image_weights, 1)
+            for group, labels in groups.items()
+        }
+        metrics = _by_threshold(curves[""]) | {f"AP{g}": curves[g].precision for g in "rcf"}
+    else:
+        curves = accumulate(matches, image_weights, num_areas)
+        areas = {name[0]: index for index, name in enumerate(AREA_RANGES) if 0 < index < num_areas}
+        precision, recall = curves.precision, curves.recall
+        metrics = {
+            **_by_threshold(curves),
+            **{f"AP{letter}": precision[..., index] for letter, index in areas.items()},
+            **{f"AP{group}": precision[:, :, frequency == group, 0] for group in "rcf"},
+        }
+        limit = max_detections if protocol == "standard" else FIXED_LIMIT
+        metrics[f"AR@{limit}"] = recall[..., 0]
+        metrics |= {f"AR{letter}@{limit}": recall[..., index] for letter, index in areas.items()}
+    prefix = "" if protocol == "standard" else f"{protocol}_"
+    return {prefix + name: defined_mean(values) for name, values in metrics.items()}
+
+
+def _by_threshold(curves: Curves) -> dict[str, np.ndarray]:
+    precision = curves.precision[..., 0]
+    return {
+        "AP": precision,
+        "AP50": precision[IOU_THRESHOLDS == 0.5],
+        "AP75": precision[IOU_THRESHOLDS == 0.75],
     }
-    return {name: _defined_mean(values) for name, values in metrics.items()}
 
 
-def _defined_mean(values: np.ndarray) -> float:
+def defined_mean(values: np.ndarray) -> float:
+    """The mean of what is not -1, and -1 where nothing is."""
     defined = values[values > -1]
     return float(defined.mean()) if defined.size else -1.0
 
 
-# One row each, sorted by label, then image; `image` is the rank of the image id.
+# --- who is judged ---
+
 _TRUTH = np.dtype(
-    [("label", "i8"), ("image", "i8"), ("bbox", "f8", 4), ("area", "f8"), ("crowd", "?"), ("counts", "?")]
-)
-_PREDICTION = np.dtype(
-    [("label", "i8"), ("image", "i8"), ("bbox", "f8", 4), ("area", "f8"), ("score", "f8"), ("excused", "?")]
-)
+    [("key", "i8"), ("label", "i8"), ("image", "i8"), ("place", "i8"), ("crowd", "?"), ("has_id", "?"),
+     ("counts", "?", A)]
+)  # fmt: skip
+
+
+def _check_truth(annotations: Annotations) -> None:
+    boxes = annotations.bboxes
+    bad = ~np.isfinite(boxes).all(axis=1) | (boxes[:, 2:] < 0).any(axis=1)
+    if bad.any():
+        row = int(bad.argmax())
+        raise ValueError(
+            f"{annotations.path}: annotation {annotations.annotation_ids[row]}: box {boxes[row].tolist()} is "
+            f"not finite or has a negative size; correct or remove it ({bad.sum()} such boxes)"
+        )
 
 
 def _ground_truth(annotations: Annotations) -> np.ndarray:
-    """The annotations as `_TRUTH` rows [G], in file order within an image and class."""
+    """The annotations that count, `_TRUTH` [G], by image and class, in file order within a pair."""
     truth = np.empty(len(annotations.labels), _TRUTH)
     truth["label"] = annotations.labels
     truth["image"] = _ranks_of_rows(annotations, annotations.offsets)
-    truth["bbox"] = annotations.bboxes
-    truth["area"] = annotations.areas
-    truth["crowd"] = annotations.crowd
+    truth["key"] = truth["image"] * annotations.num_classes + truth["label"]
+    truth["place"] = np.arange(len(truth))
+    truth["crowd"] = annotations.crowd & (not annotations.federated)  # the lvis package knows no crowds
     # Both packages mark a matched detection with the id of its annotation, so that id 0 reads as unmatched.
-    truth["counts"] = annotations.annotation_ids != 0
+    truth["has_id"] = annotations.annotation_ids != 0
+    truth["counts"] = _in_ranges(annotations.areas) & ~truth["crowd"][:, None]
     if annotations.federated:
-        truth = truth[_has_area(truth)]
-    return truth[np.lexsort((truth["image"], truth["label"]))]
+        truth = truth[_has_area(annotations.areas)]
+    return truth[np.argsort(truth["key"], kind="stable")]
 
 
-def _predictions(
-    annotations: Annotations, detections: Detections, truth: np.ndarray, max_detections: int
-) -> np.ndarray:
-    """The detections that are judged, as `_PREDICTION` rows [D], by falling score in an image and class."""
-    predictions = np.empty(len(detections), _PREDICTION)
+def _judged(
+    annotations: Annotations, detections: Detections, truth: np.ndarray, max_detections: int | None
+) -> dict[str, np.ndarray]:
+    """The detections that are judged, best first in each class: their rows, labels, images and truths."""
+    num_classes = annotations.num_classes
     category_ids = np.array([category.id for category in annotations.categories], dtype=np.int64)
-    predictions["label"] = _ranks(detections.category_id, category_ids, "category", annotations.path)
-    predictions["image"] = _ranks(
-        detections.image_id, np.sort(annotations.image_ids), "image", annotations.path
-    )
-    predictions["bbox"] = detections.bbox
-    predictions["area"] = predictions["bbox"][:, 2] * predictions["bbox"][:, 3]
-    predictions["score"] = detections.score
-    predictions = _trim(predictions, max_detections)
-    if annotations.federated:
-        predictions = predictions[_has_area(predictions)]
-        judged = np.concatenate([_keys(truth, annotations), _pair_keys(annotations, annotations.negatives)])
-        predictions = predictions[np.isin(_keys(predictions, annotations), judged)]
-    partial = _pair_keys(annotations, annotations.not_exhaustive)
-    predictions["excused"] = np.isin(_keys(predictions, annotations), partial)
-    return predictions[np.lexsort((predictions["image"], predictions["label"]))]
-
-
-def _ranks(ids: np.ndarray, known: np.ndarray, what: str, path: str) -> np.ndarray:
-    """The place [D] of each id in `known`, which ascends."""
-    ranks = np.searchsorted(known, ids)
-    unknown = np.append(known, 0)[ranks] != ids
-    unknown |= ranks == len(known)
-    if unknown.any():
-        row = int(unknown.argmax())
+    image_ids = np.sort(annotations.image_ids)
+    keys = _places(detections.image_id, image_ids)
+    if (keys < 0).any():
         raise ValueError(
-            f"{unknown.sum()} detections have {what} ids that {path} does not hold, the first in row {row}: "
-            f"{ids[row]}; evaluate on the split that the detector ran over"
+            f"{_unknown(keys, detections.image_id, 'image', annotations.path)}; evaluate on the split that "
+            "the detector ran over"
         )
-    return ranks
+    labels = _places(detections.category_id, category_ids)
+    kept = _within_limit(keys, labels, detections.score, max_detections, annotations.federated)
+    if (labels < 0).any():
+        warnings.warn(
+            f"{_unknown(labels, detections.category_id, 'category', annotations.path)}; they are dropped "
+            "once the limit has been applied, as the lvis package does",
+            stacklevel=2,
+        )
+        kept &= labels >= 0
+    keys *= num_classes
+    keys += labels
+    if annotations.federated:
+        negatives = _pair_keys(annotations, annotations.negatives)
+        known = np.unique(np.concatenate([truth["key"], negatives]))
+    else:
+        known = np.unique(truth["key"])
+    pair = np.searchsorted(known, keys)
+    is_known = np.append(known, -1)[pair] == keys
+    if annotations.federated:
+        kept &= is_known
+        kept &= _has_area(_box_areas(detections.bbox) if detections.area is None else detections.area)
+    rows = np.flatnonzero(kept)
+    # Ties in score: by image id, then by row, as in both packages.
+    rows = rows[np.lexsort((keys[rows] // num_classes, -detections.score[rows], labels[rows]))]
+
+    starts = np.append(np.searchsorted(truth["key"], known), len(truth))
+    counts = np.where(is_known[rows], np.append(np.diff(starts), 0)[pair[rows]], 0)
+    partial = np.isin(known, _pair_keys(annotations, annotations.not_exhaustive))
+    return {
+        "rows": rows,
+        "labels": labels[rows],
+        "images": keys[rows] // num_classes,
+        "truth_start": starts[pair[rows]],
+        "truth_count": counts,
+        "excused": np.append(partial, False)[pair[rows]],
+    }
+
+
+def _places(ids: np.ndarray, known: np.ndarray) -> np.ndarray:
+    """The place [D] of each id in `known`, which ascends; -1 where it is none of them."""
+    places = np.searchsorted(known, ids)
+    places[places == len(known)] = 0
+    places[known[places] != ids] = -1
+    return places
+
+
+def _unknown(places: np.ndarray, ids: np.ndarray, what: str, path: str) -> str:
+    row = int((places < 0).argmax())
+    return (
+        f"{(places < 0).sum()} detections have {what} ids that {path} does not hold, the first in row {row}: "
+        f"{ids[row]}"
+    )
 
 
 def _ranks_of_rows(annotations: Annotations, offsets: np.ndarray) -> np.ndarray:
@@ -292,121 +433,206 @@ def _ranks_of_rows(annotations: Annotations, offsets: np.ndarray) -> np.ndarray:
     return np.repeat(ranks, np.diff(offsets))
 
 
-def _keys(rows: np.ndarray, annotations: Annotations) -> np.ndarray:
-    """One integer for each (image, class)."""
-    return rows["image"] * len(annotations.categories) + rows["label"]
-
-
 def _pair_keys(annotations: Annotations, pairs: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
-    """`_keys` of one of the federated lists."""
+    """One integer for each (image, class) of one of the federated lists."""
     offsets, labels = pairs
-    return _ranks_of_rows(annotations, offsets) * len(annotations.categories) + labels
+    return _ranks_of_rows(annotations, offsets) * annotations.num_classes + labels
 
 
-def _has_area(rows: np.ndarray) -> np.ndarray:
-    return (rows["area"] > 0) & (rows["area"] < np.inf)
+def _within_limit(
+    images: np.ndarray, labels: np.ndarray, scores: np.ndarray, max_detections: int | None, federated: bool
+) -> np.ndarray:
+    """bool [D]: the best of each image (not federated: of each image and class; no maximum: of a class)."""
+    if max_detections is None:
+        groups, limit = labels + 1, FIXED_LIMIT
+    elif federated:
+        groups, limit = images, max_detections
+    else:
+        groups, limit = images * (labels.max(initial=0) + 2) + labels + 1, max_detections
+        groups = np.unique(groups, return_inverse=True)[1]
+    kept = np.ones(len(groups), bool)
+    crowded = np.flatnonzero((np.bincount(groups) > limit)[groups]) if len(groups) else groups
+    if len(crowded):
+        order = crowded[
+            np.lexsort((-scores[crowded], groups[crowded]))
+        ]  # stable: the earlier of equal scores
+        ordered = groups[order]
+        place = np.arange(len(order)) - np.searchsorted(ordered, ordered)
+        kept[order[place >= limit]] = False
+    return kept
 
 
-def _trim(predictions: np.ndarray, max_detections: int) -> np.ndarray:
-    """The highest scores of each image, in falling order; among equal scores the earlier rows."""
-    predictions = predictions[np.lexsort((-predictions["score"], predictions["image"]))]
-    image = predictions["image"]
-    place = np.arange(len(image)) - np.searchsorted(image, image)
-    return predictions[place < max_detections]
+def _box_areas(boxes: np.ndarray, rows: np.ndarray | slice = slice(None)) -> np.ndarray:
+    return boxes[rows, 2].astype(np.float64) * boxes[rows, 3]
 
 
-def _class_curves(truth: np.ndarray, predictions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Precision [A, T, R] and recall [A, T] of one class."""
-    ignored_truth = _outside(truth["area"]) | truth["crowd"]
-    matched, ignored = _match_class(truth, predictions, ignored_truth)
-    order = np.argsort(-predictions["score"], kind="stable")  # ties: by image id, as the packages
-    matched, ignored = matched[..., order], ignored[..., order]
-    true_positives = np.cumsum(matched & ~ignored, axis=-1)
-    false_positives = np.cumsum(~matched & ~ignored, axis=-1)
-
-    precision = np.full((*matched.shape[:2], len(RECALLS)), -1.0)
-    recall = np.full(matched.shape[:2], -1.0)
-    for a, num_truth in enumerate((~ignored_truth).sum(axis=1)):
-        for t in range(len(IOU_THRESHOLDS) if num_truth else 0):
-            precision[a, t], recall[a, t] = _curve(true_positives[a, t], false_positives[a, t], num_truth)
-    return precision, recall
+def _has_area(areas: np.ndarray) -> np.ndarray:
+    return (areas > 0) & (areas < np.inf)
 
 
-def _curve(
-    true_positives: np.ndarray, false_positives: np.ndarray, num_truth: int
-) -> tuple[np.ndarray, float]:
-    """Precision at `RECALLS` and the final recall, from running counts [D] by falling score."""
-    recall = true_positives / num_truth
-    precision = true_positives / (true_positives + false_positives + np.spacing(1))
-    best_from_here = np.maximum.accumulate(precision[::-1])[::-1]
-    reached = np.searchsorted(recall, RECALLS)
-    # One zero behind the end: the precision at a recall that is never reached.
-    return np.append(best_from_here, 0.0)[reached], recall[-1] if len(recall) else 0.0
+def _in_ranges(areas: np.ndarray) -> np.ndarray:
+    """bool [..., A]: which areas lie in each range."""
+    low, high = np.array(list(AREA_RANGES.values())).T
+    return (areas[:, None] >= low) & (areas[:, None] <= high)
 
 
-def _match_class(
-    truth: np.ndarray, predictions: np.ndarray, ignored_truth: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """Which detections of one class are matched, and which do not count, bool [A, T, D] each."""
-    shape = (len(AREA_RANGES), len(IOU_THRESHOLDS), len(predictions))
-    matched, ignored = np.zeros(shape, bool), np.zeros(shape, bool)
-    images, starts = np.unique(truth["image"], return_index=True)
-    ends = np.append(starts[1:], len(truth))
-    firsts = np.searchsorted(predictions["image"], images, side="left")
-    lasts = np.searchsorted(predictions["image"], images, side="right")
-    for start, end, first, last in zip(starts, ends, firsts, lasts):
-        boxes = truth[start:end]
-        iou = _box_iou(predictions["bbox"][first:last], boxes["bbox"], boxes["crowd"])
-        candidates = np.flatnonzero(iou.max(axis=1) >= IOU_THRESHOLDS[0])
-        chosen = _match_image(iou[candidates], ignored_truth[:, start:end], boxes["crowd"])
-        found, columns = chosen >= 0, first + candidates
-        matched[..., columns] = found & boxes["counts"][chosen]
-        chosen_ignored = np.take_along_axis(ignored_truth[:, None, start:end], chosen, axis=-1)
-        ignored[..., columns] = found & chosen_ignored
-    excused = _outside(predictions["area"]) | predictions["excused"]
-    return matched, ignored | (~matched & excused[:, None])
+def _range_bits(in_ranges: np.ndarray) -> np.ndarray:
+    """bool [..., A] -> int64 [...]: all thresholds of the ranges that are True."""
+    return in_ranges @ (RANGE_BITS << (T * np.arange(A)))
 
 
-def _match_image(iou: np.ndarray, ignored: np.ndarray, crowd: np.ndarray) -> np.ndarray:
-    """Give each detection of one image and class, by falling score, the best free box.
+# --- matching ---
 
-    `iou` float64 [D, G], `ignored` bool [A, G], `crowd` bool [G]. Returns the box's index int64 [A, T, D], -1
-    for none. A box that counts goes before an ignored one, then the higher IoU, then the later box; a crowd
-    stays free.
+
+class BoxIoU:
+    """IoU of detection and ground-truth boxes, taken by place: (int64 [n], int64 [n]) -> float64 [n]."""
+
+    def __init__(self, boxes: np.ndarray, rows: np.ndarray, truth: np.ndarray, crowd: np.ndarray) -> None:
+        self.boxes, self.rows, self.crowd = boxes, rows, crowd
+        self.truth = np.ascontiguousarray(truth.T)
+
+    def __call__(self, detections: np.ndarray, truths: np.ndarray) -> np.ndarray:
+        """With a crowd the intersection over the detection's own area; rounds as pycocotools does."""
+        x, y, w, h = self.boxes[self.rows[detections]].T.astype(np.float64)
+        truth_x, truth_y, truth_w, truth_h = (column[truths] for column in self.truth)
+        overlap_x = np.minimum(x + w, truth_x + truth_w) - np.maximum(x, truth_x)
+        overlap_y = np.minimum(y + h, truth_y + truth_h) - np.maximum(y, truth_y)
+        intersection = overlap_x.clip(min=0) * overlap_y.clip(min=0)
+        area = w * h
+        union = np.where(self.crowd[truths], area, area + truth_w * truth_h - intersection)
+        return np.divide(intersection, union, out=np.zeros_like(union), where=intersection > 0)
+
+
+def _match_pairs(
+    starts: np.ndarray, counts: np.ndarray, truth: np.ndarray, iou: BoxIoU | MaskIoU
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Give each detection the best free ground truth of its image and class, at every setting.
+
+    Detection i may take truths starts[i] : starts[i] + counts[i]. Of each pair the higher score chooses first
+    and takes one that counts before an ignored one, then the higher IoU, then the later. A crowd stays free.
+
+    Returns:
+        Bits int64 [D] of the true positives and of the detections that took an ignored ground truth, and [G]
+        of the truths taken.
     """
-    num_boxes = len(crowd)
-    thresholds = np.minimum(IOU_THRESHOLDS, 1 - 1e-10)[:, None]
-    # Whole numbers, because adding a bonus to the IoU would round away small differences.
-    rank_by_iou = np.argsort(np.argsort(iou, axis=1, kind="stable"), axis=1)
-    bonus = np.where(ignored, 0, num_boxes)[:, None, :]
-    free = np.ones((len(ignored), len(thresholds), num_boxes), bool)
-    chosen = np.full((*free.shape[:2], len(iou)), -1)
-    for d in range(len(iou)):
-        fits = free & (iou[d] >= thresholds)
-        if not fits.any():
-            continue
-        best = np.where(fits, rank_by_iou[d] + bonus, -1).argmax(axis=-1)
-        found = fits.any(axis=-1)
-        chosen[found, d] = best[found]
-        a, t = np.nonzero(found & ~crowd[best])
-        free[a, t, best[a, t]] = False
-    return chosen
+    detection, chosen, scope = _operations(starts, counts, truth, iou)
+    true_positive, ignored = np.zeros(len(starts), np.int64), np.zeros(len(starts), np.int64)
+    undecided = np.full(len(starts), SETTING_BITS)
+    free = np.full(len(truth), SETTING_BITS)
+    counting = _range_bits(truth["counts"])
+    matched_bits = np.where(truth["has_id"], counting, 0)
+    stays_free = np.where(truth["crowd"], SETTING_BITS, 0)
+    for part in _rounds(truth["key"][chosen]):
+        d, g = detection[part], chosen[part]  # at most one operation of a pair, so no two of the same d or g
+        taken = scope[part] & undecided[d] & free[g]
+        undecided[d] &= ~taken
+        free[g] &= ~taken | stays_free[g]
+        true_positive[d] |= taken & matched_bits[g]
+        ignored[d] |= taken & ~counting[g]
+    return true_positive, ignored, SETTING_BITS & ~free
 
 
-def _outside(areas: np.ndarray) -> np.ndarray:
-    """bool [A, D]: which areas lie outside each area range."""
-    low, high = np.array(list(AREA_RANGES.values())).T[..., None]
-    return (areas < low) | (areas > high)
+def _operations(
+    starts: np.ndarray, counts: np.ndarray, truth: np.ndarray, iou: BoxIoU | MaskIoU
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Candidate matches in the order in which a pair goes through them: detection, truth, bits [n] each."""
+    detection, chosen, overlap = _candidates(starts, counts, iou)
+    fits = ((1 << np.searchsorted(IOU_THRESHOLDS, overlap, side="right")) - 1) * IN_ALL_RANGES
+    counting = _range_bits(truth["counts"])[chosen]
+    # A detection of several candidates first goes through those that count, then through the ignored ones.
+    several = np.bincount(detection, minlength=1)[detection] > 1 if len(detection) else np.zeros(0, bool)
+    first = np.where(several, fits & counting, fits)
+    second = np.where(several, fits & ~counting, 0)
+    columns = [
+        np.concatenate([values[first != 0], values[second != 0]]) for values in (detection, chosen, overlap)
+    ]
+    scope = np.concatenate([first[first != 0], second[second != 0]])
+    is_second = np.arange(len(scope)) >= np.count_nonzero(first)
+    detection, chosen, overlap = columns
+    order = np.lexsort((-chosen, -overlap, is_second, detection))
+    return detection[order], chosen[order], scope[order]
 
 
-def _box_iou(boxes: np.ndarray, truth: np.ndarray, crowd: np.ndarray) -> np.ndarray:
-    """IoU float64 [D, G] of xywh boxes; with a crowd the intersection over the detection's own area."""
-    low = np.maximum(boxes[:, None, :2], truth[:, :2])
-    high = np.minimum((boxes[:, :2] + boxes[:, 2:])[:, None], truth[:, :2] + truth[:, 2:])
-    intersection = (high - low).clip(min=0).prod(axis=-1)
-    area = boxes[:, 2:].prod(axis=-1)[:, None]
-    union = np.where(crowd, area, area + truth[:, 2:].prod(axis=-1) - intersection)
-    return np.divide(intersection, union, out=np.zeros_like(intersection), where=intersection > 0)
+def _candidates(
+    starts: np.ndarray, counts: np.ndarray, iou: BoxIoU | MaskIoU
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The (detection, truth) of one image and class with an IoU of at least 0.5, and that IoU."""
+    found: list[tuple[np.ndarray, ...]] = [(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0))]
+    with_truth = np.flatnonzero(counts)
+    ends = np.cumsum(counts[with_truth])
+    first = 0
+    while first < len(with_truth):
+        before = ends[first - 1] if first else 0
+        last = max(int(np.searchsorted(ends, before + CANDIDATES, side="right")), first + 1)
+        part = with_truth[first:last]
+        detection = np.repeat(part, counts[part])
+        within = np.arange(len(detection)) - np.repeat(ends[first:last] - counts[part] - before, counts[part])
+        truths = starts[detection] + within
+        overlap = iou(detection, truths)
+        close = overlap >= IOU_THRESHOLDS[0]
+        found.append((detection[close], truths[close], overlap[close]))
+        first = last
+    detection, truths, overlap = (np.concatenate(columns) for columns in zip(*found))
+    return detection, truths, overlap
+
+
+def _rounds(pairs: np.ndarray) -> Iterator[np.ndarray]:
+    """The places of the first operation of every pair, then of every second one, and so on."""
+    by_pair = np.argsort(pairs, kind="stable")
+    ordered = pairs[by_pair]
+    number = np.arange(len(ordered)) - np.searchsorted(ordered, ordered)
+    by_number = by_pair[np.argsort(number, kind="stable")]
+    ends = np.cumsum(np.bincount(number)) if len(number) else ()
+    yield from np.split(by_number, ends[:-1])
+
+
+# --- precision over recall ---
+
+
+def _needed(num_truth: np.ndarray) -> np.ndarray:
+    """int64 [C, R]: the fewest ground truths n whose share, n / num_truth as a float, reaches each recall."""
+    total = np.maximum(num_truth, 1)[:, None]
+    needed = np.ceil(RECALLS * total).astype(np.int64)
+    needed -= (needed > 0) & ((needed - 1) / total >= RECALLS)
+    needed += needed / total < RECALLS
+    return needed
+
+
+def _running_sum(counted: np.ndarray, weights: np.ndarray | None) -> np.ndarray:
+    """int64 [D + 1]: the weight of what is True in front of each place."""
+    sums = np.zeros(len(counted) + 1, np.int64)
+    np.cumsum(counted if weights is None else counted * weights, out=sums[1:])
+    return sums
+
+
+def _curves(
+    hits: np.ndarray,
+    weights: np.ndarray | None,
+    num_false: np.ndarray,
+    starts: np.ndarray,
+    ends: np.ndarray,
+    needed: np.ndarray,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Precision [C, R] and the number of true positives [C] of the classes at one setting.
+
+    Args:
+        hits: the places of the true positives, ascending; class c has the places starts[c]:ends[c].
+        num_false: the false positives in front of each place.
+        needed: the true positives that reach each recall, [C, R].
+    """
+    num_true = _running_sum(np.ones(len(hits), bool), None if weights is None else weights[hits])
+    first, last = np.searchsorted(hits, starts), np.searchsorted(hits, ends)
+    num_hits = last - first
+    true = num_true[1:] - np.repeat(num_true[first], num_hits)
+    false = num_false[hits] - np.repeat(num_false[starts], num_hits)
+    precision = true / (false + true + np.spacing(1))
+
+    # The first true positive at which each recall is reached; behind the class's last one, it never is.
+    reached = np.searchsorted(num_true[1:], num_true[first, None] + needed)
+    reached = reached.clip(first[:, None], last[:, None])
+    best = np.maximum.reduceat(np.append(precision, 0.0), reached.ravel()).reshape(reached.shape)
+    best[reached == last[:, None]] = 0.0
+    return np.maximum.accumulate(best[:, ::-1], axis=1)[:, ::-1], num_true[last] - num_true[first]
 
 
 def format_table(rows: dict[str, dict[str, float]]) -> str:

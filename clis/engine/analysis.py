@@ -1,0 +1,294 @@
+"""What stands behind an AP: by class, by training images, by kind of error, and how sure a difference is."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from clis.data.annotations import Annotations, Category
+from clis.engine.detections import Detections
+from clis.engine.log import Progress
+from clis.engine.lvis_eval import (
+    AREA_RANGES,
+    IOU_THRESHOLDS,
+    BoxIoU,
+    Curves,
+    Matches,
+    accumulate,
+    defined_mean,
+    match,
+    summarize,
+)
+from clis.files import written_whole
+
+GROUPS = {"all": "rcf", "r": "r", "c": "c", "f": "f"}
+COUNT_BINS = (0, 1, 3, 10, 30, 100, 300, 1000, 3000, 10_000, 30_000, 100_000)
+"""First training-image count of each bin: three bins a decade are too few images, one is too coarse."""
+ERRORS = ("class", "location", "both", "duplicate", "background", "missed")
+FOREGROUND_IOU, BACKGROUND_IOU = 0.5, 0.1
+
+
+# --- by class ---
+
+
+def write_class_table(
+    path: str | Path, matches: Matches, curves: Curves, categories: Sequence[Category]
+) -> None:
+    """A CSV file with one line a class: its counts in training and here, AP and recall; undefined is empty.
+
+    ``images`` and ``instances`` are those of the evaluated split that count (over all areas).
+    """
+    counted = matches.truth_counts[:, 0]
+    labels = matches.truth_labels[counted]
+    pairs = np.unique(matches.truth_images[counted] * matches.num_classes + labels)
+    images = np.bincount(pairs % matches.num_classes, minlength=matches.num_classes)
+    instances = np.bincount(labels, minlength=matches.num_classes)
+    precision = curves.precision.mean(axis=1)  # [T, C, A]
+    columns = {
+        "AP": precision[..., 0].mean(axis=0),
+        "AP50": precision[0, :, 0],
+        "AP75": precision[5, :, 0],
+        **{f"AP{name[0]}": precision[..., a].mean(axis=0) for a, name in enumerate(AREA_RANGES) if a},
+        "AR": curves.recall[..., 0].mean(axis=0),
+    }
+    with written_whole(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["id", "name", "frequency", "train_images", "images", "instances", *columns])
+        for label, category in enumerate(categories):
+            values = [f"{column[label]:.6f}" if column[label] >= 0 else "" for column in columns.values()]
+            head = [category.id, category.name, category.frequency, category.image_count]
+            writer.writerow([*head, images[label], instances[label], *values])
+
+
+def ap_by_image_count(curves: Curves, categories: Sequence[Category]) -> list[tuple[int, int, int, float]]:
+    """AP against training images, a bin each: first count, last count, classes with ground truth, mean AP."""
+    counts = np.array([category.image_count for category in categories])
+    ap = curves.class_ap()
+    rows = []
+    for first, end in zip(COUNT_BINS, (*COUNT_BINS[1:], counts.max(initial=0) + 1)):
+        chosen = ap[(counts >= first) & (counts < end) & (ap >= 0)]
+        if len(chosen):
+            rows.append((first, int(end) - 1, len(chosen), float(chosen.mean())))
+    return rows
+
+
+# --- how sure ---
+
+
+@dataclasses.dataclass(frozen=True)
+class Interval:
+    """A figure and its 95 % bootstrap interval, as fractions."""
+
+    value: float
+    low: float
+    high: float
+
+
+def bootstrap(
+    first: Matches,
+    second: Matches,
+    categories: Sequence[Category],
+    samples: int = 200,
+    seed: int = 0,
+) -> dict[str, Interval]:
+    """Paired bootstrap over images: how far the figures of `second` are above those of `first`.
+
+    Every sample draws the split's images with replacement, the same for both. A class is left out of a sample
+    that holds none of its ground truth. Percentile interval (Efron & Tibshirani 1993, chapter 13).
+
+    Returns:
+        Of AP, AP50, AP75, APr, APc and APf those that are defined: the difference on the whole split with its
+        interval.
+    """
+    if first.num_images != second.num_images or not np.array_equal(first.truth_places, second.truth_places):
+        raise ValueError("a paired bootstrap needs two results on the same annotations")
+    generator = np.random.default_rng(seed)
+    names = [name for name, value in _figures(first, categories, None).items() if value >= 0]
+    difference = _difference(first, second, categories, names, None)
+    drawn = np.empty((samples, len(names)))
+    with Progress("bootstrap", samples, unit="sample") as progress:
+        for row in drawn:
+            weights = generator.multinomial(first.num_images, np.full(first.num_images, 1 / first.num_images))
+            row[:] = _difference(first, second, categories, names, weights)
+            progress.advance()
+    low, high = np.nanpercentile(drawn, [2.5, 97.5], axis=0)
+    rows = zip(difference.tolist(), low.tolist(), high.tolist())
+    return {name: Interval(*row) for name, row in zip(names, rows)}
+
+
+def _figures(
+    matches: Matches, categories: Sequence[Category], image_weights: np.ndarray | None
+) -> dict[str, float]:
+    figures = summarize(matches, categories, image_weights=image_weights, num_areas=1)
+    return {name: value for name, value in figures.items() if name.startswith("AP")}
+
+
+def _difference(
+    first: Matches,
+    second: Matches,
+    categories: Sequence[Category],
+    names: Sequence[str],
+    image_weights: np.ndarray | None,
+) -> np.ndarray:
+    """float64 [names]; NaN where a sample holds no class of the group."""
+    below, above = (_figures(matches, categories, image_weights) for matches in (first, second))
+    return np.array([above[name] - below[name] if below[name] >= 0 else np.nan for name in names])
+
+
+# --- what is wrong ---
+
+
+def class_agnostic(annotations: Annotations, detections: Detections, matches: Matches) -> dict[str, float]:
+    """AP, AP50, AP75 and AR of the boxes alone: what is judged against all ground truth, classes erased.
+
+    Unmatched detections are ignored in an image where any class is not exhaustively annotated.
+    """
+    num_images = len(annotations)
+    category = Category(id=1, name="object", frequency="f", image_count=num_images)
+    any_partial = np.diff(annotations.not_exhaustive[0]) > 0
+    no_lists = np.zeros(num_images + 1, np.int64)
+    merged = dataclasses.replace(
+        annotations,
+        categories=(category,),
+        labels=np.zeros_like(annotations.labels),
+        negatives=(no_lists, np.zeros(0, np.int64)),
+        not_exhaustive=(
+            np.concatenate([[0], np.cumsum(any_partial)]), np.zeros(any_partial.sum(), np.int64)
+        ),
+    )  # fmt: skip
+    rows = np.sort(matches.rows)
+    boxes = Detections(
+        image_id=detections.image_id[rows],
+        category_id=np.ones(len(rows), np.int64),
+        bbox=detections.bbox[rows],
+        score=detections.score[rows],
+    )
+    # No limit a second time: what was judged is judged.
+    figures = summarize(match(merged, boxes, max(len(rows), 1)), merged.categories, num_areas=1)
+    return {name: figures[name] for name in ("AP", "AP50", "AP75")} | {"AR": figures["AR@300"]}
+
+
+@dataclasses.dataclass(frozen=True)
+class ErrorShares:
+    """AP50 and what each kind of error takes from it: fractions by group of classes (`GROUPS`)."""
+
+    ap50: dict[str, float]
+    lost: dict[str, dict[str, float]]
+    """By error (`ERRORS`), then by group: AP50 with this kind alone mended, less AP50; -1 where undefined."""
+    counts: dict[str, int]
+    """How many detections (missed: ground truths) are of each kind."""
+
+
+def error_shares(
+    annotations: Annotations, detections: Detections, matches: Matches, categories: Sequence[Category]
+) -> ErrorShares:
+    """The share of AP50 lost to each kind of error, in the sense of TIDE (Bolya et al., arXiv 2008.08115).
+
+    A judged false positive is, in this order: poorly located (IoU 0.1 to 0.5 with a ground truth of its
+    class), of the wrong class (at least 0.5 with one of another class), a duplicate (at least 0.5 with one of
+    its class, which is taken), background (below 0.1 with everything), or wrong in both. A ground truth that
+    nothing takes and that no location or class error could have taken is missed. Mended, the best location or
+    class error of a free ground truth becomes its true positive, and all other errors of the kind vanish;
+    missed ground truth is not asked for. Detections that the metric ignores are no errors.
+    """
+    taken = (matches.truth_found & 1) != 0
+    counted = matches.truth_counts[:, 0]
+    hit = (matches.true_positive & 1) != 0
+    false = np.flatnonzero(~hit & ((matches.ignored & 1) == 0))
+    own, own_truth, other, other_truth = _best_overlaps(annotations, detections, matches, false)
+
+    location = (own >= BACKGROUND_IOU) & (own < FOREGROUND_IOU)
+    wrong_class = ~location & (other >= FOREGROUND_IOU)
+    duplicate = ~location & ~wrong_class & (own >= FOREGROUND_IOU)
+    background = ~location & ~wrong_class & ~duplicate & (np.maximum(own, other) < BACKGROUND_IOU)
+    kinds = {
+        "class": wrong_class,
+        "location": location,
+        "both": ~(location | wrong_class | duplicate | background),
+        "duplicate": duplicate,
+        "background": background,
+    }
+    missed = counted & ~taken
+    missed[own_truth[location]] = False
+    missed[other_truth[wrong_class]] = False
+
+    groups = np.array([category.frequency for category in categories])
+    base = _ap50(matches, groups)
+    lost, counts = {}, {}
+    for name, chosen in kinds.items():
+        target = {"class": other_truth, "location": own_truth}.get(name)
+        mended = _mend(matches, false[chosen], None if target is None else target[chosen], counted & ~taken)
+        lost[name], counts[name] = _gain(base, _ap50(mended, groups)), int(chosen.sum())
+    asked_for = dataclasses.replace(matches, truth_counts=matches.truth_counts & ~missed[:, None])
+    lost["missed"], counts["missed"] = _gain(base, _ap50(asked_for, groups)), int(missed.sum())
+    return ErrorShares(base, {name: lost[name] for name in ERRORS}, {name: counts[name] for name in ERRORS})
+
+
+def _best_overlaps(
+    annotations: Annotations, detections: Detections, matches: Matches, chosen: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Of each chosen detection the highest IoU with a ground truth of its image and class, and which it is.
+
+    Then the same of other classes. IoU 0 and ground truth 0 where there is none.
+    """
+    by_image = np.flatnonzero(matches.truth_counts[:, 0])
+    by_image = by_image[np.argsort(matches.truth_images[by_image], kind="stable")]
+    bounds = np.searchsorted(matches.truth_images[by_image], np.arange(matches.num_images + 1))
+    iou = BoxIoU(
+        detections.bbox, matches.rows, annotations.bboxes[matches.truth_places],
+        np.zeros(len(matches.truth_places), bool),
+    )  # fmt: skip
+    best = np.zeros((2, len(chosen)))
+    best_truth = np.zeros((2, len(chosen)), np.int64)
+    for start in range(0, len(chosen), 1 << 15):
+        part = np.arange(start, min(start + (1 << 15), len(chosen)))
+        images = matches.images[chosen[part]]
+        counts = np.diff(bounds)[images]
+        place = np.repeat(part, counts)
+        within = np.arange(len(place)) - np.repeat(np.cumsum(counts) - counts, counts)
+        truths = by_image[np.repeat(bounds[images], counts) + within]
+        overlap = iou(chosen[place], truths)
+        is_other = (matches.labels[chosen[place]] != matches.truth_labels[truths]).astype(np.int64)
+        order = np.argsort(overlap, kind="stable")  # the last assignment stays: the highest
+        best[is_other[order], place[order]] = overlap[order]
+        best_truth[is_other[order], place[order]] = truths[order]
+    return best[0], best_truth[0], best[1], best_truth[1]
+
+
+def _mend(matches: Matches, errors: np.ndarray, targets: np.ndarray | None, free: np.ndarray) -> Matches:
+    """The matches without these detections, but the best one of each free target is its true positive."""
+    true_positive, labels = matches.true_positive.copy(), matches.labels.copy()
+    gone = np.zeros(len(labels), bool)
+    gone[errors] = True
+    if targets is not None:
+        order = np.lexsort((-matches.scores[errors], targets))
+        firsts = order[np.flatnonzero(np.diff(targets[order], prepend=-1))]
+        firsts = firsts[free[targets[firsts]]]
+        mended = errors[firsts]
+        gone[mended] = False
+        true_positive[mended] |= 1
+        labels[mended] = matches.truth_labels[targets[firsts]]
+    kept = np.flatnonzero(~gone)
+    kept = kept[np.lexsort((-matches.scores[kept], labels[kept]))]
+    return dataclasses.replace(
+        matches, rows=matches.rows[kept], labels=labels[kept], images=matches.images[kept],
+        scores=matches.scores[kept], true_positive=true_positive[kept], ignored=matches.ignored[kept],
+    )  # fmt: skip
+
+
+def _ap50(matches: Matches, frequency: np.ndarray) -> dict[str, float]:
+    precision = accumulate(matches, num_areas=1).precision[IOU_THRESHOLDS == FOREGROUND_IOU, ..., 0]
+    return {
+        name: defined_mean(precision[:, :, np.isin(frequency, list(letters))])
+        for name, letters in GROUPS.items()
+    }
+
+
+def _gain(before: dict[str, float], after: dict[str, float]) -> dict[str, float]:
+    return {
+        name: after[name] - before[name] if min(after[name], before[name]) >= 0 else -1.0 for name in before
+    }

@@ -1,0 +1,272 @@
+"""The detections of a split as columns: .npz files of our own and LVIS result JSON, both read and written."""
+
+from __future__ import annotations
+
+import json
+import reprlib
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+import numpy as np
+from pycocotools import mask as rle
+
+from clis.files import written_whole
+
+try:
+    from orjson import loads  # the extra [fast]: half the time of the standard library's
+except ImportError:
+    from json import loads
+
+COLUMNS = ("image_id", "category_id", "bbox", "score")
+CHUNK = 1 << 22
+"""Characters of a result file that are parsed at once."""
+ROWS = 1 << 16
+"""Detections that are written at once."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Detections:
+    """The detections of a split, one row each, in any order; D may be 0.
+
+    Raises ValueError with the row (counted from 0) and its value where the columns differ in length, a box or
+    a score is not finite, or a box has a negative size.
+    """
+
+    image_id: np.ndarray
+    """int64 [D]."""
+    category_id: np.ndarray
+    """int64 [D], the annotation file's ids, not labels."""
+    bbox: np.ndarray
+    """float32 or float64 [D, 4], x y w h in pixels of the stored image."""
+    score: np.ndarray
+    """float32 or float64 [D]; among equal scores the earlier row ranks higher."""
+    masks: Sequence[dict[str, Any]] | None = None
+    """Compressed RLE of pycocotools (size, counts), D of them, where masks are to be evaluated."""
+    area: np.ndarray | None = None
+    """float64 [D] in square pixels where it is not the box's own (results that have masks alone)."""
+
+    def __post_init__(self) -> None:
+        num = self.score.size
+        expected = {"image_id": (num,), "category_id": (num,), "bbox": (num, 4), "score": (num,)}
+        found = {name: getattr(self, name).shape for name in COLUMNS}
+        if found != expected:
+            raise ValueError(f"detections need columns of one length and bbox [D, 4], found shapes {found}")
+        for name, kinds in zip(COLUMNS, ("iu", "iu", "f", "f")):
+            dtype = getattr(self, name).dtype
+            if dtype.kind not in kinds:
+                raise ValueError(f"{name} must be {'float' if kinds == 'f' else 'integer'}, found {dtype}")
+        for name in ("masks", "area"):
+            column = getattr(self, name)
+            if column is not None and len(column) != num:
+                raise ValueError(f"{name} must be as long as the other columns, {num}; found {len(column)}")
+        _reject(~np.isfinite(self.score), "score is not finite", self.score)
+        _reject(~_all_finite(self.bbox), "bbox is not finite", self.bbox)
+        negative = (self.bbox[:, 2] < 0) | (self.bbox[:, 3] < 0)
+        _reject(negative, "bbox (x y w h) has a negative size", self.bbox)
+
+    def __len__(self) -> int:
+        return len(self.score)
+
+    def save(self, path: str | Path) -> None:
+        """Write the columns to `path`, which must end in .npz; an interrupted save leaves no half file."""
+        if Path(path).suffix != ".npz":
+            raise ValueError(f"{path}: detections are saved as .npz; use to_json for an LVIS result file")
+        if self.masks is not None:
+            raise ValueError(f"{path}: an .npz file holds boxes alone; use to_json for masks")
+        with written_whole(path) as temporary:
+            np.savez(temporary, **{name: getattr(self, name) for name in COLUMNS})
+
+    def to_json(self, path: str | Path) -> None:
+        """Write an LVIS result file: a list of image_id, category_id, bbox, score and any segmentation."""
+        with written_whole(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
+            for start in range(0, max(len(self), 1), ROWS):
+                text = json.dumps(self._records(slice(start, start + ROWS)))
+                file.write(("[" if start == 0 else ", ") + text[1:-1])
+            file.write("]")
+
+    def _records(self, part: slice) -> list[dict[str, Any]]:
+        rows = zip(*(getattr(self, name)[part].tolist() for name in COLUMNS))
+        records: list[dict[str, Any]] = [dict(zip(COLUMNS, row)) for row in rows]
+        if self.masks is not None:
+            for record, mask in zip(records, self.masks[part]):
+                counts = mask["counts"]
+                text = counts.decode() if isinstance(counts, bytes) else counts
+                record["segmentation"] = {"size": list(mask["size"]), "counts": text}
+        return records
+
+    @classmethod
+    def load(cls, path: str | Path, masks: bool = False) -> Detections:
+        """Read what `save` wrote (.npz), or an LVIS result file (any other name), a part at a time.
+
+        With `masks` the file's ``segmentation`` is kept; further keys are ignored. As in the `lvis` package,
+        a detection with a mask and no bbox has the mask's box and area, one with both the area of its box.
+
+        Raises ValueError with the path, and the row (counted from 0) and value where there is one, for a file
+        that is not whole, a missing or ill-typed column or key, and all that the class itself rejects.
+        """
+        path = Path(path)
+        try:
+            if path.suffix == ".npz":
+                if masks:
+                    raise ValueError("an .npz file holds boxes alone; masks need an LVIS result file")
+                return cls(**_read_npz(path))
+            with open(path, encoding="utf-8") as file:
+                return cls(**_columns(_parts(file), masks))
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+
+    @classmethod
+    def from_records(cls, records: Sequence[Mapping[str, Any]], masks: bool = False) -> Detections:
+        """The same from a loaded LVIS result list."""
+        if not isinstance(records, list):
+            raise ValueError(f"an LVIS result file is a list of objects, found {reprlib.repr(records)}")
+        return cls(**_columns(iter([records]), masks))
+
+
+def _all_finite(boxes: np.ndarray) -> np.ndarray:
+    """bool [D], without a temporary of the size of the boxes."""
+    finite = np.isfinite(boxes[:, 0])
+    for column in boxes.T[1:]:
+        finite &= np.isfinite(column)
+    return finite
+
+
+def _reject(bad: np.ndarray, problem: str, values: np.ndarray) -> None:
+    if bad.any():
+        row = int(bad.argmax())
+        raise ValueError(f"row {row}: {problem}: {values[row].tolist()} ({bad.sum()} such rows)")
+
+
+def _read_npz(path: Path) -> dict[str, np.ndarray]:
+    with open(path, "rb") as file:
+        if not zipfile.is_zipfile(file):  # the table of contents is at the end: a cut file has none
+            raise ValueError("not a whole .npz file; write it again")
+    try:
+        with np.load(path) as columns:
+            missing = [name for name in COLUMNS if name not in columns]
+            if missing:
+                raise ValueError(f"no column {', '.join(missing)}; found {', '.join(columns)}")
+            return {name: columns[name] for name in COLUMNS}
+    except zipfile.BadZipFile as error:
+        raise ValueError(f"damaged .npz file ({error}); write it again") from error
+
+
+def _parts(file: TextIO) -> Iterator[list[Any]]:
+    """The rows of a JSON list, some thousands at a time: all of it as objects would be 6 times the file.
+
+    The text is cut where an object of the list ends. Such a place may also lie inside a nested value, but
+    then the part in front of it is not JSON, and more is read.
+    """
+    text = file.read(CHUNK).lstrip()
+    if not text.startswith("["):
+        whole = _loads(text + file.read(), 0)
+        raise ValueError(f"an LVIS result file is a list of objects, found {reprlib.repr(whole)}")
+    text, searched, num_rows = text[1:], 0, 0
+    while more := file.read(CHUNK):
+        cut = _last_comma(text, searched)
+        if cut > 0:
+            try:
+                rows = loads(f"[{text[:cut]}]")
+            except ValueError:
+                searched = len(text)  # a comma of a nested value: look only in what comes next
+            else:
+                yield rows
+                text, searched, num_rows = text[cut + 1 :], 0, num_rows + len(rows)
+        text += more
+    yield _loads("[" + text, num_rows)
+
+
+def _last_comma(text: str, start: int) -> int:
+    """The place of the last comma between an end and a start of objects, -1 if there is none."""
+    end = len(text)
+    while (brace := text.rfind("{", start, end)) > 0:
+        before = text[max(brace - 64, 0) : brace].rstrip()
+        if before.endswith(",") and before[:-1].rstrip().endswith("}"):
+            return max(brace - 64, 0) + len(before) - 1
+        end = brace
+    return -1
+
+
+def _loads(text: str, num_rows: int) -> Any:
+    try:
+        return json.loads(text)  # not orjson: this one reads NaN, which is named later
+    except ValueError as error:
+        raise ValueError(f"not whole JSON behind {num_rows} rows ({error}); write it again") from error
+
+
+def _columns(parts: Iterator[list[Any]], masks: bool) -> dict[str, Any]:
+    columns: dict[str, list[Any]] = {name: [] for name in (*COLUMNS, "masks", "area")}
+    start, boxes = 0, True
+    for rows in parts:
+        if start == 0 and masks and rows and isinstance(rows[0], dict):
+            boxes = "bbox" in rows[0]  # the package, too, looks at the first
+        try:
+            part = _fast_columns(rows, boxes, masks)
+        except Exception as error:  # whatever numpy or pycocotools makes of an odd value
+            for number, row in enumerate(rows, start):
+                _check_row(number, row, boxes, masks)
+            raise ValueError(f"among the {len(rows)} rows from row {start}: {error}") from error
+        for name, values in part.items():
+            columns[name].append(values)
+        start += len(rows)
+    found: dict[str, Any] = {name: np.concatenate(columns.pop(name)) for name in COLUMNS}
+    if masks:
+        found["masks"] = [mask for part in columns["masks"] for mask in part]
+        found["area"] = np.concatenate(columns["area"])
+    return found
+
+
+def _fast_columns(rows: list[Any], boxes: bool, masks: bool) -> dict[str, Any]:
+    """The columns of some rows; raises one of several errors where a row is not what it should be."""
+    segmentations = [row["segmentation"] for row in rows] if masks else []
+    if boxes:
+        bbox = _typed([row["bbox"] for row in rows], "iuf", np.float64).reshape(-1, 4)
+        area = bbox[:, 2] * bbox[:, 3]
+    else:
+        bbox, area = rle.toBbox(segmentations), rle.area(segmentations).astype(np.float64)
+    columns = {
+        "image_id": _typed([row["image_id"] for row in rows], "iu", np.int64),
+        "category_id": _typed([row["category_id"] for row in rows], "iu", np.int64),
+        "bbox": bbox,
+        "score": _typed([row["score"] for row in rows], "iuf", np.float64),
+    }
+    return columns | ({"masks": segmentations, "area": area} if masks else {})
+
+
+def _typed(values: list[Any], kinds: str, dtype: type) -> np.ndarray:
+    array = np.array(values)
+    if array.size and array.dtype.kind not in kinds:
+        raise TypeError(array.dtype)
+    return array.astype(dtype, copy=False)
+
+
+def _check_row(number: int, row: object, boxes: bool, masks: bool) -> None:
+    """Says what is wrong with a row, if anything is."""
+    if not isinstance(row, dict):
+        raise ValueError(f"row {number}: an object is needed, found {reprlib.repr(row)}")
+    needed = [name for name in COLUMNS if boxes or name != "bbox"] + ["segmentation"] * masks
+    missing = [name for name in needed if name not in row]
+    if missing:
+        raise ValueError(f"row {number}: no {', '.join(missing)} in {reprlib.repr(row)}")
+    for name in ("image_id", "category_id"):
+        if not isinstance(row[name], int) or isinstance(row[name], bool):
+            raise ValueError(f"row {number}: {name} is not an integer: {row[name]!r}")
+    box = row["bbox"] if boxes else [0, 0, 0, 0]
+    if not isinstance(box, list) or len(box) != 4 or not all(map(_is_number, box)):
+        raise ValueError(f"row {number}: bbox is not four numbers x y w h: {reprlib.repr(box)}")
+    if not _is_number(row["score"]):
+        raise ValueError(f"row {number}: score is not a number: {row['score']!r}")
+    if masks and not (
+        isinstance(row["segmentation"], dict) and {"size", "counts"} <= set(row["segmentation"])
+    ):
+        raise ValueError(
+            f"row {number}: segmentation is not a compressed RLE with size and counts: "
+            f"{reprlib.repr(row['segmentation'])}"
+        )
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

@@ -1,0 +1,74 @@
+"""Masks in the metric: ground truth as compressed RLE, and its overlap with detected ones, by pycocotools."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pycocotools import mask as rle
+
+from clis.data.annotations import Annotations, pack_annotations, read_document
+
+RLE = dict[str, Any]
+
+
+def ground_truth_masks(source: str | Path | Mapping[str, Any]) -> tuple[Annotations, list[RLE]]:
+    """The annotations of a file or of loaded JSON, and the mask of each in their order.
+
+    Raises:
+        ValueError: as `load_annotations`, or a mask that pycocotools cannot read; the annotation is named.
+    """
+    path = "ground truth" if isinstance(source, Mapping) else str(source)
+    document = source if isinstance(source, Mapping) else read_document(source)
+    annotations = pack_annotations(document, path)
+    records = {record["id"]: record for record in document["annotations"]}
+    sizes = np.repeat(annotations.image_sizes, np.diff(annotations.offsets), axis=0).tolist()
+    masks = []
+    for annotation_id, size in zip(annotations.annotation_ids.tolist(), sizes):
+        try:
+            masks.append(_compressed(records[annotation_id]["segmentation"], *size))
+        except Exception as error:  # pycocotools has one for every kind of mistake
+            raise ValueError(
+                f"{path}: annotation {annotation_id}: segmentation is no polygons and no RLE: {error!r}"
+            ) from error
+    return annotations, masks
+
+
+def _compressed(segmentation: Any, height: int, width: int) -> RLE:
+    """Polygons, an uncompressed or a compressed RLE as a compressed one."""
+    if isinstance(segmentation, list):
+        return rle.merge(rle.frPyObjects(segmentation, height, width))
+    if isinstance(segmentation["counts"], list):
+        return rle.frPyObjects(segmentation, height, width)
+    return segmentation
+
+
+class MaskIoU:
+    """IoU of detected and ground-truth masks, taken by place: (int64 [n], int64 [n]) -> float64 [n].
+
+    Args:
+        masks: RLE of every row of the detections; `rows` are the judged ones, which the places refer to.
+        truth: RLE of every annotation; `annotations` are the judged ones.
+        crowd: bool of the judged annotations; with a crowd, the intersection over the detection's own area.
+    """
+
+    def __init__(
+        self, masks: Sequence[RLE], rows: np.ndarray, truth: Sequence[RLE], annotations: np.ndarray,
+        crowd: np.ndarray,
+    ) -> None:  # fmt: skip
+        self.masks, self.rows = masks, rows
+        self.truth, self.annotations, self.crowd = truth, annotations, crowd
+
+    def __call__(self, detections: np.ndarray, truths: np.ndarray) -> np.ndarray:
+        """The pairs of one detection lie together."""
+        overlap = np.empty(len(detections))
+        firsts = np.flatnonzero(np.diff(detections, prepend=-1))
+        counts = np.diff(firsts, append=len(detections))
+        for first, count in zip(firsts.tolist(), counts.tolist()):
+            places = truths[first : first + count]
+            mask = self.masks[self.rows[detections[first]]]
+            candidates = [self.truth[place] for place in self.annotations[places].tolist()]
+            overlap[first : first + count] = rle.iou([mask], candidates, self.crowd[places].tolist())[0]
+        return overlap

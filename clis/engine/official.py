@@ -1,0 +1,87 @@
+"""The published evaluators beside ours: `lvis` for federated annotations, pycocotools for others."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import logging
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+
+def official_precision(
+    annotations: str | Path, results: str | Path, iou_type: str = "bbox", max_detections: int = 300
+) -> tuple[dict[str, float], np.ndarray, np.ndarray]:
+    """The figures, precision [T, R, C, A] and recall [T, C, A] of the published package on two JSON files.
+
+    Federated annotations go to `lvis` (all 13 figures), others to pycocotools (AP, AP50, AP75, APs, APm, APl,
+    and AR, ARs, ARm, ARl at `max_detections`). Slow: see RESULTS.md.
+    """
+    with open(annotations, encoding="utf-8") as file:
+        document = json.load(file)
+    if any("neg_category_ids" in image for image in document["images"]):
+        return _lvis(str(annotations), str(results), iou_type, max_detections)
+    return _coco(document, str(results), iou_type, max_detections)
+
+
+def _lvis(
+    annotations: str, results: str, iou_type: str, max_detections: int
+) -> tuple[dict[str, float], np.ndarray, np.ndarray]:
+    from lvis import LVIS, LVISEval, LVISResults
+
+    level = logging.getLogger("lvis").level
+    logging.getLogger("lvis").setLevel(logging.ERROR)
+    try:
+        with _float_in_numpy(), warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # the package's logger.warn
+            truth = LVIS(annotations)
+            evaluator = LVISEval(truth, LVISResults(truth, results, max_dets=max_detections), iou_type)
+            evaluator.params.max_dets = max_detections
+            evaluator.run()
+    finally:
+        logging.getLogger("lvis").setLevel(level)
+    figures = {name: float(value) for name, value in evaluator.results.items()}
+    return figures, evaluator.eval["precision"], evaluator.eval["recall"]
+
+
+@contextlib.contextmanager
+def _float_in_numpy() -> Iterator[None]:
+    """`numpy.float`, which NumPy 1.24 removed and lvis 0.5.3 uses, for the length of one call."""
+    if "float" in vars(np):
+        yield
+        return
+    vars(np)["float"] = float
+    try:
+        yield
+    finally:
+        del vars(np)["float"]
+
+
+def _coco(
+    document: dict, results: str, iou_type: str, max_detections: int
+) -> tuple[dict[str, float], np.ndarray, np.ndarray]:
+    with contextlib.redirect_stdout(io.StringIO()):
+        truth = COCO()
+        truth.dataset = document
+        truth.createIndex()
+        evaluator = COCOeval(truth, truth.loadRes(results), iou_type)
+        evaluator.params.maxDets = [max_detections]
+        evaluator.evaluate()
+        evaluator.accumulate()
+    precision, recall = evaluator.eval["precision"][..., 0], evaluator.eval["recall"][..., 0]
+
+    def mean(values: np.ndarray) -> float:
+        return float(values[values > -1].mean()) if (values > -1).any() else -1.0
+
+    figures = {"AP": mean(precision[..., 0]), "AP50": mean(precision[0, ..., 0])}
+    figures["AP75"] = mean(precision[5, ..., 0])
+    figures |= {f"AP{letter}": mean(precision[..., a]) for a, letter in enumerate("sml", 1)}
+    figures[f"AR@{max_detections}"] = mean(recall[..., 0])
+    figures |= {f"AR{letter}@{max_detections}": mean(recall[..., a]) for a, letter in enumerate("sml", 1)}
+    return figures, precision, recall

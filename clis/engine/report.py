@@ -1,0 +1,185 @@
+"""The command ``evaluate.py --annotations FILE --results FILE``: the metric on anyone's detections."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+from clis.data.annotations import Annotations, check_same_categories, load_annotations
+from clis.engine import analysis
+from clis.engine.detections import Detections
+from clis.engine.log import say
+from clis.engine.lvis_eval import Matches, accumulate, match, summarize
+from clis.engine.masks import ground_truth_masks
+from clis.engine.official import official_precision
+from clis.files import written_whole
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of the command."""
+    group = parser.add_argument_group("result files of any detector")
+    group.add_argument("--annotations", type=Path, metavar="FILE", help="LVIS or COCO-form JSON")
+    group.add_argument(
+        "--results", type=Path, metavar="FILE", help="LVIS result JSON, or a detections.npz of ours"
+    )
+    group.add_argument("--masks", action="store_true", help="compare masks (segmentation) instead of boxes")
+    group.add_argument(
+        "--protocol", choices=("standard", "fixed", "pooled"), default="standard",
+        help="fixed: 10,000 detections a class over the split instead of 300 an image; pooled: these, ranked "
+        "over all classes together (arXiv 2102.01066)",
+    )  # fmt: skip
+    group.add_argument("--max-detections", type=int, default=300, metavar="N", help="an image (default 300)")
+    group.add_argument(
+        "--train-annotations", type=Path, metavar="FILE",
+        help="take the classes' training-image counts and frequency groups from this file",
+    )  # fmt: skip
+    group.add_argument("--out", type=Path, metavar="FILE", help="write the figures as JSON")
+    group.add_argument("--per-class", type=Path, metavar="FILE", help="write a CSV file, one line a class")
+    group.add_argument("--errors", action="store_true", help="AP50 lost to each kind of error (TIDE)")
+    group.add_argument(
+        "--compare", type=Path, metavar="FILE",
+        help="other results: how far --results are above them, with a 95 %% interval (paired bootstrap)",
+    )  # fmt: skip
+    group.add_argument(
+        "--samples", type=int, default=200, metavar="N", help="bootstrap samples (default 200)"
+    )
+    group.add_argument(
+        "--official", action="store_true", help="run the lvis package (COCO form: pycocotools) beside ours"
+    )
+
+
+def evaluate_results(arguments: argparse.Namespace) -> dict[str, float]:
+    """Runs the command, prints what was asked for and returns the figures."""
+    _check(arguments)
+    annotations, masks = _ground_truth(arguments)
+    categories = annotations.categories
+    detections = Detections.load(arguments.results, masks=arguments.masks)
+    matches = match(annotations, detections, arguments.max_detections, arguments.protocol, masks)
+    figures = summarize(matches, categories, arguments.max_detections, arguments.protocol)
+    kind = "federated" if annotations.federated else "exhaustive (no federated fields: judged as COCO is)"
+    say(f"{arguments.annotations}: {len(annotations)} images, {annotations.num_classes} classes, {kind}")
+    say(f"{arguments.results}: {len(detections)} detections, {len(matches.rows)} of them judged")
+    say(_column_table({"figure": list(figures), "%": [_percent(value) for value in figures.values()]}))
+    if arguments.out is not None:
+        with written_whole(arguments.out) as temporary:
+            temporary.write_text(json.dumps(figures, indent=1) + "\n")
+    standard = arguments.protocol == "standard"
+    if arguments.per_class is not None or standard:
+        curves = accumulate(matches)
+        if arguments.per_class is not None:
+            analysis.write_class_table(arguments.per_class, matches, curves, categories)
+            say(f"classes: {arguments.per_class}")
+        bins = analysis.ap_by_image_count(curves, categories)
+        say("\nAP against training images")
+        names = [f"{first}-{last}" if first < last else str(first) for first, last, _, _ in bins]
+        say(_column_table({
+            "images": names,
+            "classes": [str(row[2]) for row in bins],
+            "AP": [_percent(row[3]) for row in bins],
+        }))  # fmt: skip
+    if arguments.errors:
+        _say_errors(annotations, detections, matches)
+    if arguments.compare is not None:
+        _say_comparison(arguments, annotations, matches, masks)
+    if arguments.official:
+        _say_official(arguments, detections, figures, matches)
+    return figures
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    """Refuses what cannot be asked for together, before anything is read."""
+    if arguments.errors and arguments.masks:
+        raise ValueError("--errors looks at boxes; leave --masks out")
+    if arguments.protocol != "standard":
+        for name in ("errors", "compare", "official"):
+            if getattr(arguments, name):
+                raise ValueError(f"--{name} goes with the standard protocol; leave --protocol out")
+    if arguments.samples < 1:
+        raise ValueError(f"--samples {arguments.samples}: at least 1")
+
+
+def _ground_truth(arguments: argparse.Namespace) -> tuple[Annotations, list | None]:
+    masks = None
+    if arguments.masks:
+        annotations, masks = ground_truth_masks(arguments.annotations)
+    else:
+        annotations = load_annotations(arguments.annotations)
+    if arguments.train_annotations is not None:
+        train = load_annotations(arguments.train_annotations)
+        check_same_categories(train.categories, train.path, annotations.categories, annotations.path)
+        annotations = dataclasses.replace(annotations, categories=train.categories)
+    return annotations, masks
+
+
+def _say_errors(annotations: Annotations, detections: Detections, matches: Matches) -> None:
+    shares = analysis.error_shares(annotations, detections, matches, annotations.categories)
+    say("\nAP50 and what each kind of error takes from it (mended alone, AP50 would rise by so much)")
+    rows = [
+        ("AP50", shares.ap50, ""),
+        *((name, shares.lost[name], shares.counts[name]) for name in shares.lost),
+    ]
+    say(_column_table({
+        "error": [name for name, _, _ in rows],
+        **{group: [_percent(values[group]) for _, values, _ in rows] for group in analysis.GROUPS},
+        "number": [str(count) for _, _, count in rows],
+    }))  # fmt: skip
+    agnostic = analysis.class_agnostic(annotations, detections, matches)
+    say("boxes alone, classes erased: " + "  ".join(f"{k} {_percent(v)}" for k, v in agnostic.items()))
+
+
+def _say_comparison(
+    arguments: argparse.Namespace, annotations: Annotations, matches: Matches, masks: list | None
+) -> None:
+    other = Detections.load(arguments.compare, masks=arguments.masks)
+    below = match(annotations, other, arguments.max_detections, arguments.protocol, masks)
+    intervals = analysis.bootstrap(below, matches, annotations.categories, arguments.samples)
+    say(f"\n{arguments.results} against {arguments.compare}, 95 % intervals of {arguments.samples} samples")
+    for name, interval in intervals.items():
+        low, high = 100 * interval.low, 100 * interval.high
+        say(f"{name:>5} {100 * interval.value:+.1f}  ({low:+.1f} .. {high:+.1f})")
+
+
+def _say_official(
+    arguments: argparse.Namespace, detections: Detections, figures: dict[str, float], matches: Matches
+) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        results = arguments.results
+        if results.suffix == ".npz":
+            results = Path(folder) / "results.json"
+            detections.to_json(results)
+        iou_type = "segm" if arguments.masks else "bbox"
+        say("\nrunning the published package ...")
+        theirs, precision, recall = official_precision(
+            arguments.annotations, results, iou_type, arguments.max_detections
+        )
+    curves = accumulate(matches)
+    say(_column_table({
+        "figure": list(theirs),
+        "ours": [f"{figures[name]:.10f}" for name in theirs],
+        "package": [f"{value:.10f}" for value in theirs.values()],
+    }))  # fmt: skip
+    by_figure = max(abs(figures[name] - value) for name, value in theirs.items())
+    by_curve = max(
+        float(np.abs(curves.precision - precision).max()), float(np.abs(curves.recall - recall).max())
+    )
+    say(f"largest difference: {by_figure:.3g} of a figure, {by_curve:.3g} anywhere on the curves")
+
+
+def _percent(value: float) -> str:
+    return "-" if value < 0 else f"{100 * value:.1f}"
+
+
+def _column_table(columns: dict[str, list[str]]) -> str:
+    """Markdown: the first column to the left, the others to the right."""
+    widths = [max(map(len, [name, *values])) for name, values in columns.items()]
+    rows = [list(columns), ["-" * width for width in widths], *zip(*columns.values())]
+    lines = []
+    for row in rows:
+        first, *others = (f"{cell:>{width}}" for cell, width in zip(row, widths))
+        lines.append("| " + " | ".join([f"{first.strip():<{widths[0]}}", *others]) + " |")
+    return "\n".join(lines)
