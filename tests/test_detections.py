@@ -8,8 +8,10 @@ from unittest import mock
 
 import numpy as np
 import pytest
-from lvis_cases import HAND_MADE_DETECTIONS, detections_of
+from lvis_cases import HAND_MADE_DETECTIONS, detections_of, random_case, with_masks
+from pycocotools import mask as rle
 
+from clis.engine import detections as module
 from clis.engine.detections import Detections
 
 
@@ -109,3 +111,97 @@ def test_missing_file_stays_a_missing_file(tmp_path: Path) -> None:
     for name in ("none.npz", "none.json"):
         with pytest.raises(FileNotFoundError):
             Detections.load(tmp_path / name)
+
+
+def write_rows(path: Path, num: int, **extra: object) -> list[dict]:
+    rng = np.random.default_rng(0)
+    rows = [
+        {
+            "image_id": i // 3,
+            "category_id": i % 7,
+            "bbox": rng.random(4).round(3).tolist(),
+            "score": i / num,
+            **extra,
+        }
+        for i in range(num)
+    ]
+    path.write_text(json.dumps(rows))
+    return rows
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 100, 1000])
+@pytest.mark.parametrize("indent", [None, 1])
+def test_a_file_read_in_small_parts_is_the_whole_file(
+    chunk: int, indent: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Cuts fall inside numbers, names, boxes and nested values; braces and commas inside a string mislead.
+    rows = write_rows(tmp_path / "results.json", 40, note='a "}, {" b', more={"list": [{"a": 1}, {"b": [2]}]})
+    (tmp_path / "results.json").write_text(json.dumps(rows, indent=indent))
+    monkeypatch.setattr(module, "CHUNK", chunk)
+    loaded = Detections.load(tmp_path / "results.json")
+    expected = detections_of(rows)
+    for name in ("image_id", "category_id", "bbox", "score"):
+        np.testing.assert_array_equal(getattr(loaded, name), getattr(expected, name), strict=True)
+
+
+def test_a_bad_row_far_into_the_file_has_its_own_number(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = write_rows(tmp_path / "results.json", 60)
+    rows[47]["score"] = "high"
+    (tmp_path / "results.json").write_text(json.dumps(rows))
+    monkeypatch.setattr(module, "CHUNK", 500)
+    with pytest.raises(ValueError, match="row 47: score is not a number: 'high'"):
+        Detections.load(tmp_path / "results.json")
+    (tmp_path / "results.json").write_text(json.dumps(rows[:40])[:-20])
+    with pytest.raises(ValueError, match=r"results.json: not whole JSON behind \d\d rows"):
+        Detections.load(tmp_path / "results.json")
+
+
+def test_integers_that_no_array_holds_are_an_error_with_their_place(tmp_path: Path) -> None:
+    rows = write_rows(tmp_path / "results.json", 3)
+    rows[1]["image_id"] = 2**70
+    (tmp_path / "results.json").write_text(json.dumps(rows))
+    with pytest.raises(ValueError, match="among the 3 rows from row 0"):
+        Detections.load(tmp_path / "results.json")
+
+
+@pytest.mark.parametrize("num", [0, 1, 5, 11])
+def test_json_written_in_small_parts_is_whole(
+    num: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = write_rows(tmp_path / "rows.json", num)
+    monkeypatch.setattr(module, "ROWS", 5)
+    detections_of(rows).to_json(tmp_path / "results.json")
+    assert json.loads((tmp_path / "results.json").read_text()) == rows
+
+
+@pytest.mark.parametrize("keep_boxes", [True, False])
+def test_masks_survive_a_result_file(keep_boxes: bool, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    data, rows = random_case(rng, federated=True)
+    with_masks(data, rows, rng, keep_boxes)
+    path = tmp_path / "results.json"
+    path.write_text(json.dumps(rows))
+    first = Detections.load(path, masks=True)
+    assert [dict(mask) for mask in first.masks] == [row["segmentation"] for row in rows]
+    if keep_boxes:  # the area is the box's, as in the lvis package
+        np.testing.assert_array_equal(first.area, first.bbox[:, 2] * first.bbox[:, 3])
+    else:
+        np.testing.assert_array_equal(first.bbox, [rle.toBbox(row["segmentation"]) for row in rows])
+        np.testing.assert_array_equal(first.area, [rle.area(row["segmentation"]) for row in rows])
+    first.to_json(path)
+    second = Detections.load(path, masks=True)
+    assert second.masks == first.masks
+    np.testing.assert_array_equal(second.bbox, first.bbox)
+    with pytest.raises(ValueError, match=r"an .npz file holds boxes alone; use to_json"):
+        first.save(tmp_path / "detections.npz")
+
+
+def test_a_mask_that_is_none_is_named(tmp_path: Path) -> None:
+    rows = write_rows(tmp_path / "rows.json", 3, segmentation={"size": [4, 4], "counts": "00"})
+    rows[2]["segmentation"] = [[0, 0, 4, 0, 4, 4]]
+    for row in rows:
+        del row["bbox"]
+    with pytest.raises(ValueError, match="row 2: segmentation is not a compressed RLE with size and counts"):
+        Detections.from_records(rows, masks=True)
