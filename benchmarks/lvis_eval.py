@@ -29,7 +29,7 @@ import numpy as np
 from clis.data.annotations import load_annotations
 from clis.engine.detections import Detections
 from clis.engine.lvis_eval import accumulate, match, summarize
-from clis.engine.official import official_precision
+from clis.engine.official import load_lvis, run_lvis
 
 BASE = ("nothing", "imports alone")
 KINDS = {
@@ -39,7 +39,7 @@ KINDS = {
     "json": "json.load of the result file",
     "results": "ours: both JSON files to figures",
 }
-OFFICIAL = ("official", "lvis package: load + evaluate + accumulate")
+OFFICIAL = ("official", "lvis package: evaluate + accumulate + summarize, loaded before")
 
 
 def measure(kind: str, ground_truth: Path, results: Path, arrays: Path) -> tuple[float, dict[str, float]]:
@@ -65,12 +65,18 @@ def measure(kind: str, ground_truth: Path, results: Path, arrays: Path) -> tuple
     elif kind == "results":
         seconds, figures = _timed(lambda: _from_files(ground_truth, results))
     elif kind == "official":
-        seconds, (figures, precision, recall) = _timed(lambda: official_precision(ground_truth, results))
+        evaluator = load_lvis(ground_truth, results)
+        seconds, (figures, precision, recall) = _timed(lambda: run_lvis(evaluator))
         annotations = load_annotations(ground_truth)
         curves = accumulate(match(annotations, Detections.load(results)))
         figures["largest difference of ours on the curves"] = max(
             float(np.abs(curves.precision - precision).max()), float(np.abs(curves.recall - recall).max())
         )
+    elif kind == "prepare":
+        annotations, detections = load_annotations(ground_truth), Detections.load(results)
+        (arrays / "annotations.pickle").write_bytes(pickle.dumps(annotations))
+        detections.save(arrays / "detections.npz")
+        seconds, figures = 0.0, {"images": len(annotations), "detections": len(detections)}
     else:
         seconds = 0.0
     return seconds, figures
@@ -105,41 +111,40 @@ def child(kind: str, ground_truth: Path, results: Path, arrays: Path) -> dict:
     return json.loads(finished.stdout.splitlines()[-1])
 
 
-def compare(ground_truth: Path, results: Path, repeats: int, official: bool) -> None:
+def compare(ground_truth: Path, results: Path, kinds: Sequence[str], repeats: int, official: bool) -> None:
     """Runs every kind in turn, `repeats` times, and prints the table and the differences."""
-    kinds = dict([BASE]) | {k: v for k, v in KINDS.items() if k != "hotcoco" or find_spec("hotcoco")}
+    texts = KINDS if find_spec("hotcoco") else {k: text for k, text in KINDS.items() if k != "hotcoco"}
+    texts = dict([BASE]) | {kind: text for kind, text in texts.items() if kind in kinds}
     with tempfile.TemporaryDirectory() as folder:
         arrays = Path(folder)
-        annotations, detections = load_annotations(ground_truth), Detections.load(results)
-        (arrays / "annotations.pickle").write_bytes(pickle.dumps(annotations))
-        detections.save(arrays / "detections.npz")
-        print(f"{len(annotations)} images, {len(annotations.labels)} boxes, {len(detections)} detections")
-        del annotations, detections
-        runs: dict[str, list[dict]] = {kind: [] for kind in kinds}
+        # In a process of its own too: a child's peak memory on Linux is never below its parent's.
+        size = child("prepare", ground_truth, results, arrays)["figures"]
+        print(f"{size['images']} images, {size['detections']} detections")
+        runs: dict[str, list[dict]] = {kind: [] for kind in texts}
         for _ in range(repeats):
-            for kind in kinds:
+            for kind in texts:
                 runs[kind].append(child(kind, ground_truth, results, arrays))
                 print(f"  {kind}: {runs[kind][-1]['seconds']:.2f} s", file=sys.stderr, flush=True)
         if official:
-            kinds |= dict([OFFICIAL])
+            texts |= dict([OFFICIAL])
             runs["official"] = [child("official", ground_truth, results, arrays)]
     print("| what | CPU seconds (min .. max) | peak GB |\n|---|---|---|")
-    for kind, text in kinds.items():
+    for kind, text in texts.items():
         seconds = [run["seconds"] for run in runs[kind]]
         spread = f"{statistics.median(seconds):.2f} ({min(seconds):.2f} .. {max(seconds):.2f})"
         print(f"| {text} | {spread} | {max(run['peak'] for run in runs[kind]):.2f} |")
     for first, second in (("read", "json"), ("metric", "hotcoco"), ("metric", "official")):
-        if runs.get(second):
+        if runs.get(first) and runs.get(second):
             ratios = [a["seconds"] / b["seconds"] for a, b in zip(runs[first], runs[second])]
             spread = f"{statistics.median(ratios):.4g} ({min(ratios):.4g} .. {max(ratios):.4g})"
             print(f"{first} / {second}: {spread}")
-    ours = runs["metric"][0]["figures"]
+    ours = runs["metric"][0]["figures"] if "metric" in runs else {}
     for other in ("hotcoco", "official"):
-        if runs.get(other):
+        if ours and runs.get(other):
             theirs = runs[other][0]["figures"]
             print(f"largest difference from {other}: {max(abs(ours[n] - theirs[n]) for n in ours):.3g}")
-            extra = {name: value for name, value in theirs.items() if name not in ours}
-            print(f"  {extra}" if extra else "", end="\n" if extra else "")
+            for name in theirs.keys() - ours.keys():
+                print(f"{name}: {theirs[name]:.3g}")
 
 
 def simulate(num_images: int, folder: Path, num_classes: int = 1203, seed: int = 0) -> None:
@@ -204,6 +209,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("results", type=Path, nargs="?")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--official", action="store_true")
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
     parser.add_argument("--simulate", type=int, metavar="IMAGES")
     parser.add_argument("--classes", type=int, default=1203, help="of the simulated files")
     parser.add_argument("--out", type=Path, default=Path("runs/lvis_eval"))
@@ -218,7 +224,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
         print(json.dumps({"seconds": seconds, "peak": peak, "figures": figures}))
     else:
-        compare(arguments.ground_truth, arguments.results, arguments.repeats, arguments.official)
+        files = arguments.ground_truth, arguments.results
+        compare(*files, arguments.kinds, arguments.repeats, arguments.official)
 
 
 if __name__ == "__main__":

@@ -251,7 +251,14 @@ def accumulate(matches: Matches, image_weights: np.ndarray | None = None, num_ar
     weights = None if image_weights is None else image_weights[matches.images]
     truth_weights = None if image_weights is None else image_weights[matches.truth_images]
     bounds = np.searchsorted(matches.labels, np.arange(matches.num_classes + 1))
-    false_positive = ~(matches.true_positive | matches.ignored)
+    false_positive = SETTING_BITS & ~(matches.true_positive | matches.ignored)
+    # Most detections are false, or ignored, at all thresholds alike: these are counted once an area range.
+    steady = (false_positive & IN_ALL_RANGES) * RANGE_BITS == false_positive
+    steady &= matches.true_positive == 0
+    moving = np.flatnonzero(~steady)
+    moving_bounds = np.searchsorted(moving, bounds)
+    moving_weights = None if weights is None else weights[moving]
+    true_bits, false_bits = matches.true_positive[moving], false_positive[moving]
     for a in range(num_areas):
         counts = matches.truth_counts[:, a]
         num_truth = np.bincount(
@@ -260,15 +267,18 @@ def accumulate(matches: Matches, image_weights: np.ndarray | None = None, num_ar
             matches.num_classes,
         ).astype(np.int64)
         defined = np.flatnonzero(num_truth)
-        starts, ends, num_truth = bounds[defined], bounds[defined + 1], num_truth[defined]
+        num_truth = num_truth[defined]
+        steady_false = _running_sum(steady & ((false_positive & (1 << (a * T))) != 0), weights)
+        in_front = steady_false[moving] - np.repeat(steady_false[bounds[:-1]], np.diff(moving_bounds))
         needed = _needed(num_truth)
         for t in range(T):
             bit = 1 << (a * T + t)
-            hits = np.flatnonzero(matches.true_positive & bit)
+            hits = np.flatnonzero(true_bits & bit)
             if weights is not None:
-                hits = hits[weights[hits] > 0]
-            num_false = _running_sum((false_positive & bit) != 0, weights)
-            curves = _curves(hits, weights, num_false, starts, ends, needed)
+                hits = hits[moving_weights[hits] > 0]
+            num_false = _running_sum((false_bits & bit) != 0, moving_weights)
+            starts, ends = moving_bounds[defined], moving_bounds[defined + 1]
+            curves = _curves(hits, moving_weights, num_false, in_front, starts, ends, needed)
             precision[a, t, defined], recall[a, t, defined] = curves[0], curves[1] / num_truth
     return Curves(precision=precision.transpose(1, 3, 2, 0), recall=recall.transpose(1, 2, 0))
 
@@ -395,8 +405,10 @@ def _judged(
         kept &= is_known
         kept &= _has_area(_box_areas(detections.bbox) if detections.area is None else detections.area)
     rows = np.flatnonzero(kept)
-    # Ties in score: by image id, then by row, as in both packages.
-    rows = rows[np.lexsort((keys[rows] // num_classes, -detections.score[rows], labels[rows]))]
+    # Ties in score: by image id, then by row, as in both packages. Stable sorts, the last key first.
+    rows = rows[np.argsort(keys[rows] // num_classes, kind="stable")]
+    rows = rows[np.argsort(-detections.score[rows], kind="stable")]
+    rows = rows[np.argsort(labels[rows].astype(_smallest(num_classes)), kind="stable")]
 
     starts = np.append(np.searchsorted(truth["key"], known), len(truth))
     counts = np.where(is_known[rows], np.append(np.diff(starts), 0)[pair[rows]], 0)
@@ -411,8 +423,18 @@ def _judged(
     }
 
 
+def _smallest(count: int) -> type:
+    """The integer type for 0..count-1; NumPy sorts one of 16 bits in linear time."""
+    return np.uint16 if count <= 1 << 16 else np.int64
+
+
 def _places(ids: np.ndarray, known: np.ndarray) -> np.ndarray:
     """The place [D] of each id in `known`, which ascends; -1 where it is none of them."""
+    low, high = int(known[0]), int(known[-1])
+    if high - low < 2 * (len(ids) + len(known)):  # a table is several times faster than searching
+        table = np.full(high - low + 2, -1)
+        table[known - low] = np.arange(len(known))
+        return table[np.where((ids >= low) & (ids <= high), ids - low, -1)]
     places = np.searchsorted(known, ids)
     places[places == len(known)] = 0
     places[known[places] != ids] = -1
@@ -485,22 +507,35 @@ def _range_bits(in_ranges: np.ndarray) -> np.ndarray:
 
 
 class BoxIoU:
-    """IoU of detection and ground-truth boxes, taken by place: (int64 [n], int64 [n]) -> float64 [n]."""
+    """IoU of detection and ground-truth boxes, taken by place: (int64 [n], int64 [n]) -> float64 [n].
+
+    Args:
+        boxes: [rows of the detections, 4], x y w h; `rows` int64 [D] are those that the places refer to.
+        truth: [G, 4].
+        crowd: bool [G]; with a crowd, the intersection over the detection's own area.
+    """
 
     def __init__(self, boxes: np.ndarray, rows: np.ndarray, truth: np.ndarray, crowd: np.ndarray) -> None:
-        self.boxes, self.rows, self.crowd = boxes, rows, crowd
-        self.truth = np.ascontiguousarray(truth.T)
+        self.detections, self.truth = _box_columns(boxes[rows]), _box_columns(truth)
+        self.crowd = crowd if crowd.any() else None
 
     def __call__(self, detections: np.ndarray, truths: np.ndarray) -> np.ndarray:
-        """With a crowd the intersection over the detection's own area; rounds as pycocotools does."""
-        x, y, w, h = self.boxes[self.rows[detections]].T.astype(np.float64)
-        truth_x, truth_y, truth_w, truth_h = (column[truths] for column in self.truth)
-        overlap_x = np.minimum(x + w, truth_x + truth_w) - np.maximum(x, truth_x)
-        overlap_y = np.minimum(y + h, truth_y + truth_h) - np.maximum(y, truth_y)
-        intersection = overlap_x.clip(min=0) * overlap_y.clip(min=0)
-        area = w * h
-        union = np.where(self.crowd[truths], area, area + truth_w * truth_h - intersection)
+        """Rounds as pycocotools does."""
+        left, top, right, bottom, area = (column[detections] for column in self.detections)
+        truth_left, truth_top, truth_right, truth_bottom, truth_area = (c[truths] for c in self.truth)
+        width = np.minimum(right, truth_right) - np.maximum(left, truth_left)
+        height = np.minimum(bottom, truth_bottom) - np.maximum(top, truth_top)
+        intersection = width.clip(min=0) * height.clip(min=0)
+        union = area + truth_area - intersection
+        if self.crowd is not None:
+            union = np.where(self.crowd[truths], area, union)
         return np.divide(intersection, union, out=np.zeros_like(union), where=intersection > 0)
+
+
+def _box_columns(boxes: np.ndarray) -> tuple[np.ndarray, ...]:
+    """Left, top, right, bottom and area, float64, of boxes x y w h."""
+    x, y, w, h = boxes.T.astype(np.float64)
+    return x, y, x + w, y + h, w * h
 
 
 def _match_pairs(
@@ -538,19 +573,17 @@ def _operations(
     """Candidate matches in the order in which a pair goes through them: detection, truth, bits [n] each."""
     detection, chosen, overlap = _candidates(starts, counts, iou)
     fits = ((1 << np.searchsorted(IOU_THRESHOLDS, overlap, side="right")) - 1) * IN_ALL_RANGES
-    counting = _range_bits(truth["counts"])[chosen]
+    several = np.bincount(detection, minlength=1)[detection] > 1
     # A detection of several candidates first goes through those that count, then through the ignored ones.
-    several = np.bincount(detection, minlength=1)[detection] > 1 if len(detection) else np.zeros(0, bool)
-    first = np.where(several, fits & counting, fits)
-    second = np.where(several, fits & ~counting, 0)
-    columns = [
-        np.concatenate([values[first != 0], values[second != 0]]) for values in (detection, chosen, overlap)
-    ]
-    scope = np.concatenate([first[first != 0], second[second != 0]])
-    is_second = np.arange(len(scope)) >= np.count_nonzero(first)
-    detection, chosen, overlap = columns
-    order = np.lexsort((-chosen, -overlap, is_second, detection))
-    return detection[order], chosen[order], scope[order]
+    choice = np.flatnonzero(several)
+    choice = choice[np.lexsort((-chosen[choice], -overlap[choice], detection[choice]))]
+    counting = _range_bits(truth["counts"])[chosen[choice]]
+    first, second = fits[choice] & counting, fits[choice] & ~counting
+    single = np.flatnonzero(~several)
+    place = np.concatenate([single, choice[first != 0], choice[second != 0]])
+    scope = np.concatenate([fits[single], first[first != 0], second[second != 0]])
+    order = np.argsort(detection[place], kind="stable")
+    return detection[place[order]], chosen[place[order]], scope[order]
 
 
 def _candidates(
@@ -609,6 +642,7 @@ def _curves(
     hits: np.ndarray,
     weights: np.ndarray | None,
     num_false: np.ndarray,
+    in_front: np.ndarray,
     starts: np.ndarray,
     ends: np.ndarray,
     needed: np.ndarray,
@@ -617,14 +651,15 @@ def _curves(
 
     Args:
         hits: the places of the true positives, ascending; class c has the places starts[c]:ends[c].
-        num_false: the false positives in front of each place.
+        num_false: the false positives in front of each place, over all classes.
+        in_front: further ones in front of each place, of its class.
         needed: the true positives that reach each recall, [C, R].
     """
     num_true = _running_sum(np.ones(len(hits), bool), None if weights is None else weights[hits])
     first, last = np.searchsorted(hits, starts), np.searchsorted(hits, ends)
     num_hits = last - first
     true = num_true[1:] - np.repeat(num_true[first], num_hits)
-    false = num_false[hits] - np.repeat(num_false[starts], num_hits)
+    false = num_false[hits] - np.repeat(num_false[starts], num_hits) + in_front[hits]
     precision = true / (false + true + np.spacing(1))
 
     # The first true positive at which each recall is reached; behind the class's last one, it never is.

@@ -5,12 +5,12 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-import logging
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+from lvis import LVIS, LVISEval, LVISResults
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
@@ -26,26 +26,27 @@ def official_precision(
     with open(annotations, encoding="utf-8") as file:
         document = json.load(file)
     if any("neg_category_ids" in image for image in document["images"]):
-        return _lvis(str(annotations), str(results), iou_type, max_detections)
+        return run_lvis(load_lvis(annotations, results, iou_type, max_detections))
     return _coco(document, str(results), iou_type, max_detections)
 
 
-def _lvis(
-    annotations: str, results: str, iou_type: str, max_detections: int
-) -> tuple[dict[str, float], np.ndarray, np.ndarray]:
-    from lvis import LVIS, LVISEval, LVISResults
+def load_lvis(
+    annotations: str | Path, results: str | Path, iou_type: str = "bbox", max_detections: int = 300
+) -> LVISEval:
+    """The evaluator of the `lvis` package with both files loaded."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # the package's logger.warn
+        truth = LVIS(str(annotations))
+        evaluator = LVISEval(truth, LVISResults(truth, str(results), max_dets=max_detections), iou_type)
+    evaluator.params.max_dets = max_detections
+    return evaluator
 
-    level = logging.getLogger("lvis").level
-    logging.getLogger("lvis").setLevel(logging.ERROR)
-    try:
-        with _float_in_numpy(), warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)  # the package's logger.warn
-            truth = LVIS(annotations)
-            evaluator = LVISEval(truth, LVISResults(truth, results, max_dets=max_detections), iou_type)
-            evaluator.params.max_dets = max_detections
-            evaluator.run()
-    finally:
-        logging.getLogger("lvis").setLevel(level)
+
+def run_lvis(evaluator: LVISEval) -> tuple[dict[str, float], np.ndarray, np.ndarray]:
+    """Figures, precision and recall as `official_precision` returns them."""
+    with _float_in_numpy(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        evaluator.run()
     figures = {name: float(value) for name, value in evaluator.results.items()}
     return figures, evaluator.eval["precision"], evaluator.eval["recall"]
 
