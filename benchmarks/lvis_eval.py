@@ -28,7 +28,8 @@ import numpy as np
 
 from clis.data.annotations import load_annotations
 from clis.engine.detections import Detections
-from clis.engine.lvis_eval import accumulate, match, summarize
+from clis.engine.lvis_eval import accumulate, summarize
+from clis.engine.matching import match
 from clis.engine.official import load_lvis, run_lvis
 
 BASE = ("nothing", "imports alone")

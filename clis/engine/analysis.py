@@ -12,17 +12,8 @@ import numpy as np
 from clis.data.annotations import Annotations, Category
 from clis.engine.detections import Detections
 from clis.engine.log import Progress
-from clis.engine.lvis_eval import (
-    AREA_RANGES,
-    IOU_THRESHOLDS,
-    BoxIoU,
-    Curves,
-    Matches,
-    accumulate,
-    defined_mean,
-    match,
-    summarize,
-)
+from clis.engine.lvis_eval import Curves, accumulate, defined_mean, summarize
+from clis.engine.matching import AREA_RANGES, IOU_THRESHOLDS, BoxIoU, Matches, match
 from clis.files import written_whole
 
 GROUPS = {"all": "rcf", "r": "r", "c": "c", "f": "f"}

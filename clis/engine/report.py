@@ -14,8 +14,9 @@ from clis.data.annotations import Annotations, check_same_categories, load_annot
 from clis.engine import analysis
 from clis.engine.detections import Detections
 from clis.engine.log import say
-from clis.engine.lvis_eval import Matches, accumulate, match, summarize
+from clis.engine.lvis_eval import accumulate, summarize
 from clis.engine.masks import ground_truth_masks
+from clis.engine.matching import Matches, match
 from clis.engine.official import official_precision
 from clis.files import written_whole
 

@@ -1,0 +1,440 @@
+"""Who is judged, and what each detection is: matching to ground truth at all settings of the LVIS metric.
+
+Shapes: T IoU thresholds, A area ranges, C classes, N images, D judged detections, G ground truths.
+
+Only the (image, class) pairs that hold ground truth need an IoU. What a detection is at the T x A settings is
+one bit each of one integer, `SETTING_BITS`, and matching goes over those integers: the k-th candidate match
+of every pair at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from clis.data.annotations import Annotations
+from clis.engine.detections import Detections
+from clis.engine.masks import MaskIoU
+
+IOU_THRESHOLDS = np.linspace(0.5, 0.95, 10)
+AREA_RANGES = {
+    "all": (0.0, 1e5**2),
+    "small": (0.0, 32.0**2),
+    "medium": (32.0**2, 96.0**2),
+    "large": (96.0**2, 1e5**2),
+}
+"""Square pixels, both ends inclusive: a box of 32 x 32 is small and medium."""
+
+FIXED_LIMIT = 10_000
+"""Detections a class over the split for fixed and pooled AP (Dave et al., arXiv 2102.01066)."""
+
+Protocol = Literal["standard", "fixed", "pooled"]
+T, A = len(IOU_THRESHOLDS), len(AREA_RANGES)
+RANGE_BITS = (1 << T) - 1
+"""The bits of one area range; bit t is threshold t, and range a is shifted by a * T."""
+IN_ALL_RANGES = sum(1 << (a * T) for a in range(A))
+SETTING_BITS = RANGE_BITS * IN_ALL_RANGES
+CANDIDATES = 1 << 19
+"""Pairs of a detection and a ground truth whose IoU is computed at once: bounds the memory."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Matches:
+    """The judged detections, best first within each class, and what each is at every setting.
+
+    Bit a * T + t is IoU threshold t and area range a. A detection that is neither a true positive nor ignored
+    at a bit is a false positive there.
+    """
+
+    rows: np.ndarray
+    """int64 [D], the row of each in the `Detections`; with ties in the package's order."""
+    labels: np.ndarray
+    """int64 [D], ascending."""
+    images: np.ndarray
+    """int64 [D], rank of the image id."""
+    scores: np.ndarray
+    """float64 [D], falling within a class."""
+    true_positive: np.ndarray
+    """int64 [D] of bits."""
+    ignored: np.ndarray
+    """int64 [D] of bits: neither true nor false."""
+    truth_labels: np.ndarray
+    """int64 [G]."""
+    truth_images: np.ndarray
+    """int64 [G], rank of the image id."""
+    truth_counts: np.ndarray
+    """bool [G, A]: whether the ground truth has to be found in this area range."""
+    truth_found: np.ndarray
+    """int64 [G] of bits: taken by a detection."""
+    truth_places: np.ndarray
+    """int64 [G], the row of each in the `Annotations`."""
+    num_classes: int
+    num_images: int
+
+    def with_labels(self, label_of: np.ndarray) -> Matches:
+        """The same matches under new labels, int64 [C]: matched by class, counted by group; -1 drops."""
+        labels, truth_labels = label_of[self.labels], label_of[self.truth_labels]
+        order = np.lexsort((-self.scores, labels))
+        order = order[labels[order] >= 0]
+        kept = truth_labels >= 0
+        return dataclasses.replace(
+            self,
+            labels=labels[order],
+            **{name: getattr(self, name)[order] for name in _DETECTION_COLUMNS},
+            truth_labels=truth_labels[kept],
+            **{name: getattr(self, name)[kept] for name in _TRUTH_COLUMNS},
+            num_classes=int(label_of.max(initial=0)) + 1,
+        )
+
+
+_DETECTION_COLUMNS = ("rows", "images", "scores", "true_positive", "ignored")
+_TRUTH_COLUMNS = ("truth_images", "truth_counts", "truth_found", "truth_places")  # beside the labels
+
+
+def match(
+    annotations: Annotations,
+    detections: Detections,
+    max_detections: int = 300,
+    protocol: Protocol = "standard",
+    truth_masks: Sequence[dict[str, Any]] | None = None,
+) -> Matches:
+    """Match the detections of every class to its ground truth in each image, at all settings.
+
+    An image keeps its `max_detections` highest scores over all classes (fixed and pooled: a class its
+    `FIXED_LIMIT` highest over all images).
+
+    Federated annotations are judged as the `lvis` package does: boxes without area are dropped, and so are
+    detections of a class that is neither annotated in the image nor known to be absent from it; unmatched
+    detections of a class that is not exhaustively annotated in the image are ignored.
+
+    Other annotations are judged as pycocotools does: every image is exhaustive for every class, boxes without
+    area stay, a crowd absorbs any number of detections, and `max_detections` is by image and class.
+
+    Args:
+        truth_masks: compressed RLE of each annotation, A of them: masks are compared instead of boxes.
+
+    Raises:
+        ValueError: image or category ids that the annotations do not hold, or ground-truth boxes that are not
+            finite or have a negative size.
+    """
+    if max_detections < 1:
+        raise ValueError(f"max_detections must be at least 1, found {max_detections}")
+    if protocol not in ("standard", "fixed", "pooled"):
+        raise ValueError(f"protocol is {protocol!r}; it must be standard, fixed or pooled")
+    _check_truth(annotations)
+    truth = _ground_truth(annotations)
+    judged = _judged(annotations, detections, truth, max_detections if protocol == "standard" else None)
+    rows = judged["rows"]
+
+    area = detections.area[rows] if detections.area is not None else _box_areas(detections.bbox, rows)
+    if truth_masks is None:
+        iou = BoxIoU(detections.bbox, rows, annotations.bboxes[truth["place"]], truth["crowd"])
+    else:
+        iou = MaskIoU(detections.masks, rows, truth_masks, truth["place"], truth["crowd"])
+    true_positive, ignored, found = _match_pairs(judged["truth_start"], judged["truth_count"], truth, iou)
+    excused = np.where(judged["excused"], SETTING_BITS, _range_bits(~_in_ranges(area)))
+    ignored |= ~true_positive & excused
+    return Matches(
+        rows=rows,
+        labels=judged["labels"],
+        images=judged["images"],
+        scores=detections.score[rows].astype(np.float64),
+        true_positive=true_positive,
+        ignored=ignored,
+        truth_labels=truth["label"],
+        truth_images=truth["image"],
+        truth_counts=truth["counts"],
+        truth_found=found,
+        truth_places=truth["place"],
+        num_classes=annotations.num_classes,
+        num_images=len(annotations),
+    )
+
+
+# --- who is judged ---
+
+_TRUTH = np.dtype(
+    [("key", "i8"), ("label", "i8"), ("image", "i8"), ("place", "i8"), ("crowd", "?"), ("has_id", "?"),
+     ("counts", "?", A)]
+)  # fmt: skip
+
+
+def _check_truth(annotations: Annotations) -> None:
+    boxes = annotations.bboxes
+    bad = ~np.isfinite(boxes).all(axis=1) | (boxes[:, 2:] < 0).any(axis=1)
+    if bad.any():
+        row = int(bad.argmax())
+        raise ValueError(
+            f"{annotations.path}: annotation {annotations.annotation_ids[row]}: box {boxes[row].tolist()} is "
+            f"not finite or has a negative size; correct or remove it ({bad.sum()} such boxes)"
+        )
+
+
+def _ground_truth(annotations: Annotations) -> np.ndarray:
+    """The annotations that count, `_TRUTH` [G], by image and class, in file order within a pair."""
+    truth = np.empty(len(annotations.labels), _TRUTH)
+    truth["label"] = annotations.labels
+    truth["image"] = _ranks_of_rows(annotations, annotations.offsets)
+    truth["key"] = truth["image"] * annotations.num_classes + truth["label"]
+    truth["place"] = np.arange(len(truth))
+    truth["crowd"] = annotations.crowd & (not annotations.federated)  # the lvis package knows no crowds
+    # Both packages mark a matched detection with the id of its annotation, so that id 0 reads as unmatched.
+    truth["has_id"] = annotations.annotation_ids != 0
+    truth["counts"] = _in_ranges(annotations.areas) & ~truth["crowd"][:, None]
+    if annotations.federated:
+        truth = truth[_has_area(annotations.areas)]
+    return truth[np.argsort(truth["key"], kind="stable")]
+
+
+def _judged(
+    annotations: Annotations, detections: Detections, truth: np.ndarray, max_detections: int | None
+) -> dict[str, np.ndarray]:
+    """The detections that are judged, best first in each class: their rows, labels, images and truths."""
+    num_classes = annotations.num_classes
+    category_ids = np.array([category.id for category in annotations.categories], dtype=np.int64)
+    image_ids = np.sort(annotations.image_ids)
+    keys = _places(detections.image_id, image_ids)
+    if (keys < 0).any():
+        raise ValueError(
+            f"{_unknown(keys, detections.image_id, 'image', annotations.path)}; evaluate on the split that "
+            "the detector ran over"
+        )
+    labels = _places(detections.category_id, category_ids)
+    kept = _within_limit(keys, labels, detections.score, max_detections, annotations.federated)
+    if (labels < 0).any():
+        warnings.warn(
+            f"{_unknown(labels, detections.category_id, 'category', annotations.path)}; they are dropped "
+            "once the limit has been applied, as the lvis package does",
+            stacklevel=2,
+        )
+        kept &= labels >= 0
+    keys *= num_classes
+    keys += labels
+    if annotations.federated:
+        negatives = _pair_keys(annotations, annotations.negatives)
+        known = np.unique(np.concatenate([truth["key"], negatives]))
+    else:
+        known = np.unique(truth["key"])
+    pair = np.searchsorted(known, keys)
+    is_known = np.append(known, -1)[pair] == keys
+    if annotations.federated:
+        kept &= is_known
+        kept &= _has_area(_box_areas(detections.bbox) if detections.area is None else detections.area)
+    rows = np.flatnonzero(kept)
+    # Ties in score: by image id, then by row, as in both packages. Stable sorts, the last key first.
+    rows = rows[np.argsort(keys[rows] // num_classes, kind="stable")]
+    rows = rows[np.argsort(-detections.score[rows], kind="stable")]
+    rows = rows[np.argsort(labels[rows].astype(_smallest(num_classes)), kind="stable")]
+
+    starts = np.append(np.searchsorted(truth["key"], known), len(truth))
+    counts = np.where(is_known[rows], np.append(np.diff(starts), 0)[pair[rows]], 0)
+    partial = np.isin(known, _pair_keys(annotations, annotations.not_exhaustive))
+    return {
+        "rows": rows,
+        "labels": labels[rows],
+        "images": keys[rows] // num_classes,
+        "truth_start": starts[pair[rows]],
+        "truth_count": counts,
+        "excused": np.append(partial, False)[pair[rows]],
+    }
+
+
+def _smallest(count: int) -> type:
+    """The integer type for 0..count-1; NumPy sorts one of 16 bits in linear time."""
+    return np.uint16 if count <= 1 << 16 else np.int64
+
+
+def _places(ids: np.ndarray, known: np.ndarray) -> np.ndarray:
+    """The place [D] of each id in `known`, which ascends; -1 where it is none of them."""
+    low, high = int(known[0]), int(known[-1])
+    if high - low < 2 * (len(ids) + len(known)):  # a table is several times faster than searching
+        table = np.full(high - low + 2, -1)
+        table[known - low] = np.arange(len(known))
+        return table[np.where((ids >= low) & (ids <= high), ids - low, -1)]
+    places = np.searchsorted(known, ids)
+    places[places == len(known)] = 0
+    places[known[places] != ids] = -1
+    return places
+
+
+def _unknown(places: np.ndarray, ids: np.ndarray, what: str, path: str) -> str:
+    row = int((places < 0).argmax())
+    return (
+        f"{(places < 0).sum()} detections have {what} ids that {path} does not hold, the first in row {row}: "
+        f"{ids[row]}"
+    )
+
+
+def _ranks_of_rows(annotations: Annotations, offsets: np.ndarray) -> np.ndarray:
+    """The rank of the image id for every row of a column packed by `offsets` (images are in file order)."""
+    ranks = np.argsort(np.argsort(annotations.image_ids))
+    return np.repeat(ranks, np.diff(offsets))
+
+
+def _pair_keys(annotations: Annotations, pairs: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
+    """One integer for each (image, class) of one of the federated lists."""
+    offsets, labels = pairs
+    return _ranks_of_rows(annotations, offsets) * annotations.num_classes + labels
+
+
+def _within_limit(
+    images: np.ndarray, labels: np.ndarray, scores: np.ndarray, max_detections: int | None, federated: bool
+) -> np.ndarray:
+    """bool [D]: the best of each image (not federated: of each image and class; no maximum: of a class)."""
+    if max_detections is None:
+        groups, limit = labels + 1, FIXED_LIMIT
+    elif federated:
+        groups, limit = images, max_detections
+    else:
+        groups, limit = images * (labels.max(initial=0) + 2) + labels + 1, max_detections
+        groups = np.unique(groups, return_inverse=True)[1]
+    kept = np.ones(len(groups), bool)
+    crowded = np.flatnonzero((np.bincount(groups) > limit)[groups]) if len(groups) else groups
+    if len(crowded):
+        order = crowded[
+            np.lexsort((-scores[crowded], groups[crowded]))
+        ]  # stable: the earlier of equal scores
+        ordered = groups[order]
+        place = np.arange(len(order)) - np.searchsorted(ordered, ordered)
+        kept[order[place >= limit]] = False
+    return kept
+
+
+def _box_areas(boxes: np.ndarray, rows: np.ndarray | slice = slice(None)) -> np.ndarray:
+    return boxes[rows, 2].astype(np.float64) * boxes[rows, 3]
+
+
+def _has_area(areas: np.ndarray) -> np.ndarray:
+    return (areas > 0) & (areas < np.inf)
+
+
+def _in_ranges(areas: np.ndarray) -> np.ndarray:
+    """bool [..., A]: which areas lie in each range."""
+    low, high = np.array(list(AREA_RANGES.values())).T
+    return (areas[:, None] >= low) & (areas[:, None] <= high)
+
+
+def _range_bits(in_ranges: np.ndarray) -> np.ndarray:
+    """bool [..., A] -> int64 [...]: all thresholds of the ranges that are True."""
+    return in_ranges @ (RANGE_BITS << (T * np.arange(A)))
+
+
+# --- matching ---
+
+
+class BoxIoU:
+    """IoU of detection and ground-truth boxes, taken by place: (int64 [n], int64 [n]) -> float64 [n].
+
+    Args:
+        boxes: [rows of the detections, 4], x y w h; `rows` int64 [D] are those that the places refer to.
+        truth: [G, 4].
+        crowd: bool [G]; with a crowd, the intersection over the detection's own area.
+    """
+
+    def __init__(self, boxes: np.ndarray, rows: np.ndarray, truth: np.ndarray, crowd: np.ndarray) -> None:
+        self.detections, self.truth = _box_columns(boxes[rows]), _box_columns(truth)
+        self.crowd = crowd if crowd.any() else None
+
+    def __call__(self, detections: np.ndarray, truths: np.ndarray) -> np.ndarray:
+        """Rounds as pycocotools does."""
+        left, top, right, bottom, area = (column[detections] for column in self.detections)
+        truth_left, truth_top, truth_right, truth_bottom, truth_area = (c[truths] for c in self.truth)
+        width = np.minimum(right, truth_right) - np.maximum(left, truth_left)
+        height = np.minimum(bottom, truth_bottom) - np.maximum(top, truth_top)
+        intersection = width.clip(min=0) * height.clip(min=0)
+        union = area + truth_area - intersection
+        if self.crowd is not None:
+            union = np.where(self.crowd[truths], area, union)
+        return np.divide(intersection, union, out=np.zeros_like(union), where=intersection > 0)
+
+
+def _box_columns(boxes: np.ndarray) -> tuple[np.ndarray, ...]:
+    """Left, top, right, bottom and area, float64, of boxes x y w h."""
+    x, y, w, h = boxes.T.astype(np.float64)
+    return x, y, x + w, y + h, w * h
+
+
+def _match_pairs(
+    starts: np.ndarray, counts: np.ndarray, truth: np.ndarray, iou: BoxIoU | MaskIoU
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Give each detection the best free ground truth of its image and class, at every setting.
+
+    Detection i may take truths starts[i] : starts[i] + counts[i]. Of each pair the higher score chooses first
+    and takes one that counts before an ignored one, then the higher IoU, then the later. A crowd stays free.
+
+    Returns:
+        Bits int64 [D] of the true positives and of the detections that took an ignored ground truth, and [G]
+        of the truths taken.
+    """
+    detection, chosen, scope = _operations(starts, counts, truth, iou)
+    true_positive, ignored = np.zeros(len(starts), np.int64), np.zeros(len(starts), np.int64)
+    undecided = np.full(len(starts), SETTING_BITS)
+    free = np.full(len(truth), SETTING_BITS)
+    counting = _range_bits(truth["counts"])
+    matched_bits = np.where(truth["has_id"], counting, 0)
+    stays_free = np.where(truth["crowd"], SETTING_BITS, 0)
+    for part in _rounds(truth["key"][chosen]):
+        d, g = detection[part], chosen[part]  # at most one operation of a pair, so no two of the same d or g
+        taken = scope[part] & undecided[d] & free[g]
+        undecided[d] &= ~taken
+        free[g] &= ~taken | stays_free[g]
+        true_positive[d] |= taken & matched_bits[g]
+        ignored[d] |= taken & ~counting[g]
+    return true_positive, ignored, SETTING_BITS & ~free
+
+
+def _operations(
+    starts: np.ndarray, counts: np.ndarray, truth: np.ndarray, iou: BoxIoU | MaskIoU
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Candidate matches in the order in which a pair goes through them: detection, truth, bits [n] each."""
+    detection, chosen, overlap = _candidates(starts, counts, iou)
+    fits = ((1 << np.searchsorted(IOU_THRESHOLDS, overlap, side="right")) - 1) * IN_ALL_RANGES
+    several = np.bincount(detection, minlength=1)[detection] > 1
+    # A detection of several candidates first goes through those that count, then through the ignored ones.
+    choice = np.flatnonzero(several)
+    choice = choice[np.lexsort((-chosen[choice], -overlap[choice], detection[choice]))]
+    counting = _range_bits(truth["counts"])[chosen[choice]]
+    first, second = fits[choice] & counting, fits[choice] & ~counting
+    single = np.flatnonzero(~several)
+    place = np.concatenate([single, choice[first != 0], choice[second != 0]])
+    scope = np.concatenate([fits[single], first[first != 0], second[second != 0]])
+    order = np.argsort(detection[place], kind="stable")
+    return detection[place[order]], chosen[place[order]], scope[order]
+
+
+def _candidates(
+    starts: np.ndarray, counts: np.ndarray, iou: BoxIoU | MaskIoU
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The (detection, truth) of one image and class with an IoU of at least 0.5, and that IoU."""
+    found: list[tuple[np.ndarray, ...]] = [(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0))]
+    with_truth = np.flatnonzero(counts)
+    ends = np.cumsum(counts[with_truth])
+    first = 0
+    while first < len(with_truth):
+        before = ends[first - 1] if first else 0
+        last = max(int(np.searchsorted(ends, before + CANDIDATES, side="right")), first + 1)
+        part = with_truth[first:last]
+        detection = np.repeat(part, counts[part])
+        within = np.arange(len(detection)) - np.repeat(ends[first:last] - counts[part] - before, counts[part])
+        truths = starts[detection] + within
+        overlap = iou(detection, truths)
+        close = overlap >= IOU_THRESHOLDS[0]
+        found.append((detection[close], truths[close], overlap[close]))
+        first = last
+    detection, truths, overlap = (np.concatenate(columns) for columns in zip(*found))
+    return detection, truths, overlap
+
+
+def _rounds(pairs: np.ndarray) -> Iterator[np.ndarray]:
+    """The places of the first operation of every pair, then of every second one, and so on."""
+    by_pair = np.argsort(pairs, kind="stable")
+    ordered = pairs[by_pair]
+    number = np.arange(len(ordered)) - np.searchsorted(ordered, ordered)
+    by_number = by_pair[np.argsort(number, kind="stable")]
+    ends = np.cumsum(np.bincount(number)) if len(number) else ()
+    yield from np.split(by_number, ends[:-1])
