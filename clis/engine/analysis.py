@@ -229,10 +229,8 @@ def _best_overlaps(
     by_image = np.flatnonzero(matches.truth_counts[:, 0])
     by_image = by_image[np.argsort(matches.truth_images[by_image], kind="stable")]
     bounds = np.searchsorted(matches.truth_images[by_image], np.arange(matches.num_images + 1))
-    iou = BoxIoU(
-        detections.bbox, matches.rows, annotations.bboxes[matches.truth_places],
-        np.zeros(len(matches.truth_places), bool),
-    )  # fmt: skip
+    truth_boxes = annotations.bboxes[matches.truth_places]
+    iou = BoxIoU(detections.bbox[matches.rows], truth_boxes, np.zeros(len(truth_boxes), bool))
     best = np.zeros((2, len(chosen)))
     best_truth = np.zeros((2, len(chosen)), np.int64)
     for start in range(0, len(chosen), 1 << 15):

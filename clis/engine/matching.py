@@ -131,9 +131,10 @@ def match(
     judged = _judged(annotations, detections, truth, max_detections if protocol == "standard" else None)
     rows = judged["rows"]
 
-    area = detections.area[rows] if detections.area is not None else _box_areas(detections.bbox, rows)
+    boxes = detections.bbox[rows]
+    area = _box_areas(boxes) if detections.area is None else detections.area[rows]
     if truth_masks is None:
-        iou = BoxIoU(detections.bbox, rows, annotations.bboxes[truth["place"]], truth["crowd"])
+        iou = BoxIoU(boxes, annotations.bboxes[truth["place"]], truth["crowd"])
     else:
         iou = MaskIoU(detections.masks, rows, truth_masks, truth["place"], truth["crowd"])
     true_positive, ignored, found = _match_pairs(judged["truth_start"], judged["truth_count"], truth, iou)
@@ -231,16 +232,16 @@ def _judged(
     rows = rows[np.argsort(-detections.score[rows], kind="stable")]
     rows = rows[np.argsort(labels[rows].astype(_smallest(num_classes)), kind="stable")]
 
+    pair = np.where(is_known, pair, len(known))[rows]  # the last, which no pair has, holds nothing
     starts = np.append(np.searchsorted(truth["key"], known), len(truth))
-    counts = np.where(is_known[rows], np.append(np.diff(starts), 0)[pair[rows]], 0)
     partial = np.isin(known, _pair_keys(annotations, annotations.not_exhaustive))
     return {
         "rows": rows,
         "labels": labels[rows],
         "images": keys[rows] // num_classes,
-        "truth_start": starts[pair[rows]],
-        "truth_count": counts,
-        "excused": np.append(partial, False)[pair[rows]],
+        "truth_start": starts[pair],
+        "truth_count": np.append(np.diff(starts), 0)[pair],
+        "excused": np.append(partial, False)[pair],
     }
 
 
@@ -305,8 +306,8 @@ def _within_limit(
     return kept
 
 
-def _box_areas(boxes: np.ndarray, rows: np.ndarray | slice = slice(None)) -> np.ndarray:
-    return boxes[rows, 2].astype(np.float64) * boxes[rows, 3]
+def _box_areas(boxes: np.ndarray) -> np.ndarray:
+    return boxes[:, 2].astype(np.float64) * boxes[:, 3]
 
 
 def _has_area(areas: np.ndarray) -> np.ndarray:
@@ -315,13 +316,16 @@ def _has_area(areas: np.ndarray) -> np.ndarray:
 
 def _in_ranges(areas: np.ndarray) -> np.ndarray:
     """bool [..., A]: which areas lie in each range."""
-    low, high = np.array(list(AREA_RANGES.values())).T
-    return (areas[:, None] >= low) & (areas[:, None] <= high)
+    ranges = AREA_RANGES.values()
+    return np.stack([(areas >= low) & (areas <= high) for low, high in ranges], axis=-1)
 
 
 def _range_bits(in_ranges: np.ndarray) -> np.ndarray:
     """bool [..., A] -> int64 [...]: all thresholds of the ranges that are True."""
-    return in_ranges @ (RANGE_BITS << (T * np.arange(A)))
+    bits = np.zeros(in_ranges.shape[:-1], np.int64)
+    for a in range(A):
+        bits |= in_ranges[..., a] * np.int64(RANGE_BITS << (a * T))
+    return bits
 
 
 # --- matching ---
@@ -331,26 +335,30 @@ class BoxIoU:
     """IoU of detection and ground-truth boxes, taken by place: (int64 [n], int64 [n]) -> float64 [n].
 
     Args:
-        boxes: [rows of the detections, 4], x y w h; `rows` int64 [D] are those that the places refer to.
-        truth: [G, 4].
+        boxes: [D, 4], x y w h; `truth` [G, 4] likewise.
         crowd: bool [G]; with a crowd, the intersection over the detection's own area.
     """
 
-    def __init__(self, boxes: np.ndarray, rows: np.ndarray, truth: np.ndarray, crowd: np.ndarray) -> None:
-        self.detections, self.truth = _box_columns(boxes[rows]), _box_columns(truth)
+    def __init__(self, boxes: np.ndarray, truth: np.ndarray, crowd: np.ndarray) -> None:
+        self.boxes, self.truth = _box_columns(boxes), _box_columns(truth)
         self.crowd = crowd if crowd.any() else None
 
     def __call__(self, detections: np.ndarray, truths: np.ndarray) -> np.ndarray:
         """Rounds as pycocotools does."""
-        left, top, right, bottom, area = (column[detections] for column in self.detections)
-        truth_left, truth_top, truth_right, truth_bottom, truth_area = (c[truths] for c in self.truth)
-        width = np.minimum(right, truth_right) - np.maximum(left, truth_left)
-        height = np.minimum(bottom, truth_bottom) - np.maximum(top, truth_top)
-        intersection = width.clip(min=0) * height.clip(min=0)
-        union = area + truth_area - intersection
+        overlap = np.zeros(len(detections))
+        (left, top, right, bottom, area), truth = self.boxes, self.truth
+        width = np.minimum(right[detections], truth[2][truths]) - np.maximum(
+            left[detections], truth[0][truths]
+        )
+        beside = np.flatnonzero(width > 0)
+        d, g, width = detections[beside], truths[beside], width[beside]
+        height = np.minimum(bottom[d], truth[3][g]) - np.maximum(top[d], truth[1][g])
+        intersection = width * height.clip(min=0)
+        union = area[d] + truth[4][g] - intersection
         if self.crowd is not None:
-            union = np.where(self.crowd[truths], area, union)
-        return np.divide(intersection, union, out=np.zeros_like(union), where=intersection > 0)
+            union = np.where(self.crowd[g], area[d], union)
+        overlap[beside] = np.divide(intersection, union, out=np.zeros_like(union), where=intersection > 0)
+        return overlap
 
 
 def _box_columns(boxes: np.ndarray) -> tuple[np.ndarray, ...]:
