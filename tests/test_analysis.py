@@ -200,3 +200,30 @@ def test_frequency_groups_of_another_file_decide_the_summary() -> None:
     metrics = summarize(matches, frequent)
     assert metrics["APr"] == metrics["APc"] == -1
     assert metrics["APf"] == metrics["AP"]
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_with_one_class_boxes_alone_are_the_metric_itself(seed: int) -> None:
+    data, rows = random_case(np.random.default_rng(seed), federated=True)
+    only = data["categories"][0]["id"]
+    for record in [*data["annotations"], *rows]:
+        record["category_id"] = only
+    data["categories"] = data["categories"][:1]
+    for image in data["images"]:
+        image["neg_category_ids"] = [only] if only in image["neg_category_ids"] else []
+        image["not_exhaustive_category_ids"] = [only] if only in image["not_exhaustive_category_ids"] else []
+    annotations, detections = annotations_of(data), detections_of(rows)
+    figures = analysis.class_agnostic(annotations, detections, match(annotations, detections))
+    expected = evaluate(annotations, detections)
+    assert figures == {
+        "AP": expected["AP"], "AP50": expected["AP50"], "AP75": expected["AP75"], "AR": expected["AR@300"],
+    }  # fmt: skip
+
+
+def test_bootstrap_leaves_out_what_no_sample_defines() -> None:
+    data, rows = random_case(np.random.default_rng(2), federated=True)
+    for annotation in data["annotations"]:
+        annotation["area"] = 0  # none counts
+    annotations = annotations_of(data)
+    matches = match(annotations, detections_of(rows))
+    assert analysis.bootstrap(matches, matches, annotations.categories, 3) == {}

@@ -158,12 +158,30 @@ def test_a_bad_row_far_into_the_file_has_its_own_number(
         Detections.load(tmp_path / "results.json")
 
 
-def test_integers_that_no_array_holds_are_an_error_with_their_place(tmp_path: Path) -> None:
-    rows = write_rows(tmp_path / "results.json", 3)
-    rows[1]["image_id"] = 2**70
-    (tmp_path / "results.json").write_text(json.dumps(rows))
-    with pytest.raises(ValueError, match="among the 3 rows from row 0"):
-        Detections.load(tmp_path / "results.json")
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("image_id", 2**70, "image_id is not an integer of 64 bits"),
+        ("category_id", 2**63 + 5, "category_id is not an integer of 64 bits"),
+        ("bbox", [0, 0, 5, 5, 0.5], "bbox is not four numbers"),
+        ("bbox", [[0, 0, 5, 5]], "bbox is not four numbers"),
+        ("score", None, "score is not a number: None"),
+    ],
+)
+def test_an_odd_value_is_named_with_its_row(key: str, value: object, message: str, tmp_path: Path) -> None:
+    rows = write_rows(tmp_path / "results.json", 4)
+    rows[2][key] = value
+    with pytest.raises(ValueError, match=f"row 2: {message}"):
+        Detections.from_records(rows)
+    for row in rows:  # all of them, so that NumPy alone would make a column of it
+        row[key] = value
+    with pytest.raises(ValueError, match=f"row 0: {message}"):
+        Detections.from_records(rows)
+
+
+def test_columns_are_arrays() -> None:
+    with pytest.raises(ValueError, match="image_id must be a NumPy array, found list"):
+        Detections(image_id=[1], category_id=[1], bbox=[[0, 0, 1, 1]], score=[0.5])
 
 
 @pytest.mark.parametrize("num", [0, 1, 5, 11])
@@ -186,7 +204,7 @@ def test_masks_survive_a_result_file(keep_boxes: bool, tmp_path: Path) -> None:
     first = Detections.load(path, masks=True)
     assert [dict(mask) for mask in first.masks] == [row["segmentation"] for row in rows]
     if keep_boxes:  # the area is the box's, as in the lvis package
-        np.testing.assert_array_equal(first.area, first.bbox[:, 2] * first.bbox[:, 3])
+        assert first.area is None
     else:
         np.testing.assert_array_equal(first.bbox, [rle.toBbox(row["segmentation"]) for row in rows])
         np.testing.assert_array_equal(first.area, [rle.area(row["segmentation"]) for row in rows])
@@ -194,6 +212,7 @@ def test_masks_survive_a_result_file(keep_boxes: bool, tmp_path: Path) -> None:
     second = Detections.load(path, masks=True)
     assert second.masks == first.masks
     np.testing.assert_array_equal(second.bbox, first.bbox)
+    np.testing.assert_array_equal(second.area, first.area)
     with pytest.raises(ValueError, match=r"an .npz file holds boxes alone; use to_json"):
         first.save(tmp_path / "detections.npz")
 
@@ -203,5 +222,5 @@ def test_a_mask_that_is_none_is_named(tmp_path: Path) -> None:
     rows[2]["segmentation"] = [[0, 0, 4, 0, 4, 4]]
     for row in rows:
         del row["bbox"]
-    with pytest.raises(ValueError, match="row 2: segmentation is not a compressed RLE with size and counts"):
+    with pytest.raises(ValueError, match="row 2: no bbox, and segmentation is not a compressed RLE"):
         Detections.from_records(rows, masks=True)

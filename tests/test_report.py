@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -98,6 +100,12 @@ def test_groups_come_from_the_training_file(files: Path) -> None:
         (["--protocol", "fixed", "--official"], "--official goes with the standard protocol"),
         (["--protocol", "pooled", "--compare", "x.json"], "--compare goes with the standard protocol"),
         (["--samples", "0"], "--samples 0: at least 1"),
+        (
+            ["--protocol", "fixed", "--max-detections", "5"],
+            "--max-detections goes with the standard protocol",
+        ),
+        (["--protocol", "pooled", "--per-class", "c.csv"], "--per-class does not go with --protocol pooled"),
+        (["--official", "--train-annotations", "t.json"], "--official takes the groups of --annotations"),
     ],
 )
 def test_contradictions_are_refused(files: Path, options: list[str], message: str) -> None:
@@ -106,15 +114,28 @@ def test_contradictions_are_refused(files: Path, options: list[str], message: st
 
 
 @pytest.mark.parametrize(
-    "arguments", [[], ["--results", "r.json"], ["c.pt", "--annotations", "a.json", "--results", "r.json"]]
+    "arguments",
+    [
+        [],
+        ["--results", "r.json"],
+        ["c.pt", "--annotations", "a.json", "--results", "r.json"],
+        ["c.pt", "--errors", "--protocol", "fixed"],
+    ],
 )
 def test_one_kind_of_input_is_asked_for(arguments: list[str], capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit):
         command.main(arguments)
-    assert "CHECKPOINT" in capsys.readouterr().err
+    assert "checkpoint" in capsys.readouterr().err.lower()
 
 
 def test_an_empty_result_list_is_zero(files: Path) -> None:
     (files / "dt.json").write_text("[]")
     run(files, "--out", str(files / "eval.json"), "--errors")
     assert json.loads((files / "eval.json").read_text())["AP"] == 0
+    with pytest.raises(ValueError, match=r"the published package fails on .*at least one detection"):
+        run(files, "--official")
+
+
+def test_evaluating_a_checkpoint_does_not_load_the_published_packages() -> None:
+    code = "import sys, clis.engine.evaluate; sys.exit('lvis' in sys.modules or 'matplotlib' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0

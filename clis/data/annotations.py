@@ -59,6 +59,8 @@ class Annotations:
     """float64 [A], the file's ``area`` (w * h where the file has none)."""
     crowd: np.ndarray
     """bool [A], COCO's ``iscrowd``; never in LVIS."""
+    ignored: np.ndarray
+    """bool [A], ``ignore``, by which the `lvis` package leaves a box uncounted; never in LVIS itself."""
     federated: bool
     """True where the file has LVIS's neg_category_ids / not_exhaustive_category_ids; False means every image
     is annotated exhaustively for every class."""
@@ -123,6 +125,7 @@ def pack_annotations(document: dict[str, list[Record]], path: str | Path) -> Ann
         bboxes=bboxes[order],
         areas=_areas(records, bboxes, path)[order],
         crowd=np.array([bool(record.get("iscrowd")) for record in records])[order],
+        ignored=np.array([bool(record.get("ignore")) for record in records])[order],
         federated=any("neg_category_ids" in image for image in images),
         negatives=_label_lists(images, "neg_category_ids", category_ids, path),
         not_exhaustive=_label_lists(images, "not_exhaustive_category_ids", category_ids, path),
@@ -211,6 +214,7 @@ def _select(annotations: Annotations, keep: np.ndarray) -> Annotations:
         bboxes=annotations.bboxes[keep],
         areas=annotations.areas[keep],
         crowd=annotations.crowd[keep],
+        ignored=annotations.ignored[keep],
     )
 
 
@@ -239,8 +243,7 @@ def read_document(path: str | Path) -> dict[str, list[Record]]:
         return json.loads(Path(path).read_bytes())
     except FileNotFoundError:
         raise FileNotFoundError(
-            f"{path}: no such annotation file; set data.root, or CLIS_DATA, to the folder that the config's "
-            "paths are relative to"
+            f"{path}: no such annotation file (a config's paths are relative to data.root, or CLIS_DATA)"
         ) from None
     except ValueError as error:
         raise ValueError(
@@ -283,10 +286,14 @@ def _column(records: Sequence[Record], key: str, kind: str, path: str | Path) ->
 def _integers(records: Sequence[Record], key: str, kind: str, path: str | Path) -> np.ndarray:
     """int64 [len(records)]; numpy alone would round 1.5 and parse "1"."""
     values = _column(records, key, kind, path)
-    bad = next((place for place, value in enumerate(values) if not isinstance(value, int)), None)
+    bad = next((place for place, value in enumerate(values) if not _is_int64(value)), None)
     if bad is not None:
-        raise _fault(path, kind, records, bad, f"{key} is {values[bad]!r}; it must be an integer")
+        raise _fault(path, kind, records, bad, f"{key} is {values[bad]!r}; it must be an integer of 64 bits")
     return np.array(values, dtype=np.int64)
+
+
+def _is_int64(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and -(2**63) <= value < 2**63
 
 
 def _unique_ids(records: Sequence[Record], kind: str, path: str | Path) -> np.ndarray:
@@ -335,10 +342,14 @@ def _floats(
         pass
     for place, value in enumerate(values):
         item = np.array(value, dtype=object)
-        if item.shape != shape[1:] or not all(isinstance(number, int | float) for number in item.flat):
+        if item.shape != shape[1:] or not all(_is_float64(number) for number in item.flat):
             what = f"{key} is {value!r}; it must be {'4 numbers' if key == 'bbox' else 'a number'}"
             raise _fault(path, "annotation", records, place, what)
-    raise AssertionError("no record at fault")
+    return np.array(values, dtype=np.float64)  # integers beyond 64 bits
+
+
+def _is_float64(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 2**1000
 
 
 def _bboxes(records: Sequence[Record], path: str | Path) -> np.ndarray:
@@ -408,6 +419,10 @@ def _label_lists(
 ) -> tuple[np.ndarray, np.ndarray]:
     """One list of category ids an image -> offsets int64 [N + 1], labels int64 [...]."""
     lists = [image.get(key) or () for image in images]
+    for place, ids in enumerate(lists):
+        if not isinstance(ids, list | tuple) or not all(isinstance(id_, int) for id_ in ids):
+            what = f"{key} is {ids!r}; it must be a list of category ids"
+            raise _fault(path, "image", images, place, what)
     offsets = np.concatenate([[0], np.cumsum([len(ids) for ids in lists])]).astype(np.int64)
     label_of = {category_id: label for label, category_id in enumerate(category_ids.tolist())}
     labels = np.array([label_of.get(id_, -1) for id_ in chain.from_iterable(lists)], dtype=np.int64)

@@ -92,10 +92,11 @@ def bootstrap(
     that holds none of its ground truth. Percentile interval (Efron & Tibshirani 1993, chapter 13).
 
     Returns:
-        Of AP, AP50, AP75, APr, APc and APf those that are defined: the difference on the whole split with its
-        interval.
+        Of AP, AP50, AP75, APr, APc and APf those that are defined, on the split and in any sample: the
+        difference on the whole split with its interval.
     """
-    if first.num_images != second.num_images or not np.array_equal(first.truth_places, second.truth_places):
+    columns = ("truth_places", "truth_labels", "truth_images")
+    if not all(np.array_equal(getattr(first, name), getattr(second, name)) for name in columns):
         raise ValueError("a paired bootstrap needs two results on the same annotations")
     generator = np.random.default_rng(seed)
     names = [name for name, value in _figures(first, categories, None).items() if value >= 0]
@@ -106,9 +107,12 @@ def bootstrap(
             weights = generator.multinomial(first.num_images, np.full(first.num_images, 1 / first.num_images))
             row[:] = _difference(first, second, categories, names, weights)
             progress.advance()
-    low, high = np.nanpercentile(drawn, [2.5, 97.5], axis=0)
-    rows = zip(difference.tolist(), low.tolist(), high.tolist())
-    return {name: Interval(*row) for name, row in zip(names, rows)}
+    intervals = {}
+    for name, value, column in zip(names, difference.tolist(), drawn.T):
+        defined = column[~np.isnan(column)]
+        if len(defined):
+            intervals[name] = Interval(value, *np.percentile(defined, [2.5, 97.5]).tolist())
+    return intervals
 
 
 def _figures(
@@ -141,12 +145,11 @@ def class_agnostic(annotations: Annotations, detections: Detections, matches: Ma
     num_images = len(annotations)
     category = Category(id=1, name="object", frequency="f", image_count=num_images)
     any_partial = np.diff(annotations.not_exhaustive[0]) > 0
-    no_lists = np.zeros(num_images + 1, np.int64)
     merged = dataclasses.replace(
         annotations,
         categories=(category,),
         labels=np.zeros_like(annotations.labels),
-        negatives=(no_lists, np.zeros(0, np.int64)),
+        negatives=(np.arange(num_images + 1), np.zeros(num_images, np.int64)),  # judged in every image
         not_exhaustive=(
             np.concatenate([[0], np.cumsum(any_partial)]), np.zeros(any_partial.sum(), np.int64)
         ),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import numbers
 import reprlib
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -43,12 +44,15 @@ class Detections:
     """float32 or float64 [D, 4], x y w h in pixels of the stored image."""
     score: np.ndarray
     """float32 or float64 [D]; among equal scores the earlier row ranks higher."""
-    masks: Sequence[dict[str, Any]] | None = None
-    """Compressed RLE of pycocotools (size, counts), D of them, where masks are to be evaluated."""
+    masks: Sequence[Any] | None = None
+    """D segmentations as in the file (RLE or polygons), where masks are to be evaluated."""
     area: np.ndarray | None = None
-    """float64 [D] in square pixels where it is not the box's own (results that have masks alone)."""
+    """float64 [D] in square pixels where it is not the box's own: of results that have masks and no boxes."""
 
     def __post_init__(self) -> None:
+        for name in COLUMNS:
+            if not isinstance(getattr(self, name), np.ndarray):
+                raise ValueError(f"{name} must be a NumPy array, found {type(getattr(self, name)).__name__}")
         num = self.score.size
         expected = {"image_id": (num,), "category_id": (num,), "bbox": (num, 4), "score": (num,)}
         found = {name: getattr(self, name).shape for name in COLUMNS}
@@ -88,13 +92,14 @@ class Detections:
             file.write("]")
 
     def _records(self, part: slice) -> list[dict[str, Any]]:
-        rows = zip(*(getattr(self, name)[part].tolist() for name in COLUMNS))
-        records: list[dict[str, Any]] = [dict(zip(COLUMNS, row)) for row in rows]
+        names = [name for name in COLUMNS if self.area is None or name != "bbox"]  # an area that is no box's
+        rows = zip(*(getattr(self, name)[part].tolist() for name in names))
+        records: list[dict[str, Any]] = [dict(zip(names, row)) for row in rows]
         if self.masks is not None:
             for record, mask in zip(records, self.masks[part]):
-                counts = mask["counts"]
-                text = counts.decode() if isinstance(counts, bytes) else counts
-                record["segmentation"] = {"size": list(mask["size"]), "counts": text}
+                if isinstance(mask, dict) and isinstance(mask["counts"], bytes):
+                    mask = {**mask, "counts": mask["counts"].decode()}
+                record["segmentation"] = mask
         return records
 
     @classmethod
@@ -102,7 +107,8 @@ class Detections:
         """Read what `save` wrote (.npz), or an LVIS result file (any other name), a part at a time.
 
         With `masks` the file's ``segmentation`` is kept; further keys are ignored. As in the `lvis` package,
-        a detection with a mask and no bbox has the mask's box and area, one with both the area of its box.
+        detections without bbox (in the first row) have the box and area of their masks, those with both the
+        area of their box, and those without a mask their box for a mask.
 
         Raises ValueError with the path, and the row (counted from 0) and value where there is one, for a file
         that is not whole, a missing or ill-typed column or key, and all that the class itself rejects.
@@ -201,72 +207,91 @@ def _columns(parts: Iterator[list[Any]], masks: bool) -> dict[str, Any]:
     columns: dict[str, list[Any]] = {name: [] for name in (*COLUMNS, "masks", "area")}
     start, boxes = 0, True
     for rows in parts:
-        if start == 0 and masks and rows and isinstance(rows[0], dict):
-            boxes = "bbox" in rows[0]  # the package, too, looks at the first
+        if start == 0 and rows and isinstance(rows[0], dict):  # the packages, too, go by the first
+            boxes = "bbox" in rows[0] or "segmentation" not in rows[0]
         try:
             part = _fast_columns(rows, boxes, masks)
         except Exception as error:  # whatever numpy or pycocotools makes of an odd value
             for number, row in enumerate(rows, start):
-                _check_row(number, row, boxes, masks)
+                _check_row(number, row, boxes)
             raise ValueError(f"among the {len(rows)} rows from row {start}: {error}") from error
         for name, values in part.items():
             columns[name].append(values)
         start += len(rows)
-    found: dict[str, Any] = {name: np.concatenate(columns.pop(name)) for name in COLUMNS}
+    found: dict[str, Any] = {name: np.concatenate(columns[name]) for name in COLUMNS}
     if masks:
         found["masks"] = [mask for part in columns["masks"] for mask in part]
+    if not boxes:
         found["area"] = np.concatenate(columns["area"])
     return found
 
 
 def _fast_columns(rows: list[Any], boxes: bool, masks: bool) -> dict[str, Any]:
     """The columns of some rows; raises one of several errors where a row is not what it should be."""
-    segmentations = [row["segmentation"] for row in rows] if masks else []
-    if boxes:
-        bbox = _typed([row["bbox"] for row in rows], "iuf", np.float64).reshape(-1, 4)
-        area = bbox[:, 2] * bbox[:, 3]
-    else:
-        bbox, area = rle.toBbox(segmentations), rle.area(segmentations).astype(np.float64)
-    columns = {
+    columns: dict[str, Any] = {
         "image_id": _typed([row["image_id"] for row in rows], "iu", np.int64),
         "category_id": _typed([row["category_id"] for row in rows], "iu", np.int64),
-        "bbox": bbox,
         "score": _typed([row["score"] for row in rows], "iuf", np.float64),
     }
-    return columns | ({"masks": segmentations, "area": area} if masks else {})
+    if boxes:
+        columns["bbox"] = _typed([row["bbox"] for row in rows], "iuf", np.float64, 4)
+        if masks:
+            columns["masks"] = [
+                row["segmentation"] if "segmentation" in row else _rectangle(*row["bbox"]) for row in rows
+            ]
+    else:
+        segmentations = [row["segmentation"] for row in rows]
+        columns["bbox"] = np.asarray(rle.toBbox(segmentations), np.float64).reshape(-1, 4)
+        columns["area"] = rle.area(segmentations).astype(np.float64)
+        if masks:
+            columns["masks"] = segmentations
+    return columns
 
 
-def _typed(values: list[Any], kinds: str, dtype: type) -> np.ndarray:
+def _rectangle(x: float, y: float, w: float, h: float) -> list[list[float]]:
+    """A box as polygons."""
+    return [[x, y, x, y + h, x + w, y + h, x + w, y]]
+
+
+def _typed(values: list[Any], kinds: str, dtype: type, width: int | None = None) -> np.ndarray:
+    """[len(values)], or [len(values), width], of this type."""
+    shape = (len(values),) if width is None else (len(values), width)
     array = np.array(values)
-    if array.size and array.dtype.kind not in kinds:
-        raise TypeError(array.dtype)
+    if not values:
+        return np.zeros(shape, dtype)
+    if array.dtype.kind not in kinds or array.shape != shape or (array.dtype == np.uint64):
+        raise TypeError(f"values of type {array.dtype} and shape {array.shape}")
     return array.astype(dtype, copy=False)
 
 
-def _check_row(number: int, row: object, boxes: bool, masks: bool) -> None:
+def _check_row(number: int, row: object, boxes: bool) -> None:
     """Says what is wrong with a row, if anything is."""
     if not isinstance(row, dict):
         raise ValueError(f"row {number}: an object is needed, found {reprlib.repr(row)}")
-    needed = [name for name in COLUMNS if boxes or name != "bbox"] + ["segmentation"] * masks
+    needed = ("image_id", "category_id", "bbox" if boxes else "segmentation", "score")
     missing = [name for name in needed if name not in row]
     if missing:
         raise ValueError(f"row {number}: no {', '.join(missing)} in {reprlib.repr(row)}")
     for name in ("image_id", "category_id"):
-        if not isinstance(row[name], int) or isinstance(row[name], bool):
-            raise ValueError(f"row {number}: {name} is not an integer: {row[name]!r}")
-    box = row["bbox"] if boxes else [0, 0, 0, 0]
-    if not isinstance(box, list) or len(box) != 4 or not all(map(_is_number, box)):
-        raise ValueError(f"row {number}: bbox is not four numbers x y w h: {reprlib.repr(box)}")
+        value = row[name]
+        if not isinstance(value, numbers.Integral) or isinstance(value, bool):
+            raise ValueError(f"row {number}: {name} is not an integer: {value!r}")
+        if not -(2**63) <= value < 2**63:
+            raise ValueError(f"row {number}: {name} is not an integer of 64 bits: {value!r}")
+    if boxes:
+        box = row["bbox"]
+        if not isinstance(box, Sequence | np.ndarray) or len(box) != 4 or not all(map(_is_number, box)):
+            raise ValueError(f"row {number}: bbox is not four numbers x y w h: {reprlib.repr(box)}")
+    else:
+        mask = row["segmentation"]
+        if not isinstance(mask, dict) or not {"size", "counts"} <= set(mask):
+            raise ValueError(
+                f"row {number}: no bbox, and segmentation is not a compressed RLE with size and counts: "
+                f"{reprlib.repr(mask)}"
+            )
     if not _is_number(row["score"]):
         raise ValueError(f"row {number}: score is not a number: {row['score']!r}")
-    if masks and not (
-        isinstance(row["segmentation"], dict) and {"size", "counts"} <= set(row["segmentation"])
-    ):
-        raise ValueError(
-            f"row {number}: segmentation is not a compressed RLE with size and counts: "
-            f"{reprlib.repr(row['segmentation'])}"
-        )
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)

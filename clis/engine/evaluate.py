@@ -51,6 +51,11 @@ def main(argv: Sequence[str] | None = None) -> None:
             parser.error("--annotations FILE and --results FILE go together, and without a CHECKPOINT")
         report.evaluate_results(arguments)
         return
+    if options := report.given(arguments):
+        parser.error(
+            f"{', '.join(options)}: for result files; evaluate the checkpoint first, then its detections.npz "
+            "with --annotations and --results"
+        )
     state = load_checkpoint(arguments.checkpoint)
     values = config_to_dict(config_from_dict(state["config"], source=str(arguments.checkpoint)))
     values["output"] = str(arguments.checkpoint.with_suffix(""))

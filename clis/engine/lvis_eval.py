@@ -112,7 +112,12 @@ def _annotations(ground_truth: str | Path | Mapping[str, Any] | Annotations) -> 
         return ground_truth
     if isinstance(ground_truth, Mapping):
         return pack_annotations(ground_truth, "ground truth")
-    return load_annotations(ground_truth)
+    if isinstance(ground_truth, str | Path):
+        return load_annotations(ground_truth)
+    raise ValueError(
+        f"ground_truth is a {type(ground_truth).__name__}; it must be an annotation file, its loaded JSON (a "
+        "mapping) or Annotations, and comes before the detections"
+    )
 
 
 def accumulate(matches: Matches, image_weights: np.ndarray | None = None, num_areas: int = A) -> Curves:

@@ -27,38 +27,46 @@ def ground_truth_masks(source: str | Path | Mapping[str, Any]) -> tuple[Annotati
     sizes = np.repeat(annotations.image_sizes, np.diff(annotations.offsets), axis=0).tolist()
     masks = []
     for annotation_id, size in zip(annotations.annotation_ids.tolist(), sizes):
-        try:
-            masks.append(_compressed(records[annotation_id]["segmentation"], *size))
-        except Exception as error:  # pycocotools has one for every kind of mistake
-            raise ValueError(
-                f"{path}: annotation {annotation_id}: segmentation is no polygons and no RLE: {error!r}"
-            ) from error
+        segmentation = records[annotation_id].get("segmentation")
+        masks.append(compressed(segmentation, *size, f"{path}: annotation {annotation_id}"))
     return annotations, masks
 
 
-def _compressed(segmentation: Any, height: int, width: int) -> RLE:
-    """Polygons, an uncompressed or a compressed RLE as a compressed one."""
-    if isinstance(segmentation, list):
-        return rle.merge(rle.frPyObjects(segmentation, height, width))
-    if isinstance(segmentation["counts"], list):
-        return rle.frPyObjects(segmentation, height, width)
-    return segmentation
+def compressed(segmentation: Any, height: int, width: int, where: str) -> RLE:
+    """Polygons, an uncompressed or a compressed RLE as a compressed one of this image size.
+
+    Raises:
+        ValueError: it is none of them, or of another size; begins with `where`.
+    """
+    try:
+        if isinstance(segmentation, list):
+            return rle.merge(rle.frPyObjects(segmentation, height, width))
+        size, counts = segmentation["size"], segmentation["counts"]
+        if list(size) == [height, width]:
+            if isinstance(counts, str | bytes):
+                return segmentation
+            return rle.frPyObjects({"size": size, "counts": counts}, height, width)
+        problem = f"of size {size}, the image is {[height, width]}"
+    except Exception as error:  # pycocotools has one for every kind of mistake
+        problem = f"no polygons and no RLE ({error!r})"
+    raise ValueError(f"{where}: the segmentation is {problem}")
 
 
 class MaskIoU:
     """IoU of detected and ground-truth masks, taken by place: (int64 [n], int64 [n]) -> float64 [n].
 
     Args:
-        masks: RLE of every row of the detections; `rows` are the judged ones, which the places refer to.
+        masks: segmentation of every row of the detections; `rows` are the judged ones, which the places refer
+            to, and `sizes` int [D, 2] the height and width of their images.
         truth: RLE of every annotation; `annotations` are the judged ones.
         crowd: bool of the judged annotations; with a crowd, the intersection over the detection's own area.
     """
 
     def __init__(
-        self, masks: Sequence[RLE], rows: np.ndarray, truth: Sequence[RLE], annotations: np.ndarray,
-        crowd: np.ndarray,
+        self, masks: Sequence[Any], rows: np.ndarray, sizes: np.ndarray, truth: Sequence[RLE],
+        annotations: np.ndarray, crowd: np.ndarray,
     ) -> None:  # fmt: skip
-        self.masks, self.rows = masks, rows
+        self.masks, self.rows, self.sizes = masks, rows, sizes
         self.truth, self.annotations, self.crowd = truth, annotations, crowd
 
     def __call__(self, detections: np.ndarray, truths: np.ndarray) -> np.ndarray:
@@ -68,7 +76,11 @@ class MaskIoU:
         counts = np.diff(firsts, append=len(detections))
         for first, count in zip(firsts.tolist(), counts.tolist()):
             places = truths[first : first + count]
-            mask = self.masks[self.rows[detections[first]]]
+            mask = self._mask(detections[first])
             candidates = [self.truth[place] for place in self.annotations[places].tolist()]
             overlap[first : first + count] = rle.iou([mask], candidates, self.crowd[places].tolist())[0]
         return overlap
+
+    def _mask(self, detection: int) -> RLE:
+        row = int(self.rows[detection])
+        return compressed(self.masks[row], *self.sizes[detection].tolist(), f"detection in row {row}")

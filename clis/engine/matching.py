@@ -136,7 +136,8 @@ def match(
     if truth_masks is None:
         iou = BoxIoU(boxes, annotations.bboxes[truth["place"]], truth["crowd"])
     else:
-        iou = MaskIoU(detections.masks, rows, truth_masks, truth["place"], truth["crowd"])
+        sizes = annotations.image_sizes[np.argsort(annotations.image_ids)][judged["images"]]
+        iou = MaskIoU(detections.masks, rows, sizes, truth_masks, truth["place"], truth["crowd"])
     true_positive, ignored, found = _match_pairs(judged["truth_start"], judged["truth_count"], truth, iou)
     excused = np.where(judged["excused"], SETTING_BITS, _range_bits(~_in_ranges(area)))
     ignored |= ~true_positive & excused
@@ -166,13 +167,13 @@ _TRUTH = np.dtype(
 
 
 def _check_truth(annotations: Annotations) -> None:
-    boxes = annotations.bboxes
-    bad = ~np.isfinite(boxes).all(axis=1) | (boxes[:, 2:] < 0).any(axis=1)
+    boxes, areas = annotations.bboxes, annotations.areas
+    bad = ~np.isfinite(boxes).all(axis=1) | (boxes[:, 2:] < 0).any(axis=1) | np.isnan(areas)
     if bad.any():
         row = int(bad.argmax())
         raise ValueError(
-            f"{annotations.path}: annotation {annotations.annotation_ids[row]}: box {boxes[row].tolist()} is "
-            f"not finite or has a negative size; correct or remove it ({bad.sum()} such boxes)"
+            f"{annotations.path}: annotation {annotations.annotation_ids[row]}: box {boxes[row].tolist()} or "
+            f"area {areas[row]} is not finite or negative; correct or remove it ({bad.sum()} like it)"
         )
 
 
@@ -186,7 +187,8 @@ def _ground_truth(annotations: Annotations) -> np.ndarray:
     truth["crowd"] = annotations.crowd & (not annotations.federated)  # the lvis package knows no crowds
     # Both packages mark a matched detection with the id of its annotation, so that id 0 reads as unmatched.
     truth["has_id"] = annotations.annotation_ids != 0
-    truth["counts"] = _in_ranges(annotations.areas) & ~truth["crowd"][:, None]
+    ignored = np.where(annotations.federated, annotations.ignored, annotations.crowd)
+    truth["counts"] = _in_ranges(annotations.areas) & ~ignored[:, None]
     if annotations.federated:
         truth = truth[_has_area(annotations.areas)]
     return truth[np.argsort(truth["key"], kind="stable")]
@@ -252,6 +254,7 @@ def _smallest(count: int) -> type:
 
 def _places(ids: np.ndarray, known: np.ndarray) -> np.ndarray:
     """The place [D] of each id in `known`, which ascends; -1 where it is none of them."""
+    ids = ids.astype(np.int64, copy=False)
     low, high = int(known[0]), int(known[-1])
     if high - low < 2 * (len(ids) + len(known)):  # a table is several times faster than searching
         table = np.full(high - low + 2, -1)

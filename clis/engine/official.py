@@ -22,12 +22,22 @@ def official_precision(
 
     Federated annotations go to `lvis` (all 13 figures), others to pycocotools (AP, AP50, AP75, APs, APm, APl,
     and AR, ARs, ARm, ARl at `max_detections`). Slow: see RESULTS.md.
+
+    Raises:
+        ValueError: the package fails on these files, as both do on an empty result list, and `lvis` where an
+            annotation has no area or a category no frequency.
     """
     with open(annotations, encoding="utf-8") as file:
         document = json.load(file)
-    if any("neg_category_ids" in image for image in document["images"]):
-        return run_lvis(load_lvis(annotations, results, iou_type, max_detections))
-    return _coco(document, str(results), iou_type, max_detections)
+    try:
+        if any("neg_category_ids" in image for image in document["images"]):
+            return run_lvis(load_lvis(annotations, results, iou_type, max_detections))
+        return _coco(document, str(results), iou_type, max_detections)
+    except (KeyError, IndexError, TypeError, AssertionError) as error:
+        raise ValueError(
+            f"the published package fails on {annotations} with {results}: {error!r}; it needs every field "
+            "of its format and at least one detection"
+        ) from error
 
 
 def load_lvis(

@@ -17,7 +17,6 @@ from clis.engine.log import say
 from clis.engine.lvis_eval import accumulate, summarize
 from clis.engine.masks import ground_truth_masks
 from clis.engine.matching import Matches, match
-from clis.engine.official import official_precision
 from clis.files import written_whole
 
 
@@ -34,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="fixed: 10,000 detections a class over the split instead of 300 an image; pooled: these, ranked "
         "over all classes together (arXiv 2102.01066)",
     )  # fmt: skip
-    group.add_argument("--max-detections", type=int, default=300, metavar="N", help="an image (default 300)")
+    group.add_argument("--max-detections", type=int, metavar="N", help="an image (default 300)")
     group.add_argument(
         "--train-annotations", type=Path, metavar="FILE",
         help="take the classes' training-image counts and frequency groups from this file",
@@ -57,11 +56,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def evaluate_results(arguments: argparse.Namespace) -> dict[str, float]:
     """Runs the command, prints what was asked for and returns the figures."""
     _check(arguments)
+    limit = 300 if arguments.max_detections is None else arguments.max_detections
     annotations, masks = _ground_truth(arguments)
     categories = annotations.categories
     detections = Detections.load(arguments.results, masks=arguments.masks)
-    matches = match(annotations, detections, arguments.max_detections, arguments.protocol, masks)
-    figures = summarize(matches, categories, arguments.max_detections, arguments.protocol)
+    matches = match(annotations, detections, limit, arguments.protocol, masks)
+    figures = summarize(matches, categories, limit, arguments.protocol)
     kind = "federated" if annotations.federated else "exhaustive (no federated fields: judged as COCO is)"
     say(f"{arguments.annotations}: {len(annotations)} images, {annotations.num_classes} classes, {kind}")
     say(f"{arguments.results}: {len(detections)} detections, {len(matches.rows)} of them judged")
@@ -76,7 +76,8 @@ def evaluate_results(arguments: argparse.Namespace) -> dict[str, float]:
             analysis.write_class_table(arguments.per_class, matches, curves, categories)
             say(f"classes: {arguments.per_class}")
         bins = analysis.ap_by_image_count(curves, categories)
-        say("\nAP against training images")
+        source = arguments.train_annotations or "image_count of --annotations; counted in it if it has none"
+        say(f"\nAP against training images ({source})")
         names = [f"{first}-{last}" if first < last else str(first) for first, last, _, _ in bins]
         say(_column_table({
             "images": names,
@@ -86,10 +87,31 @@ def evaluate_results(arguments: argparse.Namespace) -> dict[str, float]:
     if arguments.errors:
         _say_errors(annotations, detections, matches)
     if arguments.compare is not None:
-        _say_comparison(arguments, annotations, matches, masks)
+        _say_comparison(arguments, annotations, matches, masks, limit)
     if arguments.official:
-        _say_official(arguments, detections, figures, matches)
+        _say_official(arguments, detections, figures, matches, limit)
     return figures
+
+
+def given(arguments: argparse.Namespace) -> list[str]:
+    """The options of the command that were given."""
+    return (
+        [
+            "--" + name.replace("_", "-")
+            for name in (
+                "masks",
+                "max_detections",
+                "train_annotations",
+                "out",
+                "per_class",
+                "errors",
+                "compare",
+            )
+            if getattr(arguments, name)
+        ]
+        + ["--official"] * arguments.official
+        + ["--protocol"] * (arguments.protocol != "standard")
+    )
 
 
 def _check(arguments: argparse.Namespace) -> None:
@@ -100,6 +122,12 @@ def _check(arguments: argparse.Namespace) -> None:
         for name in ("errors", "compare", "official"):
             if getattr(arguments, name):
                 raise ValueError(f"--{name} goes with the standard protocol; leave --protocol out")
+        if arguments.max_detections is not None:
+            raise ValueError("--max-detections goes with the standard protocol; the others limit a class")
+        if arguments.protocol == "pooled" and arguments.per_class:
+            raise ValueError("--per-class does not go with --protocol pooled, which knows no classes")
+    if arguments.official and arguments.train_annotations:
+        raise ValueError("--official takes the groups of --annotations; leave --train-annotations out")
     if arguments.samples < 1:
         raise ValueError(f"--samples {arguments.samples}: at least 1")
 
@@ -134,10 +162,14 @@ def _say_errors(annotations: Annotations, detections: Detections, matches: Match
 
 
 def _say_comparison(
-    arguments: argparse.Namespace, annotations: Annotations, matches: Matches, masks: list | None
+    arguments: argparse.Namespace,
+    annotations: Annotations,
+    matches: Matches,
+    masks: list | None,
+    limit: int,
 ) -> None:
     other = Detections.load(arguments.compare, masks=arguments.masks)
-    below = match(annotations, other, arguments.max_detections, arguments.protocol, masks)
+    below = match(annotations, other, limit, arguments.protocol, masks)
     intervals = analysis.bootstrap(below, matches, annotations.categories, arguments.samples)
     say(f"\n{arguments.results} against {arguments.compare}, 95 % intervals of {arguments.samples} samples")
     for name, interval in intervals.items():
@@ -146,8 +178,14 @@ def _say_comparison(
 
 
 def _say_official(
-    arguments: argparse.Namespace, detections: Detections, figures: dict[str, float], matches: Matches
+    arguments: argparse.Namespace,
+    detections: Detections,
+    figures: dict[str, float],
+    matches: Matches,
+    limit: int,
 ) -> None:
+    from clis.engine.official import official_precision  # the packages bring matplotlib and OpenCV with them
+
     with tempfile.TemporaryDirectory() as folder:
         results = arguments.results
         if results.suffix == ".npz":
@@ -155,9 +193,7 @@ def _say_official(
             detections.to_json(results)
         iou_type = "segm" if arguments.masks else "bbox"
         say("\nrunning the published package ...")
-        theirs, precision, recall = official_precision(
-            arguments.annotations, results, iou_type, arguments.max_detections
-        )
+        theirs, precision, recall = official_precision(arguments.annotations, results, iou_type, limit)
     curves = accumulate(matches)
     say(_column_table({
         "figure": list(theirs),
