@@ -39,8 +39,8 @@ RANGE_BITS = (1 << T) - 1
 """The bits of one area range; bit t is threshold t, and range a is shifted by a * T."""
 IN_ALL_RANGES = sum(1 << (a * T) for a in range(A))
 SETTING_BITS = RANGE_BITS * IN_ALL_RANGES
-CANDIDATES = 1 << 19
-"""Pairs of a detection and a ground truth whose IoU is computed at once: bounds the memory."""
+CANDIDATES = PART = 1 << 17
+"""Pairs of a detection and a ground truth, and detections, that are worked on at once: bounds the memory."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,9 +54,9 @@ class Matches:
     rows: np.ndarray
     """int64 [D], the row of each in the `Detections`; with ties in the package's order."""
     labels: np.ndarray
-    """int64 [D], ascending."""
+    """Integer [D], ascending."""
     images: np.ndarray
-    """int64 [D], rank of the image id."""
+    """Integer [D], rank of the image id."""
     scores: np.ndarray
     """float64 [D], falling within a class."""
     true_positive: np.ndarray
@@ -200,15 +200,14 @@ def _judged(
     """The detections that are judged, best first in each class: their rows, labels, images and truths."""
     num_classes = annotations.num_classes
     category_ids = np.array([category.id for category in annotations.categories], dtype=np.int64)
-    image_ids = np.sort(annotations.image_ids)
-    keys = _places(detections.image_id, image_ids)
-    if (keys < 0).any():
+    images = _places(detections.image_id, np.sort(annotations.image_ids))
+    if (images < 0).any():
         raise ValueError(
-            f"{_unknown(keys, detections.image_id, 'image', annotations.path)}; evaluate on the split that "
+            f"{_unknown(images, detections.image_id, 'image', annotations.path)}; evaluate on the split that "
             "the detector ran over"
         )
     labels = _places(detections.category_id, category_ids)
-    kept = _within_limit(keys, labels, detections.score, max_detections, annotations.federated)
+    kept = _within_limit(images, labels, detections.score, max_detections, annotations.federated)
     if (labels < 0).any():
         warnings.warn(
             f"{_unknown(labels, detections.category_id, 'category', annotations.path)}; they are dropped "
@@ -216,35 +215,44 @@ def _judged(
             stacklevel=2,
         )
         kept &= labels >= 0
-    keys *= num_classes
-    keys += labels
-    if annotations.federated:
-        negatives = _pair_keys(annotations, annotations.negatives)
-        known = np.unique(np.concatenate([truth["key"], negatives]))
-    else:
-        known = np.unique(truth["key"])
-    pair = np.searchsorted(known, keys)
-    is_known = np.append(known, -1)[pair] == keys
-    if annotations.federated:
-        kept &= is_known
-        kept &= _has_area(_box_areas(detections.bbox) if detections.area is None else detections.area)
-    rows = np.flatnonzero(kept)
-    # Ties in score: by image id, then by row, as in both packages. Stable sorts, the last key first.
-    rows = rows[np.argsort(keys[rows] // num_classes, kind="stable")]
-    rows = rows[np.argsort(-detections.score[rows], kind="stable")]
-    rows = rows[np.argsort(labels[rows].astype(_smallest(num_classes)), kind="stable")]
 
-    pair = np.where(is_known, pair, len(known))[rows]  # the last, which no pair has, holds nothing
+    pairs = [truth["key"]] + [_pair_keys(annotations, annotations.negatives)] * annotations.federated
+    known = np.unique(np.concatenate(pairs))
+    rows, pair = [], []
+    for part in _parts(len(detections)):
+        keys = images[part].astype(np.int64) * num_classes + labels[part]
+        place = np.searchsorted(known, keys)
+        is_known = np.append(known, -1)[place] == keys
+        judged = kept[part]
+        if annotations.federated:
+            areas = _box_areas(detections.bbox[part]) if detections.area is None else detections.area[part]
+            judged = judged & is_known & _has_area(areas)
+        judged = np.flatnonzero(judged)
+        rows.append(judged + part.start)
+        pair.append(np.where(is_known, place, len(known))[judged])  # the last, which no pair has: nothing
+    rows, pair = (np.concatenate([np.zeros(0, np.int64), *found]) for found in (rows, pair))
+
+    # Ties in score: by image id, then by row, as in both packages. Stable sorts, the last key first.
+    order = np.argsort(images[rows], kind="stable")
+    order = order[np.argsort(-detections.score[rows[order]], kind="stable")]
+    order = order[np.argsort(labels[rows[order]].astype(_smallest(num_classes)), kind="stable")]
+    rows, pair = rows[order], pair[order]
     starts = np.append(np.searchsorted(truth["key"], known), len(truth))
     partial = np.isin(known, _pair_keys(annotations, annotations.not_exhaustive))
     return {
         "rows": rows,
         "labels": labels[rows],
-        "images": keys[rows] // num_classes,
+        "images": images[rows],
         "truth_start": starts[pair],
         "truth_count": np.append(np.diff(starts), 0)[pair],
         "excused": np.append(partial, False)[pair],
     }
+
+
+def _parts(count: int) -> Iterator[slice]:
+    """Slices of 0..count-1 that are worked through one by one: temporaries then stay in the cache."""
+    for start in range(0, count, PART):
+        yield slice(start, min(start + PART, count))
 
 
 def _smallest(count: int) -> type:
@@ -253,16 +261,20 @@ def _smallest(count: int) -> type:
 
 
 def _places(ids: np.ndarray, known: np.ndarray) -> np.ndarray:
-    """The place [D] of each id in `known`, which ascends; -1 where it is none of them."""
-    ids = ids.astype(np.int64, copy=False)
+    """The place of each id in `known`, which ascends, int32 [D]; -1 where it is none of them."""
+    places = np.empty(len(ids), np.int32)
     low, high = int(known[0]), int(known[-1])
-    if high - low < 2 * (len(ids) + len(known)):  # a table is several times faster than searching
-        table = np.full(high - low + 2, -1)
+    dense = high - low < 2 * (len(ids) + len(known))
+    if dense:  # a table is several times faster than searching
+        table = np.full(high - low + 2, -1, np.int32)
         table[known - low] = np.arange(len(known))
-        return table[np.where((ids >= low) & (ids <= high), ids - low, -1)]
-    places = np.searchsorted(known, ids)
-    places[places == len(known)] = 0
-    places[known[places] != ids] = -1
+    for part in _parts(len(ids)):
+        some = ids[part].astype(np.int64, copy=False)
+        if dense:
+            places[part] = table[np.where((some >= low) & (some <= high), some - low, -1)]
+        else:
+            place = np.searchsorted(known, some).clip(max=len(known) - 1)
+            places[part] = np.where(known[place] == some, place, -1)
     return places
 
 
@@ -295,14 +307,13 @@ def _within_limit(
     elif federated:
         groups, limit = images, max_detections
     else:
-        groups, limit = images * (labels.max(initial=0) + 2) + labels + 1, max_detections
+        groups, limit = images.astype(np.int64) * (labels.max(initial=0) + 2) + labels + 1, max_detections
         groups = np.unique(groups, return_inverse=True)[1]
     kept = np.ones(len(groups), bool)
     crowded = np.flatnonzero((np.bincount(groups) > limit)[groups]) if len(groups) else groups
     if len(crowded):
-        order = crowded[
-            np.lexsort((-scores[crowded], groups[crowded]))
-        ]  # stable: the earlier of equal scores
+        # Stable: of equal scores the earlier.
+        order = crowded[np.lexsort((-scores[crowded], groups[crowded]))]
         ordered = groups[order]
         place = np.arange(len(order)) - np.searchsorted(ordered, ordered)
         kept[order[place >= limit]] = False
