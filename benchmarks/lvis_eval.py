@@ -183,7 +183,7 @@ def simulate(num_images: int, folder: Path, num_classes: int = 1203, seed: int =
             "id": c + 1,
             "name": f"class {c + 1}",
             "image_count": int(n),
-            "frequency": "rcf"[(n > 10) + (n > 100)],
+            "frequency": "rcf"[int(n > 10) + int(n > 100)],
         }
         for c, n in enumerate(train_images)
     ]
