@@ -13,16 +13,27 @@ from pathlib import Path
 def run_command(main: Callable[[], None]) -> None:
     """Runs a command; what a user can mend is told in one line, without a traceback.
 
-    Exit codes: 0 done, 1 an error of this kind, 130 interrupted. With CLIS_DEBUG=1 the traceback is shown.
+    Exit codes: 0 done, 1 an error of this kind, 75 a training that stopped because it was asked to and can go
+    on, 130 interrupted. With CLIS_DEBUG=1 the traceback is shown.
     """
+    from clis.engine.preemption import EXIT_CODE, Preempted
+
     try:
         main()
+    except Preempted as stop:
+        print(stop, file=sys.stderr, flush=True)
+        sys.exit(EXIT_CODE)
     except KeyboardInterrupt:
         sys.exit(130)
-    except (ValueError, OSError, FloatingPointError) as error:
-        if os.environ.get("CLIS_DEBUG") == "1":
+    except (ValueError, OSError, FloatingPointError, RuntimeError) as error:
+        # The loss of a loader process is a RuntimeError wherever the main process happens to be.
+        lost_loader = isinstance(error, RuntimeError) and "DataLoader worker" in str(error)
+        if os.environ.get("CLIS_DEBUG") == "1" or (isinstance(error, RuntimeError) and not lost_loader):
             raise
         text = str(error).rstrip()
+        if lost_loader:
+            text = f"a loader process ended ({text}); out of memory? Fewer data.workers need less. The same "
+            text += "command goes on from the last checkpoint"
         if "Original Traceback" in text:  # from a loader process, whose traceback is in the message
             text = text.splitlines()[-1].partition(": ")[2]
         print(f"error: {text}\n(CLIS_DEBUG=1 shows the traceback)", file=sys.stderr)

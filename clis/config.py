@@ -244,8 +244,17 @@ class TrainConfig:
     """``auto`` is CUDA where there is one, else the CPU."""
     log_every: int = 20
     save_every: int = 5000
+    """Steps between checkpoints; the last step has one in any case."""
+    save_minutes: float | None = None
+    """Also a checkpoint when the last one is so old."""
     keep_last: int = 2
-    """Checkpoints kept."""
+    """Checkpoints kept; the one before the last takes over where the last turns out damaged."""
+    eval_every: int | None = None
+    """Steps between evaluations during training; each saves a checkpoint, and the best AP is ``best.pt``."""
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """At a gradient that is NaN or infinite: end the run, or leave the step out without any trace."""
+    max_skipped: int = 10
+    """Steps that `on_nonfinite` = ``skip`` may leave out in the whole run."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -279,7 +288,8 @@ class Config:
 # Machine settings: a resumed run may change them without being another run.
 RESUMABLE = (
     "data.root", "data.workers", "train.device", "train.images_per_process", "train.log_every",
-    "train.save_every", "train.keep_last", "regions.images_per_batch", "test.images_per_batch", "output",
+    "train.save_every", "train.save_minutes", "train.keep_last", "train.eval_every",
+    "regions.images_per_batch", "test.images_per_batch", "output",
 )  # fmt: skip
 
 
@@ -587,6 +597,10 @@ def _run_rules(config: Config) -> Iterator[tuple[Any, str]]:
     train, optim = config.train, config.optim
     for name in ("steps", "images_per_step", "images_per_process", "log_every", "save_every", "keep_last"):
         yield getattr(train, name) >= 1, f"train.{name}={getattr(train, name)}: at least 1"
+    for name in ("save_minutes", "eval_every"):
+        value = getattr(train, name)
+        yield value is None or value > 0, f"train.{name}={value}: above 0, or null"
+    yield train.max_skipped >= 0, f"train.max_skipped={train.max_skipped}: at least 0"
     yield 0 <= train.seed < 2**31, f"train.seed={train.seed}: between 0 and 2**31 - 1"
     yield optim.lr > 0 and optim.lr_images >= 1, f"optim.lr={optim.lr}: above 0, optim.lr_images at least 1"
     yield config.test.images_per_batch >= 1, "test.images_per_batch: at least 1"

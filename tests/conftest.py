@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import pytest
 import torch
+from runs import CONFIG, SHORT
 from torch import Tensor
 
 from clis.config import Config, config_from_dict, merge_overrides
 from clis.data.loader import Batch, Sample, collate
+from clis.data.shapes import ShapesSpec, write_shapes
+from clis.engine import train
 from clis.models import CLISDetector, Normalizers, build_model
 
 NUM_CLASSES = 5
@@ -78,3 +84,22 @@ def make_batch(images: int = 2, *, seed: int = 0, **options) -> Batch:
 def normalizers_of(batch: Batch) -> Normalizers:
     """Those of one process that takes this batch alone."""
     return Normalizers(len(batch.images), max(1, len(batch.regions)), max(1, len(batch.pair_boxes)))
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory) -> Path:
+    """A data root with a very small embedded benchmark."""
+    root = tmp_path_factory.mktemp("data")
+    spec = ShapesSpec(
+        image_size=48, train_images=40, val_images=20, image_level_size=40, image_level_per_class=2
+    )
+    write_shapes(root / "shapes", spec)
+    return root
+
+
+@pytest.fixture(scope="session")
+def finished(data, tmp_path_factory) -> Path:
+    """The run folder of the whole recipe, in a few steps."""
+    folder = tmp_path_factory.mktemp("runs") / "clis"
+    train.main(["--config", CONFIG, *SHORT, f"data.root={data}", f"output={folder}"])
+    return folder

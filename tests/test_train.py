@@ -15,12 +15,12 @@ import pytest
 import torch
 import torch.multiprocessing
 from conftest import NUM_CLASSES, make_sample, tiny_config
+from runs import CONFIG, REPOSITORY, SHORT, assert_same_state, assert_same_training, records
 from torch import nn
 
 from clis.config import OptimConfig, load_config
 from clis.data.images import ImageError
 from clis.data.loader import Batch, collate
-from clis.data.shapes import ShapesSpec, write_shapes
 from clis.engine import evaluate, regions, train
 from clis.engine.checkpoint import load_checkpoint, load_detector
 from clis.engine.detections import Detections
@@ -28,47 +28,6 @@ from clis.engine.log import MetricsLog
 from clis.engine.lvis_eval import METRICS
 from clis.engine.optim import learning_rate, make_optimizer
 from clis.models import CLISDetector, build_model
-
-REPOSITORY = Path(__file__).resolve().parents[1]
-CONFIG = str(REPOSITORY / "configs" / "shapes" / "clis.yaml")
-SHORT = [
-    "data.generate=null", "data.workers=0", "train.device=cpu",
-    "model.backbone.width=16", "model.backbone.fpn_channels=16",
-    "model.roi.fc_dim=32", "model.roi.samples=16", "data.mosaic_size=64", "data.short_sides=[48]",
-    "data.paste_size=[10,24]", "test.short_side=48", "test.detections=20", "train.images_per_step=4",
-    "optim.warmup_steps=2", "train.log_every=1", "train.save_every=2", "train.steps=4", "train.keep_last=5",
-]  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    """A data root with a very small embedded benchmark."""
-    root = tmp_path_factory.mktemp("data")
-    spec = ShapesSpec(
-        image_size=48, train_images=40, val_images=20, image_level_size=40, image_level_per_class=2
-    )
-    write_shapes(root / "shapes", spec)
-    return root
-
-
-@pytest.fixture(scope="module")
-def finished(data, tmp_path_factory) -> Path:
-    """The run folder of the whole recipe, in a few steps."""
-    folder = tmp_path_factory.mktemp("runs") / "clis"
-    train.main(["--config", CONFIG, *SHORT, f"data.root={data}", f"output={folder}"])
-    return folder
-
-
-def records(folder: Path) -> list[dict]:
-    """metrics.jsonl without what differs from run to run."""
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if "time" not in k} for line in lines]
-
-
-def assert_same_state(a: dict, b: dict) -> None:
-    assert a.keys() == b.keys()
-    for key in a:
-        assert torch.equal(a[key], b[key]), key
 
 
 class TestRecipe:
@@ -160,17 +119,7 @@ class TestResume:
             train.main(arguments)
         monkeypatch.undo()
         train.main(arguments)
-        ours, expected = (
-            load_checkpoint(folder / "checkpoints" / "last.pt") for folder in (tmp_path / "run", reference)
-        )
-        assert_same_state(ours["model"], expected["model"])
-        momentum = [
-            {str(k): v["momentum_buffer"] for k, v in state["optimizer"]["state"].items()}
-            for state in (ours, expected)
-        ]
-        assert_same_state(*momentum)
-        assert records(tmp_path / "run") == records(reference)
-        assert (tmp_path / "run" / "eval.json").read_text() == (reference / "eval.json").read_text()
+        assert_same_training(tmp_path / "run", reference)
 
     def test_metrics_of_lost_steps_are_dropped(self, tmp_path):
         path = tmp_path / "metrics.jsonl"
@@ -215,7 +164,7 @@ def run_steps(rank: int, processes: int, accumulation: int, folder: str) -> None
     for step in range(STEPS):
         items = [{**options, "seed": options["seed"] + 10 * step} for options in mine]
         micro = batches_of([items[i : i + size] for i in range(0, share, size)])
-        outputs = train.train_step(network, model, optimizer, scaler, micro, 0.02, config)
+        outputs, _ = train.train_step(network, model, optimizer, scaler, micro, 0.02, config)
         totals.append(train.summarize_step(outputs, config))
     name = f"{processes}x{accumulation}_{rank}.pt"
     torch.save({"model": model.state_dict(), "totals": totals}, Path(folder, name))
@@ -287,17 +236,35 @@ def spoil_gradient(model: CLISDetector) -> None:
 
 
 @pytest.mark.parametrize(
-    ("spoil", "named"), [(spoil_loss, "loss objectness is"), (spoil_gradient, "the gradient is")]
+    ("spoil", "named"),
+    [(spoil_loss, r"loss objectness on images \[7\]"), (spoil_gradient, r"the gradient, images \[7\]")],
 )
-def test_what_is_not_finite_is_named_and_changes_nothing(spoil, named):
+def test_what_is_not_finite_is_named_and_changes_nothing(spoil, named, tmp_path, capsys):
     config = tiny_config("train.images_per_step=1")
     model = build_model(config, range(NUM_CLASSES)).train()
-    spoil(model)
-    before = {name: p.clone() for name, p in model.named_parameters()}
     optimizer, scaler = make_optimizer(model, config), torch.amp.GradScaler("cpu", enabled=False)
-    with pytest.raises(FloatingPointError, match=rf"{named} not finite on images \[7\]"):
-        train.train_step(model, model, optimizer, scaler, [collate([make_sample(seed=7)])], 0.1, config)
-    assert all(torch.equal(before[name], p) for name, p in model.named_parameters())
+    train.train_step(model, model, optimizer, scaler, [collate([make_sample(seed=6)])], 0.1, config)
+    spoil(model)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    momentum = [state["momentum_buffer"].clone() for state in optimizer.state.values()]
+    batches = [collate([make_sample(seed=7)])]
+    outputs, norm = train.train_step(model, model, optimizer, scaler, batches, 0.1, config)
+    assert not math.isfinite(norm)
+    assert_same_state(model.state_dict(), before)  # weights, queue and momentum copy
+    for state, expected in zip(optimizer.state.values(), momentum):
+        assert torch.equal(state["momentum_buffer"], expected)
+
+    def check(skipped: int, *overrides: str) -> None:
+        train._check_skipped(skipped, 41, outputs, batches, tmp_path, tiny_config(*overrides))
+
+    with pytest.raises(FloatingPointError, match=rf"step 42: not finite: {named}; there is no checkpoint"):
+        check(1)
+    check(2, "train.on_nonfinite=skip", "train.max_skipped=2")
+    assert "left out, 2 of at most 2" in capsys.readouterr().out
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "step_00000030.pt").touch()
+    with pytest.raises(FloatingPointError, match=r"the last good checkpoint is .*step_00000030\.pt"):
+        check(3, "train.on_nonfinite=skip", "train.max_skipped=2")
 
 
 def test_overrides_of_clis_alone_do_not_reach_the_detector(tmp_path):

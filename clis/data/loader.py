@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -262,7 +263,14 @@ def train_loader(
     dataset: TwoStreamDataset, batches: MicroBatches, workers: int, pin: bool
 ) -> DataLoader[Batch]:
     """Batches in the order of `batches`, loaded by `workers` processes (0: in this one)."""
-    return DataLoader(dataset, batch_sampler=batches, collate_fn=collate, num_workers=workers, pin_memory=pin)
+    return DataLoader(
+        dataset,
+        batch_sampler=batches,
+        collate_fn=collate,
+        num_workers=workers,
+        pin_memory=pin,
+        worker_init_fn=_ignore_signals,
+    )
 
 
 class ImageDataset(Dataset[Tensor]):
@@ -287,7 +295,14 @@ def image_loader(
         batch_size=images_per_batch,
         num_workers=workers,
         collate_fn=_unzip,
+        worker_init_fn=_ignore_signals,
     )
+
+
+def _ignore_signals(worker: int) -> None:
+    """A signal to the whole process group is the main process's to answer; it still needs the batches."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _unzip(pairs: Sequence[tuple[int, Tensor]]) -> tuple[list[int], list[Tensor]]:

@@ -12,6 +12,7 @@ import torch
 
 from clis.config import Config, config_from_dict, config_to_dict
 from clis.data.annotations import Category
+from clis.engine.log import say
 from clis.files import written_whole
 from clis.models import CLISDetector, build_model
 from clis.models.backbone import load_state
@@ -26,9 +27,13 @@ def save_checkpoint(
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
     config: Config,
-    keep_last: int,
+    skipped: int = 0,
 ) -> Path:
-    """Writes ``step_00000600.pt`` and ``last.pt`` into `folder` and removes all but the last `keep_last`."""
+    """Writes ``step_00000600.pt`` and ``last.pt`` into `folder` and removes all but the last `keep_last`.
+
+    Raises:
+        OSError: it could not be written (a full disk, a read-only folder); the checkpoints before are whole.
+    """
     path = folder / f"step_{step:08d}.pt"
     state = {
         "format": FORMAT,
@@ -38,17 +43,40 @@ def save_checkpoint(
         "model": model.state_dict(),
         "optimizer": optimizer.state_dict(),
         "scaler": scaler.state_dict(),
+        "skipped": skipped,
     }
-    with written_whole(path) as temporary:
-        torch.save(state, temporary)
-    with written_whole(folder / "last.pt") as temporary:
+    try:
+        with written_whole(path) as temporary:
+            torch.save(state, temporary)
+        link(path, folder / "last.pt")
+    except (OSError, RuntimeError) as error:  # torch's writer has RuntimeErrors for a full disk
+        before = saved_checkpoints(folder)
+        good = f"the last good one is {before[0]}" if before else "there is none from before"
+        raise OSError(
+            f"{path}: the checkpoint could not be written ({str(error).splitlines()[0]}); {good}. Make room "
+            "or allow writing there, and start the run again"
+        ) from error
+    for old in sorted(folder.glob("step_*.pt"))[: -config.train.keep_last]:
+        old.unlink()
+    return path
+
+
+def link(path: Path, name: Path) -> None:
+    """Gives a file another name in place of whatever has it."""
+    with written_whole(name) as temporary:
         try:
             os.link(path, temporary)
         except OSError:  # a file system without hard links
             shutil.copyfile(path, temporary)
-    for old in sorted(folder.glob("step_*.pt"))[:-keep_last]:
-        old.unlink()
-    return path
+
+
+def saved_checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints to go on from, last first: ``last.pt``, then those of other steps."""
+    last = folder / "last.pt"
+    steps = sorted(folder.glob("step_*.pt"), reverse=True)
+    if not last.exists():
+        return steps
+    return [last, *(path for path in steps if not path.samefile(last))]
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -69,6 +97,27 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise ValueError(f"{path}: not a checkpoint of clis, format {FORMAT}")
     return state
+
+
+def load_last_checkpoint(folder: Path) -> tuple[dict[str, Any], Path] | None:
+    """The last readable checkpoint of a run and its path; None where there is none at all.
+
+    One that is damaged is named, and the one before it used.
+
+    Raises:
+        ValueError: there are some, and none is readable.
+    """
+    paths = saved_checkpoints(folder)
+    problems = []
+    for path in paths:
+        try:
+            return load_checkpoint(path), path
+        except ValueError as error:
+            problems.append(str(error))
+            say(f"WARNING: {error}; trying the checkpoint before it")
+    if problems:
+        raise ValueError(f"{'; '.join(problems)}; remove {folder} to start from the beginning")
+    return None
 
 
 def load_model(state: dict[str, Any], config: Config, source: str) -> CLISDetector:

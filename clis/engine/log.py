@@ -13,6 +13,8 @@ from tqdm import tqdm
 from clis.distributed import is_main
 from clis.files import written_whole
 
+TIME_FIELDS = ("time", "data_time", "images_per_second", "peak_memory")
+"""What differs from run to run in metrics.jsonl; all else is the same for the same config and seed."""
 PLAIN_INTERVAL = 15.0
 """Seconds between lines where the output is not a terminal."""
 

@@ -7,12 +7,13 @@ import contextlib
 import inspect
 import json
 import math
+import resource
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from clis.config import (
@@ -40,12 +41,14 @@ from clis.distributed import (
     rank,
     world_size,
 )
-from clis.engine.checkpoint import load_checkpoint, save_checkpoint
+from clis.engine.checkpoint import load_last_checkpoint, save_checkpoint, saved_checkpoints
 from clis.engine.evaluate import check_validation, evaluate_detector
 from clis.engine.log import MetricsLog, Progress, say
 from clis.engine.lvis_eval import format_table
 from clis.engine.optim import learning_rate, make_optimizer
+from clis.engine.preemption import Preempted, StopRequest, mark, unmark
 from clis.engine.regions import detector_config, find_regions
+from clis.engine.schedule import Schedule
 from clis.engine.streams import make_streams, regions_file
 from clis.files import written_whole
 from clis.models import CLISDetector, Normalizers, TrainOutput, build_model
@@ -118,40 +121,61 @@ def train(config: Config, folder: Path, device: torch.device) -> CLISDetector:
     model = build_model(config, annotations.categories).to(device)
     optimizer = make_optimizer(model, config)
     scaler = torch.amp.GradScaler(device.type, enabled=config.train.precision == "float16")
-    first_step = _resume(folder, model, optimizer, scaler)
+    first_step, skipped = _resume(folder, model, optimizer, scaler)
     network = _distribute(model, device)
     network.train()
     _describe(config, annotations, dataset.index, sampler, model, accumulation)
+    unmark(folder)
 
     steps = range(first_step, config.train.steps)
     micro_batches = MicroBatches(sampler, steps, rank(), world_size(), images_per_process)
     batches = iter(train_loader(dataset, micro_batches, config.data.workers, device.type == "cuda"))
     log = MetricsLog(folder / "metrics.jsonl", first_step)
+    schedule = Schedule(config, folder, first_step)
     num_unreadable = 0
-    with Progress("train", config.train.steps, first_step, "step") as progress:
+    with StopRequest() as stop, Progress("train", config.train.steps, first_step, "step") as progress:
         for step in steps:
             began = time.monotonic()
             step_batches = [next(batches).to(device) for _ in range(accumulation)]
-            num_unreadable = _count_unreadable(step_batches, num_unreadable, config, device)
+            unreadable = [message for batch in step_batches for message in batch.unreadable]
+            # What the processes have to agree on, in one message a step.
+            wishes = [len(unreadable), stop.received, is_main() and schedule.minutes_are_over()]
+            new_unreadable, stopping, minutes_over = all_reduce_sum(
+                torch.tensor(wishes, dtype=torch.int64, device=device)
+            ).tolist()
+            num_unreadable += new_unreadable
+            _check_unreadable(unreadable, num_unreadable, config)
             data_time = time.monotonic() - began
 
             rate = learning_rate(step, config.optim, config.train.images_per_step)
-            outputs = train_step(network, model, optimizer, scaler, step_batches, rate, config)
+            outputs, norm = train_step(network, model, optimizer, scaler, step_batches, rate, config)
+            if not math.isfinite(norm) and not scaler.is_enabled():  # float16 scaling expects some
+                skipped += 1
+                _check_skipped(skipped, step, outputs, step_batches, folder, config)
 
             done = step + 1
-            text = ""
+            text, ap = "", None
             if done % config.train.log_every == 0 or done == config.train.steps:
                 record = summarize_step(outputs, config)
-                times = {"lr": rate, "time": time.monotonic() - began, "data_time": data_time}
-                log.write({"step": done, **record, **times})
+                log.write({"step": done, **record, **_measures(model, norm, rate, began, data_time, config)})
                 text = _one_line(record)
             progress.advance(text=text)
-            if done % config.train.save_every == 0 or done == config.train.steps:
+            if (evaluation := schedule.evaluation_folder(done)) is not None:
+                metrics = evaluate_detector(model.eval(), config, evaluation)
+                network.train()
+                log.write({"step": done, **metrics})
+                ap = metrics["AP"]
+            if schedule.checkpoint_due(done) or minutes_over or stopping:
                 if is_main():
-                    save_checkpoint(
-                        folder / "checkpoints", done, model, optimizer, scaler, config, config.train.keep_last
+                    path = save_checkpoint(
+                        folder / "checkpoints", done, model, optimizer, scaler, config, skipped
                     )
+                    schedule.saved(path, ap)
                 barrier()
+            if stopping and done < config.train.steps:
+                mark(folder, done)
+                barrier()
+                raise Preempted(f"{folder}: asked to stop; step {done} is saved, the same command goes on")
     return model
 
 
@@ -163,19 +187,18 @@ def train_step(
     batches: Sequence[Batch],
     rate: float,
     config: Config,
-) -> list[TrainOutput]:
+) -> tuple[list[TrainOutput], float]:
     """One step on this process's micro-batches: Eq. 2, backward, clip, step, momentum copy and queue.
+
+    A gradient that is NaN or infinite changes nothing. It is looked for in the reduced gradient, so that all
+    processes find the same, and a process whose own loss is not finite still takes part in the reduction.
 
     Args:
         network: the model, or DDP around it.
         rate: the step's learning rate.
 
     Returns:
-        What `CLISDetector.forward` gave for each micro-batch.
-
-    Raises:
-        FloatingPointError: a loss or the gradient is NaN or infinite; names it and the images. No weight
-            has changed.
+        What `CLISDetector.forward` gave for each micro-batch, and the norm of the gradient before clipping.
     """
     device = batches[0].regions.device
     normalizers = count_normalizers(batches, config, device)
@@ -186,21 +209,22 @@ def train_step(
             with _autocast(config, device):
                 output = network(batch, normalizers)
             total = sum(config.loss.weights[name] * loss for name, loss in output.losses.items())
-            _check_finite(total, output, batch)
+            # An infinite loss may have a finite gradient; as NaN it tells all processes, without a wait.
+            total = total * torch.where(total.detach().isfinite(), 1.0, math.nan)
             scaler.scale(total).backward()
         outputs.append(output)
     scaler.unscale_(optimizer)
-    norm = nn.utils.clip_grad_norm_(model.parameters(), config.optim.clip_norm or math.inf)
-    if not scaler.is_enabled() and not math.isfinite(norm.item()):  # a float16 scaler skips such steps
-        images = [image_id for batch in batches for image_id in batch.image_ids]
-        raise FloatingPointError(f"the gradient is not finite on images {images}; {_UNSTABLE}")
+    norm = nn.utils.clip_grad_norm_(model.parameters(), config.optim.clip_norm or math.inf).item()
+    finite = math.isfinite(norm)
     for group in optimizer.param_groups:
         group["lr"] = rate
-    scaler.step(optimizer)
-    scaler.update()
+    if finite or scaler.is_enabled():  # the scaler leaves the step out itself, and lowers its scale
+        scaler.step(optimizer)
+        scaler.update()
     optimizer.zero_grad(set_to_none=True)
-    _update_momentum_copy(model, outputs)
-    return outputs
+    if finite:
+        _update_momentum_copy(model, outputs)
+    return outputs, norm
 
 
 def split_batch(config: Config, processes: int) -> tuple[int, int]:
@@ -279,17 +303,17 @@ def _resume(
     model: CLISDetector,
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
-) -> int:
-    """Loads the last checkpoint, if there is one; the step to go on with."""
-    path = folder / "checkpoints" / "last.pt"
-    if not path.exists():
-        return 0
-    state = load_checkpoint(path)
+) -> tuple[int, int]:
+    """Loads the last readable checkpoint, if there is one: the step to go on with, and the steps skipped."""
+    found = load_last_checkpoint(folder / "checkpoints")
+    if found is None:
+        return 0, 0
+    state, path = found
     load_state(model, state["model"], str(path))
     optimizer.load_state_dict(state["optimizer"])
     scaler.load_state_dict(state["scaler"])
     say(f"{path}: going on from step {state['step']}")
-    return state["step"]
+    return state["step"], state.get("skipped", 0)
 
 
 def _distribute(model: CLISDetector, device: torch.device) -> nn.Module:
@@ -318,33 +342,66 @@ def _autocast(config: Config, device: torch.device) -> torch.autocast:
 
 
 _UNSTABLE = (
-    "a lower optim.lr or loss.beta, a longer optim.warmup_steps or an optim.clip_norm may help; the last "
-    "checkpoint is from before"
+    "a lower optim.lr or loss.beta, a longer optim.warmup_steps or an optim.clip_norm may help, or "
+    "train.on_nonfinite=skip"
 )
 
 
-def _check_finite(total: Tensor, output: TrainOutput, batch: Batch) -> None:
-    if math.isfinite(total.item()):
+def _check_skipped(
+    skipped: int,
+    step: int,
+    outputs: Sequence[TrainOutput],
+    batches: Sequence[Batch],
+    folder: Path,
+    config: Config,
+) -> None:
+    """Says what was not finite; raises `FloatingPointError` unless the step may be left out."""
+    parts = []
+    for output, batch in zip(outputs, batches):
+        bad = [name for name, loss in output.losses.items() if not math.isfinite(loss.item())]
+        if bad:
+            parts.append(f"loss {', '.join(bad)} on images {batch.image_ids}")
+    images = [image_id for batch in batches for image_id in batch.image_ids]
+    what = f"step {step + 1}: not finite: {'; '.join(parts) or f'the gradient, images {images}'}"
+    if config.train.on_nonfinite == "skip" and skipped <= config.train.max_skipped:
+        print(f"{what}; left out, {skipped} of at most {config.train.max_skipped}", flush=True)
         return
-    bad = [name for name, loss in output.losses.items() if not math.isfinite(loss.item())]
-    raise FloatingPointError(
-        f"loss {', '.join(bad) or 'weight'} is not finite on images {batch.image_ids}; {_UNSTABLE}"
-    )
+    saved = saved_checkpoints(folder / "checkpoints")
+    last = f"the last good checkpoint is {saved[0]}" if saved else "there is no checkpoint yet"
+    raise FloatingPointError(f"{what}; {last}; {_UNSTABLE}")
 
 
-def _count_unreadable(batches: Sequence[Batch], before: int, config: Config, device: torch.device) -> int:
-    """Images of all processes replaced since this start; all stop together above the number allowed."""
-    messages = [message for batch in batches for message in batch.unreadable]
+def _check_unreadable(messages: Sequence[str], count: int, config: Config) -> None:
+    """Names the images that were replaced; all processes stop together above the number allowed."""
     for message in messages:
         print(f"replaced by the next of its stream: {message}", flush=True)
-    count = before + int(all_reduce_sum(torch.tensor(len(messages), device=device)))
     if count > config.data.max_bad_images:
         last = messages[-1] if messages else "named by another process"
         raise ImageError(
             f"{count} unreadable images, data.max_bad_images={config.data.max_bad_images} are allowed; the "
             f"last: {last}"
         )
-    return count
+
+
+def _measures(
+    model: CLISDetector, norm: float, rate: float, began: float, data_time: float, config: Config
+) -> dict[str, float]:
+    """What metrics.jsonl has beside losses and counts; the times are of this step, as rank 0 saw it."""
+    duration = time.monotonic() - began
+    device = next(model.parameters()).device
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(device)
+    else:
+        peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # kilobytes, on Linux
+    filled = {} if model.contrastive is None else {"queue_filled": model.contrastive.queue.num_filled()}
+    return filled | {
+        "gradient_norm": norm,
+        "lr": rate,
+        "time": duration,
+        "data_time": data_time,
+        "images_per_second": config.train.images_per_step / duration,
+        "peak_memory": peak / 2**30,
+    }
 
 
 def _update_momentum_copy(model: CLISDetector, outputs: Sequence[TrainOutput]) -> None:
@@ -356,8 +413,15 @@ def _update_momentum_copy(model: CLISDetector, outputs: Sequence[TrainOutput]) -
     model.contrastive.update(model.classification.sub_network, keys, labels)
 
 
+_SHORT = {
+    "loss": "loss", "rpn_objectness": "rpn", "box": "box", "objectness": "obj", "instance_cls": "cls",
+    "image_cls": "img", "contrastive": "con",
+}  # fmt: skip
+
+
 def _one_line(record: dict[str, float]) -> str:
-    return " ".join(f"{name} {value:.3g}" for name, value in record.items())
+    """The losses in few letters: with rate and time left, the line fits 100 columns."""
+    return " ".join(f"{short} {record[name]:.2f}" for name, short in _SHORT.items() if name in record)
 
 
 def _describe(

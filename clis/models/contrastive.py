@@ -35,6 +35,9 @@ class KeyQueue(nn.Module):
         """bool [Q], true where there is a key."""
         return torch.arange(len(self.keys), device=self.keys.device) < self.pushed
 
+    def num_filled(self) -> int:
+        return min(int(self.pushed), len(self.keys))
+
     @torch.no_grad()
     def push(self, keys: Tensor, labels: Tensor) -> None:
         """Adds keys [n,E] with their labels [n] over the oldest ones; of more than Q the last Q stay."""

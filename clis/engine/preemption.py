@@ -1,0 +1,59 @@
+"""Asked to stop: SIGTERM and SIGINT let the step be finished and saved; a second signal ends at once."""
+
+from __future__ import annotations
+
+import json
+import signal
+import threading
+from pathlib import Path
+from types import FrameType
+
+from clis.distributed import is_main
+from clis.files import written_whole
+
+EXIT_CODE = 75
+"""Of a run that stopped because it was asked to and can go on (sysexits.h: EX_TEMPFAIL)."""
+MARKER = "preempted.json"
+"""In the run folder of such a run, with its step, until it goes on: torchrun hides exit codes."""
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+class Preempted(Exception):
+    """The run was asked to stop, has saved its state and can be called again."""
+
+
+class StopRequest:
+    """While it is entered, the first SIGTERM or SIGINT is only noted; a second one has its usual effect."""
+
+    def __init__(self) -> None:
+        self.received = False
+        self.previous: dict[signal.Signals, object] = {}
+
+    def __enter__(self) -> StopRequest:
+        if threading.current_thread() is threading.main_thread():  # the only one that may set handlers
+            self.previous = {number: signal.signal(number, self._note) for number in SIGNALS}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._restore()
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.received = True
+        self._restore()
+
+    def _restore(self) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+        self.previous = {}
+
+
+def mark(folder: Path, step: int) -> None:
+    """Leaves `MARKER` in the run folder, from rank 0."""
+    if is_main():
+        with written_whole(folder / MARKER) as temporary:
+            temporary.write_text(json.dumps({"step": step}) + "\n")
+
+
+def unmark(folder: Path) -> None:
+    if is_main():
+        (folder / MARKER).unlink(missing_ok=True)

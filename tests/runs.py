@@ -1,0 +1,48 @@
+"""Short runs of the recipe, and when two of them are the same."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+
+from clis.engine.checkpoint import load_checkpoint
+from clis.engine.log import TIME_FIELDS
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+CONFIG = str(REPOSITORY / "configs" / "shapes" / "clis.yaml")
+BASELINE = str(REPOSITORY / "configs" / "shapes" / "baseline.yaml")
+SHORT = [
+    "data.generate=null", "data.workers=0", "train.device=cpu",
+    "model.backbone.width=16", "model.backbone.fpn_channels=16",
+    "model.roi.fc_dim=32", "model.roi.samples=16", "data.mosaic_size=64", "data.short_sides=[48]",
+    "data.paste_size=[10,24]", "test.short_side=48", "test.detections=20", "train.images_per_step=4",
+    "optim.warmup_steps=2", "train.log_every=1", "train.save_every=2", "train.steps=4", "train.keep_last=5",
+]  # fmt: skip
+
+
+def records(folder: Path) -> list[dict]:
+    """metrics.jsonl without what differs from run to run."""
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k not in TIME_FIELDS} for line in lines]
+
+
+def assert_same_state(a: dict, b: dict) -> None:
+    assert a.keys() == b.keys()
+    for key in a:
+        assert torch.equal(a[key], b[key]), key
+
+
+def assert_same_training(folder: Path, reference: Path) -> None:
+    """Bit for bit: weights, queue, momentum copy, optimizer, metrics and results."""
+    ours, expected = (load_checkpoint(each / "checkpoints" / "last.pt") for each in (folder, reference))
+    assert ours["step"] == expected["step"]
+    assert_same_state(ours["model"], expected["model"])
+    momentum = [
+        {str(k): v["momentum_buffer"] for k, v in state["optimizer"]["state"].items()}
+        for state in (ours, expected)
+    ]
+    assert_same_state(*momentum)
+    assert records(folder) == records(reference)
+    assert (folder / "eval.json").read_text() == (reference / "eval.json").read_text()

@@ -1,0 +1,341 @@
+"""A run that is stopped, killed or damaged goes on to the same end."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import NUM_CLASSES, make_sample, tiny_config
+from runs import BASELINE, CONFIG, REPOSITORY, SHORT, assert_same_training, records
+
+from clis.__main__ import run_command
+from clis.data.loader import collate
+from clis.engine import train
+from clis.engine.checkpoint import load_checkpoint, load_last_checkpoint, save_checkpoint, saved_checkpoints
+from clis.engine.optim import make_optimizer
+from clis.engine.preemption import EXIT_CODE, MARKER
+from clis.models import build_model
+
+STEPS = 30
+COMMAND = [sys.executable, str(REPOSITORY / "train.py")]
+TORCHRUN = [
+    sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--rdzv-backend=c10d",
+    "--rdzv-endpoint=localhost:0", str(REPOSITORY / "train.py"),
+]  # fmt: skip
+
+
+def arguments_of(data: Path, output: Path, *more: str, config: str = BASELINE) -> list[str]:
+    longer = [f"train.steps={STEPS}", "train.save_every=4", "train.keep_last=2"]
+    return ["--config", config, *SHORT, *longer, f"data.root={data}", f"output={output}", *more]
+
+
+def start(arguments: list[str], launcher: list[str] = COMMAND, **options) -> subprocess.Popen:
+    """The command in a process group of its own, with one thread for each process."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
+    return subprocess.Popen(
+        [*launcher, *arguments], env=environment, start_new_session=True, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **options,
+    )  # fmt: skip
+
+
+def wait_for_step(folder: Path, step: int, process: subprocess.Popen) -> None:
+    """Until metrics.jsonl has the step."""
+    until = time.monotonic() + 120
+    while not (folder / "metrics.jsonl").exists() or len(records(folder)) < step:
+        assert process.poll() is None, process.stdout.read()
+        assert time.monotonic() < until
+        time.sleep(0.01)
+
+
+@pytest.fixture(scope="module")
+def reference(data, tmp_path_factory) -> Path:
+    """The uninterrupted run, by the same command as the others."""
+    folder = tmp_path_factory.mktemp("reference")
+    process = start(arguments_of(data, folder, "data.workers=1"))
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    return folder
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_asked_to_stop_it_finishes_the_step_and_goes_on(number, data, reference, tmp_path):
+    """The whole group gets the signal, loader process included, as from a terminal or a batch system."""
+    arguments = arguments_of(data, tmp_path, "data.workers=1")
+    process = start(arguments)
+    wait_for_step(tmp_path, 5, process)
+    os.killpg(process.pid, number)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == EXIT_CODE, output
+    assert "Traceback" not in output
+    step = json.loads((tmp_path / MARKER).read_text())["step"]
+    assert 5 <= step < STEPS
+    assert load_checkpoint(tmp_path / "checkpoints" / "last.pt")["step"] == step == len(records(tmp_path))
+    process = start(arguments)
+    output, _ = process.communicate(timeout=300)
+    assert f"going on from step {step}" in output
+    assert not (tmp_path / MARKER).exists()
+    assert_same_training(tmp_path, reference)
+
+
+def test_a_second_signal_ends_at_once(data, tmp_path):
+    """While one process is stuck in a step, here: stopped before it begins, the first changes nothing."""
+    script = (
+        "import sys, time; from clis.engine import train\n"
+        "def stuck(*_): print('in the step', flush=True); time.sleep(60)\n"
+        "train.train_step = stuck; train.main(sys.argv[1:])"
+    )
+    process = start(arguments_of(data, tmp_path), [sys.executable, "-c", script])
+    while "in the step" not in process.stdout.readline():
+        assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    time.sleep(0.3)
+    assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=30) == -signal.SIGTERM
+
+
+@pytest.mark.slow
+def test_under_torchrun_both_processes_stop_at_the_same_step(data, tmp_path):
+    process = start(arguments_of(data, tmp_path), TORCHRUN)
+    wait_for_step(tmp_path, 5, process)
+    process.send_signal(signal.SIGTERM)  # torchrun passes it on
+    process.communicate(timeout=120)
+    assert process.returncode != 0
+    step = json.loads((tmp_path / MARKER).read_text())["step"]  # torchrun hides the exit code
+    assert load_checkpoint(tmp_path / "checkpoints" / "last.pt")["step"] == step < STEPS
+    process = start(arguments_of(data, tmp_path), TORCHRUN)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    assert [record["step"] for record in records(tmp_path)] == list(range(1, STEPS + 1))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", [BASELINE, CONFIG])
+def test_killed_anywhere_it_ends_the_same(config, data, finished, tmp_path):
+    """kill -9 of the whole group at random moments of a run, each restarted by the same command."""
+    more = ["data.workers=1"]
+    if config == CONFIG:
+        more += [f"regions.file={finished / 'regions.npy'}", "regions.detector=null"]
+    expected = tmp_path / "expected"
+    began = time.monotonic()
+    process = start(arguments_of(data, expected, *more, config=config))
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    duration = time.monotonic() - began
+    generator = random.Random(0)
+    arguments = arguments_of(data, tmp_path / "run", *more, config=config)
+    for _ in range(4):
+        process = start(arguments)
+        time.sleep(generator.uniform(0.4, 1.0) * duration)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+    process = start(arguments)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    assert_same_training(tmp_path / "run", expected)
+
+
+@pytest.mark.slow
+def test_a_killed_process_is_started_again_by_torchrun(data, tmp_path):
+    launcher = [*TORCHRUN[:4], "--max-restarts=2", *TORCHRUN[4:]]
+    process = start(arguments_of(data, tmp_path, "train.steps=60"), launcher)
+    wait_for_step(tmp_path, 10, process)
+    listing = subprocess.run(["ps", "-eo", "pid,ppid,args"], capture_output=True, text=True).stdout
+    children = [line.split() for line in listing.splitlines()]
+    victim = next(int(pid) for pid, parent, *_ in children if parent == str(process.pid))
+    os.kill(victim, signal.SIGKILL)
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    assert "going on from step" in output
+    assert [record["step"] for record in records(tmp_path)] == list(range(1, 61))
+    assert (tmp_path / "eval.json").exists()
+
+
+def test_a_killed_loader_process_is_one_clear_error(data, tmp_path):
+    process = start(arguments_of(data, tmp_path, "data.workers=1", "train.steps=500"))
+    wait_for_step(tmp_path, 3, process)
+    listing = subprocess.run(["ps", "-eo", "pid,ppid"], capture_output=True, text=True).stdout
+    pairs = [line.split() for line in listing.splitlines()]
+    for pid, parent in pairs:
+        if parent == str(process.pid):
+            os.kill(int(pid), signal.SIGKILL)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert "error: a loader process ended" in output
+    assert "Traceback" not in output
+
+
+class TestCheckpoints:
+    @pytest.fixture
+    def folder(self, tmp_path) -> Path:
+        """Two checkpoints of a small model, of steps 1 and 2."""
+        self.config = tiny_config("train.keep_last=2")
+        self.model = build_model(self.config, [])
+        for step in (1, 2):
+            self.save(tmp_path, step)
+        return tmp_path
+
+    def save(self, folder: Path, step: int) -> Path:
+        scaler = torch.amp.GradScaler("cpu", enabled=False)
+        return save_checkpoint(
+            folder, step, self.model, make_optimizer(self.model, self.config), scaler, self.config
+        )
+
+    def test_a_damaged_one_gives_way_to_the_one_before(self, folder, capsys):
+        path = folder / "step_00000002.pt"
+        path.write_bytes(path.read_bytes()[:-1000])  # last.pt is the same file
+        state, used = load_last_checkpoint(folder)
+        assert (state["step"], used.name) == (1, "step_00000001.pt")
+        assert "WARNING" in (said := capsys.readouterr().out)
+        assert "last.pt: not a readable checkpoint" in said
+
+    def test_without_any_readable_one_nothing_starts_over_in_silence(self, folder):
+        for path in folder.glob("*.pt"):
+            path.write_bytes(b"")
+        with pytest.raises(ValueError, match=r"last\.pt: not a readable .*; remove .* to start"):
+            load_last_checkpoint(folder)
+        assert load_last_checkpoint(folder / "none") is None
+
+    def test_old_ones_go_and_names_are_in_order(self, folder):
+        self.save(folder, 10)
+        assert [path.name for path in saved_checkpoints(folder)] == ["last.pt", "step_00000002.pt"]
+
+    def test_a_full_disk_is_told_and_loses_nothing(self, folder):
+        """A limit on the size of files stands in for it."""
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
+        try:
+            with pytest.raises(OSError, match=r"step_00000003\.pt: .*last good one is .*last\.pt"):
+                self.save(folder, 3)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert load_last_checkpoint(folder)[0]["step"] == 2
+        assert len(list(folder.iterdir())) == 3  # no half file is left
+
+    def test_a_read_only_folder_is_told(self, folder, monkeypatch):
+        def denied(*_: object) -> None:
+            raise PermissionError(13, "Permission denied")
+
+        monkeypatch.setattr(torch, "save", denied)
+        with pytest.raises(OSError, match=r"could not be written .*Permission denied.* Make room or"):
+            self.save(folder, 3)
+        assert load_last_checkpoint(folder)[0]["step"] == 2
+
+    def test_loading_an_untrusted_one_runs_no_code(self, tmp_path):
+        class Malicious:
+            def __reduce__(self):
+                return os.system, (f"touch {tmp_path / 'harm'}",)
+
+        for name, save in (
+            ("torch.pt", lambda path: torch.save({"format": 1, "model": Malicious()}, path)),
+            ("pickle.pt", lambda path: path.write_bytes(pickle.dumps(Malicious()))),
+        ):
+            save(tmp_path / name)
+            with pytest.raises(ValueError, match=rf"{name}: not a readable checkpoint"):
+                load_checkpoint(tmp_path / name)
+        assert not (tmp_path / "harm").exists()
+
+
+def test_evaluations_on_the_way_leave_the_training_alone(data, reference, tmp_path):
+    process = start(arguments_of(data, tmp_path, "data.workers=1", "train.eval_every=10"))
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    evaluations = [record for record in records(tmp_path) if "AP" in record]
+    assert [record["step"] for record in evaluations] == [10, 20]
+    training = [record for record in records(tmp_path) if "AP" not in record]
+    assert training == records(reference)
+    best = load_checkpoint(tmp_path / "checkpoints" / "best.pt")["step"]
+    aps = {record["step"]: record["AP"] for record in evaluations}
+    assert best == max(aps, key=lambda step: (aps[step], -step))  # the first of equal ones
+    saved = {path.name for path in (tmp_path / "checkpoints").glob("step_*.pt")}
+    assert saved == {"step_00000028.pt", "step_00000030.pt"}
+
+
+def test_saves_by_the_clock(data, tmp_path):
+    """So few minutes are over at every step."""
+    more = ["train.save_every=1000", "train.save_minutes=1e-9", "train.steps=3", "train.keep_last=10"]
+    train.main(arguments_of(data, tmp_path, *more))
+    names = sorted(path.name for path in (tmp_path / "checkpoints").glob("step_*"))
+    assert names == [f"step_{step:08d}.pt" for step in (1, 2, 3)]
+
+
+def test_a_skipped_step_is_counted_over_restarts(data, tmp_path, monkeypatch, capsys):
+    """Steps 2 and 3 have no finite gradient; one is allowed, and the restart remembers it."""
+    step = train.train_step
+    calls = []
+
+    def spoiled(network, model, *rest):
+        calls.append(1)
+        if len(calls) not in (2, 3):
+            return step(network, model, *rest)
+        kept = model.rpn.objectness.bias.detach().clone()
+        model.rpn.objectness.bias.data.fill_(float("nan"))
+        result = step(network, model, *rest)
+        model.rpn.objectness.bias.data.copy_(kept)
+        return result
+
+    monkeypatch.setattr(train, "train_step", spoiled)
+    more = ["train.on_nonfinite=skip", "train.max_skipped=1", "train.steps=4", "train.save_every=1"]
+    with pytest.raises(FloatingPointError, match=r"step 3: not finite: .*checkpoint is .*last\.pt"):
+        train.main(arguments_of(data, tmp_path, *more))
+    assert "step 2: not finite" in capsys.readouterr().out
+    assert load_checkpoint(tmp_path / "checkpoints" / "last.pt")["skipped"] == 1
+    calls[:] = [1, 1]
+    with pytest.raises(FloatingPointError, match="step 3"):
+        train.main(arguments_of(data, tmp_path, *more))
+    monkeypatch.undo()
+    train.main(arguments_of(data, tmp_path, *more))
+    assert [record["step"] for record in records(tmp_path)] == [1, 2, 3, 4]
+
+
+def _one_rank_spoiled(rank: int, folder: str) -> None:
+    """Two processes; rank 1's item has a loss that is not finite."""
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2
+    )
+    config = tiny_config("train.images_per_step=2")
+    torch.manual_seed(0)
+    model = build_model(config, range(NUM_CLASSES))
+    network = train._distribute(model, torch.device("cpu"))
+    network.train()
+    optimizer, scaler = make_optimizer(model, config), torch.amp.GradScaler("cpu", enabled=False)
+    batch = collate([make_sample(seed=rank)])
+    if rank == 1:
+        forward = model.forward
+
+        def infinite(*values):
+            output = forward(*values)
+            output.losses["box"] = output.losses["box"] + float("inf")  # its gradient is finite
+            return output
+
+        model.forward = infinite
+    _, norm = train.train_step(network, model, optimizer, scaler, [batch], 0.1, config)
+    Path(folder, f"norm_{rank}").write_text(str(norm))
+    torch.distributed.destroy_process_group()
+
+
+def test_all_processes_find_the_same_gradient_not_finite(tmp_path):
+    torch.multiprocessing.spawn(_one_rank_spoiled, (str(tmp_path),), nprocs=2)
+    norms = [(tmp_path / f"norm_{rank}").read_text() for rank in (0, 1)]
+    assert norms == ["nan", "nan"]
+
+
+def test_exit_codes(capsys):
+    def preempted() -> None:
+        raise train.Preempted("runs/x: asked to stop")
+
+    with pytest.raises(SystemExit) as stop:
+        run_command(preempted)
+    assert stop.value.code == EXIT_CODE == 75
+    assert "asked to stop" in capsys.readouterr().err
