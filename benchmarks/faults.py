@@ -6,7 +6,8 @@ FOLDER is a data root with the embedded benchmark (`python -m clis shapes FOLDER
 CLIS a short run is made once without a disturbance, then again with `kill -9` of the whole process group at
 random moments (while it trains, saves, evaluates or writes), each start getting on by about one of `--kills`
 parts; every second kill is of a single process of the group instead (a loader, or a worker under torchrun).
-Compared bit for bit: weights, queue, momentum copy, optimizer, metrics.jsonl without its time fields, eval.json.
+Compared bit for bit: weights, queue, momentum copy, optimizer, eval.json, and metrics.jsonl without its time
+fields.
 """
 
 from __future__ import annotations
