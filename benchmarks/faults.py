@@ -1,6 +1,6 @@
 """Killed at random moments and started again: does the run end as if nothing had happened?
 
-    python benchmarks/faults.py --data FOLDER [--kills 20] [--seed 0] [--processes 1 2] [key=value ...]
+    python benchmarks/faults.py [--processes 1 2] --data FOLDER [--kills 20] [--seed 0] [key=value ...]
 
 FOLDER is a data root with the embedded benchmark (`python -m clis shapes FOLDER/shapes`). For baseline and
 CLIS a short run is made once without a disturbance, then again with `kill -9` of the whole process group at
