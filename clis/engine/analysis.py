@@ -38,7 +38,7 @@ def write_class_table(
     pairs = np.unique(matches.truth_images[counted] * matches.num_classes + labels)
     images = np.bincount(pairs % matches.num_classes, minlength=matches.num_classes)
     instances = np.bincount(labels, minlength=matches.num_classes)
-    precision = curves.precision.mean(axis=1)  # [T, C, A]
+    precision = curves.mean_precision()
     columns = {
         "AP": precision[..., 0].mean(axis=0),
         "AP50": precision[0, :, 0],

@@ -46,6 +46,10 @@ class Curves:
     recall: np.ndarray
     """float64 [T, C, A] in [0, 1] or -1: with all detections counted."""
 
+    def mean_precision(self) -> np.ndarray:
+        """Over the recalls: float64 [T, C, A], -1 where undefined."""
+        return self.precision.mean(axis=1)
+
     def class_ap(self) -> np.ndarray:
         """AP of each class over all areas, float64 [C], -1 where the class has no ground truth."""
         return self.precision[..., 0].mean(axis=(0, 1))
@@ -184,15 +188,16 @@ def summarize(
             group: accumulate(matches.with_labels(labels), image_weights, 1)
             for group, labels in groups.items()
         }
-        metrics = _by_threshold(curves[""]) | {f"AP{g}": curves[g].precision for g in "rcf"}
+        precision = {group: each.mean_precision() for group, each in curves.items()}
+        metrics = _by_threshold(precision[""]) | {f"AP{group}": precision[group] for group in "rcf"}
     else:
         curves = accumulate(matches, image_weights, num_areas)
         areas = {name[0]: index for index, name in enumerate(AREA_RANGES) if 0 < index < num_areas}
-        precision, recall = curves.precision, curves.recall
+        precision, recall = curves.mean_precision(), curves.recall
         metrics = {
-            **_by_threshold(curves),
+            **_by_threshold(precision),
             **{f"AP{letter}": precision[..., index] for letter, index in areas.items()},
-            **{f"AP{group}": precision[:, :, frequency == group, 0] for group in "rcf"},
+            **{f"AP{group}": precision[:, frequency == group, 0] for group in "rcf"},
         }
         limit = max_detections if protocol == "standard" else FIXED_LIMIT
         metrics[f"AR@{limit}"] = recall[..., 0]
@@ -201,12 +206,12 @@ def summarize(
     return {prefix + name: defined_mean(values) for name, values in metrics.items()}
 
 
-def _by_threshold(curves: Curves) -> dict[str, np.ndarray]:
-    precision = curves.precision[..., 0]
+def _by_threshold(precision: np.ndarray) -> dict[str, np.ndarray]:
+    """Of precision [T, C, A] over all areas."""
     return {
-        "AP": precision,
-        "AP50": precision[IOU_THRESHOLDS == 0.5],
-        "AP75": precision[IOU_THRESHOLDS == 0.75],
+        "AP": precision[..., 0],
+        "AP50": precision[IOU_THRESHOLDS == 0.5, :, 0],
+        "AP75": precision[IOU_THRESHOLDS == 0.75, :, 0],
     }
 
 

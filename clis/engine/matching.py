@@ -310,7 +310,10 @@ def _within_limit(
         groups, limit = images.astype(np.int64) * (labels.max(initial=0) + 2) + labels + 1, max_detections
         groups = np.unique(groups, return_inverse=True)[1]
     kept = np.ones(len(groups), bool)
-    crowded = np.flatnonzero((np.bincount(groups) > limit)[groups]) if len(groups) else groups
+    counts = np.zeros(int(groups.max(initial=-1)) + 1, np.int64)
+    for part in _parts(len(groups)):
+        counts += np.bincount(groups[part], minlength=len(counts))
+    crowded = np.flatnonzero((counts > limit)[groups])
     if len(crowded):
         # Stable: of equal scores the earlier.
         order = crowded[np.lexsort((-scores[crowded], groups[crowded]))]
@@ -377,7 +380,7 @@ class BoxIoU:
 
 def _box_columns(boxes: np.ndarray) -> tuple[np.ndarray, ...]:
     """Left, top, right, bottom and area, float64, of boxes x y w h."""
-    x, y, w, h = boxes.T.astype(np.float64)
+    x, y, w, h = boxes.T.astype(np.float64, copy=False)
     return x, y, x + w, y + h, w * h
 
 
