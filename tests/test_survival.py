@@ -339,3 +339,17 @@ def test_exit_codes(capsys):
         run_command(preempted)
     assert stop.value.code == EXIT_CODE == 75
     assert "asked to stop" in capsys.readouterr().err
+
+
+def test_a_process_that_fails_ends_although_its_loaders_outlive_signals(data, tmp_path):
+    """The error is raised with a batch on its way, and its traceback is kept, as pytest keeps it."""
+    script = (
+        "import sys; from clis.engine import train\n"
+        "def fail(*_): raise ValueError('in the step')\n"
+        "train.train_step = fail\n"
+        "try: train.main(sys.argv[1:])\n"
+        "except ValueError as error: kept = error"
+    )
+    process = start(arguments_of(data, tmp_path, "data.workers=2"), [sys.executable, "-c", script])
+    output, _ = process.communicate(timeout=25)  # less than the loaders' grace
+    assert process.returncode == 0, output

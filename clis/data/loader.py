@@ -22,6 +22,8 @@ from clis.data.pasting import paste
 from clis.data.sampling import JointSampler, WorkItem
 from clis.data.transforms import random_flip, resize_shortest
 
+GRACE = 30
+"""Seconds that a loader process lives on behind SIGTERM, for the step to be finished."""
 MAX_REPLACEMENTS = 100
 """Unreadable images in a row after which a stream is taken to be gone."""
 
@@ -269,7 +271,7 @@ def train_loader(
         collate_fn=collate,
         num_workers=workers,
         pin_memory=pin,
-        worker_init_fn=_ignore_signals,
+        worker_init_fn=_outlive_signals,
     )
 
 
@@ -295,14 +297,17 @@ def image_loader(
         batch_size=images_per_batch,
         num_workers=workers,
         collate_fn=_unzip,
-        worker_init_fn=_ignore_signals,
+        worker_init_fn=_outlive_signals,
     )
 
 
-def _ignore_signals(worker: int) -> None:
-    """A signal to the whole process group is the main process's to answer; it still needs the batches."""
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
+def _outlive_signals(worker: int) -> None:
+    """A signal to the whole process group is the main process's to answer; it still needs the batches.
+
+    SIGTERM is also how a main process that exits ends its loaders, and waits for them: so not for ever.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(GRACE))
 
 
 def _unzip(pairs: Sequence[tuple[int, Tensor]]) -> tuple[list[int], list[Tensor]]:

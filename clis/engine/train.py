@@ -9,7 +9,7 @@ import json
 import math
 import resource
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -129,11 +129,15 @@ def train(config: Config, folder: Path, device: torch.device) -> CLISDetector:
 
     steps = range(first_step, config.train.steps)
     micro_batches = MicroBatches(sampler, steps, rank(), world_size(), images_per_process)
-    batches = iter(train_loader(dataset, micro_batches, config.data.workers, device.type == "cuda"))
+    loader = train_loader(dataset, micro_batches, config.data.workers, device.type == "cuda")
     log = MetricsLog(folder / "metrics.jsonl", first_step)
     schedule = Schedule(config, folder, first_step)
     num_unreadable = 0
-    with StopRequest() as stop, Progress("train", config.train.steps, first_step, "step") as progress:
+    with (
+        contextlib.closing(_batches(loader)) as batches,  # ends the loader processes, however the loop ends
+        StopRequest() as stop,
+        Progress("train", config.train.steps, first_step, "step") as progress,
+    ):
         for step in steps:
             began = time.monotonic()
             step_batches = [next(batches).to(device) for _ in range(accumulation)]
@@ -345,6 +349,10 @@ _UNSTABLE = (
     "a lower optim.lr or loss.beta, a longer optim.warmup_steps or an optim.clip_norm may help, or "
     "train.on_nonfinite=skip"
 )
+
+
+def _batches(loader: Iterable[Batch]) -> Generator[Batch, None, None]:
+    yield from loader
 
 
 def _check_skipped(
