@@ -65,7 +65,7 @@ def test_the_recipe_runs_on_photographs(tmp_path):
         json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
         for folder in (output / "detector", output)
     )
-    assert {"objectness", "image_cls", "contrastive"} == clis.keys() - detector.keys()
+    assert {"objectness", "image_cls", "contrastive", "queue_filled"} == clis.keys() - detector.keys()
     assert all(np.isfinite(value) for record in (detector, clis) for value in record.values())
 
     index = streams.make_index(config, load_annotations(SHARED / "coco_mini" / "train.json"))
