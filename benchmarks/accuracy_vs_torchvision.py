@@ -110,7 +110,7 @@ def train_peer(config: Config) -> FasterRCNN:
         peer.parameters(), lr=0.0, momentum=config.optim.momentum, weight_decay=config.optim.weight_decay
     )
     batches = MicroBatches(sampler, range(config.train.steps), 0, 1, config.train.images_per_step)
-    with Progress("torchvision", config.train.steps, unit="step") as progress:
+    with Progress("torchvision", config.train.steps) as progress:
         for step, batch in enumerate(train_loader(dataset, batches, config.data.workers, pin=False)):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, config.optim, config.train.images_per_step)
@@ -137,7 +137,7 @@ def evaluate_peer(peer: FasterRCNN, config: Config) -> dict[str, float]:
     category_ids = np.array([category.id for category in annotations.categories])
     read = functools.partial(read_validation_image, folder, annotations.file_names)
     loader = image_loader(read, range(len(annotations)), config.test.images_per_batch, config.data.workers)
-    with Progress("evaluate torchvision", len(annotations), unit="image") as progress:
+    with Progress("evaluate torchvision", len(annotations)) as progress:
         for rows, images in loader:
             for row, found in zip(rows, peer([image / 255 for image in images])):
                 boxes = found["boxes"].double()

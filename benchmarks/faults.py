@@ -1,13 +1,13 @@
 """Killed at random moments and started again: does the run end as if nothing had happened?
 
-    python benchmarks/faults.py [--processes 1 2] --data FOLDER [--kills 20] [--seed 0] [key=value ...]
+    python benchmarks/faults.py [--processes 1 2] [--kills 20] [--seed 0] [--out FOLDER] [key=value ...]
 
-FOLDER is a data root with the embedded benchmark (`python -m clis shapes FOLDER/shapes`). For baseline and
-CLIS a short run is made once without a disturbance, then again with `kill -9` of the whole process group at
-random moments (while it trains, saves, evaluates or writes), each start getting on by about one of `--kills`
-parts; every second kill is of a single process of the group instead (a loader, or a worker under torchrun).
-Compared bit for bit: weights, queue, momentum copy, optimizer, eval.json, and metrics.jsonl without its time
-fields.
+For baseline and CLIS a short run on a small form of the embedded benchmark is made once without a
+disturbance, then again with `kill -9` at random steps all along it, each followed by the same command. The
+kinds of kills take turns: the whole process group within a step, while a checkpoint is written, or during an
+evaluation; a single loader process, and a single worker of torchrun, after which the run has to end by
+itself. Compared bit for bit: weights, queue, momentum copy, optimizer, eval.json, and metrics.jsonl without
+its time fields. Exits with 1 if anything differs.
 """
 
 from __future__ import annotations
@@ -20,19 +20,29 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 
+from clis.data.shapes import ShapesSpec, write_shapes
 from clis.engine.checkpoint import load_checkpoint
 from clis.engine.log import TIME_FIELDS
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+DATA = ShapesSpec(
+    image_size=48, train_images=200, val_images=40, image_level_size=48, image_level_per_class=4
+)
+STEPS_PER_KILL = 8
+EVAL_EVERY = 10
 SHORT = [
-    "data.generate=null", "data.workers=1", "train.device=cpu", "train.steps=60", "train.save_every=7",
-    "train.log_every=1", "train.eval_every=20", "optim.warmup_steps=10", "model.backbone.width=16",
+    "data.generate=null", "data.workers=1", "train.device=cpu", "train.save_every=7", "train.log_every=1",
+    f"train.eval_every={EVAL_EVERY}", "optim.warmup_steps=10", "model.backbone.width=16",
+    "data.short_sides=[48,64]", "data.mosaic_size=64", "data.paste_size=[10,24]", "test.short_side=48",
 ]  # fmt: skip
+PATIENCE = 300
+"""Seconds for a start to reach its kill, or to end by itself behind one."""
 
 
 def command(config: str, processes: int, overrides: Sequence[str]) -> list[str]:
@@ -44,58 +54,107 @@ def command(config: str, processes: int, overrides: Sequence[str]) -> list[str]:
     return [*start, *script, *SHORT, *overrides]
 
 
-def start(arguments: Sequence[str]) -> subprocess.Popen:
+def start(arguments: Sequence[str], log: Path) -> subprocess.Popen:
+    log.parent.mkdir(parents=True, exist_ok=True)
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        arguments,
-        env=environment,
-        start_new_session=True,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
+    with log.open("a") as file:
+        return subprocess.Popen(
+            arguments, env=environment, start_new_session=True, stdout=file, stderr=subprocess.STDOUT
+        )
 
 
-def group(leader: int) -> list[int]:
-    """Processes of the session that `leader` began, without the leader."""
-    listing = subprocess.run(["ps", "-eo", "pid,sid"], capture_output=True, text=True).stdout
-    pairs = [line.split() for line in listing.splitlines()[1:]]
-    return [int(pid) for pid, session in pairs if int(session) == leader and int(pid) != leader]
+def run_to_the_end(arguments: Sequence[str], log: Path) -> None:
+    if start(arguments, log).wait() != 0:
+        raise RuntimeError(f"the run failed: {' '.join(arguments)}\n{log.read_text()[-3000:]}")
 
 
-def kill(process: subprocess.Popen, one: bool, generator: random.Random) -> None:
-    """`one`: a single other process of the group, after which the start has to end by itself."""
-    others = group(process.pid)
-    if one and others:
-        os.kill(generator.choice(others), signal.SIGKILL)
-        try:
-            process.wait(timeout=90)
-        except subprocess.TimeoutExpired:
+def generations(leader: int) -> list[list[int]]:
+    """Children of the process, their children, and so on."""
+    listing = subprocess.run(["ps", "-eo", "pid,ppid"], capture_output=True, text=True).stdout
+    pairs = [tuple(map(int, line.split())) for line in listing.splitlines()[1:]]
+    found = [[leader]]
+    while found[-1]:
+        found.append([pid for pid, parent in pairs if parent in found[-1]])
+    return found[1:-1]
+
+
+def wait_until(happened: Callable[[], bool], process: subprocess.Popen) -> bool:
+    """Looks every millisecond; False if the run ended first."""
+    until = time.monotonic() + PATIENCE
+    while not happened():
+        if process.poll() is not None:
+            return False
+        if time.monotonic() > until:
             os.killpg(process.pid, signal.SIGKILL)
-    else:
+            raise RuntimeError(f"nothing happened for {PATIENCE} s: {' '.join(process.args)}")
+        time.sleep(0.001)
+    return True
+
+
+class Run:
+    """A run folder as one sees it from outside."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def records(self) -> list[dict]:
+        """metrics.jsonl without its time fields; a line that is being written is left out."""
+        path = self.folder / "metrics.jsonl"
+        lines = path.read_text().split("\n")[:-1] if path.exists() else []
+        return [{k: v for k, v in json.loads(line).items() if k not in TIME_FIELDS} for line in lines]
+
+    def step(self) -> int:
+        records = self.records()
+        return records[-1]["step"] if records else 0
+
+    def is_saving(self) -> bool:
+        return any((self.folder / "checkpoints").glob(".*.tmp*"))
+
+    def is_evaluating(self) -> bool:
+        """Between the step before an evaluation and its record, or behind the last step."""
+        records = self.records()
+        return bool(records) and records[-1]["step"] % EVAL_EVERY == 0 and "AP" not in records[-1]
+
+
+def disturb(
+    arguments: Sequence[str], run: Run, kind: str, step: int, generator: random.Random, log: Path
+) -> bool:
+    """Starts the run and kills it at the step, or at its next if it is beyond; False if it ended first."""
+    step = max(step, run.step() + 1)
+    process = start(arguments, log)
+    moments = {"save": run.is_saving, "evaluation": run.is_evaluating}
+    happens = moments.get(kind, lambda: True)
+    if not wait_until(lambda: run.step() >= step and happens(), process):
+        return False
+    if kind != "save":
+        time.sleep(generator.uniform(0, 0.4))
+    family = generations(process.pid)
+    if kind in ("step", "save", "evaluation"):
         os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    for pid in group(process.pid):
-        os.kill(pid, signal.SIGKILL)
+    elif kind == "loader":
+        os.kill(generator.choice(family[-1]), signal.SIGKILL)
+    else:
+        os.kill(generator.choice(family[0]), signal.SIGKILL)
+    wait_until(lambda: process.poll() is not None, process)
+    for pid in (pid for generation in family for pid in generation):
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:
+            continue
+    return True
 
 
-def differences(folder: Path, reference: Path) -> list[str]:
+def differences(run: Run, reference: Run) -> list[str]:
     """What is not the same, bit for bit."""
-    states = [load_checkpoint(each / "checkpoints" / "last.pt") for each in (folder, reference)]
+    states = [load_checkpoint(each.folder / "checkpoints" / "last.pt") for each in (run, reference)]
     found = [key for key in states[1]["model"] if not torch.equal(*(state["model"][key] for state in states))]
     moments = [
         [entry["momentum_buffer"] for entry in state["optimizer"]["state"].values()] for state in states
     ]
     if len(moments[0]) != len(moments[1]) or not all(map(torch.equal, *moments)):
         found.append("optimizer")
-    lines = [
-        [
-            {k: v for k, v in json.loads(line).items() if k not in TIME_FIELDS}
-            for line in (each / "metrics.jsonl").read_text().splitlines()
-        ]
-        for each in (folder, reference)
-    ]
-    found += ["metrics.jsonl"] * (lines[0] != lines[1])
-    evals = [(each / "eval.json").read_text() for each in (folder, reference)]
+    found += ["metrics.jsonl"] * (run.records() != reference.records())
+    evals = [(each.folder / "eval.json").read_text() for each in (run, reference)]
     return found + ["eval.json"] * (evals[0] != evals[1])
 
 
@@ -103,45 +162,52 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--out", type=Path, default=Path("runs/faults"), help="a new folder")
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--configs", nargs="+", default=["baseline.yaml", "clis.yaml"])
     parser.add_argument("overrides", nargs="*", metavar="key=value")
-    arguments = parser.parse_args(argv)
+    arguments = parser.parse_intermixed_args(argv)
+    write_shapes(arguments.out / "shapes", DATA)
     print(
-        "| run | processes | kills | steps kept at the kills | differences |\n|---|---|---|---|---|",
+        "| run | processes | killed in | steps at the kills | differences |\n|---|---|---|---|---|",
         flush=True,
     )
-    for config in ("baseline.yaml", "clis.yaml"):
+    different = False
+    for config in arguments.configs:
         for processes in arguments.processes:
             generator = random.Random(arguments.seed)
-            folders = [arguments.out / f"{config}_{processes}" / name for name in ("reference", "run")]
-            shared = [*arguments.overrides, f"data.root={arguments.data.resolve()}"]
+            reference, run = (
+                Run(arguments.out / f"{config.removesuffix('.yaml')}_{processes}" / name)
+                for name in ("reference", "run")
+            )
+            shared = [f"train.steps={STEPS_PER_KILL * arguments.kills}", *arguments.overrides]
+            shared += [f"data.root={arguments.out.resolve()}"]
             if config == "clis.yaml":  # all from the centre: regions of a detector are not the question here
                 shared += ["regions.rule=center", "regions.detector=null"]
-            commands = [command(config, processes, [*shared, f"output={folder}"]) for folder in folders]
-            began = time.monotonic()
-            process = start(commands[0])
-            while not (folders[0] / "metrics.jsonl").exists() and process.poll() is None:
-                time.sleep(0.05)
-            startup = time.monotonic() - began
-            if process.wait() != 0:
-                raise RuntimeError(f"the undisturbed run failed: {' '.join(commands[0])}")
-            part = (time.monotonic() - began - startup) / arguments.kills
-            kept = []
+            commands = [
+                command(config, processes, [*shared, f"output={each.folder}"]) for each in (reference, run)
+            ]
+            log = run.folder.with_name("output.txt")
+            run_to_the_end(commands[0], log)
+            steps = reference.step()
+            kinds = ("step", "save", "evaluation", "loader", "worker")[: 5 if processes > 1 else 4]
+            killed = []
             for number in range(arguments.kills):
-                process = start(commands[1])
-                time.sleep(startup + generator.uniform(-0.5, 2.5) * part)
-                kill(process, number % 2 == 1, generator)
-                last = folders[1] / "checkpoints" / "last.pt"
-                kept.append(load_checkpoint(last)["step"] if last.exists() else 0)
-            if start(commands[1]).wait() != 0:
-                raise RuntimeError(f"the run failed after its kills: {' '.join(commands[1])}")
-            found = ", ".join(differences(folders[1], folders[0])) or "none"
-            steps = " ".join(map(str, kept))
-            print(f"| {config} | {processes} | {arguments.kills} | {steps} | {found} |", flush=True)
+                kind = kinds[number % len(kinds)]
+                step = int((number + generator.random()) / arguments.kills * steps)
+                if disturb(commands[1], run, kind, step, generator, log):
+                    killed.append((kind, run.step()))
+            run_to_the_end(commands[1], log)
+            found = differences(run, reference)
+            different |= bool(found)
+            counts = ", ".join(f"{count} {kind}" for kind, count in Counter(k for k, _ in killed).items())
+            places = " ".join(str(step) for _, step in killed)
+            print(
+                f"| {config} | {processes} | {counts} | {places} | {', '.join(found) or 'none'} |", flush=True
+            )
+    sys.exit(different)
 
 
 if __name__ == "__main__":

@@ -26,8 +26,9 @@ def run_command(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         sys.exit(130)
     except (ValueError, OSError, FloatingPointError, RuntimeError) as error:
-        # The loss of a loader process is a RuntimeError wherever the main process happens to be.
-        lost_loader = isinstance(error, RuntimeError) and "DataLoader worker" in str(error)
+        from clis.data.loader import is_lost_loader
+
+        lost_loader = is_lost_loader(error)
         if os.environ.get("CLIS_DEBUG") == "1" or (isinstance(error, RuntimeError) and not lost_loader):
             raise
         text = str(error).rstrip()
@@ -63,6 +64,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     command = commands.add_parser("compare", help="print the results of run folders as one table")
     command.add_argument("folders", nargs="+", type=Path, metavar="RUN_FOLDER")
     command.set_defaults(run=_compare)
+
+    command = commands.add_parser("tensorboard", help="write metrics.jsonl of run folders as event files")
+    command.add_argument("folders", nargs="+", type=Path, metavar="RUN_FOLDER")
+    command.add_argument("--follow", action="store_true", help="go on while the runs go on")
+    command.set_defaults(run=_tensorboard)
 
     arguments = parser.parse_args(argv)
     arguments.run(arguments)
@@ -101,6 +107,12 @@ def _compare(arguments: argparse.Namespace) -> None:
     from clis.engine.lvis_eval import format_table
 
     print(format_table({str(f): json.loads((f / "eval.json").read_text()) for f in arguments.folders}))
+
+
+def _tensorboard(arguments: argparse.Namespace) -> None:
+    from clis.engine.tensorboard import write_events
+
+    write_events(arguments.folders, arguments.follow)
 
 
 if __name__ == "__main__":

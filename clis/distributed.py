@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
+import uuid
 from collections.abc import Iterator
 from datetime import timedelta
 
@@ -49,16 +51,38 @@ def process_group(device: torch.device) -> Iterator[None]:
     if "WORLD_SIZE" not in os.environ or int(os.environ["WORLD_SIZE"]) == 1 or dist.is_initialized():
         yield
         return
-    # torchrun's c10d store outlives a restart, and with it the addresses of processes that are gone: every
-    # restart has its own names in it.
     store, place, size = next(dist.rendezvous("env://", timeout=TIMEOUT))
-    store = dist.PrefixStore(f"restart_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
-    backend = "nccl" if device.type == "cuda" else "gloo"
+    store = _own_names(store, place, size)
+    # gloo also on CUDA: what has to be gathered and need not be on the device travels from CPU to CPU
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, rank=place, world_size=size, timeout=TIMEOUT)
     try:
         yield
     finally:
         dist.destroy_process_group()
+
+
+def _own_names(store: dist.Store, place: int, size: int) -> dist.Store:
+    """The store under a new name that these processes agree on.
+
+    torchrun's c10d store outlives a restart, and with it the addresses of processes that are gone. The number
+    of restarts is no name: every node has its own, and it stays where a node joins or leaves. So each process
+    asks with a word of its own, and an answer to one that is gone is heard by nobody.
+    """
+    if place > 0:
+        question = uuid.uuid4().hex
+        store.set(f"question_{place}", question)
+        name = store.get(f"answer_{question}").decode()  # waits for it
+        store.set(f"{name}_heard_{place}", "")
+        return dist.PrefixStore(name, store)
+    name, unheard = uuid.uuid4().hex, set(range(1, size))
+    while unheard:
+        for other in unheard:
+            if store.check([f"question_{other}"]):
+                store.set(f"answer_{store.get(f'question_{other}').decode()}", name)
+        time.sleep(0.02)
+        unheard = {other for other in unheard if not store.check([f"{name}_heard_{other}"])}
+    return dist.PrefixStore(name, store)
 
 
 def barrier() -> None:
@@ -77,12 +101,27 @@ def all_gather_rows(rows: Tensor) -> Tensor:
     """Rows [n,...] of all ranks, n different on each, one below the other in the order of the ranks."""
     if not dist.is_initialized():
         return rows
+    padded, counts = _padded(rows)
+    gathered = [torch.empty_like(padded) for _ in counts]
+    dist.all_gather(gathered, padded)
+    return torch.cat([part[:count] for part, count in zip(gathered, counts)])
+
+
+def gather_rows(rows: Tensor) -> Tensor:
+    """As `all_gather_rows`, on rank 0 alone; the others get theirs back. From CPU to CPU also beside nccl."""
+    if not dist.is_initialized():
+        return rows
+    padded, counts = _padded(rows)
+    gathered = [torch.empty_like(padded) for _ in counts] if is_main() else None
+    dist.gather(padded, gathered)
+    return rows if gathered is None else torch.cat([part[:count] for part, count in zip(gathered, counts)])
+
+
+def _padded(rows: Tensor) -> tuple[Tensor, list[int]]:
+    """Rows filled up to the longest rank's number, and the number of each rank."""
     counts = torch.zeros(world_size(), dtype=torch.int64, device=rows.device)
     counts[rank()] = len(rows)
     dist.all_reduce(counts)
-    longest = int(counts.max())
-    padded = rows.new_zeros((longest, *rows.shape[1:]))
+    padded = rows.new_zeros((int(counts.max()), *rows.shape[1:]))
     padded[: len(rows)] = rows
-    gathered = [torch.empty_like(padded) for _ in range(world_size())]
-    dist.all_gather(gathered, padded)
-    return torch.cat([part[:count] for part, count in zip(gathered, counts.tolist())])
+    return padded, counts.tolist()

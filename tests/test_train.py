@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -15,18 +18,20 @@ import pytest
 import torch
 import torch.multiprocessing
 from conftest import NUM_CLASSES, make_sample, tiny_config
-from runs import CONFIG, REPOSITORY, SHORT, assert_same_state, assert_same_training, records
+from runs import BASELINE, CONFIG, REPOSITORY, SHORT, assert_same_state, assert_same_training, records
 from torch import nn
 
-from clis.config import OptimConfig, load_config
+from clis.config import LossConfig, OptimConfig, config_from_dict, load_config, merge_overrides
 from clis.data.images import ImageError
 from clis.data.loader import Batch, collate
 from clis.engine import evaluate, regions, train
-from clis.engine.checkpoint import load_checkpoint, load_detector
+from clis.engine.checkpoint import load_checkpoint, load_detector, load_model
+from clis.engine.describe import one_line, summarize_step
 from clis.engine.detections import Detections
-from clis.engine.log import MetricsLog
+from clis.engine.log import MetricsLog, Progress
 from clis.engine.lvis_eval import METRICS
 from clis.engine.optim import learning_rate, make_optimizer
+from clis.losses import CLASSIFICATION_LOSSES
 from clis.models import CLISDetector, build_model
 
 
@@ -128,25 +133,101 @@ class TestResume:
         assert path.read_text() == '{"step": 1}\n{"step": 2}\n{"step": 3, "loss": 0.5}\n'
 
 
+class TestWhatARunSays:
+    def test_its_effective_recipe(self, data, tmp_path, capsys):
+        """2 steps of 4 images are 8 of the draws that a pass over the 40 images has with its repetitions."""
+        train.main(["--config", BASELINE, *SHORT, f"data.root={data}", f"output={tmp_path}", "train.steps=2"])
+        said = capsys.readouterr().out
+        draws = int(re.search(r"repeat factors ceil, threshold 0.02: a pass is (\d+) images", said)[1])
+        for part in (
+            "40 instance-level images",
+            f"2 steps of 4 images (1 process(es), 1 micro-batch(es)): {8 / draws:.1f} passes over the",
+            "lr 0.01 (optim.lr 0.04 x 4 / 16 images), 2 steps of warm-up, x 0.1 at 480, 560; float32",
+            "M parameters trained, 0.0 M frozen",
+            "on: gradient clipping",
+            "off: TSS, objectness, image-level supervision, SS, pasting, CLR",
+        ):
+            assert part in said
+
+    def test_on_a_terminal_in_one_line_of_100_columns(self, monkeypatch):
+        """The full recipe, twelve hours to go, and losses as large as at its start."""
+
+        class Terminal(io.StringIO):
+            def isatty(self) -> bool:
+                return True
+
+        losses = ["loss", *LossConfig().weights]
+        monkeypatch.setattr(sys, "stdout", screen := Terminal())
+        with Progress("train", total=90000, start=10800) as progress:
+            progress.began = time.monotonic() - 55.0
+            progress.advance(100, text=one_line(dict.fromkeys(losses, 12.345)))
+            progress.bar.refresh()
+        lines = [line.strip() for line in screen.getvalue().split("\r") if line.strip()]
+        assert "train 10900/90000 1.82/s 12h05 left loss 12.3 rpn 12.3" in lines[-1]
+        assert "con 12.3" in lines[-1]
+        assert len(lines[-1]) <= 100
+
+    def test_in_json_that_others_can_read(self, tmp_path):
+        """The gradient's norm of a step that was left out is no JSON number."""
+        MetricsLog(tmp_path / "metrics.jsonl", 0).write({"step": 1, "loss": 0.5, "gradient_norm": math.nan})
+        line = (tmp_path / "metrics.jsonl").read_text()
+        assert json.loads(line, parse_constant=pytest.fail) == {"step": 1, "loss": 0.5, "gradient_norm": None}
+
+    def test_in_every_record(self, finished):
+        record = json.loads((finished / "metrics.jsonl").read_text().splitlines()[-1])
+        assert set(record) == {
+            "step", "lr", "loss", *LossConfig().weights, "gradient_norm", "positive_rois", "pairs",
+            "queue_filled", "images_per_second", "data_time", "compute_time", "peak_memory",
+        }  # fmt: skip
+        assert record["queue_filled"] == 2 * sum(4 * r["pairs"] for r in records(finished))  # both views
+
+    def test_to_tensorboard(self, tmp_path):
+        """New records are added; where a resumed run took some back, its own are there instead."""
+        accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+        from clis.engine.tensorboard import EventFile
+
+        def scalars(tag: str) -> list[tuple[int, float]]:
+            events = accumulator.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+            return [(event.step, event.value) for event in events.Scalars(tag)]
+
+        path = tmp_path / "metrics.jsonl"
+        path.write_text('{"step": 1, "loss": 2.0, "lr": 0.5}\n{"step": 2, "loss": 1.0, "lr": null}\n{"st')
+        file = EventFile(tmp_path)
+        assert file.update() == 2
+        path.write_text(path.read_text() + 'ep": 3, "loss": 0.5}\n{"step": 3, "AP": 0.25}\n')
+        assert file.update() == 2
+        assert scalars("loss/total") == [(1, 2.0), (2, 1.0), (3, 0.5)]
+        assert scalars("run/lr") == [(1, 0.5)]
+        assert scalars("evaluation/AP") == [(3, 0.25)]
+        path.write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "loss": 1.5}\n')
+        assert file.update() == 2
+        assert scalars("loss/total") == [(1, 2.0), (2, 1.5)]
+
+
 def batches_of(share: list[list[dict]]) -> list[Batch]:
     """Micro-batches from the options of `make_sample`."""
     return [collate([make_sample(**options) for options in micro]) for micro in share]
 
 
-# four items of a global batch; one without boxes and pairs, one that lost two regions
+# eight items of a global batch: one without boxes and pairs, one that lost two regions; the second half of
+# them, and so the second of two processes, has no pair at all
 ITEMS = [
     {"seed": 1},
     {"seed": 2, "truths": 0, "pairs": 0},
     {"seed": 3, "regions": 2, "pairs": 1},
     {"seed": 4, "pairs": 2},
+    *({"seed": seed, "pairs": 0} for seed in (5, 6, 7, 8)),
 ]
-STEPS = 3
+STEPS = 10
 
 
-def run_steps(rank: int, processes: int, accumulation: int, folder: str) -> None:
+def run_steps(rank: int, processes: int, accumulation: int, folder: str, loss: str) -> None:
     """Trains a float64 model for a few steps on this process's share of ITEMS and saves its end state."""
     torch.set_num_threads(1)
-    config = tiny_config(f"train.images_per_step={len(ITEMS)}", "optim.clip_norm=5", "clis.momentum=0.9")
+    config = tiny_config(
+        f"train.images_per_step={len(ITEMS)}", "optim.clip_norm=5", "clis.momentum=0.9",
+        f"loss.classification={loss}",
+    )  # fmt: skip
     if processes > 1:
         torch.distributed.init_process_group(
             "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=processes
@@ -165,26 +246,26 @@ def run_steps(rank: int, processes: int, accumulation: int, folder: str) -> None
         items = [{**options, "seed": options["seed"] + 10 * step} for options in mine]
         micro = batches_of([items[i : i + size] for i in range(0, share, size)])
         outputs, _ = train.train_step(network, model, optimizer, scaler, micro, 0.02, config)
-        totals.append(train.summarize_step(outputs, config))
+        totals.append(summarize_step(outputs, config))
     name = f"{processes}x{accumulation}_{rank}.pt"
     torch.save({"model": model.state_dict(), "totals": totals}, Path(folder, name))
     if processes > 1:
         torch.distributed.destroy_process_group()
 
 
-def _spawned(rank: int, folder: str) -> None:
-    run_steps(rank, 2, 1, folder)
+def _spawned(rank: int, folder: str, loss: str) -> None:
+    run_steps(rank, 2, 1, folder, loss)
 
 
-def test_processes_and_accumulation_are_the_same_mathematics(tmp_path):
-    """1 x 4 = 1 x 2 x 2 = 2 processes x 2, to 1e-9 in weights, queue, momentum copy and every loss."""
-    run_steps(0, 1, 1, str(tmp_path))
-    run_steps(0, 1, 2, str(tmp_path))
-    run_steps(0, 1, 4, str(tmp_path))
-    torch.multiprocessing.spawn(_spawned, (str(tmp_path),), nprocs=2)
+@pytest.mark.parametrize("loss", sorted(CLASSIFICATION_LOSSES))
+def test_processes_and_accumulation_are_the_same_mathematics(loss, tmp_path):
+    """1 x 8 = 1 x 4 x 2 = 2 processes x 4, to 1e-9 in weights, queue, momentum copy and every loss."""
+    for accumulation in (1, 2, 8):
+        run_steps(0, 1, accumulation, str(tmp_path), loss)
+    torch.multiprocessing.spawn(_spawned, (str(tmp_path), loss), nprocs=2)
     expected = torch.load(tmp_path / "1x1_0.pt")
     assert expected["model"]["contrastive.queue.pushed"] == 2 * STEPS * 5  # both views of five pairs a step
-    for name in ("1x2_0.pt", "1x4_0.pt", "2x1_0.pt", "2x1_1.pt"):
+    for name in ("1x2_0.pt", "1x8_0.pt", "2x1_0.pt", "2x1_1.pt"):
         found = torch.load(tmp_path / name)
         for key, value in expected["model"].items():
             torch.testing.assert_close(found["model"][key], value, rtol=0, atol=1e-9, msg=f"{name} {key}")
@@ -320,10 +401,28 @@ class TestBadInput:
             load_detector(tmp_path / "none.pt")
 
     def test_a_checkpoint_of_another_model_says_which_tensors_differ(self, finished):
+        state = load_checkpoint(finished / "checkpoints" / "last.pt")
+        values = merge_overrides(state["config"], ["model.roi.fc_dim=24"])
         with pytest.raises(
             ValueError, match=r"of another model: .*fc1\.weight is \[32, 784\], the model's is \[24"
         ):
-            evaluate.main([str(finished / "checkpoints" / "last.pt"), "model.roi.fc_dim=24"])
+            load_model(state, config_from_dict(values), "last.pt")
+
+    def test_evaluation_refuses_a_config_that_contradicts_the_checkpoint(self, finished, tmp_path):
+        """sampling_ratio fits the same weights, and would give other detections in silence."""
+        checkpoint = str(finished / "checkpoints" / "last.pt")
+        for override in ("model.roi.sampling_ratio=2", "clis.objectness=false"):
+            with pytest.raises(
+                ValueError, match=rf"last.pt holds another detector: {override.split('=')[0]}"
+            ):
+                evaluate.main([checkpoint, override])
+        evaluate.main([checkpoint, "model.rpn.proposals=20", "test.nms_iou=0.6", f"output={tmp_path}"])
+
+    def test_a_run_does_not_go_on_from_the_checkpoint_of_another(self, data, tmp_path):
+        train.main(self.arguments(data, tmp_path / "a"))
+        shutil.copytree(tmp_path / "a" / "checkpoints", tmp_path / "b" / "checkpoints")
+        with pytest.raises(ValueError, match=r"last\.pt is of another config: optim\.lr: 0\.04 != 0\.01"):
+            train.main(self.arguments(data, tmp_path / "b", "optim.lr=0.01"))
 
     def test_commands_tell_errors_without_a_traceback(self, tmp_path):
         result = subprocess.run(

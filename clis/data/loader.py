@@ -301,6 +301,11 @@ def image_loader(
     )
 
 
+def is_lost_loader(error: BaseException) -> bool:
+    """Whether this is what torch raises, anywhere in the main process, when a loader process is killed."""
+    return isinstance(error, RuntimeError) and "DataLoader worker" in str(error)
+
+
 def _outlive_signals(worker: int) -> None:
     """A signal to the whole process group is the main process's to answer; it still needs the batches.
 

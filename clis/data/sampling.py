@@ -250,6 +250,17 @@ class JointSampler:
         self._s = s
         self._seed = seed
 
+    @property
+    def instance_pass(self) -> int:
+        """Draws that are one pass over the instance-level images, with their repetitions."""
+        return len(self._instance_sampler)
+
+    def passes(self, steps: int) -> tuple[float, float]:
+        """Passes over the instance-level and over the image-level images in so many steps."""
+        draws = steps * self._images_per_step
+        image_level = draws * self._s / len(self._image_level_sampler) if self._image_level_sampler else 0.0
+        return draws / len(self._instance_sampler), image_level
+
     def items(self, step: int) -> list[WorkItem]:
         """Return the global batch of a step (0 for the first): images_per_step items in a fixed order.
 

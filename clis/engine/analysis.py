@@ -102,7 +102,7 @@ def bootstrap(
     names = [name for name, value in _figures(first, categories, None).items() if value >= 0]
     difference = _difference(first, second, categories, names, None)
     drawn = np.empty((samples, len(names)))
-    with Progress("bootstrap", samples, unit="sample") as progress:
+    with Progress("bootstrap", samples) as progress:
         for row in drawn:
             weights = generator.multinomial(first.num_images, np.full(first.num_images, 1 / first.num_images))
             row[:] = _difference(first, second, categories, names, weights)

@@ -12,6 +12,7 @@ import torch
 
 from clis.config import Config, config_from_dict, config_to_dict
 from clis.data.annotations import Category
+from clis.data.loader import is_lost_loader
 from clis.engine.log import say
 from clis.files import written_whole
 from clis.models import CLISDetector, build_model
@@ -50,6 +51,8 @@ def save_checkpoint(
             torch.save(state, temporary)
         link(path, folder / "last.pt")
     except (OSError, RuntimeError) as error:  # torch's writer has RuntimeErrors for a full disk
+        if is_lost_loader(error):  # raised wherever the main process happens to be
+            raise
         before = saved_checkpoints(folder)
         good = f"the last good one is {before[0]}" if before else "there is none from before"
         raise OSError(

@@ -8,16 +8,25 @@ import functools
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from clis.config import Config, config_from_dict, config_to_dict, data_path, merge_overrides, with_root
+from clis.config import (
+    Config,
+    config_differences,
+    config_from_dict,
+    config_to_dict,
+    data_path,
+    merge_overrides,
+    with_root,
+)
 from clis.data.annotations import Annotations, Category, check_same_categories, load_annotations
 from clis.data.images import read_image
 from clis.data.loader import image_loader
-from clis.distributed import all_gather_rows, choose_device, is_main, process_group, rank, world_size
+from clis.distributed import choose_device, gather_rows, is_main, process_group, rank, world_size
 from clis.engine import report
 from clis.engine.checkpoint import load_checkpoint, load_model
 from clis.engine.detections import Detections
@@ -25,6 +34,9 @@ from clis.engine.log import Progress, say
 from clis.engine.lvis_eval import METRICS, evaluate, format_table
 from clis.files import written_whole
 from clis.models import CLISDetector
+
+INFERENCE = ("model.rpn.pre_nms_test", "model.rpn.proposals", "model.rpn.nms_iou")
+"""Fields of the model that a trained detector may be evaluated with other values of."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -60,12 +72,28 @@ def main(argv: Sequence[str] | None = None) -> None:
     values = config_to_dict(config_from_dict(state["config"], source=str(arguments.checkpoint)))
     values["output"] = str(arguments.checkpoint.with_suffix(""))
     config = with_root(config_from_dict(merge_overrides(values, arguments.overrides), source="override"))
+    _check_same_model(config, state, arguments.checkpoint)
     device = choose_device(config.train.device)
     with process_group(device):
         detector = load_model(state, config, str(arguments.checkpoint)).to(device).eval()
         metrics = evaluate_detector(detector, config, Path(config.output))
         say(format_table({str(arguments.checkpoint): metrics}))
         say(f"{config.output}/eval.json, detections.npz")
+
+
+def _check_same_model(config: Config, state: dict[str, Any], checkpoint: Path) -> None:
+    """Raises `ValueError` for an override that makes another detector of the checkpoint than was trained."""
+    trained = config_from_dict(state["config"], source=str(checkpoint))
+    differences = [
+        difference
+        for difference in config_differences(trained, config)
+        if difference.startswith(("model.", "clis.")) and not difference.startswith(INFERENCE)
+    ]
+    if differences:
+        raise ValueError(
+            f"{checkpoint} holds another detector: {'; '.join(differences[:5])}; of model and clis only "
+            f"{', '.join(INFERENCE)} can change after the training"
+        )
 
 
 def evaluate_detector(detector: CLISDetector, config: Config, folder: Path) -> dict[str, float]:
@@ -105,20 +133,22 @@ def check_validation(config: Config, categories: Sequence[Category]) -> None:
 
 
 def run_detector(detector: CLISDetector, config: Config, annotations: Annotations) -> Detections:
-    """Detections of all images, gathered from all ranks, in the order of the images, best first in each."""
-    device = next(detector.parameters()).device
+    """Detections of all images in their order, best first in each; on ranks above 0 those of their own share.
+
+    They wait on the CPU and are gathered there, so no device ever holds more than those of one batch.
+    """
     read = functools.partial(
         read_validation_image, data_path(config, config.data.val_images), annotations.file_names
     )
     rows = range(rank(), len(annotations), world_size())
     loader = image_loader(read, rows, config.test.images_per_batch, config.data.workers)
-    columns = [torch.zeros(0, 7, dtype=torch.float64, device=device)]
-    with Progress("evaluate", len(rows), unit="image") as progress:
+    columns = [torch.zeros(0, 7, dtype=torch.float64)]
+    with Progress("evaluate", len(rows)) as progress:
         for batch_rows, images in loader:
             for row, found in zip(batch_rows, detector.detect(images)):
-                columns.append(_columns(row, found.boxes, found.scores, found.labels))
+                columns.append(_columns(row, found.boxes, found.scores, found.labels).cpu())
             progress.advance(len(images))
-    table = all_gather_rows(torch.cat(columns)).cpu().numpy()
+    table = gather_rows(torch.cat(columns)).numpy()
     table = table[np.argsort(table[:, 0], kind="stable")]
     category_ids = np.array([category.id for category in annotations.categories])
     return Detections(

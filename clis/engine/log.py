@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
 from collections.abc import Mapping
@@ -13,7 +14,7 @@ from tqdm import tqdm
 from clis.distributed import is_main
 from clis.files import written_whole
 
-TIME_FIELDS = ("time", "data_time", "images_per_second", "peak_memory")
+TIME_FIELDS = ("data_time", "compute_time", "images_per_second", "peak_memory")
 """What differs from run to run in metrics.jsonl; all else is the same for the same config and seed."""
 PLAIN_INTERVAL = 15.0
 """Seconds between lines where the output is not a terminal."""
@@ -32,16 +33,14 @@ class Progress:
     Use as a context manager and call `advance` as the work goes on.
     """
 
-    def __init__(self, label: str, total: int, start: int = 0, unit: str = "it") -> None:
-        self.label, self.total, self.start, self.done, self.unit = label, total, start, start, unit
+    def __init__(self, label: str, total: int, start: int = 0) -> None:
+        self.label, self.total, self.start, self.done = label, total, start, start
         self.began = self.last_line = time.monotonic()
         live = sys.stdout.isatty()
         self.text = ""
         self.bar = None
         if is_main() and live:
-            self.bar = tqdm(
-                desc=label, total=total, initial=start, unit=unit, file=sys.stdout, dynamic_ncols=True
-            )
+            self.bar = tqdm(file=sys.stdout, dynamic_ncols=True, bar_format="{desc}")
 
     def __enter__(self) -> Progress:
         return self
@@ -50,37 +49,35 @@ class Progress:
         if self.bar is not None:
             self.bar.close()
         elif kind is None and self.done > self.start:
-            self._line(self.text)
+            self._say()
 
     def advance(self, count: int = 1, text: str = "") -> None:
         """`count` more are done; `text`, if any, says how it stands."""
         self.done += count
         self.text = text or self.text
         if self.bar is not None:
-            self.bar.set_postfix_str(self.text, refresh=False)
+            self.bar.set_description_str(self._line(), refresh=False)
             self.bar.update(count)
         elif time.monotonic() - self.last_line >= PLAIN_INTERVAL and self.done < self.total:
-            self._line(self.text)
+            self._say()
 
-    def _line(self, text: str) -> None:
-        self.last_line = now = time.monotonic()
-        rate = (self.done - self.start) / max(now - self.began, 1e-9)
+    def _say(self) -> None:
+        self.last_line = time.monotonic()
+        say(self._line())
+
+    def _line(self) -> str:
+        """With the losses of a step it fits 100 columns."""
+        passed = time.monotonic() - self.began
+        rate = (self.done - self.start) / max(passed, 1e-9)
         left = (self.total - self.done) / max(rate, 1e-9)
-        state = f"{self.label} {self.done}/{self.total}  {rate:.2f} {self.unit}/s"
-        say(
-            "  ".join(
-                part
-                for part in (state, f"{clock(left)} left" if left else clock(now - self.began), text)
-                if part
-            )
-        )
+        times = f"{clock(left)} left" if left else f"in {clock(passed)}"
+        return f"{self.label} {self.done}/{self.total} {rate:.2f}/s {times} {self.text}".rstrip()
 
 
 def clock(seconds: float) -> str:
-    """``1:02:03`` or ``2:03``."""
+    """``1h02``, or ``2:03`` for minutes and seconds."""
     minutes, second = divmod(round(seconds), 60)
-    hours, minute = divmod(minutes, 60)
-    return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"
+    return f"{minutes // 60}h{minutes % 60:02}" if minutes >= 60 else f"{minutes}:{second:02}"
 
 
 class MetricsLog:
@@ -105,6 +102,8 @@ class MetricsLog:
             temporary.write_text("".join(kept))
 
     def write(self, record: Mapping[str, float | int]) -> None:
+        """Appends a line; a number that is not finite (a skipped step's) becomes null: JSON has none."""
         if is_main():
+            record = {name: value if math.isfinite(value) else None for name, value in record.items()}
             with self.path.open("a") as file:
                 file.write(json.dumps(record) + "\n")

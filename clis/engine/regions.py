@@ -105,7 +105,7 @@ def make_regions(config: Config, index: ImageLevelIndex, detector: CLISDetector 
         functools.partial(_read, index), mine, config.regions.images_per_batch, config.data.workers
     )
     unreadable = []
-    with Progress("regions", len(mine), unit="image") as progress:
+    with Progress("regions", len(mine)) as progress:
         for rows, images in loader:
             unreadable += [image for image in images if isinstance(image, str)]
             if len(unreadable) > config.data.max_bad_images:

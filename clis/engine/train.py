@@ -7,7 +7,6 @@ import contextlib
 import inspect
 import json
 import math
-import resource
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -25,11 +24,9 @@ from clis.config import (
     load_config,
     read_yaml,
 )
-from clis.data.annotations import Annotations
-from clis.data.image_level import ImageLevelIndex
+from clis.data.annotations import Category, check_same_categories
 from clis.data.images import ImageError
 from clis.data.loader import Batch, MicroBatches, train_loader
-from clis.data.sampling import JointSampler
 from clis.data.shapes import ShapesSpec, write_shapes
 from clis.distributed import (
     all_gather_rows,
@@ -42,6 +39,7 @@ from clis.distributed import (
     world_size,
 )
 from clis.engine.checkpoint import load_last_checkpoint, save_checkpoint, saved_checkpoints
+from clis.engine.describe import describe_run, measures, one_line, summarize_step
 from clis.engine.evaluate import check_validation, evaluate_detector
 from clis.engine.log import MetricsLog, Progress, say
 from clis.engine.lvis_eval import format_table
@@ -121,10 +119,10 @@ def train(config: Config, folder: Path, device: torch.device) -> CLISDetector:
     model = build_model(config, annotations.categories).to(device)
     optimizer = make_optimizer(model, config)
     scaler = torch.amp.GradScaler(device.type, enabled=config.train.precision == "float16")
-    first_step, skipped = _resume(folder, model, optimizer, scaler)
+    first_step, skipped = _resume(folder, model, optimizer, scaler, config)
     network = _distribute(model, device)
     network.train()
-    _describe(config, annotations, dataset.index, sampler, model, accumulation)
+    say(describe_run(config, annotations, dataset.index, sampler, model, accumulation))
     unmark(folder)
 
     steps = range(first_step, config.train.steps)
@@ -133,10 +131,11 @@ def train(config: Config, folder: Path, device: torch.device) -> CLISDetector:
     log = MetricsLog(folder / "metrics.jsonl", first_step)
     schedule = Schedule(config, folder, first_step)
     num_unreadable = 0
+    times: list[tuple[float, float]] = []  # waiting for data and computing, since the last record
     with (
         contextlib.closing(_batches(loader)) as batches,  # ends the loader processes, however the loop ends
         StopRequest() as stop,
-        Progress("train", config.train.steps, first_step, "step") as progress,
+        Progress("train", config.train.steps, first_step) as progress,
     ):
         for step in steps:
             began = time.monotonic()
@@ -149,10 +148,11 @@ def train(config: Config, folder: Path, device: torch.device) -> CLISDetector:
             ).tolist()
             num_unreadable += new_unreadable
             _check_unreadable(unreadable, num_unreadable, config)
-            data_time = time.monotonic() - began
+            loaded = time.monotonic()
 
             rate = learning_rate(step, config.optim, config.train.images_per_step)
             outputs, norm = train_step(network, model, optimizer, scaler, step_batches, rate, config)
+            times.append((loaded - began, time.monotonic() - loaded))
             if not math.isfinite(norm) and not scaler.is_enabled():  # float16 scaling expects some
                 skipped += 1
                 _check_skipped(skipped, step, outputs, step_batches, folder, config)
@@ -161,8 +161,10 @@ def train(config: Config, folder: Path, device: torch.device) -> CLISDetector:
             text, ap = "", None
             if done % config.train.log_every == 0 or done == config.train.steps:
                 record = summarize_step(outputs, config)
-                log.write({"step": done, **record, **_measures(model, norm, rate, began, data_time, config)})
-                text = _one_line(record)
+                seconds = [sum(column) / len(times) for column in zip(*times)]
+                log.write({"step": done, **record, **measures(model, norm, rate, *seconds, config)})
+                text = one_line(record)
+                times.clear()
             progress.advance(text=text)
             if (evaluation := schedule.evaluation_folder(done)) is not None:
                 metrics = evaluate_detector(model.eval(), config, evaluation)
@@ -259,21 +261,6 @@ def count_normalizers(batches: Sequence[Batch], config: Config, device: torch.de
     return Normalizers(config.train.images_per_step / processes, regions / processes, pairs / processes)
 
 
-def summarize_step(outputs: Sequence[TrainOutput], config: Config) -> dict[str, float]:
-    """Weighted total and raw losses of the global batch; its counts for each instance-level image."""
-    losses = {name: sum(output.losses[name].detach() for output in outputs) for name in outputs[0].losses}
-    stats = {
-        name: sum(output.stats[name].detach().to(losses["box"].device) for output in outputs)
-        for name in outputs[0].stats
-    }
-    values = torch.stack([value.double() for value in (*losses.values(), *stats.values())])
-    values = all_reduce_sum(values).tolist()
-    record = {name: value / world_size() for name, value in zip(losses, values)}
-    total = sum(config.loss.weights[name] * loss for name, loss in record.items())
-    counts = zip(stats, values[len(losses) :])
-    return {"loss": total} | record | {name: count / config.train.images_per_step for name, count in counts}
-
-
 # ---------------------------------------------------------------------------------------------------------
 
 
@@ -281,7 +268,7 @@ def generate_shapes(folder: Path, spec: ShapesSpec | None = None) -> None:
     """Writes the embedded benchmark, by rank 0, if it is not there."""
     spec = spec or ShapesSpec()
     if is_main():
-        with Progress(f"write {folder}", spec.num_images, unit="image") as progress:
+        with Progress(f"write {folder}", spec.num_images) as progress:
             write_shapes(folder, spec, lambda *_: progress.advance())
     barrier()
 
@@ -307,12 +294,22 @@ def _resume(
     model: CLISDetector,
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
+    config: Config,
 ) -> tuple[int, int]:
-    """Loads the last readable checkpoint, if there is one: the step to go on with, and the steps skipped."""
+    """Loads the last readable checkpoint, if there is one: the step to go on with, and the steps skipped.
+
+    Raises:
+        ValueError: it was trained by another config or for other categories.
+    """
     found = load_last_checkpoint(folder / "checkpoints")
     if found is None:
         return 0, 0
     state, path = found
+    differences = config_differences(config_from_dict(state["config"], source=str(path)), config)
+    if differences:
+        raise ValueError(f"{path} is of another config: {'; '.join(differences[:5])}; remove it")
+    saved = [Category(**category) for category in state["categories"]]
+    check_same_categories(saved, str(path), model.categories, "the training split")
     load_state(model, state["model"], str(path))
     optimizer.load_state_dict(state["optimizer"])
     scaler.load_state_dict(state["scaler"])
@@ -391,27 +388,6 @@ def _check_unreadable(messages: Sequence[str], count: int, config: Config) -> No
         )
 
 
-def _measures(
-    model: CLISDetector, norm: float, rate: float, began: float, data_time: float, config: Config
-) -> dict[str, float]:
-    """What metrics.jsonl has beside losses and counts; the times are of this step, as rank 0 saw it."""
-    duration = time.monotonic() - began
-    device = next(model.parameters()).device
-    if device.type == "cuda":
-        peak = torch.cuda.max_memory_allocated(device)
-    else:
-        peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # kilobytes, on Linux
-    filled = {} if model.contrastive is None else {"queue_filled": model.contrastive.queue.num_filled()}
-    return filled | {
-        "gradient_norm": norm,
-        "lr": rate,
-        "time": duration,
-        "data_time": data_time,
-        "images_per_second": config.train.images_per_step / duration,
-        "peak_memory": peak / 2**30,
-    }
-
-
 def _update_momentum_copy(model: CLISDetector, outputs: Sequence[TrainOutput]) -> None:
     """After the step: move the momentum copy and push all ranks' keys in the order of the global batch."""
     if model.contrastive is None:
@@ -419,47 +395,6 @@ def _update_momentum_copy(model: CLISDetector, outputs: Sequence[TrainOutput]) -
     keys = all_gather_rows(torch.cat([output.keys[0] for output in outputs]))
     labels = all_gather_rows(torch.cat([output.keys[1] for output in outputs]))
     model.contrastive.update(model.classification.sub_network, keys, labels)
-
-
-_SHORT = {
-    "loss": "loss", "rpn_objectness": "rpn", "box": "box", "objectness": "obj", "instance_cls": "cls",
-    "image_cls": "img", "contrastive": "con",
-}  # fmt: skip
-
-
-def _one_line(record: dict[str, float]) -> str:
-    """The losses in few letters: with rate and time left, the line fits 100 columns."""
-    return " ".join(f"{short} {record[name]:.2f}" for name, short in _SHORT.items() if name in record)
-
-
-def _describe(
-    config: Config,
-    annotations: Annotations,
-    index: ImageLevelIndex | None,
-    sampler: JointSampler,
-    model: CLISDetector,
-    accumulation: int,
-) -> None:
-    """What this run trains on and with."""
-    train = config.train
-    groups = [category.frequency for category in annotations.categories]
-    counts = " ".join(f"{groups.count(group)} {group}" for group in "rcf")
-    say(
-        f"  {len(annotations)} instance-level images, {len(annotations.labels)} boxes, "
-        f"{len(groups)} classes ({counts})"
-    )
-    if index is not None:
-        say(
-            f"  {len(index)} image-level images of {len(set(index.labels.tolist()))} classes, "
-            f"s={config.clis.s} t={config.clis.t}"
-        )
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    rate = learning_rate(max(config.optim.warmup_steps, 0), config.optim, train.images_per_step)
-    say(
-        f"  {train.steps} steps of {train.images_per_step} images on {world_size()} process(es) with "
-        f"{accumulation} micro-batch(es), lr {rate:g} after warm-up, {trained / 1e6:.1f} M parameters\n"
-        f"  run folder {config.output}"
-    )
 
 
 def _compare(configs: Sequence[Config]) -> None:

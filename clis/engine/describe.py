@@ -1,0 +1,121 @@
+"""What a run says of itself: its effective recipe at the start, the record and the line of a step."""
+
+from __future__ import annotations
+
+import resource
+from collections.abc import Sequence
+
+import torch
+
+from clis.config import Config
+from clis.data.annotations import Annotations
+from clis.data.image_level import ImageLevelIndex
+from clis.data.sampling import JointSampler
+from clis.distributed import all_reduce_sum, world_size
+from clis.engine.optim import learning_rate
+from clis.models import CLISDetector, TrainOutput
+
+
+def describe_run(
+    config: Config,
+    annotations: Annotations,
+    index: ImageLevelIndex | None,
+    sampler: JointSampler,
+    model: CLISDetector,
+    accumulation: int,
+) -> str:
+    """The recipe as it will run on these data and processes, line by line."""
+    data, clis, train, optim = config.data, config.clis, config.train, config.optim
+    groups = [category.frequency for category in annotations.categories]
+    counts = " ".join(f"{groups.count(group)} {group}" for group in "rcf")
+    instance, image_level = sampler.passes(train.steps)
+    lines = [
+        f"{len(annotations)} instance-level images, {len(annotations.labels)} boxes, {len(groups)} classes "
+        f"({counts}); repeat factors {data.repeat_rounding}, threshold {data.repeat_threshold:g}: a pass is "
+        f"{sampler.instance_pass} images"
+    ]
+    if index is not None:
+        lines.append(
+            f"{len(index)} image-level images of {len(set(index.labels.tolist()))} classes, "
+            f"s={clis.s} t={clis.t}, alpha {config.loss.alpha:g} beta {config.loss.beta:g}"
+        )
+    lines.append(
+        f"{train.steps} steps of {train.images_per_step} images ({world_size()} process(es), {accumulation} "
+        f"micro-batch(es)): {instance:.1f} passes over the instance-level images"
+        + (f", {image_level:.1f} over the image-level ones" if index is not None else "")
+    )
+    rate = learning_rate(optim.warmup_steps, optim, train.images_per_step)
+    decays = f", x {optim.decay_factor:g} at {', '.join(map(str, optim.decay_steps))}" * bool(
+        optim.decay_steps
+    )
+    lines.append(
+        f"lr {rate:g} (optim.lr {optim.lr:g} x {train.images_per_step} / {optim.lr_images} images), "
+        f"{optim.warmup_steps} steps of warm-up{decays}; {train.precision}"
+    )
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
+    lines.append(f"{trained / 1e6:.1f} M parameters trained, {frozen / 1e6:.1f} M frozen or a momentum copy")
+    parts = {
+        "TSS": clis.task_specialized,
+        "objectness": clis.objectness,
+        "image-level supervision": clis.s > 0,
+        "SS": clis.s > 0 and clis.siamese,
+        "pasting": clis.t > 0,
+        "CLR": clis.contrastive,
+        "gradient clipping": optim.clip_norm is not None,
+    }
+    for word, state in (("on", True), ("off", False)):
+        names = [name for name, on in parts.items() if bool(on) is state]
+        lines.append(f"{word}: {', '.join(names) or 'nothing'}")
+    return "\n".join(f"  {line}" for line in [*lines, f"run folder {config.output}"])
+
+
+def summarize_step(outputs: Sequence[TrainOutput], config: Config) -> dict[str, float]:
+    """Weighted total and raw losses of the global batch; its counts for each instance-level image."""
+    losses = {name: sum(output.losses[name].detach() for output in outputs) for name in outputs[0].losses}
+    stats = {
+        name: sum(output.stats[name].detach().to(losses["box"].device) for output in outputs)
+        for name in outputs[0].stats
+    }
+    values = torch.stack([value.double() for value in (*losses.values(), *stats.values())])
+    values = all_reduce_sum(values).tolist()
+    record = {name: value / world_size() for name, value in zip(losses, values)}
+    total = sum(config.loss.weights[name] * loss for name, loss in record.items())
+    counts = zip(stats, values[len(losses) :])
+    return {"loss": total} | record | {name: count / config.train.images_per_step for name, count in counts}
+
+
+def measures(
+    model: CLISDetector, norm: float, rate: float, data_time: float, compute_time: float, config: Config
+) -> dict[str, float]:
+    """What metrics.jsonl has beside losses and counts; times in seconds a step, as rank 0 saw them."""
+    device = next(model.parameters()).device
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(device)
+    else:
+        peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # kilobytes, on Linux
+    filled = {} if model.contrastive is None else {"queue_filled": model.contrastive.queue.num_filled()}
+    return filled | {
+        "gradient_norm": norm,
+        "lr": rate,
+        "data_time": data_time,
+        "compute_time": compute_time,
+        "images_per_second": config.train.images_per_step / (data_time + compute_time),
+        "peak_memory": peak / 2**30,
+    }
+
+
+_SHORT = {
+    "loss": "loss", "rpn_objectness": "rpn", "box": "box", "objectness": "obj", "instance_cls": "cls",
+    "image_cls": "img", "contrastive": "con",
+}  # fmt: skip
+
+
+def one_line(record: dict[str, float]) -> str:
+    """The losses in few letters: with rate and time left, the line fits 100 columns."""
+    return " ".join(f"{short} {_four(record[name])}" for name, short in _SHORT.items() if name in record)
+
+
+def _four(value: float) -> str:
+    """In four characters, up to 9999."""
+    return f"{value:.2f}" if value < 9.995 else f"{value:.1f}" if value < 99.95 else f"{value:.0f}"

@@ -1,0 +1,79 @@
+"""metrics.jsonl of run folders as TensorBoard event files (the extra ``[report]``)."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from clis.config import LossConfig
+from clis.engine.log import say
+from clis.engine.lvis_eval import METRICS
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+POLL = 5.0
+"""Seconds between two looks at the runs that are followed."""
+
+
+class EventFile:
+    """The records of one run, written as events into the folder ``tensorboard`` of the run folder."""
+
+    def __init__(self, folder: Path) -> None:
+        """
+        Raises:
+            FileNotFoundError: the folder has no metrics.jsonl.
+            ValueError: TensorBoard is not installed.
+        """
+        self.metrics, self.folder = folder / "metrics.jsonl", folder / "tensorboard"
+        if not self.metrics.exists():
+            raise FileNotFoundError(f"{self.metrics}: no such file; name run folders, e.g. runs/shapes/clis")
+        self.writer: SummaryWriter | None = None
+        self.written: list[str] = []
+
+    def update(self) -> int:
+        """Writes the new records, or all again where a resumed run has taken some back; their number."""
+        lines = self.metrics.read_text().split("\n")[:-1]  # what is behind the last newline is not whole yet
+        if self.writer is None or lines[: len(self.written)] != self.written:
+            self.writer, self.written = self._start_over(), []
+        new = lines[len(self.written) :]
+        for record in map(json.loads, new):
+            step = record.pop("step")
+            for name, value in record.items():
+                if value is not None:
+                    self.writer.add_scalar(_tag(name), value, step)
+        self.writer.flush()
+        self.written = lines
+        return len(new)
+
+    def _start_over(self) -> SummaryWriter:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            raise ValueError('TensorBoard is not installed: pip install -e ".[report]"') from None
+        if self.writer is not None:
+            self.writer.close()
+        for old in self.folder.glob("events.out.tfevents.*"):
+            old.unlink()
+        return SummaryWriter(str(self.folder))
+
+
+def write_events(folders: Sequence[Path], follow: bool) -> None:
+    """Makes the event files of the runs, and with `follow` goes on until it is interrupted."""
+    files = [EventFile(folder) for folder in folders]
+    for file in files:
+        say(f"{file.folder}: {file.update()} records; look at them with: tensorboard --logdir {file.folder}")
+    while follow:
+        time.sleep(POLL)
+        for file in files:
+            file.update()
+
+
+def _tag(name: str) -> str:
+    """TensorBoard draws what has the same word before the slash side by side."""
+    if name == "loss" or name in LossConfig().weights:
+        return f"loss/{'total' if name == 'loss' else name}"
+    return f"{'evaluation' if name in METRICS or name.startswith('AR@') else 'run'}/{name}"
