@@ -287,7 +287,6 @@ def _spawned(rank: int, folder: str) -> None:
     torch.distributed.destroy_process_group()
 
 
-@pytest.mark.slow
 def test_two_processes_make_the_file_of_one(index, tmp_path):
     make_regions(config_of(), index, Detector(), tmp_path / "one" / "regions.npy")
     torch.multiprocessing.spawn(_spawned, (str(tmp_path),), nprocs=2)

@@ -103,7 +103,6 @@ def test_a_second_signal_ends_at_once(data, tmp_path):
     assert process.wait(timeout=30) == -signal.SIGTERM
 
 
-@pytest.mark.slow
 def test_under_torchrun_both_processes_stop_at_the_same_step(data, tmp_path):
     process = start(arguments_of(data, tmp_path), TORCHRUN)
     wait_for_step(tmp_path, 5, process)
@@ -136,7 +135,6 @@ def test_killed_anywhere_it_ends_the_same(processes, tmp_path):
         assert len(row[4].split()) >= 2 + processes  # one may come too late
 
 
-@pytest.mark.slow
 def test_a_killed_process_is_started_again_by_torchrun(data, tmp_path):
     launcher = [*TORCHRUN[:4], "--max-restarts=2", *TORCHRUN[4:]]
     process = start(arguments_of(data, tmp_path, "train.steps=60"), launcher)

@@ -274,7 +274,6 @@ def test_processes_and_accumulation_are_the_same_mathematics(loss, tmp_path):
                 assert math.isclose(ours[key], reference[key], abs_tol=1e-9), (name, key)
 
 
-@pytest.mark.slow
 def test_torchrun_with_two_processes(finished, data, tmp_path):
     """The same command under torchrun: same images, so losses agree as far as float32 allows; one result."""
     command = [
