@@ -166,6 +166,10 @@ class DataConfig:
     val_images: str = "coco"
     image_level: tuple[str, ...] = ("imagenet22k",)
     """Folders of the image-level images (D_i): one folder or one tar a class."""
+    shuffle_block: int | None = None
+    """Shuffle the image-level images in blocks of so many neighbours of their index, for shards of mixed
+    classes that are too many for random access; null shuffles over all. Class folders and class tars need
+    null: a block of theirs is of one class."""
     mapping: str | None = None
     """File of ``wnid<TAB>category`` lines, where folder names alone do not tell the class."""
     drop_unmatched: bool = False
@@ -584,6 +588,10 @@ def _data_rules(config: Config) -> Iterator[tuple[Any, str]]:
         yield 0 < low <= high, f"data.{name}=[{low:g}, {high:g}]: lower bound above 0, then upper bound"
     yield data.cutout_size[1] <= 1, f"data.cutout_size={list(data.cutout_size)}: at most 1, the whole side"
     yield data.min_region > 0, f"data.min_region={data.min_region}: above 0"
+    yield (
+        data.shuffle_block is None or data.shuffle_block >= 1,
+        f"data.shuffle_block={data.shuffle_block}: at least 1, or null",
+    )
     for name in ("workers", "max_bad_images"):
         yield getattr(data, name) >= 0, f"data.{name}={getattr(data, name)}: at least 0"
     for section, sizes in (

@@ -7,7 +7,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clis.data.sampling import JointSampler, RepeatSampler, UniformSampler, mix, permuted, repeat_factors
+from clis.data.sampling import (
+    BlockSampler,
+    JointSampler,
+    RepeatSampler,
+    UniformSampler,
+    mix,
+    permuted,
+    repeat_factors,
+)
 
 
 def epoch(sampler, number):
@@ -111,6 +119,45 @@ def test_consecutive_keys_give_unrelated_orders():
     distances = np.array([permuted(7, N, key + 1) - permuted(7, N, key) for key in range(5000)]) % N
     observed = np.bincount(distances * 10 // N, minlength=10)
     assert chi_square(observed, np.full(10, 500.0)) < 34  # 9 degrees, 1e-4
+
+
+# --- blocks ---
+
+
+@settings(max_examples=80, deadline=None)
+@given(n=st.integers(1, 400), block=st.integers(1, 60), seed=st.integers(0, 2**40))
+def test_blocks_hold_every_image_once_an_epoch_and_are_drawn_one_after_another(n, block, seed):
+    """Also where the last block is short: it has a place among the others, not always the last."""
+    sampler = BlockSampler(n, block, seed)
+    for number in (0, 3):
+        drawn = [sampler.draw(k) for k in range(number * n, (number + 1) * n)]
+        assert sorted(drawn) == list(range(n))
+        blocks = [image // block for image in drawn]
+        changes = sum(a != b for a, b in zip(blocks, blocks[1:]))
+        assert changes == -(-n // block) - 1  # each block is begun and ended once
+
+
+def test_blocks_and_places_within_them_are_spread():
+    """103 images in blocks of 10: in each of 4000 epochs, the first draw's block and its place there."""
+    sampler = BlockSampler(103, 10, 7)
+    firsts = np.array([sampler.draw(103 * number) for number in range(4000)])
+    # the short block (of 3) begins 1 epoch in 11, each of the others as often
+    assert (
+        chi_square(np.bincount(firsts // 10, minlength=11), np.full(11, 4000 / 11)) < 36
+    )  # 10 degrees, 1e-4
+    full = firsts[firsts < 100]
+    assert chi_square(np.bincount(full % 10, minlength=10), np.full(10, len(full) / 10)) < 34
+    orders = {tuple(sampler.draw(103 * number + k) % 10 for k in range(3)) for number in range(200)}
+    assert len(orders) > 120  # not one order for all blocks and epochs
+
+
+def test_blocks_are_addressable_at_any_position():
+    sampler = BlockSampler(10**9, 4096, 0)
+    assert len({sampler.draw(5 * 10**9 + k) for k in range(10_000)}) == 10_000
+    assert BlockSampler(5, 100, 0).draw(0) in range(5)
+    for n, block in ((0, 1), (1, 0)):
+        with pytest.raises(ValueError, match="at least 1 image and blocks of at least 1"):
+            BlockSampler(n, block, 0)
 
 
 # --- repeat factors ---

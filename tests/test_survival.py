@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -162,6 +163,29 @@ def test_a_killed_loader_process_is_one_clear_error(data, tmp_path):
     assert process.returncode == 1
     assert "error: a loader process ended" in output
     assert "Traceback" not in output
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_images_that_go_away_leave_a_checkpoint_to_go_on_from(workers, data, reference, tmp_path):
+    """The folder of the training images is renamed in mid-run, as a disk is unmounted, and comes back."""
+    root = tmp_path / "data"
+    shutil.copytree(data, root)
+    arguments = arguments_of(root, tmp_path / "run", f"data.workers={workers}", "train.save_every=1000")
+    process = start(arguments)
+    wait_for_step(tmp_path / "run", 5, process)
+    (root / "shapes" / "train").rename(root / "elsewhere")
+    output, _ = process.communicate(timeout=120)
+    step = len(records(tmp_path / "run"))
+    assert process.returncode == 1, output
+    assert "Traceback" not in output
+    told = output[output.index("error: ") :]
+    assert "could not be read; the last: " in told
+    assert "No such file or directory" in told
+    assert f"the same command goes on from step {step}\n" in told
+    (root / "elsewhere").rename(root / "shapes" / "train")
+    output, _ = start(arguments).communicate(timeout=120)
+    assert f"going on from step {step}" in output
+    assert_same_training(tmp_path / "run", reference)
 
 
 class TestCheckpoints:

@@ -20,7 +20,7 @@ _FRACTION_BITS = 30
 """Cumulative repeat factors are int64 in units of 2**-30: exact, and room for 2**33 draws an epoch."""
 
 # Tags that keep hashes of one seed apart by what they are for.
-_REPEAT_ORDER, _REPEAT_OFFSET, _UNIFORM_ORDER, _ITEM_SEED = range(4)
+_REPEAT_ORDER, _REPEAT_OFFSET, _UNIFORM_ORDER, _ITEM_SEED, _BLOCK_ORDER, _BLOCK_PLACE = range(6)
 
 
 def _scramble(x: int) -> int:
@@ -202,6 +202,45 @@ class UniformSampler:
         """Return the image (0..n-1) of the k-th draw of the endless stream, k >= 0."""
         epoch, position = divmod(k, self._n)
         return permuted(position, self._n, mix(self._seed, _UNIFORM_ORDER, epoch))
+
+
+class BlockSampler:
+    """Shuffled stream in two levels: blocks of neighbours in random order, and in each its images.
+
+    For shards of mixed classes on a disk that random access would starve: a block is read through while its
+    images are drawn. An epoch holds every one of n images exactly once; O(1) memory. The last block may be
+    shorter; it has a random place among the others too.
+    """
+
+    def __init__(self, n: int, block: int, seed: int) -> None:
+        """
+        Args:
+            n: number of images, at least 1; block b holds the images from b * block on.
+            block: images of a block, at least 1.
+            seed: any integer.
+
+        Raises:
+            ValueError: there is no image, or a block of none.
+        """
+        if n < 1 or block < 1:
+            raise ValueError(f"need at least 1 image and blocks of at least 1, got {n} and {block}")
+        self._n, self._block, self._seed = n, min(block, n), seed
+
+    def __len__(self) -> int:
+        return self._n
+
+    def draw(self, k: int) -> int:
+        """Return the image (0..n-1) of the k-th draw of the endless stream, k >= 0."""
+        epoch, position = divmod(k, self._n)
+        full, rest = divmod(self._n, self._block)
+        before = mix(self._seed, _BLOCK_PLACE, epoch) % (full + 1) * self._block  # the shorter one comes here
+        if before <= position < before + rest:
+            place, size, block = position - before, rest, full
+        else:
+            slot, place = divmod(position if position < before else position - rest, self._block)
+            size, block = self._block, permuted(slot, full, mix(self._seed, _BLOCK_ORDER, epoch))
+        key = mix(self._seed, _BLOCK_ORDER, epoch, block)
+        return block * self._block + permuted(place, size, key)
 
 
 @dataclass(frozen=True)

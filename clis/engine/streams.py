@@ -8,7 +8,7 @@ from clis.config import Config, data_path
 from clis.data.annotations import Annotations, checked_for_training, load_annotations
 from clis.data.image_level import ImageLevelIndex, build_index, load_regions
 from clis.data.loader import TwoStreamDataset
-from clis.data.sampling import JointSampler, RepeatSampler, UniformSampler, repeat_factors
+from clis.data.sampling import BlockSampler, JointSampler, RepeatSampler, UniformSampler, repeat_factors
 from clis.engine.log import say
 
 
@@ -27,7 +27,10 @@ def make_streams(config: Config) -> tuple[Annotations, TwoStreamDataset, JointSa
     if clis.s > 0:
         index = make_index(config, annotations)
         regions = load_regions(regions_file(config), index, config.regions.rule)
-        image_level_sampler = UniformSampler(len(index), seed)
+        block = data.shuffle_block
+        image_level_sampler = (
+            BlockSampler(len(index), block, seed) if block else UniformSampler(len(index), seed)
+        )
     factors = repeat_factors(
         annotations.offsets, annotations.labels, len(annotations.categories), data.repeat_threshold
     )

@@ -131,6 +131,13 @@ def train(config: Config, folder: Path, device: torch.device) -> CLISDetector:
     log = MetricsLog(folder / "metrics.jsonl", first_step)
     schedule = Schedule(config, folder, first_step)
     num_unreadable = 0
+
+    def save(done: int, ap: float | None = None) -> None:
+        if is_main():
+            path = save_checkpoint(folder / "checkpoints", done, model, optimizer, scaler, config, skipped)
+            schedule.saved(path, ap)
+        barrier()
+
     times: list[tuple[float, float]] = []  # waiting for data and computing, since the last record
     with (
         contextlib.closing(_batches(loader)) as batches,  # ends the loader processes, however the loop ends
@@ -139,15 +146,22 @@ def train(config: Config, folder: Path, device: torch.device) -> CLISDetector:
     ):
         for step in steps:
             began = time.monotonic()
-            step_batches = [next(batches).to(device) for _ in range(accumulation)]
+            step_batches, gone = _load(batches, accumulation, device)
             unreadable = [message for batch in step_batches for message in batch.unreadable]
             # What the processes have to agree on, in one message a step.
-            wishes = [len(unreadable), stop.received, is_main() and schedule.minutes_are_over()]
-            new_unreadable, stopping, minutes_over = all_reduce_sum(
+            wishes = [
+                len(unreadable), gone is not None, stop.received, is_main() and schedule.minutes_are_over()
+            ]  # fmt: skip
+            new_unreadable, num_gone, stopping, minutes_over = all_reduce_sum(
                 torch.tensor(wishes, dtype=torch.int64, device=device)
             ).tolist()
             num_unreadable += new_unreadable
-            _check_unreadable(unreadable, num_unreadable, config)
+            for message in unreadable:
+                print(f"replaced by the next of its stream: {message}", flush=True)
+            if num_gone or num_unreadable > config.data.max_bad_images:
+                if step > first_step:
+                    save(step)
+                raise _unreadable(gone, unreadable, num_unreadable, step, config)
             loaded = time.monotonic()
 
             rate = learning_rate(step, config.optim, config.train.images_per_step)
@@ -172,12 +186,7 @@ def train(config: Config, folder: Path, device: torch.device) -> CLISDetector:
                 log.write({"step": done, **metrics})
                 ap = metrics["AP"]
             if schedule.checkpoint_due(done) or minutes_over or stopping:
-                if is_main():
-                    path = save_checkpoint(
-                        folder / "checkpoints", done, model, optimizer, scaler, config, skipped
-                    )
-                    schedule.saved(path, ap)
-                barrier()
+                save(done, ap)
             if stopping and done < config.train.steps:
                 mark(folder, done)
                 barrier()
@@ -376,16 +385,29 @@ def _check_skipped(
     raise FloatingPointError(f"{what}; {last}; {_UNSTABLE}")
 
 
-def _check_unreadable(messages: Sequence[str], count: int, config: Config) -> None:
-    """Names the images that were replaced; all processes stop together above the number allowed."""
-    for message in messages:
-        print(f"replaced by the next of its stream: {message}", flush=True)
-    if count > config.data.max_bad_images:
+def _load(
+    batches: Iterator[Batch], count: int, device: torch.device
+) -> tuple[list[Batch], ImageError | None]:
+    """The micro-batches of a step, or why there are none: the images of a stream are gone."""
+    try:
+        return [next(batches).to(device) for _ in range(count)], None
+    except ImageError as error:
+        return [], error
+
+
+def _unreadable(
+    gone: ImageError | None, messages: Sequence[str], count: int, step: int, config: Config
+) -> ImageError:
+    """Why all processes stop together in front of a step."""
+    if gone is not None:
+        what = str(gone).rstrip().splitlines()[-1].removeprefix("clis.data.images.ImageError: ")
+    elif count <= config.data.max_bad_images:
+        what = "another process could not read its images"
+    else:
         last = messages[-1] if messages else "named by another process"
-        raise ImageError(
-            f"{count} unreadable images, data.max_bad_images={config.data.max_bad_images} are allowed; the "
-            f"last: {last}"
-        )
+        allowed = config.data.max_bad_images
+        what = f"{count} unreadable images, data.max_bad_images={allowed} are allowed; the last: {last}"
+    return ImageError(f"{what}; with the images back the same command goes on from step {step}")
 
 
 def _update_momentum_copy(model: CLISDetector, outputs: Sequence[TrainOutput]) -> None:
