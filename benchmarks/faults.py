@@ -107,8 +107,9 @@ class Run:
         records = self.records()
         return records[-1]["step"] if records else 0
 
-    def is_saving(self) -> bool:
-        return any((self.folder / "checkpoints").glob(".*.tmp*"))
+    def temporaries(self) -> set[str]:
+        """Checkpoints that are being written, or were when their process was killed."""
+        return {path.name for path in (self.folder / "checkpoints").glob(".*.tmp*")}
 
     def is_evaluating(self) -> bool:
         """Between the step before an evaluation and its record, or behind the last step."""
@@ -121,14 +122,18 @@ def disturb(
 ) -> bool:
     """Starts the run and kills it at the step, or at its next if it is beyond; False if it ended first."""
     step = max(step, run.step() + 1)
+    leftovers = run.temporaries()
     process = start(arguments, log)
-    moments = {"save": run.is_saving, "evaluation": run.is_evaluating}
+    moments = {"save": lambda: run.temporaries() - leftovers, "evaluation": run.is_evaluating}
     happens = moments.get(kind, lambda: True)
-    if not wait_until(lambda: run.step() >= step and happens(), process):
+    if not wait_until(lambda: run.step() >= step and bool(happens()), process):
         return False
     if kind != "save":
         time.sleep(generator.uniform(0, 0.4))
     family = generations(process.pid)
+    if not family:
+        process.wait()
+        return False
     if kind in ("step", "save", "evaluation"):
         os.killpg(process.pid, signal.SIGKILL)
     elif kind == "loader":

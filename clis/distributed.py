@@ -76,7 +76,10 @@ def _own_names(store: dist.Store, place: int, size: int) -> dist.Store:
         store.set(f"{name}_heard_{place}", "")
         return dist.PrefixStore(name, store)
     name, unheard = uuid.uuid4().hex, set(range(1, size))
+    until = time.monotonic() + TIMEOUT.total_seconds()
     while unheard:
+        if time.monotonic() > until:
+            raise RuntimeError(f"processes {sorted(unheard)} of {size} have not come within {TIMEOUT}")
         for other in unheard:
             if store.check([f"question_{other}"]):
                 store.set(f"answer_{store.get(f'question_{other}').decode()}", name)
@@ -95,6 +98,11 @@ def all_reduce_sum(values: Tensor) -> Tensor:
     if dist.is_initialized():
         dist.all_reduce(values)
     return values
+
+
+def agreed(answer: bool) -> bool:
+    """The answer of rank 0, on all ranks."""
+    return bool(all_reduce_sum(torch.tensor(int(answer and is_main()))))
 
 
 def all_gather_rows(rows: Tensor) -> Tensor:
@@ -119,9 +127,9 @@ def gather_rows(rows: Tensor) -> Tensor:
 
 def _padded(rows: Tensor) -> tuple[Tensor, list[int]]:
     """Rows filled up to the longest rank's number, and the number of each rank."""
-    counts = torch.zeros(world_size(), dtype=torch.int64, device=rows.device)
+    counts = torch.zeros(world_size(), dtype=torch.int64)
     counts[rank()] = len(rows)
-    dist.all_reduce(counts)
-    padded = rows.new_zeros((int(counts.max()), *rows.shape[1:]))
+    counts = all_reduce_sum(counts).tolist()
+    padded = rows.new_zeros((max(counts), *rows.shape[1:]))
     padded[: len(rows)] = rows
-    return padded, counts.tolist()
+    return padded, counts

@@ -27,6 +27,12 @@ def written_whole(path: str | Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def remove_leftovers(folder: Path) -> None:
+    """Removes what processes killed within `written_whole` have left in or below a folder of one's own."""
+    for path in folder.rglob(".*.tmp*"):
+        path.unlink(missing_ok=True)
+
+
 def _sync_folder(folder: Path) -> None:
     """Puts the new name itself on the disk, where the system lets a folder be synced."""
     with contextlib.suppress(OSError):

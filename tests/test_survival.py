@@ -377,3 +377,40 @@ def test_a_process_that_fails_ends_although_its_loaders_outlive_signals(data, tm
     process = start(arguments_of(data, tmp_path, "data.workers=2"), [sys.executable, "-c", script])
     output, _ = process.communicate(timeout=25)  # less than the loaders' grace
     assert process.returncode == 0, output
+
+
+@pytest.fixture
+def one_thread():
+    """As the reference: another number of threads adds in another order."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("killed", ["in the evaluation", "behind its file"])
+def test_an_evaluation_that_was_cut_off_is_made_again(killed, data, reference, tmp_path, monkeypatch):
+    """Step 10 is saved in front of it; record and best.pt are there in the end, and no step is made again."""
+    arguments = arguments_of(data, tmp_path, "train.eval_every=10")
+    evaluate = train.evaluate_detector
+
+    def cut_off(detector, config, folder):
+        if killed == "behind its file":
+            evaluate(detector, config, folder)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "evaluate_detector", cut_off)
+    with pytest.raises(KeyboardInterrupt):
+        train.main(arguments)
+    assert load_checkpoint(tmp_path / "checkpoints" / "last.pt")["step"] == 10
+    (tmp_path / "checkpoints" / ".step_00000010.1.tmp.pt").write_bytes(b"of a process that was killed")
+    monkeypatch.undo()
+    train.main(arguments)
+    evaluations = [record["step"] for record in records(tmp_path) if "AP" in record]
+    assert evaluations == [10, 20]
+    assert [r for r in records(tmp_path) if "AP" not in r] == records(reference)
+    aps = {record["step"]: record["AP"] for record in records(tmp_path) if "AP" in record}
+    best = load_checkpoint(tmp_path / "checkpoints" / "best.pt")["step"]
+    assert best == max(aps, key=lambda step: (aps[step], -step))
+    assert not list((tmp_path / "checkpoints").glob(".*"))

@@ -21,6 +21,10 @@ from clis.models.backbone import load_state
 FORMAT = 1
 
 
+def checkpoint_name(step: int) -> str:
+    return f"step_{step:08d}.pt"
+
+
 def save_checkpoint(
     folder: Path,
     step: int,
@@ -35,7 +39,7 @@ def save_checkpoint(
     Raises:
         OSError: it could not be written (a full disk, a read-only folder); the checkpoints before are whole.
     """
-    path = folder / f"step_{step:08d}.pt"
+    path = folder / checkpoint_name(step)
     state = {
         "format": FORMAT,
         "step": step,

@@ -82,17 +82,17 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _check_same_model(config: Config, state: dict[str, Any], checkpoint: Path) -> None:
-    """Raises `ValueError` for an override that makes another detector of the checkpoint than was trained."""
+    """Raises `ValueError` for an override of what the training has fixed."""
     trained = config_from_dict(state["config"], source=str(checkpoint))
     differences = [
         difference
         for difference in config_differences(trained, config)
-        if difference.startswith(("model.", "clis.")) and not difference.startswith(INFERENCE)
+        if difference.startswith(("model.", "clis.", "loss.")) and difference.split(":")[0] not in INFERENCE
     ]
     if differences:
         raise ValueError(
-            f"{checkpoint} holds another detector: {'; '.join(differences[:5])}; of model and clis only "
-            f"{', '.join(INFERENCE)} can change after the training"
+            f"{checkpoint} was trained with other settings: {'; '.join(differences[:5])}; of model, clis and "
+            f"loss only {', '.join(INFERENCE)} can change after the training"
         )
 
 

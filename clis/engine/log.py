@@ -98,8 +98,13 @@ class MetricsLog:
                 if record["step"] > resume_step:
                     break
                 kept.append(line + "\n")
+        self.kept = [json.loads(line) for line in kept[-2:]]
         with written_whole(path) as temporary:
             temporary.write_text("".join(kept))
+
+    def has_evaluation(self, step: int) -> bool:
+        """Whether the record of the evaluation behind this step was kept; only rank 0 knows."""
+        return is_main() and any(record["step"] == step and "AP" in record for record in self.kept)
 
     def write(self, record: Mapping[str, float | int]) -> None:
         """Appends a line; a number that is not finite (a skipped step's) becomes null: JSON has none."""

@@ -29,6 +29,7 @@ from clis.data.images import ImageError
 from clis.data.loader import Batch, MicroBatches, train_loader
 from clis.data.shapes import ShapesSpec, write_shapes
 from clis.distributed import (
+    agreed,
     all_gather_rows,
     all_reduce_sum,
     barrier,
@@ -48,7 +49,7 @@ from clis.engine.preemption import Preempted, StopRequest, mark, unmark
 from clis.engine.regions import detector_config, find_regions
 from clis.engine.schedule import Schedule
 from clis.engine.streams import make_streams, regions_file
-from clis.files import written_whole
+from clis.files import remove_leftovers, written_whole
 from clis.models import CLISDetector, Normalizers, TrainOutput, build_model
 from clis.models.backbone import load_state
 
@@ -129,14 +130,21 @@ def train(config: Config, folder: Path, device: torch.device) -> CLISDetector:
     micro_batches = MicroBatches(sampler, steps, rank(), world_size(), images_per_process)
     loader = train_loader(dataset, micro_batches, config.data.workers, device.type == "cuda")
     log = MetricsLog(folder / "metrics.jsonl", first_step)
-    schedule = Schedule(config, folder, first_step)
+    schedule = Schedule(config, folder)
     num_unreadable = 0
 
-    def save(done: int, ap: float | None = None) -> None:
+    def save(done: int) -> None:
         if is_main():
-            path = save_checkpoint(folder / "checkpoints", done, model, optimizer, scaler, config, skipped)
-            schedule.saved(path, ap)
+            save_checkpoint(folder / "checkpoints", done, model, optimizer, scaler, config, skipped)
+            schedule.saved()
         barrier()
+
+    def evaluate(done: int) -> None:
+        metrics = evaluate_detector(model.eval(), config, schedule.evaluation_folder(done))
+        network.train()
+        if is_main():
+            schedule.evaluated(done, metrics["AP"])
+        log.write({"step": done, **metrics})
 
     times: list[tuple[float, float]] = []  # waiting for data and computing, since the last record
     with (
@@ -144,6 +152,8 @@ def train(config: Config, folder: Path, device: torch.device) -> CLISDetector:
         StopRequest() as stop,
         Progress("train", config.train.steps, first_step) as progress,
     ):
+        if schedule.evaluation_due(first_step) and agreed(not log.has_evaluation(first_step)):
+            evaluate(first_step)  # the run was stopped behind the step's checkpoint
         for step in steps:
             began = time.monotonic()
             step_batches, gone = _load(batches, accumulation, device)
@@ -152,16 +162,16 @@ def train(config: Config, folder: Path, device: torch.device) -> CLISDetector:
             wishes = [
                 len(unreadable), gone is not None, stop.received, is_main() and schedule.minutes_are_over()
             ]  # fmt: skip
-            new_unreadable, num_gone, stopping, minutes_over = all_reduce_sum(
-                torch.tensor(wishes, dtype=torch.int64, device=device)
-            ).tolist()
+            new_unreadable, num_gone, stopping, minutes_over = all_reduce_sum(torch.tensor(wishes)).tolist()
             num_unreadable += new_unreadable
             for message in unreadable:
                 print(f"replaced by the next of its stream: {message}", flush=True)
             if num_gone or num_unreadable > config.data.max_bad_images:
+                stopped = _unreadable(gone, unreadable, num_unreadable, step, config)
                 if step > first_step:
+                    say(f"{stopped}; saving step {step}")  # said first: the disk may be the same
                     save(step)
-                raise _unreadable(gone, unreadable, num_unreadable, step, config)
+                raise stopped from gone
             loaded = time.monotonic()
 
             rate = learning_rate(step, config.optim, config.train.images_per_step)
@@ -172,7 +182,7 @@ def train(config: Config, folder: Path, device: torch.device) -> CLISDetector:
                 _check_skipped(skipped, step, outputs, step_batches, folder, config)
 
             done = step + 1
-            text, ap = "", None
+            text = ""
             if done % config.train.log_every == 0 or done == config.train.steps:
                 record = summarize_step(outputs, config)
                 seconds = [sum(column) / len(times) for column in zip(*times)]
@@ -180,17 +190,14 @@ def train(config: Config, folder: Path, device: torch.device) -> CLISDetector:
                 text = one_line(record)
                 times.clear()
             progress.advance(text=text)
-            if (evaluation := schedule.evaluation_folder(done)) is not None:
-                metrics = evaluate_detector(model.eval(), config, evaluation)
-                network.train()
-                log.write({"step": done, **metrics})
-                ap = metrics["AP"]
             if schedule.checkpoint_due(done) or minutes_over or stopping:
-                save(done, ap)
+                save(done)
             if stopping and done < config.train.steps:
                 mark(folder, done)
                 barrier()
                 raise Preempted(f"{folder}: asked to stop; step {done} is saved, the same command goes on")
+            if schedule.evaluation_due(done):
+                evaluate(done)
     return model
 
 
@@ -310,6 +317,8 @@ def _resume(
     Raises:
         ValueError: it was trained by another config or for other categories.
     """
+    if is_main():
+        remove_leftovers(folder)
     found = load_last_checkpoint(folder / "checkpoints")
     if found is None:
         return 0, 0
@@ -399,15 +408,17 @@ def _unreadable(
     gone: ImageError | None, messages: Sequence[str], count: int, step: int, config: Config
 ) -> ImageError:
     """Why all processes stop together in front of a step."""
+    again = f"the same command goes on from step {step}"
     if gone is not None:
         what = str(gone).rstrip().splitlines()[-1].removeprefix("clis.data.images.ImageError: ")
+        again = f"with the images back {again}"
     elif count <= config.data.max_bad_images:
         what = "another process could not read its images"
     else:
         last = messages[-1] if messages else "named by another process"
         allowed = config.data.max_bad_images
         what = f"{count} unreadable images, data.max_bad_images={allowed} are allowed; the last: {last}"
-    return ImageError(f"{what}; with the images back the same command goes on from step {step}")
+    return ImageError(f"{what}; {again}")
 
 
 def _update_momentum_copy(model: CLISDetector, outputs: Sequence[TrainOutput]) -> None:
