@@ -3,8 +3,8 @@
     python benchmarks/data.py annotations FILE [--repeats 3] [--config configs/lvis_v1/baseline_r50.yaml]
 
 FILE is an annotation file of LVIS form, e.g. lvis_v1_train.json. Every measurement is a process of its own,
-and the kinds take turns. *Private* memory is Private_Clean + Private_Dirty of Linux's /proc/self/smaps_rollup:
-pages of a mapped file count as long as no second process has touched them.
+and the kinds take turns. *Private* memory is Private_Clean + Private_Dirty of /proc/self/smaps_rollup
+(Linux): pages of a mapped file count as long as no second process has touched them.
 """
 
 from __future__ import annotations

@@ -46,10 +46,11 @@ def cached(source: str | Path, form: str, build: Callable[[], Packed]) -> Packed
     try:
         _write(folder, stamp, packed)
     except OSError as error:
-        warnings.warn(
-            f"{_root()}: the annotation cache cannot be written ({error}); {source} is read anew at every "
-            "start and each process holds a copy of its own; set CLIS_CACHE to a folder that can be written",
-            stacklevel=2,
+        warnings.warn(  # the same words for all forms, so that they are said once
+            f"{_root()}: the annotation cache cannot be written ({error.strerror}); {source} is read anew at "
+            "every start and each process holds a copy of its own; set CLIS_CACHE to a folder that can be "
+            "written",
+            stacklevel=1,
         )
         return packed
     return _open(folder, stamp) or packed  # another process may be replacing it at this moment

@@ -122,9 +122,10 @@ class _Text:
                 value, end = _DECODER.raw_decode(self.text, self.at)
             except RecursionError:
                 raise self.error("too many lists in lists") from None
-            except json.JSONDecodeError as error:
+            except ValueError as error:  # JSONDecodeError, or of a number with too many digits
                 if not self.more():
-                    raise self.error(error.msg, error.pos) from None
+                    place = getattr(error, "pos", self.at)
+                    raise self.error(getattr(error, "msg", str(error)), place) from None
             else:
                 # A number may go on: 1, 1. and 1e- are three beginnings of which the first is a value.
                 if end + 2 < len(self.text) or not self.more():
