@@ -129,14 +129,16 @@ def measure_start(arguments: argparse.Namespace) -> Figures:
 
     file = arguments.file.resolve()
     config = load_config(str(arguments.config), [f"data.root={file.parent}", f"data.train={file.name}"])
-    before, began = private_megabytes(), time.perf_counter()
+    before, began, cpu_began = private_megabytes(), time.perf_counter(), time.process_time()
     _, dataset, sampler = make_streams(config)
-    seconds, after = time.perf_counter() - began, private_megabytes()
+    seconds, cpu_seconds = time.perf_counter() - began, time.process_time() - cpu_began
+    after = private_megabytes()
     torch.set_num_threads(1)
     bare = worker_megabytes(dataset, sampler, lambda annotations, row: None)
     reading = worker_megabytes(dataset, sampler, read_row)
     return {
         "seconds to the streams": seconds,
+        "CPU s to the streams": cpu_seconds,
         "MB private, the imports alone": before,
         "MB private, more with the streams": after - before,
         f"MB private, a worker of {WORKERS} that reads nothing (the largest)": max(bare),

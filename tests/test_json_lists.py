@@ -18,7 +18,8 @@ from clis.data.json_lists import NotJSON, read_list, read_lists
 TEXT = st.text(
     st.sampled_from('}{][,:"\\ \n\u00e9\u2603\U0001f600a0') | st.characters(codec="utf-8"), max_size=8
 )
-SCALAR = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | TEXT
+INTEGER = st.integers(-(2**63), 2**64 - 1)  # orjson takes larger ones for floats
+SCALAR = st.none() | st.booleans() | INTEGER | st.floats(allow_nan=False) | TEXT
 VALUE = st.recursive(SCALAR, lambda inner: st.lists(inner) | st.dictionaries(TEXT, inner), max_leaves=12)
 ITEMS = st.lists(VALUE | st.dictionaries(TEXT, VALUE, max_size=3), max_size=8)
 KEYS = ("images", "annotations", "categories")

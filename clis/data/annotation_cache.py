@@ -20,7 +20,7 @@ import numpy as np
 from clis.data.records import Packed
 
 FORMAT = 1
-"""Of the folders; another number makes them stale. To be raised when what `pack_records` makes changes."""
+"""Of the folders; another number makes them stale. Raise it when what is kept in them changes."""
 
 _INDEX = "index.json"
 _BLOCK = 1 << 20

@@ -29,6 +29,8 @@ class NotJSON(ValueError):
 def read_list(path: str | Path) -> Iterator[list[Any]]:
     """The items of the list that a JSON file is, some thousands at a time; equal to `json.load`'s.
 
+    But where orjson is installed an integer of more than 64 bits may be a float.
+
     Raises:
         FileNotFoundError, NotJSON: see there.
         ValueError: the file is JSON, but no list.
