@@ -93,6 +93,22 @@ def barrier() -> None:
         dist.barrier()
 
 
+@contextlib.contextmanager
+def local_main_first() -> Iterator[None]:
+    """Rank 0 of each machine runs the block before its others, who find what it has put into files.
+
+    All processes have to come here. An error of the first does not hold the others up.
+    """
+    first = int(os.environ.get("LOCAL_RANK", 0)) == 0
+    if not first:
+        barrier()
+    try:
+        yield
+    finally:
+        if first:
+            barrier()
+
+
 def all_reduce_sum(values: Tensor) -> Tensor:
     """Sum over all ranks; the same on each. Changes and returns `values`."""
     if dist.is_initialized():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -84,6 +85,15 @@ def make_batch(images: int = 2, *, seed: int = 0, **options) -> Batch:
 def normalizers_of(batch: Batch) -> Normalizers:
     """Those of one process that takes this batch alone."""
     return Normalizers(len(batch.images), max(1, len(batch.regions)), max(1, len(batch.pair_boxes)))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def annotation_cache(tmp_path_factory) -> Iterator[Path]:
+    """No test finds, or leaves, anything in the user's cache; commands that a test starts inherit this."""
+    with pytest.MonkeyPatch.context() as patch:
+        folder = tmp_path_factory.mktemp("cache")
+        patch.setenv("CLIS_CACHE", str(folder))
+        yield folder
 
 
 @pytest.fixture(scope="session")

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from clis.data.annotations import (
     check_same_categories,
     checked_for_training,
-    image_file_name,
     load_annotations,
 )
+from clis.data.records import image_file_name
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 SAMPLES = ["coco_mini/train.json", "coco_mini/val.json", "lvis/lvis_v0.5_val_100.json"]

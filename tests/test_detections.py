@@ -11,6 +11,7 @@ import pytest
 from lvis_cases import HAND_MADE_DETECTIONS, detections_of, random_case, with_masks
 from pycocotools import mask as rle
 
+from clis.data import json_lists
 from clis.engine import detections as module
 from clis.engine.detections import Detections
 
@@ -137,7 +138,7 @@ def test_a_file_read_in_small_parts_is_the_whole_file(
     # Cuts fall inside numbers, names, boxes and nested values; braces and commas inside a string mislead.
     rows = write_rows(tmp_path / "results.json", 40, note='a "}, {" b', more={"list": [{"a": 1}, {"b": [2]}]})
     (tmp_path / "results.json").write_text(json.dumps(rows, indent=indent))
-    monkeypatch.setattr(module, "CHUNK", chunk)
+    monkeypatch.setattr(json_lists, "CHUNK", chunk)
     loaded = Detections.load(tmp_path / "results.json")
     expected = detections_of(rows)
     for name in ("image_id", "category_id", "bbox", "score"):
@@ -150,7 +151,7 @@ def test_a_bad_row_far_into_the_file_has_its_own_number(
     rows = write_rows(tmp_path / "results.json", 60)
     rows[47]["score"] = "high"
     (tmp_path / "results.json").write_text(json.dumps(rows))
-    monkeypatch.setattr(module, "CHUNK", 500)
+    monkeypatch.setattr(json_lists, "CHUNK", 500)
     with pytest.raises(ValueError, match="row 47: score is not a number: 'high'"):
         Detections.load(tmp_path / "results.json")
     (tmp_path / "results.json").write_text(json.dumps(rows[:40])[:-20])

@@ -9,21 +9,15 @@ import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import numpy as np
 from pycocotools import mask as rle
 
+from clis.data.json_lists import NotJSON, read_list
 from clis.files import written_whole
 
-try:
-    from orjson import loads  # the extra [fast]: half the time of the standard library's
-except ImportError:
-    from json import loads
-
 COLUMNS = ("image_id", "category_id", "bbox", "score")
-CHUNK = 1 << 22
-"""Characters of a result file that are parsed at once."""
 ROWS = 1 << 16
 """Detections that are written at once."""
 
@@ -119,8 +113,7 @@ class Detections:
                 if masks:
                     raise ValueError("an .npz file holds boxes alone; masks need an LVIS result file")
                 return cls(**_read_npz(path))
-            with open(path, encoding="utf-8") as file:
-                return cls(**_columns(_parts(file), masks))
+            return cls(**_columns(_parts(path), masks))
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
 
@@ -160,46 +153,14 @@ def _read_npz(path: Path) -> dict[str, np.ndarray]:
         raise ValueError(f"damaged .npz file ({error}); write it again") from error
 
 
-def _parts(file: TextIO) -> Iterator[list[Any]]:
-    """The rows of a JSON list, some thousands at a time: all of it as objects would be 6 times the file.
-
-    The text is cut where an object of the list ends. Such a place may also lie inside a nested value, but
-    then the part in front of it is not JSON, and more is read.
-    """
-    text = file.read(CHUNK).lstrip()
-    if not text.startswith("["):
-        whole = _loads(text + file.read(), 0)
-        raise ValueError(f"an LVIS result file is a list of objects, found {reprlib.repr(whole)}")
-    text, searched, num_rows = text[1:], 0, 0
-    while more := file.read(CHUNK):
-        cut = _last_comma(text, searched)
-        if cut > 0:
-            try:
-                rows = loads(f"[{text[:cut]}]")
-            except ValueError:
-                searched = len(text)  # a comma of a nested value: look only in what comes next
-            else:
-                yield rows
-                text, searched, num_rows = text[cut + 1 :], 0, num_rows + len(rows)
-        text += more
-    yield _loads("[" + text, num_rows)
-
-
-def _last_comma(text: str, start: int) -> int:
-    """The place of the last comma between an end and a start of objects, -1 if there is none."""
-    end = len(text)
-    while (brace := text.rfind("{", start, end)) > 0:
-        before = text[max(brace - 64, 0) : brace].rstrip()
-        if before.endswith(",") and before[:-1].rstrip().endswith("}"):
-            return max(brace - 64, 0) + len(before) - 1
-        end = brace
-    return -1
-
-
-def _loads(text: str, num_rows: int) -> Any:
+def _parts(path: Path) -> Iterator[list[Any]]:
+    """The rows of a result file, some thousands at a time."""
+    num_rows = 0
     try:
-        return json.loads(text)  # not orjson: this one reads NaN, which is named later
-    except ValueError as error:
+        for rows in read_list(path):
+            yield rows
+            num_rows += len(rows)
+    except NotJSON as error:
         raise ValueError(f"not whole JSON behind {num_rows} rows ({error}); write it again") from error
 
 

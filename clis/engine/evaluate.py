@@ -23,7 +23,7 @@ from clis.config import (
     merge_overrides,
     with_root,
 )
-from clis.data.annotations import Annotations, Category, check_same_categories, load_annotations
+from clis.data.annotations import Annotations, Category, check_same_categories
 from clis.data.images import read_image
 from clis.data.loader import image_loader
 from clis.distributed import choose_device, gather_rows, is_main, process_group, rank, world_size
@@ -32,6 +32,7 @@ from clis.engine.checkpoint import load_checkpoint, load_model
 from clis.engine.detections import Detections
 from clis.engine.log import Progress, say
 from clis.engine.lvis_eval import METRICS, evaluate, format_table
+from clis.engine.streams import read_annotations
 from clis.files import written_whole
 from clis.models import CLISDetector
 
@@ -120,7 +121,7 @@ def evaluate_detector(detector: CLISDetector, config: Config, folder: Path) -> d
 
 def load_validation(config: Config, categories: Sequence[Category]) -> Annotations:
     """The annotations of `data.val`, with the frequency groups of the training split's `categories`."""
-    annotations = load_annotations(data_path(config, config.data.val))
+    annotations = read_annotations(data_path(config, config.data.val))
     check_same_categories(categories, "the detector", annotations.categories, annotations.path)
     return dataclasses.replace(annotations, categories=tuple(categories))
 

@@ -30,17 +30,14 @@ def say(text: str) -> None:
 class Progress:
     """Rate and time left of a loop, from rank 0: one live line on a terminal, plain lines otherwise.
 
-    Use as a context manager and call `advance` as the work goes on.
+    Use as a context manager and call `advance` as the work goes on; without a call it says nothing.
     """
 
     def __init__(self, label: str, total: int, start: int = 0) -> None:
         self.label, self.total, self.start, self.done = label, total, start, start
         self.began = self.last_line = time.monotonic()
-        live = sys.stdout.isatty()
         self.text = ""
-        self.bar = None
-        if is_main() and live:
-            self.bar = tqdm(file=sys.stdout, dynamic_ncols=True, bar_format="{desc}")
+        self.bar: tqdm | None = None
 
     def __enter__(self) -> Progress:
         return self
@@ -55,6 +52,8 @@ class Progress:
         """`count` more are done; `text`, if any, says how it stands."""
         self.done += count
         self.text = text or self.text
+        if self.bar is None and is_main() and sys.stdout.isatty():  # not before: it may be nothing to do
+            self.bar = tqdm(file=sys.stdout, dynamic_ncols=True, bar_format="{desc}")
         if self.bar is not None:
             self.bar.set_description_str(self._line(), refresh=False)
             self.bar.update(count)

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 from pycocotools import mask as rle
 
-from clis.data.annotations import Annotations, pack_annotations, read_document
+from clis.data.annotations import Annotations, pack_annotations
+from clis.data.records import read_document
 
 RLE = dict[str, Any]
 

@@ -13,14 +13,14 @@ import torch
 from torch import Tensor
 
 from clis.config import Config, data_path, load_config
-from clis.data.annotations import check_same_categories, load_annotations
+from clis.data.annotations import check_same_categories
 from clis.data.image_level import REGION_DTYPE, ImageLevelIndex, RegionSource, region_sidecar
 from clis.data.images import ImageError, decode_image
 from clis.data.loader import image_loader
 from clis.distributed import barrier, is_main, rank, world_size
 from clis.engine.checkpoint import load_detector
 from clis.engine.log import Progress, say
-from clis.engine.streams import make_index, regions_file
+from clis.engine.streams import make_index, read_annotations, regions_file
 from clis.files import written_whole
 from clis.models import CLISDetector, ImageDetections
 
@@ -59,7 +59,7 @@ def find_regions(config: Config, device: torch.device, detector: Config | None =
     if path.exists():
         say(f"{path} is there already")
         return
-    annotations = load_annotations(data_path(config, config.data.train))
+    annotations = read_annotations(data_path(config, config.data.train))
     index = make_index(config, annotations)
     if config.regions.rule not in DETECTOR_RULES:
         make_regions(config, index, None, path)

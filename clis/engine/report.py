@@ -10,13 +10,14 @@ from pathlib import Path
 
 import numpy as np
 
-from clis.data.annotations import Annotations, check_same_categories, load_annotations
+from clis.data.annotations import Annotations, check_same_categories
 from clis.engine import analysis
 from clis.engine.detections import Detections
 from clis.engine.log import say
 from clis.engine.lvis_eval import accumulate, summarize
 from clis.engine.masks import ground_truth_masks
 from clis.engine.matching import Matches, match
+from clis.engine.streams import read_annotations
 from clis.files import written_whole
 
 
@@ -137,9 +138,9 @@ def _ground_truth(arguments: argparse.Namespace) -> tuple[Annotations, list | No
     if arguments.masks:
         annotations, masks = ground_truth_masks(arguments.annotations)
     else:
-        annotations = load_annotations(arguments.annotations)
+        annotations = read_annotations(arguments.annotations)
     if arguments.train_annotations is not None:
-        train = load_annotations(arguments.train_annotations)
+        train = read_annotations(arguments.train_annotations)
         check_same_categories(train.categories, train.path, annotations.categories, annotations.path)
         annotations = dataclasses.replace(annotations, categories=train.categories)
     return annotations, masks

@@ -2,14 +2,38 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+from collections.abc import Iterator
 from pathlib import Path
 
 from clis.config import Config, data_path
-from clis.data.annotations import Annotations, checked_for_training, load_annotations
+from clis.data.annotations import (
+    CACHED_BYTES,
+    Advance,
+    Annotations,
+    load_annotations,
+    load_training_annotations,
+)
 from clis.data.image_level import ImageLevelIndex, build_index, load_regions
 from clis.data.loader import TwoStreamDataset
 from clis.data.sampling import BlockSampler, JointSampler, RepeatSampler, UniformSampler, repeat_factors
-from clis.engine.log import say
+from clis.distributed import local_main_first
+from clis.engine.log import Progress, say
+
+
+def read_annotations(path: str | Path) -> Annotations:
+    """`load_annotations` with progress; of the processes of one machine, which all call it, one reads."""
+    with _reading(path) as advance:
+        return load_annotations(path, advance)
+
+
+@contextlib.contextmanager
+def _reading(path: str | Path) -> Iterator[Advance]:
+    """What the reader of a file is told its progress by; none is shown of small files and mapped ones."""
+    size = os.path.getsize(path) if os.path.isfile(path) else 0
+    with local_main_first(), Progress(f"reading {Path(path).name}, MiB", size >> 20) as progress:
+        yield (lambda count: progress.advance(count >> 20)) if size >= CACHED_BYTES else (lambda count: None)
 
 
 def make_streams(config: Config) -> tuple[Annotations, TwoStreamDataset, JointSampler]:
@@ -19,8 +43,11 @@ def make_streams(config: Config) -> tuple[Annotations, TwoStreamDataset, JointSa
         FileNotFoundError, ValueError: a file is missing or wrong; see the readers in `clis.data`.
     """
     data, clis, seed = config.data, config.clis, config.train.seed
-    annotations = load_annotations(data_path(config, data.train))
-    annotations, changes = checked_for_training(annotations, drop_invalid=data.drop_invalid)
+    path = data_path(config, data.train)
+    with _reading(path) as advance:
+        annotations, changes = load_training_annotations(
+            path, drop_invalid=data.drop_invalid, advance=advance
+        )
     if any(changes.values()):
         say(f"{annotations.path}: " + ", ".join(f"{count} {what} boxes" for what, count in changes.items()))
     index = regions = image_level_sampler = None

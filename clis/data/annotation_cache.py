@@ -1,0 +1,152 @@
+"""What was read from an annotation file, kept as .npy files that every process maps into its memory."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import uuid
+import warnings
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from clis.data.records import Packed
+
+FORMAT = 1
+"""Of the folders; another number makes them stale. Raise it when what is kept in them changes."""
+
+_INDEX = "index.json"
+_BLOCK = 1 << 20
+
+
+def cached(source: str | Path, form: str, build: Callable[[], Packed]) -> Packed:
+    """What `build` makes of the file `source`, from the cache if it was made of the same file before.
+
+    The arrays are memory-mapped and cannot be written to. The same file is one of the same size and time of
+    modification. A cache that is damaged is made again, with a warning; one that cannot be written is gone
+    without, also with a warning.
+
+    Args:
+        form: a name for what `build` makes, one folder's; one file may be kept in several forms.
+    """
+    source = Path(source).resolve()
+    stamp = _stamp(source)
+    folder = cache_folder(source) / form
+    packed = _open(folder, stamp)
+    if packed is not None:
+        return packed
+    packed = build()
+    try:
+        _write(folder, stamp, packed)
+    except OSError as error:
+        warnings.warn(  # the same words for all forms, so that they are said once
+            f"{_root()}: the annotation cache cannot be written ({error.strerror}); {source} is read anew at "
+            "every start and each process holds a copy of its own; set CLIS_CACHE to a folder that can be "
+            "written",
+            stacklevel=1,
+        )
+        return packed
+    return _open(folder, stamp) or packed  # another process may be replacing it at this moment
+
+
+def cache_folder(source: str | Path) -> Path:
+    """Where the cache of this annotation file is, or will be."""
+    source = Path(source).resolve()
+    digest = hashlib.sha256(os.fsencode(source)).hexdigest()[:16]
+    return _root() / f"{source.stem}-{digest}"
+
+
+def _root() -> Path:
+    if os.environ.get("CLIS_CACHE"):
+        return Path(os.environ["CLIS_CACHE"])
+    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "clis")
+
+
+def _stamp(source: Path) -> dict[str, Any]:
+    status = source.stat()
+    return {"format": FORMAT, "path": str(source), "size": status.st_size, "mtime_ns": status.st_mtime_ns}
+
+
+def _open(folder: Path, stamp: dict[str, Any]) -> Packed | None:
+    """The cache, if there is one and it is whole and of this stamp."""
+    if not folder.is_dir():
+        return None
+    try:
+        index = json.loads((folder / _INDEX).read_text(encoding="utf-8"))
+        if index["checksum"] != _text_checksum(index["content"]):
+            raise ValueError(f"checksum of {_INDEX}")
+        content = index["content"]
+        if content["stamp"] != stamp:
+            return None
+        arrays = {}
+        for name, checksum in content["arrays"].items():
+            path = folder / f"{name}.npy"
+            if checksum != _file_checksum(path):
+                raise ValueError(f"checksum of {path.name}")
+            arrays[name] = map_array(path)
+        return arrays, content["values"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        warnings.warn(f"{folder}: the annotation cache is damaged ({error}); made again", stacklevel=3)
+        return None
+
+
+def _write(folder: Path, stamp: dict[str, Any], packed: Packed) -> None:
+    """Puts a whole folder in the place of any old one; checksums tell what a crash of the machine damages."""
+    arrays, values = packed
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.{uuid.uuid4().hex}.tmp")
+    old = temporary.with_suffix(".old")
+    try:
+        temporary.mkdir(parents=True)
+        for name, array in arrays.items():
+            np.save(temporary / f"{name}.npy", array)
+        checksums = {name: _file_checksum(temporary / f"{name}.npy") for name in arrays}
+        content = {"stamp": stamp, "arrays": checksums, "values": values}
+        text = json.dumps({"checksum": _text_checksum(content), "content": content})
+        (temporary / _INDEX).write_text(text, encoding="utf-8")
+        with contextlib.suppress(FileNotFoundError):
+            folder.rename(old)
+        try:
+            temporary.rename(folder)
+        except OSError:
+            if not folder.is_dir():  # else another process was faster, and its cache is as good
+                raise
+    finally:
+        for left in (temporary, old):
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def _file_checksum(path: Path) -> int:
+    """CRC-32. Read and not mapped: mapped pages would count as the process's memory."""
+    checksum = 0
+    with open(path, "rb", buffering=0) as file:
+        while block := file.read(_BLOCK):
+            checksum = zlib.crc32(block, checksum)
+    return checksum
+
+
+def _text_checksum(content: object) -> int:
+    return zlib.crc32(json.dumps(content, sort_keys=True).encode())
+
+
+def map_array(path: str | Path) -> np.ndarray:
+    """The array of an .npy file, read-only, its pages shared by all processes that map it."""
+    return np.asarray(np.load(path, mmap_mode="r"))  # plain: memmap's subclass slows every slice
+
+
+@dataclass(frozen=True)
+class MappedFile:
+    """Stands for a mapped array on its way to another process, which maps it as well: no copy is sent."""
+
+    path: str
+
+    @classmethod
+    def replace(cls, array: np.ndarray) -> np.ndarray | MappedFile:
+        """The array's file, if it is all of what `map_array` gave, else the array."""
+        return cls(str(array.base.filename)) if isinstance(array.base, np.memmap) else array

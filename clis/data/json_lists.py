@@ -1,0 +1,223 @@
+"""Big JSON files a part at a time: all of one as Python objects would be six times the file."""
+
+from __future__ import annotations
+
+import codecs
+import json
+import re
+from collections.abc import Callable, Collection, Iterator
+from io import BufferedReader
+from pathlib import Path
+from typing import Any
+
+try:
+    from orjson import loads  # the extra [fast]: half the time of the standard library's
+except ImportError:
+    from json import loads
+
+CHUNK = 1 << 22
+"""Bytes of a file that are read, and parsed, at once."""
+
+_SPACE = re.compile(r"[ \t\n\r]*")
+_DECODER = json.JSONDecoder()
+
+
+class NotJSON(ValueError):
+    """The file is not JSON, or not all of it is there; says at which character."""
+
+
+def read_list(path: str | Path) -> Iterator[list[Any]]:
+    """The items of the list that a JSON file is, some thousands at a time; equal to `json.load`'s.
+
+    But where orjson is installed an integer of more than 64 bits may be a float.
+
+    Raises:
+        FileNotFoundError, NotJSON: see there.
+        ValueError: the file is JSON, but no list.
+    """
+    with open(path, "rb") as file:
+        text = _Text(file)
+        if text.next() not in ("[", ""):
+            raise ValueError(f"a list of objects is needed, found {text.ahead()!r}")
+        text.take("[")
+        yield from text.items()
+        text.end()
+
+
+def read_lists(
+    path: str | Path, keys: Collection[str], advance: Callable[[int], object] = lambda count: None
+) -> Iterator[tuple[str, list[Any]]]:
+    """The lists of the object that a JSON file is: pairs of a key and some thousands of its list's items.
+
+    They come in the order of the file, an empty list as one empty part. Other keys are passed over, and so
+    are values that are no lists; a file that is no object has no keys.
+
+    Args:
+        keys: of the lists that are wanted.
+        advance: told the number of bytes after each part of the file that was read.
+
+    Raises:
+        FileNotFoundError, NotJSON: see there. One of the keys that is there twice is not JSON either.
+    """
+    with open(path, "rb") as file:
+        text, seen = _Text(file, advance), set()
+        if text.next() != "{":
+            text.skip()
+        else:
+            for key in text.members():
+                if key in keys and key in seen:
+                    raise text.error(f"a second {key!r}")
+                seen.add(key)
+                if key in keys and text.next() == "[":
+                    text.take("[")
+                    for part in text.items():
+                        yield key, part
+                else:
+                    text.skip()
+        text.end()
+
+
+class _Text:
+    """The text of a JSON file, of which only the part that is being parsed is held."""
+
+    def __init__(self, file: BufferedReader, advance: Callable[[int], object] = lambda count: None) -> None:
+        self.file, self.advance = file, advance
+        encoding = json.detect_encoding(file.peek(4)[:4])  # this and the next as json.loads does
+        self.decoder = codecs.getincrementaldecoder(encoding)("surrogatepass")
+        self.text, self.at, self.passed = "", 0, 0
+
+    def more(self) -> bool:
+        """Drops what has been parsed and reads on; False, and nothing changes, at the end of the file."""
+        data = self.file.read(max(CHUNK, len(self.text) - self.at))  # one long value: twice as much each time
+        try:
+            new = self.decoder.decode(data, final=not data)
+        except UnicodeDecodeError as error:
+            raise NotJSON(f"{error.encoding}: {error.reason}, before byte {self.file.tell()}") from None
+        if not data:
+            return False
+        self.text, self.at, self.passed = self.text[self.at :] + new, 0, self.passed + self.at
+        self.advance(len(data))
+        return True
+
+    def next(self) -> str:
+        """The next character that is no white space; empty at the end."""
+        while True:
+            self.at = _SPACE.match(self.text, self.at).end()
+            if self.at < len(self.text):
+                return self.text[self.at]
+            if not self.more():
+                return ""
+
+    def take(self, characters: str) -> str:
+        """Passes, and returns, one of these characters."""
+        found = self.next()
+        if not found or found not in characters:
+            raise self.error(f"{' or '.join(characters)} is expected")
+        self.at += 1
+        return found
+
+    def value(self) -> Any:
+        """Passes, and returns, one value of any kind."""
+        self.next()
+        while True:
+            try:
+                value, end = _DECODER.raw_decode(self.text, self.at)
+            except RecursionError:
+                raise self.error("too many lists in lists") from None
+            except ValueError as error:  # JSONDecodeError, or of a number with too many digits
+                if not self.more():
+                    place = getattr(error, "pos", self.at)
+                    raise self.error(getattr(error, "msg", str(error)), place) from None
+            else:
+                # A number may go on: 1, 1. and 1e- are three beginnings of which the first is a value.
+                if end + 2 < len(self.text) or not self.more():
+                    self.at = end
+                    return value
+
+    def skip(self) -> None:
+        """Passes one value; a list item by item."""
+        if self.next() == "[":
+            self.take("[")
+            for _ in self.items():
+                pass
+        else:
+            self.value()
+
+    def members(self) -> Iterator[str]:
+        """The keys of an object; the caller passes the value of each."""
+        self.take("{")
+        if self.next() == "}":
+            self.take("}")
+            return
+        while True:
+            if self.next() != '"':
+                raise self.error('" is expected')
+            key = self.value()
+            self.take(":")
+            yield key
+            if self.take(",}") == "}":
+                return
+
+    def items(self) -> Iterator[list[Any]]:
+        """The items of a list whose bracket is passed, in parts; of an empty one an empty part."""
+        if self.next() == "]":
+            self.take("]")
+            yield []
+            return
+        last = False
+        while not last:
+            if len(self.text) - self.at < CHUNK:
+                self.more()
+            items = self._fast_items()
+            if items is None:
+                items, last = self._slow_items()
+            yield items
+
+    def _fast_items(self) -> list[Any] | None:
+        """All items up to the last place between two objects.
+
+        That place may also be in a nested value or behind the end of the list, but then what lies in front of
+        it is no list's inside.
+        """
+        cut = self._last_comma()
+        if cut < 0:
+            return None
+        try:
+            items = loads(f"[{self.text[self.at : cut]}]")
+        except (ValueError, RecursionError):
+            return None
+        self.at = cut + 1
+        return items
+
+    def _slow_items(self) -> tuple[list[Any], bool]:
+        """Item by item until the text had to be read on, or the list has ended, which is the second."""
+        items, passed = [], self.passed
+        while self.passed == passed:
+            items.append(self.value())
+            if self.take(",]") == "]":
+                return items, True
+        return items, False
+
+    def _last_comma(self) -> int:
+        """The place of the last comma between an end and a start of objects, -1 if there is none."""
+        end = len(self.text)
+        while (brace := self.text.rfind("{", self.at, end)) > 0:
+            start = max(brace - 64, self.at)
+            before = self.text[start:brace].rstrip()
+            if before.endswith(",") and before[:-1].rstrip().endswith("}"):
+                return start + len(before) - 1
+            end = brace
+        return -1
+
+    def end(self) -> None:
+        """Nothing may follow."""
+        if self.next():
+            raise self.error("the end of the file is expected")
+
+    def ahead(self) -> str:
+        """The beginning of what is next, for messages."""
+        return self.text[self.at : self.at + 60]
+
+    def error(self, what: str, at: int | None = None) -> NotJSON:
+        at = self.at if at is None else at
+        return NotJSON(f"{what} at character {self.passed + at}")

@@ -1,0 +1,317 @@
+"""The JSON records of an LVIS or COCO-form file, checked and packed into arrays part by part."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from clis.data.json_lists import NotJSON, read_lists
+
+Record = dict[str, Any]
+Packed = tuple[dict[str, np.ndarray], dict[str, Any]]
+"""Arrays by name, and the few values beside them that JSON can hold."""
+
+LISTS = {"images": "image", "annotations": "annotation", "categories": "category"}
+"""The lists of an instance file, and what one of their records is called."""
+
+
+def document_parts(
+    path: str | Path, advance: Callable[[int], object] = lambda count: None
+) -> Iterator[tuple[str, list[Record]]]:
+    """The lists of an annotation file, some thousand records at a time; see `read_lists`.
+
+    Raises:
+        FileNotFoundError, ValueError: there is no such file, or it is not JSON.
+    """
+    try:
+        yield from read_lists(path, LISTS, advance)
+    except FileNotFoundError:
+        raise FileNotFoundError(
+            f"{path}: no such annotation file (a config's paths are relative to data.root, or CLIS_DATA)"
+        ) from None
+    except NotJSON as error:
+        raise ValueError(
+            f"{path}: not valid JSON, perhaps truncated ({error}); fetch or write the file again"
+        ) from error
+
+
+def read_document(path: str | Path) -> dict[str, list[Record]]:
+    """All records of an annotation file by list, for those who need the masks."""
+    document: dict[str, list[Record]] = {}
+    for key, records in document_parts(path):
+        document.setdefault(key, []).extend(records)
+    return document
+
+
+def lists_of(document: Mapping[str, Any]) -> Iterator[tuple[str, list[Record]]]:
+    """The lists of a loaded file, as `document_parts` gives them."""
+    return ((key, document[key]) for key in LISTS if isinstance(document.get(key), list))
+
+
+def pack_records(parts: Iterable[tuple[str, list[Record]]], path: str | Path) -> Packed:
+    """Checks and packs the records of a file; `path` is its name in errors.
+
+    Returns:
+        The arrays of `clis.data.annotations.Annotations` by their names, the pairs as ``..._offsets`` and
+        ``..._labels``; and `categories` (the fields of each) and `federated`.
+
+    Raises:
+        ValueError: see `clis.data.annotations.load_annotations`.
+    """
+    images, annotations, records = _read_columns(parts, path)
+    image_ids, annotation_ids = images.pop("id"), annotations["id"]
+    _check_unique(image_ids, "image", path)
+    _check_unique(annotation_ids, "annotation", path)
+    categories, category_ids = _sorted_categories(records, path)
+    rows = _references(annotations, "image_id", image_ids, path)
+    labels = _references(annotations, "category_id", category_ids, path)
+    order = np.argsort(rows, kind="stable")
+    arrays = {
+        "image_ids": image_ids,
+        "image_sizes": images["size"],
+        "file_names": images["file_name"],
+        "offsets": np.searchsorted(rows[order], np.arange(len(image_ids) + 1)).astype(np.int64),
+        "annotation_ids": annotation_ids[order],
+        "labels": labels[order],
+        "bboxes": annotations["bbox"][order],
+        "areas": annotations["area"][order],
+        "crowd": annotations["crowd"][order],
+        "ignored": annotations["ignored"][order],
+    }
+    for name, key in (("negatives", "neg_category_ids"), ("not_exhaustive", "not_exhaustive_category_ids")):
+        counts, listed = images[f"{key}_counts"], images[key]
+        arrays[f"{name}_offsets"] = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+        arrays[f"{name}_labels"] = _listed_labels(
+            listed, arrays[f"{name}_offsets"], category_ids, image_ids, key, path
+        )
+    return arrays, {
+        "categories": _category_fields(categories, rows, labels, path),
+        "federated": bool(images["federated"].any()),
+    }
+
+
+def image_file_name(record: Record) -> str:
+    """Path of an image record below the image folder.
+
+    LVIS v1 has no ``file_name``: the last two parts of ``coco_url`` name the file (its val split holds
+    train2017 images). LVIS v0.5 prefixes some names with ``COCO_val2014_``, which the 2017 files do not have.
+    """
+    if "file_name" not in record:
+        return "/".join(record["coco_url"].split("/")[-2:])
+    return record["file_name"].removeprefix("COCO_val2014_").removeprefix("COCO_train2014_")
+
+
+def _read_columns(
+    parts: Iterable[tuple[str, list[Record]]], path: str | Path
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], list[Record]]:
+    """The columns of the images and of the annotations, and the category records, all in file order."""
+    columns: dict[str, list[dict[str, np.ndarray]]] = {"images": [], "annotations": []}
+    categories: list[Record] = []
+    counts: dict[str, int] = {}
+    for key, records in parts:
+        first = counts.setdefault(key, 0)
+        counts[key] += len(records)
+        if key == "categories":
+            categories += records
+        elif records:
+            read = _image_columns if key == "images" else _annotation_columns
+            columns[key].append(read(_Part(path, LISTS[key], records, first)))
+    for key in LISTS:
+        if key not in counts:
+            raise ValueError(
+                f"{path}: no list of {key!r}; an LVIS or COCO-form instance file has images, annotations and "
+                "categories"
+            )
+        if not counts[key]:
+            raise ValueError(f"{path}: empty split: no {key}; use a file that has some")
+    joined = ({name: np.concatenate([part[name] for part in c]) for name in c[0]} for c in columns.values())
+    return *joined, categories
+
+
+class _Part:
+    """Some records of one list of a file, of which the first is number `first`."""
+
+    def __init__(self, path: str | Path, kind: str, records: Sequence[Record], first: int = 0) -> None:
+        self.path, self.kind, self.records, self.first = path, kind, records, first
+
+    def fault(self, place: int, what: str) -> ValueError:
+        """The error for one record: named by its id where it has one, else by its place in the file."""
+        record = self.records[place]
+        has_id = isinstance(record, dict) and "id" in record
+        name = (
+            f"{self.kind} {record['id']}"
+            if has_id
+            else f"{self.kind} number {self.first + place} in the file"
+        )
+        image = f" (image {record['image_id']})" if has_id and "image_id" in record else ""
+        return ValueError(f"{self.path}: {name}{image}: {what}")
+
+    def column(self, key: str) -> list[Any]:
+        try:
+            return [record[key] for record in self.records]
+        except (KeyError, TypeError):
+            bad = [not isinstance(record, dict) or key not in record for record in self.records]
+            what = (
+                f"key {key!r} is missing ({sum(bad)} of {len(bad)} like it here); add it or remove the record"
+            )
+            raise self.fault(bad.index(True), what) from None
+
+    def integers(self, key: str) -> np.ndarray:
+        """int64, one a record; numpy alone would round 1.5 and parse "1"."""
+        values = self.column(key)
+        try:
+            if set(map(type, values)) == {int}:
+                return np.array(values, dtype=np.int64)
+        except OverflowError:
+            pass
+        place = next(place for place, value in enumerate(values) if not _is_int64(value))
+        raise self.fault(place, f"{key} is {values[place]!r}; it must be an integer of 64 bits")
+
+    def floats(self, key: str, values: list[Any], *width: int) -> np.ndarray:
+        """float64 of one value, or `width` values, a record."""
+        try:
+            array = np.array(values)
+            if array.dtype.kind in "iuf" and array.shape == (len(values), *width):
+                return array.astype(np.float64)
+        except ValueError:  # lists of unequal length
+            pass
+        for place, value in enumerate(values):
+            item = np.array(value, dtype=object)
+            if item.shape != width or not all(_is_float64(number) for number in item.flat):
+                what = f"{key} is {value!r}; it must be {f'{width[0]} numbers' if width else 'a number'}"
+                raise self.fault(place, what)
+        return np.array(values, dtype=np.float64)  # integers beyond 64 bits
+
+
+def _is_int64(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and -(2**63) <= value < 2**63
+
+
+def _is_float64(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 2**1000
+
+
+def _annotation_columns(part: _Part) -> dict[str, np.ndarray]:
+    columns = {key: part.integers(key) for key in ("id", "image_id", "category_id")}
+    columns["bbox"] = part.floats("bbox", part.column("bbox"), 4)
+    box_areas = (columns["bbox"][:, 2] * columns["bbox"][:, 3]).tolist()
+    areas = [record.get("area", area) for record, area in zip(part.records, box_areas)]
+    columns["area"] = part.floats("area", areas)
+    columns["crowd"] = np.array([bool(record.get("iscrowd")) for record in part.records])
+    columns["ignored"] = np.array([bool(record.get("ignore")) for record in part.records])
+    return columns
+
+
+def _image_columns(part: _Part) -> dict[str, np.ndarray]:
+    columns = {"id": part.integers("id")}
+    sizes = np.stack([part.integers(key) for key in ("height", "width")], axis=1)
+    bad = (sizes <= 0).any(axis=1)
+    if bad.any():
+        height, width = sizes[bad][0]
+        what = f"height {height} and width {width} must be positive; correct or remove it"
+        raise part.fault(int(np.argmax(bad)), what)
+    columns["size"] = sizes.astype(np.int32)
+    for place, image in enumerate(part.records):
+        if not isinstance(image.get("file_name", image.get("coco_url")), str):
+            raise part.fault(place, "neither file_name nor coco_url is a string; add one")
+    columns["file_name"] = np.array([image_file_name(image) for image in part.records])
+    columns["federated"] = np.array(["neg_category_ids" in image for image in part.records])
+    for key in ("neg_category_ids", "not_exhaustive_category_ids"):
+        lists = [image.get(key) or () for image in part.records]
+        for place, ids in enumerate(lists):
+            if not isinstance(ids, list | tuple) or not all(map(_is_int64, ids)):
+                raise part.fault(place, f"{key} is {ids!r}; it must be a list of category ids")
+        columns[f"{key}_counts"] = np.array([len(ids) for ids in lists])
+        columns[key] = np.array(list(chain.from_iterable(lists)), dtype=np.int64)
+    return columns
+
+
+def _check_unique(ids: np.ndarray, kind: str, path: str | Path) -> None:
+    values, counts = np.unique(ids, return_counts=True)
+    repeated = values[counts > 1]
+    if len(repeated):
+        raise ValueError(
+            f"{path}: {kind} id {repeated[0]} is used more than once ({len(repeated)} such ids); "
+            f"give every {kind} an id of its own"
+        )
+
+
+def _places(values: np.ndarray, ids: np.ndarray) -> np.ndarray:
+    """Place of each value among the unique ids, -1 where it is none of them: int64, as long as values."""
+    order = np.argsort(ids)
+    found = order[np.searchsorted(ids, values, sorter=order).clip(max=len(ids) - 1)]
+    return np.where(ids[found] == values, found, -1)
+
+
+def _references(
+    annotations: dict[str, np.ndarray], key: str, ids: np.ndarray, path: str | Path
+) -> np.ndarray:
+    """Places int64 [A] of the annotations' values among the ids."""
+    places = _places(annotations[key], ids)
+    unknown = places < 0
+    if unknown.any():
+        first = int(np.argmax(unknown))
+        kind = key.removesuffix("_id")
+        what = (
+            f"{key} {annotations[key][first]} is none of the file's ({unknown.sum()} such annotations); "
+            f"remove them or add the {kind} records"
+        )
+        record = {name: annotations[name][first] for name in ("id", "image_id")}
+        raise _Part(path, "annotation", [record]).fault(0, what)
+    return places
+
+
+def _listed_labels(
+    listed: np.ndarray, offsets: np.ndarray, category_ids: np.ndarray, image_ids: np.ndarray, key: str,
+    path: str | Path,
+) -> np.ndarray:  # fmt: skip
+    """Labels int64 of the category ids that the images list."""
+    labels = _places(listed, category_ids)
+    unknown = labels < 0
+    if unknown.any():
+        first = int(np.argmax(unknown))
+        image = int(np.searchsorted(offsets, first, side="right")) - 1
+        what = (
+            f"{key} has the unknown category id {listed[first]} ({unknown.sum()} such entries); remove them"
+        )
+        raise _Part(path, "image", [{"id": image_ids[image]}]).fault(0, what)
+    return labels
+
+
+def _sorted_categories(records: Sequence[Record], path: str | Path) -> tuple[list[Record], np.ndarray]:
+    ids = _Part(path, "category", records).integers("id")
+    _check_unique(ids, "category", path)
+    order = np.argsort(ids)
+    return [records[place] for place in order], ids[order]
+
+
+def _category_fields(
+    records: Sequence[Record], rows: np.ndarray, labels: np.ndarray, path: str | Path
+) -> list[dict[str, Any]]:
+    """LVIS's own counts where the file has them, else counts of the images (rows) that hold each label."""
+    part = _Part(path, "category", records)
+    names = part.column("name")
+    image_label_pairs = np.unique(rows * len(records) + labels)
+    counts = np.bincount(image_label_pairs % len(records), minlength=len(records)).tolist()
+    categories = []
+    for place, (record, name) in enumerate(zip(records, names)):
+        count = record.get("image_count", counts[place])
+        if not isinstance(name, str) or not isinstance(count, int):
+            what = f"name {name!r} and image_count {count!r} must be a string and an integer"
+            raise part.fault(place, what)
+        frequency = record.get("frequency", _frequency(count))
+        if frequency not in ("r", "c", "f"):
+            raise part.fault(place, f"frequency {frequency!r} must be r, c or f")
+        synset = record.get("synset") or ""
+        categories.append(
+            {"id": record["id"], "name": name, "synset": synset, "frequency": frequency, "image_count": count}
+        )
+    return categories
+
+
+def _frequency(image_count: int) -> str:
+    return "r" if image_count <= 10 else "c" if image_count <= 100 else "f"
