@@ -165,7 +165,9 @@ class DataConfig:
     val: str = "lvis/lvis_v1_val.json"
     val_images: str = "coco"
     image_level: tuple[str, ...] = ("imagenet22k",)
-    """Folders of the image-level images (D_i): one folder or one tar a class."""
+    """Folders of the image-level images (D_i): one folder or one tar a class, scanned at every start. Or the
+    one folder that `python -m clis prepare image-level` wrote, which opens at once; it has its own mapping,
+    and `mapping` and `drop_unmatched` do not matter."""
     mapping: str | None = None
     """File of ``wnid<TAB>category`` lines, where folder names alone do not tell the class."""
     drop_unmatched: bool = False
