@@ -17,6 +17,11 @@ _SYNSETS = Path(__file__).with_name("wnids.tsv")
 _GROUPS = {"r": "rare", "c": "common", "f": "frequent", "all": "all"}
 _FEWEST = 10
 """Classes that the coverage names as those with the fewest images."""
+_LISTS = {
+    "without_images": "categories without images",
+    "unmatched": "classes match no category and are left out",
+    "empty": "folders and tars without an image",
+}
 
 NO_CATEGORY = -1
 """Label of what is left out."""
@@ -105,17 +110,14 @@ class MemberLabels:
             ValueError: a line is not two columns, a member has two lines, or there is none.
         """
         self.path = Path(path)
-        self.unmatched: Counter[str] = Counter()
-        """Lines of each class that matches no category."""
-        known: dict[str, int | None] = {}
+        known: dict[bytes, int] = {}
 
         def rows() -> Iterator[tuple[int, int, int]]:
             for line, (name, class_name) in _read_rows(self.path, 2):
                 if class_name not in known:
-                    known[class_name] = label_of(os.fsdecode(class_name))
-                if known[class_name] is None:
-                    self.unmatched[os.fsdecode(class_name)] += 1
-                yield _hash(name), line, NO_CATEGORY if known[class_name] is None else known[class_name]
+                    label = label_of(os.fsdecode(class_name))
+                    known[class_name] = NO_CATEGORY if label is None else label
+                yield _hash(name), line, known[class_name]
 
         row_dtype = np.dtype([("name", np.uint64), ("line", np.int64), ("label", np.int32)])
         table = np.fromiter(rows(), dtype=row_dtype)
@@ -131,6 +133,8 @@ class MemberLabels:
                 "leave one line a member"
             )
         self._used = np.zeros(len(table), dtype=bool)
+        self.class_names = [os.fsdecode(class_name) for class_name in known]
+        """The classes of the file."""
         self.without_label = 0
         """Members so far that have no line."""
         self.without_label_names: list[str] = []
@@ -161,23 +165,37 @@ class MemberLabels:
         return np.where(found, self._labels[rows], NO_CATEGORY).astype(np.int32)
 
     @property
+    def any_used(self) -> bool:
+        """Whether a member was taken."""
+        return bool(self._used.any())
+
+    @property
     def without_member(self) -> np.ndarray:
         """Numbers of the lines whose member was not taken, ascending: int64."""
         return np.sort(self._lines[~self._used])
 
+    def report(self) -> dict[str, Any]:
+        """What did not match: ``members_without_label`` and ``labels_without_member``, and the first of them."""
+        lines = self.without_member
+        return {
+            "members_without_label": self.without_label,
+            "first_members_without_label": self.without_label_names,
+            "labels_without_member": len(lines),
+            "first_lines_without_member": lines[:_FEWEST].tolist(),
+        }
 
-def coverage(categories: Sequence[Category], counts: np.ndarray, unmatched: Sequence[str]) -> dict[str, Any]:
+
+def coverage(categories: Sequence[Category], counts: np.ndarray) -> dict[str, Any]:
     """How far image-level images cover the categories, in numbers that JSON can hold.
 
     Args:
         counts: int64 [C], images of each label.
-        unmatched: what matched no category.
 
     Returns:
         ``images``; ``groups``: for ``r``, ``c``, ``f`` and ``all`` the numbers of ``classes``, of those
         ``with_images``, of those ``in_imagenet22k`` and of those that are both (``both``), and the ``min``,
         ``median`` and ``max`` images of a class that has some (None where none has); ``fewest``: names and
-        counts of the classes with the fewest images; ``without_images``: names; ``unmatched``.
+        counts of the classes with the fewest images; ``without_images``: names.
     """
     counts = np.asarray(counts)
     frequencies = np.array([category.frequency for category in categories])
@@ -202,12 +220,16 @@ def coverage(categories: Sequence[Category], counts: np.ndarray, unmatched: Sequ
         "groups": groups,
         "fewest": [(categories[label].name, int(counts[label])) for label in fewest],
         "without_images": [categories[label].name for label in np.flatnonzero(counts == 0)],
-        "unmatched": list(unmatched),
     }
 
 
 def describe_coverage(covered: dict[str, Any]) -> str:
-    """The coverage as a table and some lines for the terminal; long lists are shortened."""
+    """The coverage as a table and some lines for the terminal; long lists are shortened.
+
+    Args:
+        covered: from `coverage`; also what a report on classes, folders and members adds to it (see
+            `clis.engine.prepare`).
+    """
     groups = covered["groups"]
     lines = [f"{'':10}{'classes':>9}{'with images':>13}{'images a class: min':>21}{'median':>9}{'max':>9}"]
     for group, name in _GROUPS.items():
@@ -222,9 +244,15 @@ def describe_coverage(covered: dict[str, Any]) -> str:
             f"you have {every['both']} of them"
         )
     lines.append("fewest images: " + shortened([f"{name} {count}" for name, count in covered["fewest"]]))
-    for key, what in (("without_images", "classes without images"), ("unmatched", "match no category")):
-        if covered[key]:
-            lines.append(f"{len(covered[key])} {what}: {shortened(covered[key])}")
+    for key, what in _LISTS.items():
+        if names := covered.get(key):
+            lines.append(f"{len(names)} {what}: {shortened(names)}")
+    if missing := covered.get("members_without_label"):
+        names = shortened(covered["first_members_without_label"])
+        lines.append(f"{missing} images of the tars have no label: {names}")
+    if missing := covered.get("labels_without_member"):
+        numbers = shortened([str(line) for line in covered["first_lines_without_member"]])
+        lines.append(f"{missing} lines of the label file have no image in the tars: lines {numbers}")
     return "\n".join(lines)
 
 
@@ -240,6 +268,8 @@ def printable(name: str) -> str:
 
 
 def _hash(name: bytes) -> int:
+    # `tar cf x.tar ./folder` gives its members names that start with ./
+    name = name.removeprefix(b"./")
     return int.from_bytes(hashlib.blake2b(name, digest_size=8).digest(), "little")
 
 

@@ -186,7 +186,8 @@ def write_index(
 
     Args:
         labelled: of each container its images, and one label for all or one each (int32 [k]).
-        notes: more for the header: `unmatched`, and what the command keeps.
+        notes: more for the header: ``report`` with ``unmatched``, and whatever the caller keeps. It is read
+            when all of `labelled` is, which may complete it.
 
     Raises:
         ValueError: there is no image.
@@ -199,7 +200,8 @@ def write_index(
             for name, dtype in _COLUMNS.items()
         }
         for chunk in _columns(labelled):
-            counts += np.bincount(chunk.get("labels", []), minlength=len(categories)).astype(np.int64)
+            if "labels" in chunk:
+                counts += np.bincount(chunk["labels"], minlength=len(categories))
             for name, array in chunk.items():
                 append[name](array)
         _refuse_empty(counts.sum(), containers)
@@ -266,7 +268,7 @@ def open_index(folder: str | Path, categories: Sequence[Category] | None = None)
             **arrays,
             containers=tuple(Container(*fields) for fields in header["containers"]),
             image_counts=np.array(header["image_counts"], dtype=np.int64),
-            unmatched=tuple(header["unmatched"]),
+            unmatched=tuple(header["report"]["unmatched"]),
             digest=header["digest"],
             folder=folder,
         )

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import multiprocessing
 import os
 import re
+import signal
 import tarfile
+import threading
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -114,12 +117,41 @@ def list_images(container: Container, *, by_name: bool, parts: Path | None = Non
     """
     if container.is_folder:
         return _list_folder(Path(container.path))
-    return _list_tar(container, _is_image, by_name, parts)
+    return _list_tar(container, is_image, by_name, parts)
 
 
 def part_file(container: Container, *, by_name: bool, parts: Path) -> Path:
     """Where `list_images` keeps the listing of a tar."""
-    return _part_file(container, _is_image, by_name, parts)
+    return _part_file(container, is_image, by_name, parts)
+
+
+def keep_listing(container: Container, *, by_name: bool, parts: Path) -> str | None:
+    """Lists a tar for the next `list_images`; returns what is wrong with it, if anything is."""
+    try:
+        list_images(container, by_name=by_name, parts=parts)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def remove_other_parts(containers: Sequence[Container], *, by_name: bool, parts: Path) -> None:
+    """Removes listings of images of other containers, and what interrupted writing has left."""
+    if parts.exists():
+        used = {part_file(container, by_name=by_name, parts=parts) for container in containers}
+        for path in parts.iterdir():
+            if path not in used and not path.name.endswith(f"{is_tar.__name__}.npz"):
+                path.unlink()
+
+
+def end_with_parent() -> None:
+    """Makes this process end with the one that started it, and at Ctrl-C without a word."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    def watch() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _entries(root: Path) -> list[Path]:
@@ -152,7 +184,7 @@ def _expand(container: Container, is_class: Callable[[str], bool], parts: Path |
     if container.is_folder or is_class(name) or re.fullmatch(r"n\d{8}", name) or not _holds_tars(container):
         yield container
         return
-    listing = _list_tar(container, _is_tar, True, parts)
+    listing = _list_tar(container, is_tar, True, parts)
     for raw, start, size in zip(listing.split_names(), listing.positions.tolist(), listing.sizes.tolist()):
         inner = os.fsdecode(raw)
         if inner.endswith(_COMPRESSED):
@@ -168,24 +200,24 @@ def _holds_tars(container: Container) -> bool:
     with contextlib.suppress(tarfile.TarError, OSError), _opened(container) as tar:
         for member in _members(tar, container.end):
             if member.isreg():
-                return _is_tar(member.name)
+                return is_tar(member.name)
     return False
 
 
-def _is_image(name: str) -> bool:
+def is_image(name: str) -> bool:
     name = name.rpartition("/")[2]
     # Hidden ones are a Mac's metadata: ._foo.jpg.
     return name.lower().removesuffix(".gz").endswith(IMAGE_SUFFIXES) and not name.startswith(".")
 
 
-def _is_tar(name: str) -> bool:
+def is_tar(name: str) -> bool:
     name = name.rpartition("/")[2]
     return name.endswith((".tar", *_COMPRESSED)) and not name.startswith(".")
 
 
 def _list_folder(path: Path) -> Listing:
     walk = os.walk(path, onerror=_raise)
-    files = (os.path.join(folder, name) for folder, _, names in walk for name in names if _is_image(name))
+    files = (os.path.join(folder, name) for folder, _, names in walk for name in names if is_image(name))
     return _listing(((os.path.relpath(file, path), IS_FILE, IS_FILE) for file in files), by_name=True)
 
 
@@ -211,8 +243,8 @@ def _list_tar(
 
 
 def _part_file(container: Container, wanted: Callable[[str], bool], by_name: bool, parts: Path) -> Path:
-    what = (_LISTING_VERSION, wanted.__name__, by_name, *container[1:])
-    return parts / f"{hashlib.sha256(repr(what).encode()).hexdigest()[:32]}.npz"
+    what = repr((_LISTING_VERSION, by_name, *container[1:]))
+    return parts / f"{hashlib.sha256(what.encode()).hexdigest()[:32]}.{wanted.__name__}.npz"
 
 
 def _scan_tar(container: Container, wanted: Callable[[str], bool], by_name: bool) -> Listing:

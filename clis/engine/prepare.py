@@ -1,12 +1,11 @@
-"""``python -m clis prepare image-level``: class tars, folders or mixed tars -> a prepared index, and what it covers."""
+"""``python -m clis prepare image-level``: folders and tars of images -> a prepared index, and what it covers."""
 
 from __future__ import annotations
 
 import hashlib
+import json
 import multiprocessing
 import os
-import signal
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -26,7 +25,8 @@ from clis.data.image_classes import (
     shortened,
 )
 from clis.data.image_level import (
-    HEADER,
+    FORMAT,
+    ImageLevelIndex,
     is_index,
     is_intact,
     mark_unfinished,
@@ -34,13 +34,20 @@ from clis.data.image_level import (
     read_header,
     write_index,
 )
-from clis.data.image_scan import Container, Listing, find_containers, list_images, part_file
+from clis.data.image_scan import (
+    Container,
+    Listing,
+    end_with_parent,
+    find_containers,
+    keep_listing,
+    list_images,
+    part_file,
+    remove_other_parts,
+)
 from clis.engine.log import Progress, say
 
 PARTS = "parts"
-"""Folder in the index with the listings of tars. Without it, tars are scanned again."""
-
-Labelled = tuple[int | np.ndarray, Listing]
+"""Folder in the index with the listings of tars; without it they are scanned again, nothing else."""
 
 
 def prepare_image_level(
@@ -55,40 +62,179 @@ def prepare_image_level(
 ) -> dict[str, Any]:
     """Writes the index of the images of `roots` into the folder `out`, for `data.image_level`; prints coverage.
 
-    Listings of finished tars stay in ``out/parts``: after an interruption, and when some tars have changed,
-    only the others are scanned. If nothing has changed, the index stays as it is.
+    The listings of finished tars are kept: after an interruption, and where tars have changed, only the
+    others are scanned. If nothing has changed, the index stays as it is.
 
     Args:
         roots: folders with a folder or a tar a class, or tars of class tars.
         annotations: file whose categories are the labels.
         mapping: see `clis.data.image_classes.class_labels`.
-        labels: file of ``member name<TAB>class`` lines (see `MemberLabels`): the folders and tars of `roots` are
-            of mixed classes. The index has them in the order of the bytes in the tar.
-        strict: what matches no category is an error; by default it is left out and reported.
+        labels: file of ``member name<TAB>class`` lines: the folders and tars of `roots` are of mixed classes,
+            and the index is in the order of the bytes in the tars.
+        strict: what matches nothing is an error; by default it is left out and reported.
         workers: processes that scan tars; None is one a CPU.
 
     Returns:
-        What `clis.data.image_classes.coverage` counts, with ``empty`` (names of containers without an image) and,
-        with `labels`, ``members_without_label``, ``labels_without_member`` and lists of the first of them.
+        What `clis.data.image_classes.coverage` counts, and of what matched nothing: ``empty``, names of
+        folders and tars without an image; with `labels` also what `MemberLabels.report` says.
 
     Raises:
-        ValueError: see `find_containers`, `class_labels`, `MemberLabels`; tars are damaged (all are named); no
-            image is left; `out` is no place for an index.
+        ValueError: `out` is no place for an index, a root, mapping or label file is wrong, tars are damaged
+            (all are named), or no image is left.
     """
     out, roots = Path(out), [Path(root) for root in roots]
     _check_out(out, roots)
     categories = load_annotations(annotations).categories
     label_of = class_labels(categories, mapping)
+    members = None if labels is None else MemberLabels(labels, label_of)
     if not is_index(out):
         mark_unfinished(out)
     parts = out / PARTS
-    where = ", ".join(map(str, roots))
-    is_class = partial(_is_class, label_of) if labels is None else _is_anything
-    containers = find_containers(roots, is_class, parts)
-    notes: dict[str, Any] = {"unmatched": (), "empty": []}
-    if labels is None:
-        names = [container.class_name for container in containers]
-        found, notes["unmatched"] = match_classes(names, label_of, categories, strict=strict, where=where)
+    containers = find_containers(roots, lambda name: members is not None or label_of(name) is not None, parts)
+    where = ", ".join(map(str, roots)) if labels is None else str(labels)
+    names = [container.class_name for container in containers] if members is None else members.class_names
+    found, unmatched = match_classes(names, label_of, categories, strict=strict, where=where)
+    if members is None:
         containers = [container for container, label in zip(containers, found) if label is not None]
-        container_labels = [label for label in found if label is not None]
-    ...
+        found = [label for label in found if label is not None]
+    elif not containers:
+        raise ValueError(f"{', '.join(map(str, roots))}: no folder or tar in it")
+
+    made_of = _fingerprint(categories, containers, found, labels, strict)
+    index = _unchanged(out, made_of) if not any(c.is_folder for c in containers) else None
+    if index is not None:
+        say(f"{out} is there already, and nothing has changed")
+        report = read_header(out)["report"]
+    else:
+        by_name = members is None
+        _scan(containers, by_name, parts, workers or _cpus())
+        report = {"unmatched": unmatched}
+        header = {"unmatched": unmatched, "made_of": made_of, "report": report}
+        with Progress("index", len(containers)) as progress:
+            labelled = _labelled(containers, found, members, parts, strict, report, progress.advance)
+            write_index(out, containers, labelled, categories, header)
+        remove_other_parts(containers, by_name=by_name, parts=parts)
+        index = open_index(out, categories)
+    covered = coverage(categories, index.image_counts) | report
+    say(f"{out}: {len(index)} images in {len(containers)} folders and tars\n{describe_coverage(covered)}")
+    return covered
+
+
+def _check_out(out: Path, roots: Sequence[Path]) -> None:
+    """Raises unless `out` is new, empty or an index, and apart from the roots; removes what a crash left."""
+    place = out.resolve()
+    for root in map(Path.resolve, roots):
+        if root.is_dir() and (place.is_relative_to(root) or root.is_relative_to(place)):
+            raise ValueError(f"{out}: the index must lie outside of {root}, whose folders are classes")
+    if out.exists() and not is_index(out):
+        if not out.is_dir() or any(not path.name.startswith(".") for path in out.iterdir()):
+            raise ValueError(f"{out}: there already, and no index; name a new folder")
+    for path in out.glob(".*.tmp.*"):
+        path.unlink()
+
+
+def _fingerprint(
+    categories: Sequence[Category],
+    containers: Sequence[Container],
+    found: Sequence[int | None],
+    labels: str | Path | None,
+    strict: bool,
+) -> str:
+    """Changes with whatever changes the index."""
+    digest = hashlib.sha256(
+        json.dumps(
+            [FORMAT, [(category.id, category.name) for category in categories], containers, found, strict]
+        ).encode()
+    )
+    if labels is not None:
+        with open(labels, "rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def _unchanged(out: Path, made_of: str) -> ImageLevelIndex | None:
+    """The index that is there, if it was made of the same, and is whole."""
+    try:
+        index = open_index(out)
+    except ValueError:
+        return None
+    return index if read_header(out).get("made_of") == made_of and is_intact(index) else None
+
+
+def _cpus() -> int:
+    """CPUs that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _scan(containers: Sequence[Container], by_name: bool, parts: Path, workers: int) -> None:
+    """Lists the tars that have no listing yet; one that is damaged does not keep the others from it."""
+    tars = [container for container in containers if not container.is_folder]
+    waiting = [tar for tar in tars if not part_file(tar, by_name=by_name, parts=parts).exists()]
+    if len(waiting) < len(tars):
+        say(f"{len(tars) - len(waiting)} of {len(tars)} tars are listed already")
+    faults = []
+    with Progress("tars", len(waiting)) as progress:
+        for fault in _outcomes(partial(keep_listing, by_name=by_name, parts=parts), waiting, workers):
+            if fault is not None:
+                faults.append(fault)
+            progress.advance()
+    if faults:
+        raise ValueError(
+            f"{len(faults)} of {len(tars)} tars cannot be indexed (the others are listed, and will not be "
+            "scanned again):\n" + "\n".join(sorted(faults))
+        )
+
+
+def _outcomes(
+    task: Callable[[Container], str | None], tars: Sequence[Container], workers: int
+) -> Iterator[str | None]:
+    """What the task returns of each tar, in any order, from so many processes."""
+    workers = min(workers, len(tars))
+    if workers <= 1:
+        yield from map(task, tars)
+        return
+    # Spawned: a process that has threads, as torch's, must not fork. They import no torch.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=end_with_parent) as pool:
+        try:
+            for future in as_completed([pool.submit(task, tar) for tar in tars]):
+                yield future.result()
+        except BrokenProcessPool as error:
+            raise OSError(
+                "a process that scans tars was ended, perhaps for want of memory; the same command goes on "
+                "where it was, and fewer --workers need less"
+            ) from error
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _labelled(
+    containers: Sequence[Container],
+    found: Sequence[int],
+    members: MemberLabels | None,
+    parts: Path,
+    strict: bool,
+    report: dict[str, Any],
+    advance: Callable[[], None],
+) -> Iterator[tuple[int | np.ndarray, Listing]]:
+    """Labels and images of each container; at the end it completes the report on what matched nothing."""
+    report["empty"] = []
+    for place, container in enumerate(containers):
+        listing = list_images(container, by_name=members is None, parts=parts)
+        if not len(listing.lengths):
+            report["empty"].append(container.name)
+        if members is None:
+            yield found[place], listing
+        else:
+            labels = members.take(listing.split_names(), container.name)
+            yield labels[labels >= 0], listing.select(labels >= 0)
+        advance()
+    if members is not None:
+        report |= members.report()
+        if strict and (members.without_label or len(members.without_member)):
+            raise ValueError(
+                f"{members.path}: {members.without_label} members of the tars have no label"
+                + f" ({shortened(members.without_label_names)})" * bool(members.without_label)
+                + f", {len(members.without_member)} labels have no member; correct it, or leave out --strict"
+            )
