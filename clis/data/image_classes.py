@@ -175,7 +175,7 @@ class MemberLabels:
         return np.sort(self._lines[~self._used])
 
     def report(self) -> dict[str, Any]:
-        """What did not match: ``members_without_label`` and ``labels_without_member``, and the first of them."""
+        """What did not match: ``members_without_label``, ``labels_without_member``, the first of them."""
         lines = self.without_member
         return {
             "members_without_label": self.without_label,

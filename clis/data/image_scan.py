@@ -83,7 +83,10 @@ class Listing(NamedTuple):
 
 
 def find_containers(
-    roots: Sequence[str | Path], is_class: Callable[[str], bool], parts: Path | None = None
+    roots: Sequence[str | Path],
+    is_class: Callable[[str], bool],
+    parts: Path | None = None,
+    say: Callable[[str], None] = lambda text: None,
 ) -> list[Container]:
     """The folders and tars of the roots, in the order of the roots, then of the names.
 
@@ -93,6 +96,7 @@ def find_containers(
     Args:
         is_class: whether a name is known to be a class, so that its tar need not be looked into.
         parts: see `list_images`.
+        say: told of what takes long.
 
     Raises:
         ValueError: a root is missing, or a tar is compressed, or a tar of tars is malformed.
@@ -101,7 +105,7 @@ def find_containers(
         container
         for place, root in enumerate(roots)
         for path in _entries(Path(root))
-        for container in _expand(_container(place, path), is_class, parts)
+        for container in _expand(_container(place, path), is_class, parts, say)
     ]
 
 
@@ -178,12 +182,15 @@ def _container(place: int, path: Path) -> Container:
     return Container(key, absolute, "", 0, stat.st_size, stat.st_size, stat.st_mtime_ns)
 
 
-def _expand(container: Container, is_class: Callable[[str], bool], parts: Path | None) -> Iterable[Container]:
+def _expand(
+    container: Container, is_class: Callable[[str], bool], parts: Path | None, say: Callable[[str], None]
+) -> Iterable[Container]:
     """The container itself, or the tars in it."""
     name = container.class_name
     if container.is_folder or is_class(name) or re.fullmatch(r"n\d{8}", name) or not _holds_tars(container):
         yield container
         return
+    say(f"{container.path}: looking for the tars in it")
     listing = _list_tar(container, is_tar, True, parts)
     for raw, start, size in zip(listing.split_names(), listing.positions.tolist(), listing.sizes.tolist()):
         inner = os.fsdecode(raw)

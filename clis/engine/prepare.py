@@ -1,4 +1,4 @@
-"""``python -m clis prepare image-level``: folders and tars of images -> a prepared index, and what it covers."""
+"""``python -m clis prepare image-level``: folders and tars -> a prepared index, and what it covers."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def prepare_image_level(
     strict: bool = False,
     workers: int | None = None,
 ) -> dict[str, Any]:
-    """Writes the index of the images of `roots` into the folder `out`, for `data.image_level`; prints coverage.
+    """Writes the index of the images of `roots` into `out`, for `data.image_level`; prints what it covers.
 
     The listings of finished tars are kept: after an interruption, and where tars have changed, only the
     others are scanned. If nothing has changed, the index stays as it is.
@@ -86,11 +86,16 @@ def prepare_image_level(
     _check_out(out, roots)
     categories = load_annotations(annotations).categories
     label_of = class_labels(categories, mapping)
-    members = None if labels is None else MemberLabels(labels, label_of)
+    members = None
+    if labels is not None:
+        say(f"{labels}: reading the labels")
+        members = MemberLabels(labels, label_of)
     if not is_index(out):
         mark_unfinished(out)
     parts = out / PARTS
-    containers = find_containers(roots, lambda name: members is not None or label_of(name) is not None, parts)
+    containers = find_containers(
+        roots, lambda name: members is not None or label_of(name) is not None, parts, say
+    )
     where = ", ".join(map(str, roots)) if labels is None else str(labels)
     names = [container.class_name for container in containers] if members is None else members.class_names
     found, unmatched = match_classes(names, label_of, categories, strict=strict, where=where)
@@ -109,7 +114,7 @@ def prepare_image_level(
         by_name = members is None
         _scan(containers, by_name, parts, workers or _cpus())
         report = {"unmatched": unmatched}
-        header = {"unmatched": unmatched, "made_of": made_of, "report": report}
+        header = {"made_of": made_of, "report": report}
         with Progress("index", len(containers)) as progress:
             labelled = _labelled(containers, found, members, parts, strict, report, progress.advance)
             write_index(out, containers, labelled, categories, header)
@@ -126,9 +131,11 @@ def _check_out(out: Path, roots: Sequence[Path]) -> None:
     for root in map(Path.resolve, roots):
         if root.is_dir() and (place.is_relative_to(root) or root.is_relative_to(place)):
             raise ValueError(f"{out}: the index must lie outside of {root}, whose folders are classes")
-    if out.exists() and not is_index(out):
-        if not out.is_dir() or any(not path.name.startswith(".") for path in out.iterdir()):
-            raise ValueError(f"{out}: there already, and no index; name a new folder")
+    others = out.exists() and (
+        not out.is_dir() or any(not path.name.startswith(".") for path in out.iterdir())
+    )
+    if others and not is_index(out):
+        raise ValueError(f"{out}: there already, and no index; name a new folder")
     for path in out.glob(".*.tmp.*"):
         path.unlink()
 
@@ -232,6 +239,11 @@ def _labelled(
         advance()
     if members is not None:
         report |= members.report()
+        if not members.any_used:
+            raise ValueError(
+                f"{members.path}: none of its members is in the tars, whose images are called "
+                f"{shortened(members.without_label_names, 3)}; name them as the tars do, without the tar's name"
+            )
         if strict and (members.without_label or len(members.without_member)):
             raise ValueError(
                 f"{members.path}: {members.without_label} members of the tars have no label"
