@@ -1,7 +1,6 @@
 """The image-level index: which class is which category, where the bytes lie, and what ties regions to it."""
 
 import dataclasses
-import io
 import json
 import pickle
 import shutil
@@ -11,9 +10,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from image_sets import CATEGORIES, category, found, write_folder, write_tar
 from torch.utils.data import DataLoader
 
-from clis.data.annotations import Category, load_annotations
+from clis.data.annotations import load_annotations
 from clis.data.image_level import build_index
 from clis.data.images import ImageError, decode_image
 from clis.data.regions import REGION_DTYPE, RegionSource, load_regions, region_sidecar
@@ -21,39 +21,6 @@ from clis.data.regions import REGION_DTYPE, RegionSource, load_regions, region_s
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 MINI = SHARED / "imagenet_mini"
 needs_mini = pytest.mark.skipif(not MINI.exists(), reason="sample data is not here")
-
-
-def category(id_, name, synset=""):
-    return Category(id=id_, name=name, synset=synset, frequency="r", image_count=1)
-
-
-CATEGORIES = [
-    category(1, "aerosol_can", "aerosol.n.02"),
-    category(2, "Traffic Light"),
-    category(5, "bird"),
-]
-
-
-def write_folder(path, *names):
-    for name in names:
-        file = path / name
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_bytes(f"bytes of {name}".encode())
-
-
-def write_tar(path, *names, kind=tarfile.PAX_FORMAT):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w", format=kind) as tar:
-        for name in names:
-            data = f"bytes of {name}".encode()
-            member = tarfile.TarInfo(name)
-            member.size = len(data)
-            tar.addfile(member, io.BytesIO(data))
-
-
-def found(index):
-    """Name and label of every image."""
-    return [(index.name(i), int(index.labels[i])) for i in range(len(index))]
 
 
 @pytest.mark.parametrize(

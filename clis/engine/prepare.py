@@ -242,7 +242,7 @@ def _labelled(
         if not members.any_used:
             raise ValueError(
                 f"{members.path}: none of its members is in the tars, whose images are called "
-                f"{shortened(members.without_label_names, 3)}; name them as the tars do, without the tar's name"
+                f"{shortened(members.without_label_names, 3)}; name them as in the tars, without the tar's name"
             )
         if strict and (members.without_label or len(members.without_member)):
             raise ValueError(
