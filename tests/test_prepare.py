@@ -91,7 +91,7 @@ def test_an_image_takes_32_bytes_and_its_name(tmp_path):
     write_tar(tmp_path / "root" / "bird.tar", *(f"{k:06}.jpg" for k in range(1000)))
     prepared(tmp_path, tmp_path / "root")
     size = sum(path.stat().st_size for path in (tmp_path / "index").glob("*.npy"))
-    # label 4, container 4, end of the name 8, position 8, size 8, name 10; six headers of 128 bytes, and the 0
+    # label 4, container 4, end of the name 8, position 8, size 8, name 10; 128 bytes a header; the 0
     assert size == 1000 * (32 + 10) + 6 * 128 + 8
 
 
@@ -230,7 +230,8 @@ def test_photographs_as_folders_and_as_tars(tmp_path):
     roots = [MINI / "folders", MINI / "tars"]
     main(
         ["prepare", "image-level", *map(str, roots), "--annotations", str(coco),
-         "--out", str(tmp_path / "coco"), "--mapping", str(MINI / "wnid_to_category.tsv"), "--strict", "--workers", "1"]
+         "--out", str(tmp_path / "coco"), "--mapping", str(MINI / "wnid_to_category.tsv"), "--strict",
+         "--workers", "1"]
     )  # fmt: skip
     categories = load_annotations(coco).categories
     index = open_index(tmp_path / "coco", categories)
@@ -698,7 +699,10 @@ def test_strict_labels(tmp_path, shards):
         ("9.jpg\tbird\n./9.jpg\tdog\n", r"labels\.tsv, line 2: the member of line 1 again"),
         ("# nothing\n", r"labels\.tsv: no line of member name, tab, class"),
         ("9.jpg\tdog\n", r"labels\.tsv: 1 of 1 image-level classes match no category: dog"),
-        ("shard_0.tar/9.jpg\tbird\n", r"none of its members .* called shard_0\.tar:9\.jpg, shard_0\.tar:3"),
+        (
+            "shard_0.tar/9.jpg\tbird\n",
+            r"none of its members .* images are shard_0\.tar:9\.jpg, shard_0\.tar:3",
+        ),
     ],
 )
 def test_bad_label_files(tmp_path, shards, text, message):

@@ -149,7 +149,8 @@ def remove_other_parts(containers: Sequence[Container], *, by_name: bool, parts:
 
 def end_with_parent() -> None:
     """Makes this process end with the one that started it, and at Ctrl-C without a word."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
 
     def watch() -> None:
         multiprocessing.parent_process().join()

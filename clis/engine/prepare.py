@@ -85,44 +85,57 @@ def prepare_image_level(
     out, roots = Path(out), [Path(root) for root in roots]
     _check_out(out, roots)
     categories = load_annotations(annotations).categories
-    label_of = class_labels(categories, mapping)
-    members = None
-    if labels is not None:
-        say(f"{labels}: reading the labels")
-        members = MemberLabels(labels, label_of)
     if not is_index(out):
         mark_unfinished(out)
     parts = out / PARTS
-    containers = find_containers(
-        roots, lambda name: members is not None or label_of(name) is not None, parts, say
-    )
-    where = ", ".join(map(str, roots)) if labels is None else str(labels)
-    names = [container.class_name for container in containers] if members is None else members.class_names
-    found, unmatched = match_classes(names, label_of, categories, strict=strict, where=where)
-    if members is None:
-        containers = [container for container, label in zip(containers, found) if label is not None]
-        found = [label for label in found if label is not None]
-    elif not containers:
-        raise ValueError(f"{', '.join(map(str, roots))}: no folder or tar in it")
-
+    containers, found, unmatched, members = _matched(roots, categories, mapping, labels, strict, parts)
     made_of = _fingerprint(categories, containers, found, labels, strict)
-    index = _unchanged(out, made_of) if not any(c.is_folder for c in containers) else None
+    index = None if any(container.is_folder for container in containers) else _unchanged(out, made_of)
     if index is not None:
         say(f"{out} is there already, and nothing has changed")
         report = read_header(out)["report"]
     else:
-        by_name = members is None
-        _scan(containers, by_name, parts, workers or _cpus())
+        _scan(containers, members is None, parts, workers or _cpus())
         report = {"unmatched": unmatched}
-        header = {"made_of": made_of, "report": report}
         with Progress("index", len(containers)) as progress:
             labelled = _labelled(containers, found, members, parts, strict, report, progress.advance)
-            write_index(out, containers, labelled, categories, header)
-        remove_other_parts(containers, by_name=by_name, parts=parts)
+            write_index(out, containers, labelled, categories, {"made_of": made_of, "report": report})
+        remove_other_parts(containers, by_name=members is None, parts=parts)
         index = open_index(out, categories)
     covered = coverage(categories, index.image_counts) | report
     say(f"{out}: {len(index)} images in {len(containers)} folders and tars\n{describe_coverage(covered)}")
     return covered
+
+
+def _matched(
+    roots: Sequence[Path],
+    categories: Sequence[Category],
+    mapping: str | Path | None,
+    labels: str | Path | None,
+    strict: bool,
+    parts: Path,
+) -> tuple[list[Container], list[int | None], tuple[str, ...], MemberLabels | None]:
+    """The containers to index, a label of each, the classes that match nothing, and None.
+
+    Of mixed tars: all containers, a label of each class of the label file, the same, and the members' labels.
+    """
+    label_of = class_labels(categories, mapping)
+    where = ", ".join(map(str, roots))
+    if labels is None:
+        containers = find_containers(roots, lambda name: label_of(name) is not None, parts, say)
+        names = [container.class_name for container in containers]
+        found, unmatched = match_classes(names, label_of, categories, strict=strict, where=where)
+        pairs = [(c, label) for c, label in zip(containers, found) if label is not None]
+        return [container for container, _ in pairs], [label for _, label in pairs], unmatched, None
+    containers = find_containers(roots, lambda name: True)
+    if not containers:
+        raise ValueError(f"{where}: no folder or tar in it")
+    say(f"{labels}: reading the labels")
+    members = MemberLabels(labels, label_of)
+    found, unmatched = match_classes(
+        members.class_names, label_of, categories, strict=strict, where=str(labels)
+    )
+    return containers, found, unmatched, members
 
 
 def _check_out(out: Path, roots: Sequence[Path]) -> None:
@@ -241,8 +254,8 @@ def _labelled(
         report |= members.report()
         if not members.any_used:
             raise ValueError(
-                f"{members.path}: none of its members is in the tars, whose images are called "
-                f"{shortened(members.without_label_names, 3)}; name them as in the tars, without the tar's name"
+                f"{members.path}: none of its members is in the tars, whose images are "
+                f"{shortened(members.without_label_names, 3)}; name them as there, without the tar's name"
             )
         if strict and (members.without_label or len(members.without_member)):
             raise ValueError(
