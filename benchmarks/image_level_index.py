@@ -4,11 +4,11 @@
     python benchmarks/image_level_index.py --growth [--huge]      # 10^5, 10^6, 10^7 (and 10^8: 6 GB of disk)
 
 997 tars of equally many images, which are not there themselves. Every measurement is a process of its own;
-sizes take turns. *cold*: the index was dropped from the page cache before. Private memory is what the process
-alone holds and cannot be dropped (Private_Dirty of /proc/self/smaps_rollup; Linux), as an increase: of the
-main process by opening the index and looking up random images; of each of four DataLoader processes over
-those of a loader that does the same without an index. Pages of the index itself are clean page cache,
-shared by all processes that touch them.
+sizes take turns. *cold*: the index was dropped from the page cache before. Memory is from
+/proc/self/smaps_rollup (Linux), in MB, as an increase: of the main process by opening the index and looking
+up 20,000 random images; of each of four DataLoader processes over those of a loader that does the same
+without an index. *private* is Private_Dirty, which a process alone holds and which cannot be dropped; *USS*
+has Private_Clean as well: pages of the index in the page cache that no other process has touched yet.
 """
 
 from __future__ import annotations
@@ -64,10 +64,12 @@ def simulate(folder: Path, images: int) -> None:
         write_index(folder, containers, listings(), CATEGORIES, {"report": {"unmatched": []}})
 
 
-def private_memory() -> float:
-    """MB that this process alone holds, without clean pages of files."""
+def memory() -> np.ndarray:
+    """MB that this process alone holds: private, USS."""
     rollup = Path("/proc/self/smaps_rollup").read_text().splitlines()
-    return sum(int(line.split()[1]) for line in rollup if line.startswith("Private_Dirty")) / 1024
+    kilobytes = {line.split(":")[0]: int(line.split()[1]) for line in rollup[1:]}
+    dirty, clean = kilobytes["Private_Dirty"], kilobytes["Private_Clean"]
+    return np.array([dirty, dirty + clean]) / 1024
 
 
 def drop_cached(folder: Path) -> None:
@@ -86,8 +88,8 @@ def look_up(index: ImageLevelIndex | None, images: int, seed: int) -> int:
     return total
 
 
-class LookUps(Dataset[float]):
-    """Each item is a worker's look-ups; what it gives is the worker's private memory behind them."""
+class LookUps(Dataset[np.ndarray]):
+    """Each item is a worker's look-ups; what it gives is the worker's memory behind them."""
 
     def __init__(self, index: ImageLevelIndex | None, images: int) -> None:
         self.index, self.images = index, images
@@ -95,37 +97,32 @@ class LookUps(Dataset[float]):
     def __len__(self) -> int:
         return 4 * WORKERS
 
-    def __getitem__(self, item: int) -> float:
+    def __getitem__(self, item: int) -> np.ndarray:
         look_up(self.index, self.images, item)
-        return private_memory()
+        return memory()
 
 
-def memory_of_workers(index: ImageLevelIndex | None, images: int) -> list[float]:
-    """MB of each, after four items: items go to the workers in turn."""
+def memory_of_workers(index: ImageLevelIndex | None, images: int) -> np.ndarray:
+    """MB [4, 2] of each, after four items: items go to the workers in turn."""
     loader = DataLoader(LookUps(index, images), batch_size=None, num_workers=WORKERS)
-    return list(loader)[-WORKERS:]
+    return np.array(list(loader)[-WORKERS:])
 
 
-def measure(folder: Path, images: int, cold: bool) -> dict[str, float | list[float]]:
+def measure(folder: Path, images: int, cold: bool) -> dict[str, float | list]:
     """What a fresh process finds."""
     if cold:
         drop_cached(folder)
-    before = private_memory()
+    before = memory()
     start = time.perf_counter()
     index = open_index(folder, CATEGORIES)
     len(index), index.labels[0], index.name(len(index) - 1)
     opened = time.perf_counter() - start
-    memory_opened = private_memory() - before
     start = time.perf_counter()
     look_up(index, images, 99)
     seconds = (time.perf_counter() - start) / LOOKUPS
-    memory = private_memory() - before
-    without = memory_of_workers(None, images)
-    with_index = memory_of_workers(index, images)
-    return {
-        "open": opened, "memory_opened": memory_opened, "look_up": seconds, "memory": memory,
-        "workers": [a - b for a, b in zip(sorted(with_index), sorted(without))],
-    }  # fmt: skip
+    main = memory() - before
+    workers = memory_of_workers(index, images) - memory_of_workers(None, images)
+    return {"open": opened, "look_up": seconds, "main": main.tolist(), "workers": workers.T.tolist()}
 
 
 def compare(sizes: Sequence[int], repeats: int, out: Path) -> None:
@@ -144,16 +141,10 @@ def compare(sizes: Sequence[int], repeats: int, out: Path) -> None:
                     found.setdefault((images, cold), []).append(json.loads(result.stdout.splitlines()[-1]))
                     progress.advance()
     heads = (
-        "B/image",
-        "+ names",
-        "MB on disk",
-        "cold: ms",
-        "warm: ms",
-        "MB main",
-        "us a look-up",
-        "MB a worker",
-    )
-    print(f"{'images':>11}" + "".join(f"{head:>13}" for head in heads))
+        "B/image", "+ names", "MB on disk", "ms cold", "ms warm", "us a look-up",
+        "main private", "main USS", "worker priv.", "worker USS",
+    )  # fmt: skip
+    print(f"{'images':>11}" + "".join(f"{head:>14}" for head in heads))
     for images in sizes:
         files = {path.name: path.stat().st_size for path in (out / str(images)).iterdir()}
         names, total = files["names.npy"] / images, sum(files.values())
@@ -161,10 +152,11 @@ def compare(sizes: Sequence[int], repeats: int, out: Path) -> None:
         cells = [
             f"{total / images - names:.1f}", f"{names:.1f}", f"{total / 1e6:.1f}",
             _spread(1e3 * run["open"] for run in cold), _spread(1e3 * run["open"] for run in warm),
-            _spread(run["memory"] for run in warm), _spread(1e6 * run["look_up"] for run in warm),
-            _spread(value for run in warm for value in run["workers"]),
+            _spread(1e6 * run["look_up"] for run in warm),
+            *(_spread(run["main"][kind] for run in warm) for kind in (0, 1)),
+            *(_spread(value for run in warm for value in run["workers"][kind]) for kind in (0, 1)),
         ]  # fmt: skip
-        print(f"{images:>11}" + "".join(f"{cell:>13}" for cell in cells))
+        print(f"{images:>11}" + "".join(f"{cell:>14}" for cell in cells))
     print("times and memory: median/largest")
 
 
