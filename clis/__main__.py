@@ -55,6 +55,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     command.add_argument("--seed", type=int, default=0)
     command.set_defaults(run=_shapes)
 
+    command = commands.add_parser("prepare", help="make a run's start a matter of a second")
+    _add_prepare(command.add_subparsers(required=True, metavar="WHAT"))
+
     command = commands.add_parser(
         "regions", help="make the region file of a config (alone or under torchrun)"
     )
@@ -79,6 +82,30 @@ def _add_config(command: argparse.ArgumentParser) -> None:
     command.add_argument("overrides", nargs="*", metavar="key=value")
 
 
+def _add_prepare(kinds: argparse._SubParsersAction) -> None:
+    command = kinds.add_parser(
+        "image-level", help="index class folders or tars for data.image_level, and say what they cover"
+    )
+    command.add_argument(
+        "roots", nargs="+", type=Path, metavar="ROOT", help="of folders or tars, or a tar of tars"
+    )
+    command.add_argument(
+        "--annotations", type=Path, required=True, help="LVIS or COCO-form file: the categories"
+    )
+    command.add_argument("--out", type=Path, required=True, metavar="INDEX", help="folder to write")
+    command.add_argument("--mapping", type=Path, help="lines of: name, tab, category")
+    command.add_argument("--labels", type=Path, help="of mixed tars, lines of: member name, tab, class")
+    command.add_argument("--strict", action="store_true", help="stop at what matches nothing")
+    command.add_argument("--workers", type=_positive, help="processes that scan tars; default: one a CPU")
+    command.set_defaults(run=_prepare_image_level)
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+    return int(text)
+
+
 def _config(arguments: argparse.Namespace) -> None:
     from clis.config import config_to_yaml, load_config
 
@@ -101,6 +128,13 @@ def _regions(arguments: argparse.Namespace) -> None:
     device = choose_device(config.train.device)
     with process_group(device):
         find_regions(config, device, detector_config(config, arguments.overrides))
+
+
+def _prepare_image_level(arguments: argparse.Namespace) -> None:
+    from clis.engine.prepare import prepare_image_level
+
+    options = {key: value for key, value in vars(arguments).items() if key != "run"}
+    prepare_image_level(options.pop("roots"), options.pop("annotations"), options.pop("out"), **options)
 
 
 def _compare(arguments: argparse.Namespace) -> None:

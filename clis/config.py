@@ -165,7 +165,9 @@ class DataConfig:
     val: str = "lvis/lvis_v1_val.json"
     val_images: str = "coco"
     image_level: tuple[str, ...] = ("imagenet22k",)
-    """Folders of the image-level images (D_i): one folder or one tar a class."""
+    """Folders of the image-level images (D_i): one folder or one tar a class, scanned at every start. Or the
+    one folder that `python -m clis prepare image-level` wrote, which opens at once; it has its own mapping,
+    and `mapping` and `drop_unmatched` do not matter."""
     shuffle_block: int | None = None
     """Shuffle the image-level images in blocks of so many neighbours of their index, for shards of mixed
     classes that are too many for random access; null shuffles over all. Class folders and class tars need

@@ -12,8 +12,8 @@ import pytest
 from clis.__main__ import run_command
 from clis.config import load_config
 from clis.data.annotations import load_annotations
-from clis.data.image_level import load_regions
 from clis.data.images import decode_image
+from clis.data.regions import load_regions
 from clis.engine import streams, train
 from clis.engine.detections import Detections
 from clis.engine.lvis_eval import METRICS

@@ -17,7 +17,7 @@ from torch import Tensor
 from torchvision.io import write_png
 
 from clis.data.annotations import checked_for_training, load_annotations
-from clis.data.image_level import REGION_DTYPE, RegionSource, build_index
+from clis.data.image_level import build_index
 from clis.data.images import ImageError
 from clis.data.loader import (
     MAX_REPLACEMENTS,
@@ -28,6 +28,7 @@ from clis.data.loader import (
     collate,
     train_loader,
 )
+from clis.data.regions import REGION_DTYPE, RegionSource
 from clis.data.sampling import JointSampler, UniformSampler, WorkItem
 
 GROUND = (20, 20, 20)

@@ -17,8 +17,9 @@ from torchvision.io import write_png
 
 from clis.config import Config
 from clis.data.annotations import Category
-from clis.data.image_level import ImageLevelIndex, RegionSource, build_index, load_regions
+from clis.data.image_level import ImageLevelIndex, build_index
 from clis.data.images import ImageError
+from clis.data.regions import RegionSource, load_regions
 from clis.engine import regions
 from clis.engine.regions import center_box, make_regions
 from clis.models import ImageDetections

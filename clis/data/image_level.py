@@ -1,61 +1,57 @@
-"""The image-level stream: class folders and class tars as one packed index, and the index's regions."""
+"""The image-level images as one packed index, in memory or memory-mapped from a prepared folder."""
 
 from __future__ import annotations
 
-import enum
+import contextlib
 import hashlib
 import json
 import os
-import tarfile
-from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from io import FileIO
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 import numpy as np
 
 from clis.data.annotations import Category
+from clis.data.image_classes import class_labels, match_classes, printable, shortened
+from clis.data.image_scan import IMAGE_SUFFIXES, Container, Listing, find_containers, list_images
 from clis.data.images import ImageError, read_bytes
+from clis.files import written_whole
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif")
-"""In any case; other files are passed over, and so are hidden ones."""
+FORMAT = 1
+"""Of a prepared index; another one is refused."""
+HEADER = "index.json"
+"""The file by which a folder is known as a prepared index; `finished` is false while arrays are written."""
 
-_WNIDS = Path(__file__).with_name("wnids.tsv")
-_IS_FILE = -1
+_COLUMNS = {
+    "labels": "<i4",
+    "container": "<i4",
+    "names": "|u1",
+    "name_offsets": "<i8",
+    "positions": "<i8",
+    "sizes": "<i8",
+}
+"""The arrays of an index and their types, in memory and on disk."""
 
-
-class RegionSource(enum.IntEnum):
-    """Where a region comes from."""
-
-    PENDING = 0
-    """Not made yet; only in unfinished files."""
-    RULE = 1
-    """The rule of the region file gave it."""
-    FALLBACK = 2
-    """The rule gave none: the centre box."""
-    UNREADABLE = 3
-    """The image could not be read; the box is empty."""
-
-
-REGION_DTYPE = np.dtype([("box", np.float32, 4), ("score", np.float32), ("source", np.uint8)])
-"""One region: xyxy in pixels of the stored image, score in [0, 1], `RegionSource`."""
+_AGAIN = "run `python -m clis prepare image-level` again"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ImageLevelIndex:
-    """n image-level images, packed: a label each, and where the bytes lie.
+    """n image-level images, packed: a label each, and where the bytes lie; 32 bytes an image, and its name.
 
-    In the order of the roots as given, then of the class folders and tars, then of the names. It holds no
-    open file, so that it can be sent to loader processes.
+    In the order of the roots as given, then of the class folders and tars, then of the names (mixed tars: of
+    the bytes in the tar). It holds no open file, so that it can be sent to loader processes. One that was
+    opened from disk is memory-mapped, and is sent as the name of its folder: its pages are shared.
     """
 
     labels: np.ndarray
-    """int64 [n]."""
-    containers: tuple[str, ...]
-    """Paths of the class folders and tars."""
+    """int32 [n]."""
+    containers: tuple[Container, ...]
+    """The folders and tars."""
     container: np.ndarray
     """int32 [n], place in `containers`."""
     names: np.ndarray
@@ -63,13 +59,17 @@ class ImageLevelIndex:
     name_offsets: np.ndarray
     """int64 [n + 1]: image i is called names[name_offsets[i]:name_offsets[i + 1]]."""
     positions: np.ndarray
-    """int64 [n], first byte in the tar; -1 where the image is a file of its own."""
+    """int64 [n], first byte in the file of the tar; -1 where the image is a file of its own."""
     sizes: np.ndarray
     """int64 [n], bytes in the tar; -1 where the image is a file of its own."""
+    image_counts: np.ndarray
+    """int64 [C], images of each label."""
     unmatched: tuple[str, ...]
-    """Class folders and tars that match no category, sorted."""
+    """Classes that match no category, sorted."""
     digest: str
     """SHA-256 of the labels and the locations below the roots; it ties a region file to its index."""
+    folder: Path | None = None
+    """Where it was opened from; None for one in memory."""
 
     def __len__(self) -> int:
         """Number of images."""
@@ -77,38 +77,58 @@ class ImageLevelIndex:
 
     def name(self, i: int) -> str:
         """What to call the image in messages: ``n01514668.tar:foo.JPEG`` or ``n01514668/foo.JPEG``."""
-        between = "/" if self.positions[i] == _IS_FILE else ":"
-        return Path(self._container(i)).name + between + self._name(i)
+        container = self._container(i)
+        return printable(container.name + ("/" if container.is_folder else ":") + self._name(i))
 
     def read(self, i: int) -> bytes:
         """The stored bytes of the image; a tar is not unpacked.
 
         Raises:
-            ImageError: the file or the tar cannot be read, or the tar is shorter than when it was indexed.
+            ImageError: the file or the tar cannot be read, or the tar has not the size that it had when it
+                was indexed.
         """
-        if self.positions[i] == _IS_FILE:
-            return read_bytes(Path(self._container(i), self._name(i)))
+        container = self._container(i)
+        if container.is_folder:
+            return read_bytes(Path(container.path, self._name(i)))
         position, size = int(self.positions[i]), int(self.sizes[i])
         try:
-            data = os.pread(_open_tar(self._container(i)).fileno(), size, position)
+            data = os.pread(_open_tar(container.path, container.file_size).fileno(), size, position)
         except OSError as error:
-            what = f"{error.strerror or error}; check data.image_level"
-            raise ImageError(f"{self._container(i)}: {what}") from error
+            what = f"{error.strerror or error}; check data.image_level, or {_AGAIN} if it was moved"
+            raise ImageError(f"{container.path}: {what}") from error
         if len(data) < size:
-            raise ImageError(f"{self.name(i)}: the tar has changed or is truncated; fetch it again")
+            raise ImageError(f"{self.name(i)}: the tar has become shorter; fetch it again, or {_AGAIN}")
         return data
 
-    def _container(self, i: int) -> str:
+    def _container(self, i: int) -> Container:
         return self.containers[self.container[i]]
 
     def _name(self, i: int) -> str:
         return os.fsdecode(self.names[self.name_offsets[i] : self.name_offsets[i + 1]].tobytes())
 
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ if self.folder is None else {"folder": self.folder, "digest": self.digest}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        if state["folder"] is not None:
+            opened = open_index(state["folder"])
+            if opened.digest != state["digest"]:
+                raise ValueError(f"{state['folder']}: prepared anew while it was in use; start the run again")
+            state = opened.__dict__
+        self.__dict__.update(state)
+
 
 # Fewer than a process may hold open. One handle serves forked processes too: pread has no shared position.
 @lru_cache(maxsize=128)
-def _open_tar(path: str) -> FileIO:
-    return FileIO(path)
+def _open_tar(path: str, size: int) -> FileIO:
+    file = FileIO(path)
+    if (now := os.fstat(file.fileno()).st_size) != size:
+        file.close()
+        raise ImageError(
+            f"{path}: the tar has changed: {now} bytes, but {size} when it was indexed; fetch it again, or "
+            f"{_AGAIN}"
+        )
+    return file
 
 
 def build_index(
@@ -118,16 +138,14 @@ def build_index(
     *,
     strict: bool = True,
 ) -> ImageLevelIndex:
-    """Indexes the images of class folders and class tars.
+    """Indexes the images of class folders and class tars, in memory.
 
-    A root holds one folder or one uncompressed tar a class; both may have folders in them. The name of the
-    class is translated by the mapping, then taken as a category's name, its synset or the synset's WordNet
-    3.0 id (wnid), else as a name regardless of case and of spaces or underscores. What two categories share
-    means neither.
+    A root holds one folder or one uncompressed tar a class, or is a tar of class tars; both may have folders
+    in them.
 
     Args:
         categories: their places are the labels.
-        mapping: file of ``name<TAB>category`` lines; a header and lines that start with # do no harm.
+        mapping: see `clis.data.image_classes.class_labels`, which translates the names of folders and tars.
         strict: a class that matches no category is an error; otherwise it is left out and listed in
             `unmatched`.
 
@@ -135,209 +153,215 @@ def build_index(
         ValueError: a root is missing, a tar or the mapping is malformed, a class matches no category and
             `strict`, or no image is left.
     """
-    label_of = _class_labels(categories, mapping)
-    classes = [
-        _Class(f"{place}/{path.name}", path, label_of(_class_name(path)))
-        for place, root in enumerate(roots)
-        for path in _class_paths(Path(root))
-    ]
-    matched = [found for found in classes if found.label is not None]
-    unmatched = sorted({_class_name(found.path) for found in classes if found.label is None})
-    if not matched or (unmatched and strict):
-        where = ", ".join(str(root) for root in roots)
-        expected = _shortened([category.name for category in categories])
-        raise ValueError(
-            f"{where}: {len(unmatched)} of {len(classes)} image-level classes match no category: "
-            f"{_shortened(unmatched)}; name them by category ({expected}), WordNet synset or wnid, or give a "
-            "data.mapping" + ("; data.drop_unmatched=true leaves them out" if matched else "")
-        )
-    return _pack(matched, tuple(unmatched))
-
-
-def region_sidecar(index: ImageLevelIndex, rule: str, detector: str | None) -> dict[str, object]:
-    """What the JSON beside a region file says of it: its index, the rule and the detector of the rule."""
-    return {"index": index.digest, "images": len(index), "rule": rule, "detector": detector}
-
-
-def load_regions(path: str | Path, index: ImageLevelIndex, rule: str) -> np.ndarray:
-    """The regions of the index's images, in its order: `REGION_DTYPE` [n], memory-mapped.
-
-    Raises:
-        ValueError: the file was made for another index or by another rule, is unfinished, or has a region
-            without area.
-    """
-    path = Path(path)
-    made = json.loads(path.with_suffix(".json").read_text())
-    regions = np.load(path, mmap_mode="r")
-    if made["index"] != index.digest or regions.shape != (len(index),) or regions.dtype != REGION_DTYPE:
-        raise ValueError(
-            f"{path}: made for other image-level images than the {len(index)} of data.image_level; remove it "
-            "to have it made again, or correct data.image_level, data.mapping or data.train"
-        )
-    if made["rule"] != rule:
-        raise ValueError(
-            f"{path}: made by the rule {made['rule']}, regions.rule is {rule}; name another regions.file"
-        )
-    x1, y1, x2, y2 = regions["box"].T
-    without_area = ~((x2 > x1) & (y2 > y1)) & (regions["source"] != RegionSource.UNREADABLE)
-    bad = without_area | (regions["source"] == RegionSource.PENDING)
-    if bad.any():
-        first = int(np.argmax(bad))
-        raise ValueError(
-            f"{path}: row {first} ({index.name(first)}) is unfinished or has no area: {regions[first]} "
-            f"({bad.sum()} such rows); remove the file to have it made again"
-        )
-    return regions
-
-
-class _Class(NamedTuple):
-    """A class folder or tar that was found."""
-
-    key: str
-    """Place of its root and its name there."""
-    path: Path
-    label: int | None
-
-
-class _Listing(NamedTuple):
-    """The k images of one class folder or tar, sorted by name."""
-
-    names: bytes
-    """One after the other."""
-    lengths: np.ndarray
-    """int64 [k], as are the next two: bytes of each name."""
-    positions: np.ndarray
-    sizes: np.ndarray
-
-
-def _pack(classes: Sequence[_Class], unmatched: tuple[str, ...]) -> ImageLevelIndex:
-    listings = [_list_folder(path) if path.is_dir() else _list_tar(path) for _, path, _ in classes]
-    counts = [len(listing.lengths) for listing in listings]
-    if not sum(counts):
-        raise ValueError(f"{classes[0].path}: no {', '.join(IMAGE_SUFFIXES)} file in it or any other class")
-    arrays = {
-        "labels": np.repeat(np.array([label for _, _, label in classes], dtype=np.int64), counts),
-        "container": np.repeat(np.arange(len(classes), dtype=np.int32), counts),
-        "names": np.frombuffer(b"".join(listing.names for listing in listings), dtype=np.uint8),
-        "name_offsets": np.cumsum(np.concatenate([[0], *(listing.lengths for listing in listings)])),
-        "positions": np.concatenate([listing.positions for listing in listings]),
-        "sizes": np.concatenate([listing.sizes for listing in listings]),
-    }
+    label_of = class_labels(categories, mapping)
+    containers = find_containers(roots, lambda name: label_of(name) is not None)
+    names = [container.class_name for container in containers]
+    where = ", ".join(map(str, roots))
+    labels, unmatched = match_classes(names, label_of, categories, strict=strict, where=where)
+    containers, labels = zip(*((c, label) for c, label in zip(containers, labels) if label is not None))
+    listings = (list_images(container, by_name=True) for container in containers)
+    chunks: dict[str, list[np.ndarray]] = {name: [] for name in _COLUMNS}
+    for chunk in _columns(zip(labels, listings)):
+        for name, array in chunk.items():
+            chunks[name].append(array)
+    arrays = {name: np.concatenate(chunks[name], dtype=dtype) for name, dtype in _COLUMNS.items()}
+    _refuse_empty(len(arrays["labels"]), containers)
     return ImageLevelIndex(
         **arrays,
-        containers=tuple(os.path.abspath(path) for _, path, _ in classes),
+        containers=tuple(containers),
+        image_counts=np.bincount(arrays["labels"], minlength=len(categories)),
         unmatched=unmatched,
-        digest=_digest([key for key, _, _ in classes], arrays),
+        digest=_digest(containers, arrays),
     )
 
 
-def _listing(images: Iterable[tuple[str, int, int]]) -> _Listing:
-    """From name, position and size of each image."""
-    images = sorted((os.fsencode(name), position, size) for name, position, size in images)
-    numbers = np.array([(len(name), *place) for name, *place in images], dtype=np.int64).reshape(-1, 3)
-    return _Listing(b"".join(name for name, _, _ in images), *numbers.T)
+def write_index(
+    folder: Path,
+    containers: Sequence[Container],
+    labelled: Iterable[tuple[int | np.ndarray, Listing]],
+    categories: Sequence[Category],
+    notes: dict[str, Any],
+) -> None:
+    """Writes an index that `open_index` opens: an ``.npy`` file an array, in pieces, and at last `HEADER`.
+
+    Args:
+        labelled: of each container its images, and one label for all or one each (int32 [k]).
+        notes: more for the header: ``report`` with ``unmatched``, and whatever the caller keeps. It is read
+            when all of `labelled` is, which may complete it.
+
+    Raises:
+        ValueError: there is no image.
+    """
+    mark_unfinished(folder)
+    counts = np.zeros(len(categories), dtype=np.int64)
+    with contextlib.ExitStack() as stack:
+        append = {
+            name: stack.enter_context(_appending(folder / f"{name}.npy", dtype))
+            for name, dtype in _COLUMNS.items()
+        }
+        for chunk in _columns(labelled):
+            if "labels" in chunk:
+                counts += np.bincount(chunk["labels"], minlength=len(categories))
+            for name, array in chunk.items():
+                append[name](array)
+        _refuse_empty(counts.sum(), containers)
+    arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in _COLUMNS}
+    header = {
+        "format": FORMAT,
+        "finished": True,
+        "digest": _digest(containers, arrays),
+        "lengths": {name: len(array) for name, array in arrays.items()},
+        "image_counts": counts.tolist(),
+        "categories": [(category.id, category.name) for category in categories],
+        "containers": containers,
+    }
+    _write_header(folder, header | notes)
 
 
-def _list_folder(path: Path) -> _Listing:
-    walk = os.walk(path, onerror=_raise)
-    files = (os.path.join(folder, name) for folder, _, names in walk for name in names if _is_image(name))
-    return _listing((os.path.relpath(file, path), _IS_FILE, _IS_FILE) for file in files)
+def mark_unfinished(folder: Path) -> None:
+    """Makes the folder one of an index that is being prepared and cannot be opened yet."""
+    _write_header(folder, {"format": FORMAT, "finished": False})
 
 
-def _raise(error: OSError) -> None:
-    """os.walk alone would pass over a folder that it may not read."""
-    raise error
+def is_index(folder: str | Path) -> bool:
+    """Whether the folder is a prepared index, perhaps an unfinished one, and not a root of images."""
+    return Path(folder, HEADER).is_file()
 
 
-def _list_tar(path: Path) -> _Listing:
+def read_header(folder: str | Path) -> dict[str, Any]:
+    """What `HEADER` says.
+
+    Raises:
+        ValueError: it is damaged, of another format, or of an index that is not finished.
+    """
+    path = Path(folder, HEADER)
     try:
-        with tarfile.open(path, "r:", encoding="utf-8") as tar:
-            listing = _listing(
-                (member.name, member.offset_data, member.size)
-                for member in tar
-                if member.isreg() and not member.issparse() and _is_image(member.name)
-            )
-            # tarfile takes a header that is cut off or damaged for the end.
-            tar.fileobj.seek(tar.offset)
-            if tar.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-                raise tarfile.ReadError(f"no header and no end at byte {tar.offset}")
-            return listing
-    except (tarfile.TarError, OSError) as error:
-        raise ValueError(f"{path}: no readable uncompressed tar ({error}); fetch it again") from error
+        header = json.loads(path.read_text())
+        form, finished = header["format"], header["finished"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: damaged ({error}); {_AGAIN}") from error
+    if form != FORMAT:
+        raise ValueError(f"{path}: format {form}, this version reads {FORMAT}; {_AGAIN}")
+    if not finished:
+        raise ValueError(f"{folder}: this index is not finished; {_AGAIN}, and it goes on where it was")
+    return header
 
 
-def _is_image(name: str) -> bool:
-    name = name.rpartition("/")[2]
-    # Hidden ones are a Mac's metadata: ._foo.jpg.
-    return name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith(".")
+def open_index(folder: str | Path, categories: Sequence[Category] | None = None) -> ImageLevelIndex:
+    """Opens a prepared index; of the arrays only their ends are read.
+
+    Args:
+        categories: what the labels are to be; None takes the index's word.
+
+    Raises:
+        ValueError: the index is damaged, unfinished or of other categories.
+    """
+    folder = Path(folder).absolute()
+    header = read_header(folder)
+    try:
+        if categories is not None:
+            _check_categories(folder, header["categories"], categories)
+        arrays = {name: _mapped(folder, name, header["lengths"][name]) for name in _COLUMNS}
+        if arrays["name_offsets"][[0, -1]].tolist() != [0, len(arrays["names"])]:
+            raise ValueError(f"{folder}: name_offsets.npy and names.npy do not fit; {_AGAIN}")
+        return ImageLevelIndex(
+            **arrays,
+            containers=tuple(Container(*fields) for fields in header["containers"]),
+            image_counts=np.array(header["image_counts"], dtype=np.int64),
+            unmatched=tuple(header["report"]["unmatched"]),
+            digest=header["digest"],
+            folder=folder,
+        )
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{folder / HEADER}: damaged ({error!r}); {_AGAIN}") from error
 
 
-def _class_paths(root: Path) -> list[Path]:
-    """The class folders and tars of a root, sorted by name."""
-    if not root.is_dir():
-        raise ValueError(f"{root}: no such folder; correct data.image_level or data.root")
-    paths = sorted(path for path in root.iterdir() if not path.name.startswith("."))
-    for path in paths:
-        if path.name.endswith((".tar.gz", ".tgz")):
-            raise ValueError(
-                f"{path}: images cannot be read out of a compressed tar; unpack it to a plain .tar"
-            )
-    return [path for path in paths if path.suffix == ".tar" or path.is_dir()]
+def is_intact(index: ImageLevelIndex) -> bool:
+    """Whether the arrays are those that the digest was made of; reads everything."""
+    return index.digest == _digest(index.containers, {name: getattr(index, name) for name in _COLUMNS})
 
 
-def _class_name(path: Path) -> str:
-    return path.name if path.is_dir() else path.stem
+def _columns(labelled: Iterable[tuple[int | np.ndarray, Listing]]) -> Iterator[dict[str, np.ndarray]]:
+    """Pieces of the arrays `_COLUMNS`, one a container."""
+    end = 0
+    yield {"name_offsets": np.zeros(1, dtype=np.int64)}
+    for place, (labels, listing) in enumerate(labelled):
+        offsets = end + np.cumsum(listing.lengths)
+        yield {
+            "labels": np.broadcast_to(np.int32(labels), len(listing.lengths)),
+            "container": np.full(len(listing.lengths), place, dtype=np.int32),
+            "names": listing.names,
+            "name_offsets": offsets,
+            "positions": listing.positions,
+            "sizes": listing.sizes,
+        }
+        end = offsets[-1] if len(offsets) else end
 
 
-def _class_labels(categories: Sequence[Category], mapping: str | Path | None) -> Callable[[str], int | None]:
-    """From the name of a class to its label; None where it matches no category."""
-    translated = {} if mapping is None else _read_table(Path(mapping))
-    wnid_of = _read_table(_WNIDS)
-    exact = (
-        _unshared([wnid_of.get(category.synset, "") for category in categories])
-        | _unshared([category.synset for category in categories])
-        | _unshared([category.name for category in categories])
-    )
-    loose = _unshared([_loose(category.name) for category in categories])
-
-    def label_of(name: str) -> int | None:
-        name = translated.get(name, name)
-        return exact.get(name, loose.get(_loose(name)))
-
-    return label_of
+def _refuse_empty(images: int, containers: Sequence[Container]) -> None:
+    if not images:
+        raise ValueError(
+            f"{containers[0].path}: no {', '.join(IMAGE_SUFFIXES)} file in it or any other class that counts"
+        )
 
 
-def _unshared(keys: Sequence[str]) -> dict[str, int]:
-    """Key -> label, for one key a label; without empty keys and keys that two labels share."""
-    counts = Counter(keys)
-    return {key: label for label, key in enumerate(keys) if key and counts[key] == 1}
+@contextlib.contextmanager
+def _appending(path: Path, dtype: str) -> Iterator[Callable[[np.ndarray], None]]:
+    """A function that adds a piece to an .npy file; its header, of fixed length, is right at last."""
+    length = 0
+    with written_whole(path) as temporary, temporary.open("wb") as file:
+
+        def write_start() -> None:
+            shape = {"descr": dtype, "fortran_order": False, "shape": (length,)}
+            np.lib.format.write_array_header_1_0(file, shape)
+
+        def append(array: np.ndarray) -> None:
+            nonlocal length
+            file.write(np.ascontiguousarray(array, dtype=dtype))
+            length += len(array)
+
+        write_start()
+        yield append
+        file.seek(0)
+        write_start()
 
 
-def _loose(name: str) -> str:
-    return name.casefold().replace(" ", "_")
+def _mapped(folder: Path, name: str, length: int) -> np.ndarray:
+    path = folder / f"{name}.npy"
+    try:
+        array = np.load(path, mmap_mode="r")
+    except (OSError, ValueError, EOFError) as error:
+        raise ValueError(f"{path}: missing, truncated or damaged ({error}); {_AGAIN}") from error
+    if array.shape != (length,) or array.dtype != np.dtype(_COLUMNS[name]):
+        raise ValueError(f"{path}: not the {length} values of {HEADER}; {_AGAIN}")
+    return array.view(np.ndarray)  # slicing a memmap is several times slower
 
 
-def _read_table(path: Path) -> dict[str, str]:
-    table: dict[str, str] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        if not line.strip() or line.startswith("#"):
-            continue
-        columns = [column.strip() for column in line.split("\t")]
-        if len(columns) != 2 or not all(columns):
-            raise ValueError(f"{path}, line {number}: {line!r} is not two columns with a tab between them")
-        key, value = columns
-        if table.setdefault(key, value) != value:
-            raise ValueError(f"{path}, line {number}: {key} means {value!r} here and {table[key]!r} above")
-    return table
+def _write_header(folder: Path, header: dict[str, Any]) -> None:
+    with written_whole(folder / HEADER) as temporary:
+        temporary.write_text(json.dumps(header) + "\n")
 
 
-def _shortened(names: Sequence[str], limit: int = 10) -> str:
-    return ", ".join(names[:limit]) + (", ..." if len(names) > limit else "")
+def _check_categories(folder: Path, made_for: list[list], categories: Sequence[Category]) -> None:
+    theirs = {(id_, name) for id_, name in made_for}
+    ours = {(category.id, category.name) for category in categories}
+    if theirs != ours:
+        only = [
+            f"{len(some)} only in {where} ({shortened([f'{id_} {name}' for id_, name in sorted(some)], 3)})"
+            for some, where in ((theirs - ours, "the index"), (ours - theirs, "the annotations"))
+            if some
+        ]
+        raise ValueError(
+            f"{folder}: this index is of other categories than the annotations: {', '.join(only)}; {_AGAIN} "
+            "with --annotations of this data set"
+        )
 
 
-def _digest(keys: Sequence[str], arrays: dict[str, np.ndarray]) -> str:
-    digest = hashlib.sha256("\0".join(keys).encode("utf-8", "surrogateescape"))
+def _digest(containers: Sequence[Container], arrays: dict[str, np.ndarray]) -> str:
+    keys = "\0".join(container.key for container in containers)
+    digest = hashlib.sha256(keys.encode("utf-8", "surrogateescape"))
     for name in sorted(arrays):
-        array = arrays[name]
-        digest.update(array.astype(array.dtype.newbyteorder("<")).tobytes())
+        dtype = "<i8" if name == "labels" else _COLUMNS[name]
+        for start in range(0, len(arrays[name]), 1 << 20):
+            digest.update(np.ascontiguousarray(arrays[name][start : start + (1 << 20)], dtype=dtype))
     return digest.hexdigest()

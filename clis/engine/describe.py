@@ -36,7 +36,7 @@ def describe_run(
     ]
     if index is not None:
         lines.append(
-            f"{len(index)} image-level images of {len(set(index.labels.tolist()))} classes, "
+            f"{len(index)} image-level images of {(index.image_counts > 0).sum()} classes, "
             f"s={clis.s} t={clis.t}, alpha {config.loss.alpha:g} beta {config.loss.beta:g}"
         )
     lines.append(

@@ -14,9 +14,10 @@ from torch import Tensor
 
 from clis.config import Config, data_path, load_config
 from clis.data.annotations import check_same_categories
-from clis.data.image_level import REGION_DTYPE, ImageLevelIndex, RegionSource, region_sidecar
+from clis.data.image_level import ImageLevelIndex
 from clis.data.images import ImageError, decode_image
 from clis.data.loader import image_loader
+from clis.data.regions import REGION_DTYPE, RegionSource, region_sidecar
 from clis.distributed import barrier, is_main, rank, world_size
 from clis.engine.checkpoint import load_detector
 from clis.engine.log import Progress, say

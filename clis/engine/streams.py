@@ -15,8 +15,9 @@ from clis.data.annotations import (
     load_annotations,
     load_training_annotations,
 )
-from clis.data.image_level import ImageLevelIndex, build_index, load_regions
+from clis.data.image_level import ImageLevelIndex, build_index, is_index, open_index
 from clis.data.loader import TwoStreamDataset
+from clis.data.regions import load_regions
 from clis.data.sampling import BlockSampler, JointSampler, RepeatSampler, UniformSampler, repeat_factors
 from clis.distributed import local_main_first
 from clis.engine.log import Progress, say
@@ -68,15 +69,19 @@ def make_streams(config: Config) -> tuple[Annotations, TwoStreamDataset, JointSa
 
 
 def make_index(config: Config, annotations: Annotations) -> ImageLevelIndex:
-    """The index of the image-level images of the categories of `annotations`."""
+    """The index of the image-level images of the categories of `annotations`: the prepared one, or a new one.
+
+    Raises:
+        ValueError: a prepared index is damaged, of other categories or not alone; or as `build_index`.
+    """
     data = config.data
+    roots = [data_path(config, root) for root in data.image_level]
+    if any(map(is_index, roots)):
+        if len(roots) > 1:
+            raise ValueError("data.image_level: a prepared index stands alone; prepare one of all the roots")
+        return open_index(roots[0], annotations.categories)
     mapping = None if data.mapping is None else data_path(config, data.mapping)
-    index = build_index(
-        [data_path(config, root) for root in data.image_level],
-        annotations.categories,
-        mapping,
-        strict=not data.drop_unmatched,
-    )
+    index = build_index(roots, annotations.categories, mapping, strict=not data.drop_unmatched)
     if index.unmatched:
         some = ", ".join(index.unmatched[:10])
         say(f"{len(index.unmatched)} image-level classes match no category and are left out: {some} ...")

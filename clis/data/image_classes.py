@@ -1,0 +1,314 @@
+"""Which image-level class is which category, and how far a set of images covers the categories."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from clis.data.annotations import Category
+
+_SYNSETS = Path(__file__).with_name("wnids.tsv")
+_GROUPS = {"r": "rare", "c": "common", "f": "frequent", "all": "all"}
+_FEWEST = 10
+"""Classes that the coverage names as those with the fewest images."""
+_LISTS = {
+    "without_images": "categories without images",
+    "unmatched": "classes match no category and are left out",
+    "empty": "folders and tars without an image",
+}
+
+NO_CATEGORY = -1
+"""Label of what is left out."""
+
+
+def class_labels(categories: Sequence[Category], mapping: str | Path | None) -> Callable[[str], int | None]:
+    """From the name of a class to its label; None where it matches no category.
+
+    The name is translated by the mapping, then taken as a category's name, its synset or the synset's WordNet
+    3.0 id (wnid), else as a name regardless of case and of spaces or underscores. What two categories share
+    means neither.
+
+    Args:
+        mapping: file of ``name<TAB>category`` lines; a header and lines that start with # do no harm.
+
+    Raises:
+        ValueError: the mapping is malformed.
+    """
+    translated = {} if mapping is None else _read_mapping(Path(mapping))
+    synsets = _synsets()
+    exact = (
+        _unshared([synsets.get(category.synset, ("", False))[0] for category in categories])
+        | _unshared([category.synset for category in categories])
+        | _unshared([category.name for category in categories])
+    )
+    loose = _unshared([_loose(category.name) for category in categories])
+
+    def label_of(name: str) -> int | None:
+        name = translated.get(name, name)
+        return exact.get(name, loose.get(_loose(name)))
+
+    return label_of
+
+
+def match_classes(
+    names: Sequence[str],
+    label_of: Callable[[str], int | None],
+    categories: Sequence[Category],
+    *,
+    strict: bool,
+    where: str,
+) -> tuple[list[int | None], tuple[str, ...]]:
+    """The label of each name (None where it matches no category), and the names that match none, sorted.
+
+    Raises:
+        ValueError: a name matches no category and `strict`, or none does; `where` is named.
+    """
+    labels = [label_of(name) for name in names]
+    unmatched = tuple(sorted({name for name, label in zip(names, labels) if label is None}))
+    some_match = len(unmatched) < len(set(names))
+    if not some_match or (unmatched and strict):
+        expected = shortened([category.name for category in categories])
+        raise ValueError(
+            f"{where}: {len(unmatched)} of {len(set(names))} image-level classes match no category"
+            + (f": {shortened(unmatched)}" if unmatched else "")
+            + f"; name them by category ({expected}), WordNet synset or wnid, or give a mapping file "
+            "(data.mapping)"
+            + ("; data.drop_unmatched=true, or prepare without --strict, leaves them out" * some_match)
+        )
+    return labels, unmatched
+
+
+def in_imagenet22k(categories: Sequence[Category]) -> np.ndarray:
+    """Which categories have a synset that is one of ImageNet-22k's 21,841 classes; bool [C].
+
+    They are 997 of LVIS v1's 1203 (277 r, 390 c, 330 f), as in the paper, and 1024 of v0.5's 1230, for which
+    the paper says 1023.
+    """
+    synsets = _synsets()
+    return np.array([synsets.get(category.synset, ("", False))[1] for category in categories], dtype=bool)
+
+
+class MemberLabels:
+    """A label file of mixed tars: lines of ``member name<TAB>class``.
+
+    Blank lines and lines that start with # are passed over. Names are kept as 64-bit hashes, 21 bytes a line:
+    of 10^8 names, two share one with a probability of 3 in 10,000.
+    """
+
+    def __init__(self, path: str | Path, label_of: Callable[[str], int | None]) -> None:
+        """
+        Args:
+            label_of: see `class_labels`.
+
+        Raises:
+            ValueError: a line is not two columns, a member has two lines, or there is none.
+        """
+        self.path = Path(path)
+        known: dict[bytes, int] = {}
+
+        def rows() -> Iterator[tuple[int, int, int]]:
+            for line, (name, class_name) in _read_rows(self.path, 2):
+                if class_name not in known:
+                    label = label_of(os.fsdecode(class_name))
+                    known[class_name] = NO_CATEGORY if label is None else label
+                yield _hash(name), line, known[class_name]
+
+        row_dtype = np.dtype([("name", np.uint64), ("line", np.int64), ("label", np.int32)])
+        table = np.fromiter(rows(), dtype=row_dtype)
+        if not len(table):
+            raise ValueError(f"{self.path}: no line of member name, tab, class in it")
+        table = table[np.argsort(table["name"], kind="stable")]
+        self._names, self._lines, self._labels = (np.ascontiguousarray(table[k]) for k in row_dtype.names)
+        repeated = np.flatnonzero(self._names[1:] == self._names[:-1])
+        if len(repeated):
+            first, second = self._lines[repeated[0] : repeated[0] + 2]
+            raise ValueError(
+                f"{self.path}, line {second}: the member of line {first} again ({len(repeated)} such lines); "
+                "leave one line a member"
+            )
+        self._used = np.zeros(len(table), dtype=bool)
+        self.class_names = [os.fsdecode(class_name) for class_name in known]
+        """The classes of the file."""
+        self.without_label = 0
+        """Members so far that have no line."""
+        self.without_label_names: list[str] = []
+        """The first of them."""
+
+    def take(self, names: Sequence[bytes], container: str) -> np.ndarray:
+        """Labels of the members of a container; -1 where there is none, or no category; int32 [len(names)].
+
+        Raises:
+            ValueError: a member of the file was taken before, by this container or another.
+        """
+        hashes = np.array([_hash(name) for name in names], dtype=np.uint64)
+        rows = np.searchsorted(self._names, hashes).clip(max=len(self._names) - 1)
+        found = self._names[rows] == hashes
+        members = np.flatnonzero(found)
+        taken, first, counts = np.unique(rows[found], return_index=True, return_counts=True)
+        again = self._used[taken] | (counts > 1)
+        if again.any():
+            name = printable(os.fsdecode(names[members[first[np.argmax(again)]]]))
+            raise ValueError(
+                f"{container}: member {name} is there twice, or in an earlier tar too; {self.path} gives "
+                "labels by name, so every image needs a name of its own"
+            )
+        self._used[taken] = True
+        self.without_label += len(names) - len(members)
+        for place in np.flatnonzero(~found)[: _FEWEST - len(self.without_label_names)]:
+            self.without_label_names.append(f"{container}:{os.fsdecode(names[place])}")
+        return np.where(found, self._labels[rows], NO_CATEGORY).astype(np.int32)
+
+    @property
+    def any_used(self) -> bool:
+        """Whether a member was taken."""
+        return bool(self._used.any())
+
+    @property
+    def without_member(self) -> np.ndarray:
+        """Numbers of the lines whose member was not taken, ascending: int64."""
+        return np.sort(self._lines[~self._used])
+
+    def report(self) -> dict[str, Any]:
+        """What did not match: ``members_without_label``, ``labels_without_member``, the first of them."""
+        lines = self.without_member
+        return {
+            "members_without_label": self.without_label,
+            "first_members_without_label": self.without_label_names,
+            "labels_without_member": len(lines),
+            "first_lines_without_member": lines[:_FEWEST].tolist(),
+        }
+
+
+def coverage(categories: Sequence[Category], counts: np.ndarray) -> dict[str, Any]:
+    """How far image-level images cover the categories, in numbers that JSON can hold.
+
+    Args:
+        counts: int64 [C], images of each label.
+
+    Returns:
+        ``images``; ``groups``: for ``r``, ``c``, ``f`` and ``all`` the numbers of ``classes``, of those
+        ``with_images``, of those ``in_imagenet22k`` and of those that are both (``both``), and the ``min``,
+        ``median`` and ``max`` images of a class that has some (None where none has); ``fewest``: names and
+        counts of the classes with the fewest images; ``without_images``: names.
+    """
+    counts = np.asarray(counts)
+    frequencies = np.array([category.frequency for category in categories])
+    in_22k = in_imagenet22k(categories)
+    groups = {}
+    for group in _GROUPS:
+        inside = (frequencies == group) | (group == "all")
+        some = counts[inside & (counts > 0)]
+        groups[group] = {
+            "classes": int(inside.sum()),
+            "with_images": len(some),
+            "in_imagenet22k": int((inside & in_22k).sum()),
+            "both": int((inside & in_22k & (counts > 0)).sum()),
+            "min": int(some.min()) if len(some) else None,
+            "median": float(np.median(some)) if len(some) else None,
+            "max": int(some.max()) if len(some) else None,
+        }
+    order = np.argsort(counts, kind="stable")
+    fewest = order[counts[order] > 0][:_FEWEST]
+    return {
+        "images": int(counts.sum()),
+        "groups": groups,
+        "fewest": [(categories[label].name, int(counts[label])) for label in fewest],
+        "without_images": [categories[label].name for label in np.flatnonzero(counts == 0)],
+    }
+
+
+def describe_coverage(covered: dict[str, Any]) -> str:
+    """The coverage as a table and some lines for the terminal; long lists are shortened.
+
+    Args:
+        covered: from `coverage`; also what a report on classes, folders and members adds to it (see
+            `clis.engine.prepare`).
+    """
+    groups = covered["groups"]
+    lines = [f"{'':10}{'classes':>9}{'with images':>13}{'images a class: min':>21}{'median':>9}{'max':>9}"]
+    for group, name in _GROUPS.items():
+        row = groups[group]
+        low, middle, high = ("-" if row[k] is None else f"{row[k]:g}" for k in ("min", "median", "max"))
+        lines.append(f"{name:10}{row['classes']:>9}{row['with_images']:>13}{low:>21}{middle:>9}{high:>9}")
+    every = groups["all"]
+    if every["in_imagenet22k"]:
+        parts = ", ".join(f"{groups[group]['in_imagenet22k']} {group}" for group in "rcf")
+        lines.append(
+            f"{every['in_imagenet22k']} of {every['classes']} classes are in ImageNet-22k ({parts}), "
+            f"you have {every['both']} of them"
+        )
+    lines.append("fewest images: " + shortened([f"{name} {count}" for name, count in covered["fewest"]]))
+    for key, what in _LISTS.items():
+        if names := covered.get(key):
+            lines.append(f"{len(names)} {what}: {shortened(names)}")
+    if missing := covered.get("members_without_label"):
+        names = shortened(covered["first_members_without_label"])
+        lines.append(f"{missing} images of the tars have no label: {names}")
+    if missing := covered.get("labels_without_member"):
+        numbers = shortened([str(line) for line in covered["first_lines_without_member"]])
+        lines.append(f"{missing} lines of the label file have no image in the tars: lines {numbers}")
+    return "\n".join(lines)
+
+
+def shortened(names: Sequence[str], limit: int = 10) -> str:
+    """The first names, printable; bytes of a file name that are not UTF-8 become \\udc80 and so on."""
+    return printable(", ".join(names[:limit])) + (", ..." if len(names) > limit else "")
+
+
+def printable(name: str) -> str:
+    """The name with control characters and lone surrogates escaped, so that it can go to any terminal."""
+    name = name.encode("utf-8", "backslashreplace").decode()
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)
+
+
+def _hash(name: bytes) -> int:
+    # `tar cf x.tar ./folder` gives its members names that start with ./
+    name = name.removeprefix(b"./")
+    return int.from_bytes(hashlib.blake2b(name, digest_size=8).digest(), "little")
+
+
+def _unshared(keys: Sequence[str]) -> dict[str, int]:
+    """Key -> label, for one key a label; without empty keys and keys that two labels share."""
+    counts = Counter(keys)
+    return {key: label for label, key in enumerate(keys) if key and counts[key] == 1}
+
+
+def _loose(name: str) -> str:
+    return name.casefold().replace(" ", "_")
+
+
+def _synsets() -> dict[str, tuple[str, bool]]:
+    """Synset -> wnid, and whether it is in ImageNet-22k."""
+    rows = (map(os.fsdecode, row) for _, row in _read_rows(_SYNSETS, 3))
+    return {synset: (wnid, flag == "1") for synset, wnid, flag in rows}
+
+
+def _read_mapping(path: Path) -> dict[str, str]:
+    table: dict[str, str] = {}
+    for line, row in _read_rows(path, 2):
+        key, value = map(os.fsdecode, row)
+        if table.setdefault(key, value) != value:
+            raise ValueError(f"{path}, line {line}: {key} means {value!r} here and {table[key]!r} above")
+    return table
+
+
+def _read_rows(path: Path, columns: int) -> Iterator[tuple[int, list[bytes]]]:
+    """Number and columns of each line; in bytes, for file names need not be UTF-8."""
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip() or line.startswith(b"#"):
+                continue
+            row = [column.strip() for column in line.split(b"\t")]
+            if len(row) != columns or not all(row):
+                text = line.decode("utf-8", "backslashreplace").rstrip("\r\n")
+                raise ValueError(
+                    f"{path}, line {number}: {text!r} is not {('two', 'three')[columns - 2]} columns with a "
+                    "tab between them"
+                )
+            yield number, row

@@ -1,0 +1,306 @@
+"""Which images lie in folders and tars, and where in them; nothing is unpacked."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import multiprocessing
+import os
+import re
+import signal
+import tarfile
+import threading
+import zipfile
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from clis.files import written_whole
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif")
+"""In any case, also with .gz behind; other files are passed over, and so are hidden ones."""
+
+IS_FILE = -1
+"""Position and size of an image that is a file of its own."""
+
+_COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
+_LISTING_VERSION = 1
+
+
+class Container(NamedTuple):
+    """A folder or a tar of images: of one class, which it is named by, or of mixed ones."""
+
+    key: str
+    """Place of its root among the roots and its name there; the same wherever the roots lie."""
+    path: str
+    """Absolute; of the outer tar where this one lies in a tar."""
+    inner: str = ""
+    """Name of this tar in the outer one."""
+    start: int = IS_FILE
+    """First byte of the tar in the file; -1 for a folder, as the next three."""
+    end: int = IS_FILE
+    file_size: int = IS_FILE
+    mtime_ns: int = IS_FILE
+
+    @property
+    def is_folder(self) -> bool:
+        return self.start == IS_FILE
+
+    @property
+    def class_name(self) -> str:
+        name = os.path.basename(self.inner or self.path)
+        return name if self.is_folder else name.removesuffix(".tar")
+
+    @property
+    def name(self) -> str:
+        """For messages: ``n01514668``, ``n01514668.tar``, ``outer.tar:n01514668.tar``."""
+        return os.path.basename(self.path) + (f":{self.inner}" if self.inner else "")
+
+
+class Listing(NamedTuple):
+    """The k images of a container."""
+
+    names: np.ndarray
+    """uint8 [...], one after the other."""
+    lengths: np.ndarray
+    """int64 [k], as are the next two: bytes of each name."""
+    positions: np.ndarray
+    sizes: np.ndarray
+
+    def split_names(self) -> list[bytes]:
+        """The k names."""
+        ends = np.cumsum(self.lengths).tolist()
+        names = self.names.tobytes()
+        return [names[start:end] for start, end in zip([0, *ends], ends)]
+
+    def select(self, keep: np.ndarray) -> Listing:
+        """The images where the mask [k] is True."""
+        names = self.names[np.repeat(keep, self.lengths)]
+        return Listing(names, self.lengths[keep], self.positions[keep], self.sizes[keep])
+
+
+def find_containers(
+    roots: Sequence[str | Path],
+    is_class: Callable[[str], bool],
+    parts: Path | None = None,
+    say: Callable[[str], None] = lambda text: None,
+) -> list[Container]:
+    """The folders and tars of the roots, in the order of the roots, then of the names.
+
+    A root is a folder that holds them, or one tar. A tar whose name is no class, nor a wnid, and whose first
+    file is a tar stands for the tars in it (ImageNet-22k is distributed so).
+
+    Args:
+        is_class: whether a name is known to be a class, so that its tar need not be looked into.
+        parts: see `list_images`.
+        say: told of what takes long.
+
+    Raises:
+        ValueError: a root is missing, or a tar is compressed, or a tar of tars is malformed.
+    """
+    return [
+        container
+        for place, root in enumerate(roots)
+        for path in _entries(Path(root))
+        for container in _expand(_container(place, path), is_class, parts, say)
+    ]
+
+
+def list_images(container: Container, *, by_name: bool, parts: Path | None = None) -> Listing:
+    """The images of a container, sorted by name or, with `by_name` False, as they lie in the tar.
+
+    Args:
+        parts: folder that keeps the listing of a tar for the next time, as long as path, size and time of
+            the file stay the same; a damaged one is made again.
+
+    Raises:
+        ValueError: a tar is malformed or truncated.
+    """
+    if container.is_folder:
+        return _list_folder(Path(container.path))
+    return _list_tar(container, is_image, by_name, parts)
+
+
+def part_file(container: Container, *, by_name: bool, parts: Path) -> Path:
+    """Where `list_images` keeps the listing of a tar."""
+    return _part_file(container, is_image, by_name, parts)
+
+
+def keep_listing(container: Container, *, by_name: bool, parts: Path) -> str | None:
+    """Lists a tar for the next `list_images`; returns what is wrong with it, if anything is."""
+    try:
+        list_images(container, by_name=by_name, parts=parts)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def remove_other_parts(containers: Sequence[Container], *, by_name: bool, parts: Path) -> None:
+    """Removes listings of images of other containers, and what interrupted writing has left."""
+    if parts.exists():
+        used = {part_file(container, by_name=by_name, parts=parts) for container in containers}
+        for path in parts.iterdir():
+            if path not in used and not path.name.endswith(f"{is_tar.__name__}.npz"):
+                path.unlink()
+
+
+def end_with_parent() -> None:
+    """Makes this process end with the one that started it, and at Ctrl-C without a word."""
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    def watch() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _entries(root: Path) -> list[Path]:
+    """The folders and tars of a root, sorted by name."""
+    if root.is_dir():
+        paths = sorted(path for path in root.iterdir() if not path.name.startswith("."))
+    elif root.exists():
+        paths = [root]
+    else:
+        raise ValueError(f"{root}: no such folder or tar; correct data.image_level or data.root")
+    for path in paths:
+        if path.name.endswith(_COMPRESSED):
+            raise ValueError(
+                f"{path}: images cannot be read out of a compressed tar; unpack it to a plain .tar"
+            )
+    return [path for path in paths if path.suffix == ".tar" or path.is_dir()]
+
+
+def _container(place: int, path: Path) -> Container:
+    key, absolute = f"{place}/{path.name}", os.path.abspath(path)
+    if path.is_dir():
+        return Container(key, absolute)
+    stat = path.stat()
+    return Container(key, absolute, "", 0, stat.st_size, stat.st_size, stat.st_mtime_ns)
+
+
+def _expand(
+    container: Container, is_class: Callable[[str], bool], parts: Path | None, say: Callable[[str], None]
+) -> Iterable[Container]:
+    """The container itself, or the tars in it."""
+    name = container.class_name
+    if container.is_folder or is_class(name) or re.fullmatch(r"n\d{8}", name) or not _holds_tars(container):
+        yield container
+        return
+    say(f"{container.path}: looking for the tars in it")
+    listing = _list_tar(container, is_tar, True, parts)
+    for raw, start, size in zip(listing.split_names(), listing.positions.tolist(), listing.sizes.tolist()):
+        inner = os.fsdecode(raw)
+        if inner.endswith(_COMPRESSED):
+            raise ValueError(
+                f"{container.path}:{inner}: images cannot be read out of a compressed tar; unpack it to a "
+                "plain .tar"
+            )
+        yield container._replace(key=f"{container.key}/{inner}", inner=inner, start=start, end=start + size)
+
+
+def _holds_tars(container: Container) -> bool:
+    """Whether the first file of a tar is a tar; no if it cannot be read."""
+    with contextlib.suppress(tarfile.TarError, OSError), _opened(container) as tar:
+        for member in _members(tar, container.end):
+            if member.isreg():
+                return is_tar(member.name)
+    return False
+
+
+def is_image(name: str) -> bool:
+    name = name.rpartition("/")[2]
+    # Hidden ones are a Mac's metadata: ._foo.jpg.
+    return name.lower().removesuffix(".gz").endswith(IMAGE_SUFFIXES) and not name.startswith(".")
+
+
+def is_tar(name: str) -> bool:
+    name = name.rpartition("/")[2]
+    return name.endswith((".tar", *_COMPRESSED)) and not name.startswith(".")
+
+
+def _list_folder(path: Path) -> Listing:
+    walk = os.walk(path, onerror=_raise)
+    files = (os.path.join(folder, name) for folder, _, names in walk for name in names if is_image(name))
+    return _listing(((os.path.relpath(file, path), IS_FILE, IS_FILE) for file in files), by_name=True)
+
+
+def _raise(error: OSError) -> None:
+    """os.walk alone would pass over a folder that it may not read."""
+    raise error
+
+
+def _list_tar(
+    container: Container, wanted: Callable[[str], bool], by_name: bool, parts: Path | None
+) -> Listing:
+    """The members whose names are wanted, from `parts` if it is there."""
+    if parts is None:
+        return _scan_tar(container, wanted, by_name)
+    file = _part_file(container, wanted, by_name, parts)
+    damage = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error)
+    with contextlib.suppress(*damage), np.load(file) as part:
+        return Listing(*(part[field] for field in Listing._fields))
+    listing = _scan_tar(container, wanted, by_name)
+    with written_whole(file) as temporary:
+        np.savez_compressed(temporary, **listing._asdict())
+    return listing
+
+
+def _part_file(container: Container, wanted: Callable[[str], bool], by_name: bool, parts: Path) -> Path:
+    what = repr((_LISTING_VERSION, by_name, *container[1:]))
+    return parts / f"{hashlib.sha256(what.encode()).hexdigest()[:32]}.{wanted.__name__}.npz"
+
+
+def _scan_tar(container: Container, wanted: Callable[[str], bool], by_name: bool) -> Listing:
+    try:
+        with _opened(container) as tar:
+            images = (
+                (member.name, member.offset_data, member.size)
+                for member in _members(tar, container.end)
+                if member.isreg() and not member.issparse() and wanted(member.name)
+            )
+            listing = _listing(images, by_name)
+            # tarfile takes a header that is cut off or damaged for the end.
+            tar.fileobj.seek(tar.offset)
+            rest = tar.fileobj.read(min(tarfile.BLOCKSIZE, max(container.end - tar.offset, 0)))
+            if rest != bytes(tarfile.BLOCKSIZE):
+                raise tarfile.ReadError(f"truncated or damaged: no header and no end at byte {tar.offset}")
+            return listing
+    except (tarfile.TarError, OSError) as error:
+        where = container.path + (f":{container.inner}" if container.inner else "")
+        raise ValueError(f"{where}: no readable uncompressed tar ({error}); fetch it again") from error
+
+
+@contextlib.contextmanager
+def _opened(container: Container) -> Iterator[tarfile.TarFile]:
+    """The tar, at its place in the file; positions are those in the file."""
+    with open(container.path, "rb") as file:
+        file.seek(container.start)
+        with tarfile.open(fileobj=file, mode="r:", encoding="utf-8") as tar:
+            yield tar
+
+
+def _members(tar: tarfile.TarFile, end: int) -> Iterator[tarfile.TarInfo]:
+    """The members one by one, in memory that does not grow; an error for one that ends behind `end`.
+
+    A tar in a tar that has lost its end would otherwise go on into the next.
+    """
+    while (member := tar.next()) is not None:
+        if member.size < 0 or member.offset_data + member.size > end:
+            raise tarfile.ReadError(f"truncated: {member.name} ends behind byte {end}")
+        yield member
+        tar.members.clear()
+
+
+def _listing(images: Iterable[tuple[str, int, int]], by_name: bool) -> Listing:
+    """From name, position and size of each image."""
+    images = [(os.fsencode(name), position, size) for name, position, size in images]
+    if by_name:
+        images.sort()
+    numbers = np.array([(len(name), *place) for name, *place in images], dtype=np.int64).reshape(-1, 3)
+    names = b"".join(name for name, _, _ in images)
+    return Listing(np.frombuffer(names, dtype=np.uint8), *np.ascontiguousarray(numbers.T))

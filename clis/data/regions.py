@@ -1,0 +1,73 @@
+"""The pre-defined regions of an image-level index: a file of one row an image."""
+
+from __future__ import annotations
+
+import enum
+import json
+from pathlib import Path
+
+import numpy as np
+
+from clis.data.image_level import ImageLevelIndex
+
+_ROWS = 1 << 20
+"""Rows that are checked at once, for memory that does not grow with the file."""
+
+
+class RegionSource(enum.IntEnum):
+    """Where a region comes from."""
+
+    PENDING = 0
+    """Not made yet; only in unfinished files."""
+    RULE = 1
+    """The rule of the region file gave it."""
+    FALLBACK = 2
+    """The rule gave none: the centre box."""
+    UNREADABLE = 3
+    """The image could not be read; the box is empty."""
+
+
+REGION_DTYPE = np.dtype([("box", np.float32, 4), ("score", np.float32), ("source", np.uint8)])
+"""One region: xyxy in pixels of the stored image, score in [0, 1], `RegionSource`."""
+
+
+def region_sidecar(index: ImageLevelIndex, rule: str, detector: str | None) -> dict[str, object]:
+    """What the JSON beside a region file says of it: its index, the rule and the detector of the rule."""
+    return {"index": index.digest, "images": len(index), "rule": rule, "detector": detector}
+
+
+def load_regions(path: str | Path, index: ImageLevelIndex, rule: str) -> np.ndarray:
+    """The regions of the index's images, in its order: `REGION_DTYPE` [n], memory-mapped.
+
+    Raises:
+        ValueError: the file was made for another index or by another rule, is unfinished, or has a region
+            without area.
+    """
+    path = Path(path)
+    made = json.loads(path.with_suffix(".json").read_text())
+    regions = np.load(path, mmap_mode="r")
+    if made["index"] != index.digest or regions.shape != (len(index),) or regions.dtype != REGION_DTYPE:
+        raise ValueError(
+            f"{path}: made for other image-level images than the {len(index)} of data.image_level; remove it "
+            "to have it made again, or correct data.image_level, data.mapping or data.train"
+        )
+    if made["rule"] != rule:
+        raise ValueError(
+            f"{path}: made by the rule {made['rule']}, regions.rule is {rule}; name another regions.file"
+        )
+    for start in range(0, len(regions), _ROWS):
+        bad = start + _unusable(regions[start : start + _ROWS])
+        if len(bad):
+            first = int(bad[0])
+            raise ValueError(
+                f"{path}: row {first} ({index.name(first)}) is unfinished or has no area: {regions[first]} "
+                f"(and {len(bad) - 1} more near it); remove the file to have it made again"
+            )
+    return regions
+
+
+def _unusable(regions: np.ndarray) -> np.ndarray:
+    """Places of the regions that are unfinished or have no area."""
+    x1, y1, x2, y2 = regions["box"].T
+    without_area = ~((x2 > x1) & (y2 > y1)) & (regions["source"] != RegionSource.UNREADABLE)
+    return np.flatnonzero(without_area | (regions["source"] == RegionSource.PENDING))
