@@ -68,6 +68,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     command.add_argument("folders", nargs="+", type=Path, metavar="RUN_FOLDER")
     command.set_defaults(run=_compare)
 
+    command = commands.add_parser(
+        "check", help="read every file that a run would touch; exit code 0 if it may start"
+    )
+    _add_config(command)
+    command.add_argument("--sample", type=int, metavar="N", help="read only N images of each stream")
+    command.add_argument("--workers", type=int, default=os.cpu_count(), help="processes that read images")
+    command.add_argument("--list", type=Path, metavar="FILE", help="write every image that cannot be used")
+    command.set_defaults(run=_check)
+
     command = commands.add_parser("tensorboard", help="write metrics.jsonl of run folders as event files")
     command.add_argument("folders", nargs="+", type=Path, metavar="RUN_FOLDER")
     command.add_argument("--follow", action="store_true", help="go on while the runs go on")
@@ -141,6 +150,18 @@ def _compare(arguments: argparse.Namespace) -> None:
     from clis.engine.lvis_eval import format_table
 
     print(format_table({str(f): json.loads((f / "eval.json").read_text()) for f in arguments.folders}))
+
+
+def _check(arguments: argparse.Namespace) -> None:
+    from clis.config import load_config
+    from clis.engine.check import check
+
+    config = load_config(arguments.config, arguments.overrides)
+    report = check(config, workers=arguments.workers, sample=arguments.sample)
+    report.say()
+    if arguments.list is not None:
+        arguments.list.write_text("".join(f"{line}\n" for line in report.listing))
+    sys.exit(bool(report.errors))
 
 
 def _tensorboard(arguments: argparse.Namespace) -> None:

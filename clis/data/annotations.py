@@ -72,6 +72,8 @@ class Annotations:
     federated: bool
     """True where the file has LVIS's neg_category_ids / not_exhaustive_category_ids; False means every image
     is annotated exhaustively for every class."""
+    renamed: int
+    """File names that were shortened (see `clis.data.records.image_file_name`)."""
     negatives: tuple[np.ndarray, np.ndarray]
     """Labels known to be absent: (offsets int64 [N + 1], labels int64 [...]); empty where not federated."""
     not_exhaustive: tuple[np.ndarray, np.ndarray]
@@ -161,7 +163,9 @@ def _packed(annotations: Annotations) -> Packed:
     for name in _PAIRS:
         arrays[f"{name}_offsets"], arrays[f"{name}_labels"] = values[name]
     categories = [asdict(category) for category in annotations.categories]
-    return arrays, {"categories": categories, "federated": annotations.federated}
+    return arrays, {
+        "categories": categories, "federated": annotations.federated, "renamed": annotations.renamed
+    }  # fmt: skip
 
 
 def _unpacked(packed: Packed, path: str | Path) -> Annotations:
@@ -170,6 +174,7 @@ def _unpacked(packed: Packed, path: str | Path) -> Annotations:
         path=str(path),
         categories=tuple(Category(**category) for category in values["categories"]),
         federated=values["federated"],
+        renamed=values["renamed"],
         **{name: (arrays.pop(f"{name}_offsets"), arrays.pop(f"{name}_labels")) for name in _PAIRS},
         **arrays,
     )

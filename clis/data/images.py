@@ -72,7 +72,7 @@ def decode_image(data: bytes, name: str) -> Tensor:
         ImageError: the bytes are empty, truncated, corrupt, no image, or an image of no or too many pixels.
     """
     try:
-        data = _unpacked(data)
+        data = unpacked(data)
         _header_size(data)
         if data.startswith(_PNG):
             _check_png(data)
@@ -96,7 +96,12 @@ def _reason(error: Exception) -> str:
     return re.sub(r"^.*\.cpp:\d+,\s*", "", str(error).splitlines()[0])
 
 
-def _unpacked(data: bytes) -> bytes:
+def unpacked(data: bytes) -> bytes:
+    """The bytes of an image, which may have been gzip'ed.
+
+    Raises:
+        ValueError, zlib.error: there are none, or the gzip data is damaged or too large.
+    """
     if not data:
         raise ValueError("the file is empty")
     if not data.startswith(_GZIP):

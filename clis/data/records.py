@@ -57,7 +57,7 @@ def pack_records(parts: Iterable[tuple[str, list[Record]]], path: str | Path) ->
 
     Returns:
         The arrays of `clis.data.annotations.Annotations` by their names, the pairs as ``..._offsets`` and
-        ``..._labels``; and `categories` (the fields of each) and `federated`.
+        ``..._labels``; and `categories` (the fields of each), `federated` and `renamed`.
 
     Raises:
         ValueError: see `clis.data.annotations.load_annotations`.
@@ -91,6 +91,7 @@ def pack_records(parts: Iterable[tuple[str, list[Record]]], path: str | Path) ->
     return arrays, {
         "categories": _category_fields(categories, rows, labels, path),
         "federated": bool(images["federated"].any()),
+        "renamed": int(images["renamed"].sum()),
     }
 
 
@@ -219,6 +220,10 @@ def _image_columns(part: _Part) -> dict[str, np.ndarray]:
         if not isinstance(image.get("file_name", image.get("coco_url")), str):
             raise part.fault(place, "neither file_name nor coco_url is a string; add one")
     columns["file_name"] = np.array([image_file_name(image) for image in part.records])
+    columns["renamed"] = np.array(
+        [image.get("file_name", file).rpartition("/")[2] != file.rpartition("/")[2]
+         for image, file in zip(part.records, columns["file_name"].tolist())]
+    )  # fmt: skip
     columns["federated"] = np.array(["neg_category_ids" in image for image in part.records])
     for key in ("neg_category_ids", "not_exhaustive_category_ids"):
         lists = [image.get(key) or () for image in part.records]

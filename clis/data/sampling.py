@@ -72,10 +72,23 @@ def permuted(position: int, n: int, key: int) -> int:
 
 
 def repeat_factors(offsets: np.ndarray, labels: np.ndarray, num_classes: int, threshold: float) -> np.ndarray:
-    """Compute LVIS's repeat factor of every image (Gupta et al. 2019, section 4).
+    """Compute LVIS's repeat factor of every image (Gupta et al. 2019, section 4): float64 [N], at least 1.
 
-    With f(c) the share of images that hold class c, r(c) = max(1, sqrt(threshold / f(c))) and an image's
-    factor is the largest r(c) among its classes; 1 for an image without boxes.
+    It is the largest `class_repeat_factors` among the image's classes; 1 for an image without boxes.
+    Arguments and errors as there.
+    """
+    class_factors = class_repeat_factors(offsets, labels, num_classes, threshold)
+    num_images = len(offsets) - 1
+    factors = np.ones(num_images)
+    np.maximum.at(factors, np.repeat(np.arange(num_images), np.diff(offsets)), class_factors[labels])
+    return factors
+
+
+def class_repeat_factors(
+    offsets: np.ndarray, labels: np.ndarray, num_classes: int, threshold: float
+) -> np.ndarray:
+    """Compute LVIS's repeat factor of every class: with f(c) the share of images that hold class c,
+    r(c) = max(1, sqrt(threshold / f(c))); a class without images counts as in one.
 
     Args:
         offsets: int64 [N + 1]; image i owns labels[offsets[i]:offsets[i + 1]].
@@ -84,7 +97,7 @@ def repeat_factors(offsets: np.ndarray, labels: np.ndarray, num_classes: int, th
         threshold: share of images below which a class is repeated; 1e-3 on LVIS.
 
     Returns:
-        float64 [N], at least 1.
+        float64 [C], at least 1.
 
     Raises:
         ValueError: a label is outside 0..C-1, or the offsets do not span the labels.
@@ -102,12 +115,8 @@ def repeat_factors(offsets: np.ndarray, labels: np.ndarray, num_classes: int, th
     images = np.repeat(np.arange(num_images), np.diff(offsets))
     pairs = np.sort(images * num_classes + labels)
     pairs = pairs[np.diff(pairs, prepend=-1) > 0]  # np.unique from NumPy 2.3 on takes three times as long
-    images, labels = np.divmod(pairs, num_classes)
-    share = np.bincount(labels, minlength=num_classes).clip(min=1) / max(num_images, 1)
-    class_factors = np.sqrt(threshold / share).clip(min=1)
-    factors = np.ones(num_images)
-    np.maximum.at(factors, images, class_factors[labels])
-    return factors
+    share = np.bincount(pairs % num_classes, minlength=num_classes).clip(min=1) / max(num_images, 1)
+    return np.sqrt(threshold / share).clip(min=1)
 
 
 def _fixed_point_bounds(factors: np.ndarray, rounding: Rounding) -> np.ndarray:

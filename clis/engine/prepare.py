@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from clis.data.annotations import Category, load_annotations
+from clis.data.annotations import Category
 from clis.data.image_classes import (
     MemberLabels,
     class_labels,
@@ -45,6 +45,7 @@ from clis.data.image_scan import (
     remove_other_parts,
 )
 from clis.engine.log import Progress, say
+from clis.engine.streams import read_annotations
 
 PARTS = "parts"
 """Folder in the index with the listings of tars; without it they are scanned again, nothing else."""
@@ -84,7 +85,7 @@ def prepare_image_level(
     """
     out, roots = Path(out), [Path(root) for root in roots]
     _check_out(out, roots)
-    categories = load_annotations(annotations).categories
+    categories = read_annotations(annotations).categories
     if not is_index(out):
         mark_unfinished(out)
     parts = out / PARTS

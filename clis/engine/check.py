@@ -1,0 +1,303 @@
+"""``python -m clis check CONFIG``: reads every file that a run would touch, and says whether it may start."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import io
+import time
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+from PIL import Image  # torchvision needs Pillow
+
+from clis.config import Config, config_differences, config_from_dict, data_path, read_yaml
+from clis.data.annotations import Annotations, check_same_categories, checked_for_training
+from clis.data.image_classes import coverage, describe_coverage
+from clis.data.image_level import ImageLevelIndex
+from clis.data.images import ImageError, decode_image, read_bytes, unpacked
+from clis.data.loader import image_loader
+from clis.data.regions import load_regions
+from clis.data.sampling import RepeatSampler, class_repeat_factors, repeat_factors
+from clis.engine.checkpoint import load_checkpoint
+from clis.engine.log import Progress, say
+from clis.engine.regions import DETECTOR_RULES, detector_config
+from clis.engine.streams import make_index, read_annotations, regions_file
+from clis.models import build_model
+
+SHOWN = 5
+"""Files named for each kind of finding; `listing` gets all."""
+IMAGES_AT_ONCE = 32
+_ROTATION = 0x0112  # the EXIF tag
+GROUPS = {"r": "rare", "c": "common", "f": "frequent"}
+
+
+@dataclass
+class Report:
+    """What was found; a run may start if there is no error."""
+
+    errors: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    listing: list[str] = field(default_factory=list)
+    """A line for every single file that something was found in: kind, tab, what."""
+
+    @contextlib.contextmanager
+    def catching(self) -> Iterator[None]:
+        """An error that would end the run is a finding, and the check goes on."""
+        try:
+            yield
+        except (ValueError, OSError) as error:
+            self.errors.append(str(error))
+
+    def say(self) -> None:
+        for word, lines in (("", self.notes), ("WARNING: ", self.warnings), ("ERROR: ", self.errors)):
+            for line in lines:
+                say(f"{word}{line}")
+        say(f"{len(self.errors)} errors, {len(self.warnings)} warnings")
+        say("The run cannot start like this." if self.errors else "The run may start.")
+
+
+@dataclass(frozen=True)
+class Examined:
+    """One image file as the run would read it."""
+
+    problem: str | None
+    """Why it cannot be used, naming it."""
+    oddities: tuple[str, ...] = ()
+    """Kinds of what is unusual and does no harm."""
+    seconds: float = 0.0
+    """Of reading and decoding."""
+    num_bytes: int = 0
+
+
+def check(config: Config, *, workers: int, sample: int | None = None) -> Report:
+    """Checks files and settings of a run, and of the detector that it would train for its regions.
+
+    Args:
+        workers: processes that read images.
+        sample: images of each stream that are read, spread evenly; None reads all.
+    """
+    report = Report()
+    if config.data.generate == "shapes" and not data_path(config, config.data.train).exists():
+        report.notes.append(
+            f"{data_path(config, 'shapes')}: the embedded benchmark will be written at the start"
+        )
+        return report
+    detector = None
+    with report.catching():
+        detector = detector_config(config)
+    for each in (config, detector):
+        if each is not None:
+            _check_run_folder(each, report)
+    train = val = index = None
+    with report.catching():
+        train = read_annotations(data_path(config, config.data.train))
+        _check_boxes(train, config, report)
+        _describe_classes(train, config, report)
+    with report.catching():
+        val = read_annotations(data_path(config, config.data.val))
+        _describe_names(val, config, report)
+        if train is not None:
+            check_same_categories(train.categories, train.path, val.categories, val.path)
+    if config.clis.s > 0 and train is not None:
+        with report.catching():
+            index = make_index(config, train)
+            report.notes.append(describe_coverage(coverage(train.categories, index.image_counts)))
+            _check_regions(config, index, report)
+    if train is not None:
+        with report.catching():
+            build_model(config, train.categories)  # reads the backbone's weights
+    costs = {}
+    if train is not None:
+        costs["instance-level"] = _examine_annotated(
+            train,
+            data_path(config, config.data.train_images),
+            config.data.max_bad_images,
+            workers,
+            sample,
+            report,
+        )
+    if index is not None:
+        read = functools.partial(_examine_image_level, index)
+        costs["image-level"] = _examine(
+            "image-level", read, len(index), config.data.max_bad_images, workers, sample, report
+        )
+    if val is not None:
+        _examine_annotated(val, data_path(config, config.data.val_images), 0, workers, sample, report)
+    _describe_step(costs, config, report)
+    return report
+
+
+# --- settings and annotations -----------------------------------------------------------------------------
+
+
+def _check_run_folder(config: Config, report: Report) -> None:
+    path = Path(config.output, "config.yaml")
+    with report.catching():
+        if path.exists():
+            differences = config_differences(config_from_dict(read_yaml(path), source=str(path)), config)
+            if differences:
+                raise ValueError(f"{path.parent} belongs to another config: {'; '.join(differences[:5])}")
+
+
+def _check_boxes(train: Annotations, config: Config, report: Report) -> None:
+    _, counts = checked_for_training(train, drop_invalid=config.data.drop_invalid)
+    if any(counts.values()):
+        said = ", ".join(f"{count} {what}" for what, count in counts.items() if count)
+        report.warnings.append(f"{train.path}: boxes {said}")
+    empty = int((np.diff(train.offsets) == 0).sum())
+    if empty:
+        report.notes.append(f"{train.path}: {empty} images without a box, which train as background")
+
+
+def _describe_classes(train: Annotations, config: Config, report: Report) -> None:
+    factors = repeat_factors(train.offsets, train.labels, train.num_classes, config.data.repeat_threshold)
+    of_class = class_repeat_factors(
+        train.offsets, train.labels, train.num_classes, config.data.repeat_threshold
+    )
+    instances = np.bincount(train.labels, minlength=train.num_classes)
+    report.notes.append(f"{train.path}: {len(train)} images, {len(train.labels)} boxes")
+    for group, word in GROUPS.items():
+        own = np.array([category.frequency == group for category in train.categories])
+        if own.any():
+            report.notes.append(
+                f"  {own.sum()} {word} classes, {instances[own].sum()} boxes, repeat factors "
+                f"{of_class[own].min():.2f} to {of_class[own].max():.2f}"
+            )
+    draws = len(RepeatSampler(factors, config.data.repeat_rounding, 0))
+    report.notes.append(f"  a pass is {draws} images (repeat factors {config.data.repeat_rounding})")
+    absent = [category.name for category, count in zip(train.categories, instances) if count == 0]
+    if absent:
+        report.warnings.append(f"{train.path}: {len(absent)} classes without a box: {_some(absent)}")
+
+
+def _describe_names(val: Annotations, config: Config, report: Report) -> None:
+    moved = sum(str(name).startswith("train2017/") for name in val.file_names)
+    if moved:
+        folder = data_path(config, config.data.val_images)
+        report.notes.append(f"{val.path}: {moved} of {len(val)} images are in {folder}/train2017 (LVIS v1)")
+    if val.renamed:
+        report.notes.append(f"{val.path}: {val.renamed} names are read without COCO_val2014_ (LVIS v0.5)")
+
+
+def _check_regions(config: Config, index: ImageLevelIndex, report: Report) -> None:
+    path, source = regions_file(config), config.regions.detector
+    if path.exists():
+        load_regions(path, index, config.regions.rule)
+    elif config.regions.rule in DETECTOR_RULES:
+        if source is None:
+            report.errors.append(f"{path} does not exist, and regions.detector names nothing to make it with")
+        elif Path(source).suffix == ".pt":
+            load_checkpoint(source)
+        else:
+            report.notes.append(f"{path}: will be made by {source}")
+
+
+# --- images -----------------------------------------------------------------------------------------------
+
+
+def _examine_annotated(
+    annotations: Annotations, folder: Path, allowed: int, workers: int, sample: int | None, report: Report
+) -> tuple[float, float]:
+    read = functools.partial(_examine_instance, folder, annotations.file_names, annotations.image_sizes)
+    return _examine(annotations.path, read, len(annotations), allowed, workers, sample, report)
+
+
+def _examine(
+    name: str,
+    read: Callable[[int], Examined],
+    length: int,
+    allowed: int,
+    workers: int,
+    sample: int | None,
+    report: Report,
+) -> tuple[float, float]:
+    """Reads the images of a stream; the mean seconds and bytes of one."""
+    rows = (
+        np.arange(length)
+        if sample is None or sample >= length
+        else np.linspace(0, length - 1, sample).astype(int)
+    )
+    problems, oddities, seconds, num_bytes = [], Counter(), 0.0, 0
+    with Progress(f"check {Path(name).name}", len(rows)) as progress:
+        for _, results in image_loader(read, rows, IMAGES_AT_ONCE, workers):
+            for result in results:
+                if result.problem is not None:
+                    problems.append(result.problem)
+                oddities.update(result.oddities)
+                seconds, num_bytes = seconds + result.seconds, num_bytes + result.num_bytes
+            progress.advance(len(results))
+    report.listing += [f"{name}\t{problem}" for problem in problems]
+    if problems:
+        found = report.errors if len(problems) > allowed else report.warnings
+        found.append(
+            f"{name}: {len(problems)} of {len(rows)} images cannot be used (data.max_bad_images allows "
+            f"{allowed}): {_some(problems, '; ')}"
+        )
+    for what, count in sorted(oddities.items()):
+        report.notes.append(f"{name}: {count} images {what}")
+    return seconds / max(len(rows), 1), num_bytes / max(len(rows), 1)
+
+
+def _examine_instance(folder: Path, file_names: np.ndarray, sizes: np.ndarray, row: int) -> Examined:
+    path, (height, width) = folder / str(file_names[row]), sizes[row].tolist()
+    result, size = _examine_image(lambda: read_bytes(path), str(path))
+    if size is not None and size != (height, width):
+        problem = f"{path}: {size[1]} x {size[0]} pixels, but the annotations say {width} x {height}"
+        return Examined(problem, result.oddities, result.seconds, result.num_bytes)
+    return result
+
+
+def _examine_image_level(index: ImageLevelIndex, row: int) -> Examined:
+    return _examine_image(lambda: index.read(row), index.name(row))[0]
+
+
+def _examine_image(read: Callable[[], bytes], name: str) -> tuple[Examined, tuple[int, int] | None]:
+    """What there is to say of an image, and its height and width if it can be decoded."""
+    began = time.perf_counter()
+    try:
+        data = read()
+        image = decode_image(data, name)
+    except ImageError as error:
+        return Examined(str(error)), None
+    seconds = time.perf_counter() - began
+    return Examined(None, _oddities(data), seconds, len(data)), tuple(image.shape[1:])
+
+
+def _oddities(data: bytes) -> tuple[str, ...]:
+    found = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow's own, about the EXIF data that is judged here
+        try:
+            with Image.open(io.BytesIO(unpacked(data))) as image:
+                if image.mode != "RGB":
+                    found.append(f"are {image.mode}, not RGB; they are converted")
+                rotation = image.getexif().get(_ROTATION, 1)
+        except Exception:  # of many kinds, for data that was written by anybody
+            return (*found, "have EXIF data that cannot be read; it is not used")
+    if rotation != 1:
+        found.append("have an EXIF rotation, which is not applied: boxes belong to the stored pixels")
+    return tuple(found)
+
+
+def _describe_step(costs: dict[str, tuple[float, float]], config: Config, report: Report) -> None:
+    """What the loaders have to do for one step, by what reading took just now."""
+    images = {"instance-level": config.train.images_per_step}
+    images["image-level"] = config.train.images_per_step * config.clis.s
+    seconds = sum(images[name] * mean for name, (mean, _) in costs.items())
+    megabytes = sum(images[name] * mean for name, (_, mean) in costs.items()) / 1e6
+    counts = " + ".join(f"{images[name]} {name}" for name in costs)
+    if costs:
+        report.notes.append(
+            f"a step reads {counts} images: {megabytes:.1f} MB, {seconds:.2f} s of one core for reading and "
+            "decoding at full size, before augmentation; all loader processes together share it"
+        )
+
+
+def _some(names: Sequence[str], between: str = ", ") -> str:
+    return between.join(names[:SHOWN]) + (f"{between}..." if len(names) > SHOWN else "")

@@ -1,0 +1,244 @@
+"""`python -m clis check`: every kind of fault is found and named, and decides the exit code."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import re
+import shutil
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from runs import CONFIG, SHORT
+
+from clis.__main__ import main
+from clis.config import Config, load_config
+from clis.engine.check import Report, check
+
+NUM_TRAIN = 40  # of the small benchmark, as the numbers below: 20 to validate, 100 image-level
+
+
+@pytest.fixture
+def root(data, tmp_path) -> Path:
+    """A data root of one's own, to be damaged."""
+    shutil.copytree(data, tmp_path / "data")
+    return tmp_path / "data"
+
+
+def config_of(root: Path, *overrides: str) -> Config:
+    return load_config(CONFIG, [*SHORT, f"data.root={root}", f"output={root.parent / 'run'}", *overrides])
+
+
+def checked(root: Path, *overrides: str, workers: int = 0, sample: int | None = None) -> Report:
+    return check(config_of(root, *overrides), workers=workers, sample=sample)
+
+
+def change(root: Path, split: str, function) -> None:
+    path = root / "shapes" / f"{split}.json"
+    document = json.loads(path.read_text())
+    function(document)
+    path.write_text(json.dumps(document))
+
+
+def photo(root: Path, split: str = "train", place: int = 0) -> Path:
+    document = json.loads((root / "shapes" / f"{split}.json").read_text())
+    return root / "shapes" / document["images"][place]["file_name"]
+
+
+def saved(path: Path, mode: str = "RGB", **options) -> None:
+    with Image.open(path) as image:
+        image = image.convert(mode)
+    image.save(path, "JPEG", **options)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_sound_data_set_may_start(root, workers):
+    report = checked(root, workers=workers)
+    assert (report.errors, report.warnings, report.listing) == ([], [], [])
+    notes = "\n".join(report.notes)
+    assert f"train.json: {NUM_TRAIN} images" in notes
+    assert "regions.npy: will be made by" in notes
+    assert "a step reads 4 instance-level + 16 image-level images" in notes
+
+
+def test_counts_and_repeat_factors_of_the_groups(root):
+    """Class 2 is in one image of three: r = sqrt(0.5 / (1 / 3)) = 1.22; class 1 in two, which is enough."""
+
+    def shrink(document):
+        keys = ("id", "file_name", "height", "width")
+        document["images"] = [{key: image[key] for key in keys} for image in document["images"][:3]]
+        names = ["one", "two"]
+        document["categories"] = [{"id": i, "name": name} for i, name in enumerate(names, 1)]
+        box = {"bbox": [1, 1, 9, 9]}
+        rows = [(0, 1), (1, 1), (2, 2), (2, 2)]
+        document["annotations"] = [
+            {"id": n, "image_id": document["images"][i]["id"], "category_id": c, **box}
+            for n, (i, c) in enumerate(rows, 1)
+        ]
+
+    change(root, "train", shrink)
+    change(root, "val", shrink)
+    baseline = [f"clis.{key}" for key in ("s=0", "t=0", "contrastive=false")]
+    report = checked(root, *baseline, "data.repeat_threshold=0.5")
+    assert report.errors == []
+    assert "  2 rare classes, 4 boxes, repeat factors 1.00 to 1.22" in report.notes
+    assert "  a pass is 4 images (repeat factors ceil)" in report.notes
+
+
+def test_images_that_cannot_be_used(root):
+    """Missing, truncated, of another size; one image-level image is no image. Each is named once."""
+    missing, truncated, other = (photo(root, place=place) for place in range(3))
+    missing.unlink()
+    truncated.write_bytes(truncated.read_bytes()[:300])
+    with Image.open(other) as image:
+        image.resize((30, 20)).save(other)
+    broken = sorted((root / "shapes" / "image_level").rglob("*.jpg"))[0]
+    broken.write_bytes(b"no image at all")
+    photo(root, "val").unlink()
+    report = checked(root)
+    train, image_level, val = report.errors
+    assert "train.json: 3 of 40 images cannot be used (data.max_bad_images allows 0)" in train
+    assert "30 x 20 pixels, but the annotations say 48 x 48" in train
+    assert f"{missing}: No such file or directory" in train
+    assert "image-level: 1 of 100 images" in image_level
+    assert "val.json: 1 of 20 images" in val
+    assert len(report.listing) == 5
+    assert any(line.startswith("image-level\t") and broken.name in line for line in report.listing)
+    report = checked(root, "data.max_bad_images=3")
+    assert len(report.warnings) == 2
+    assert [error.split(": ")[0].endswith("val.json") for error in report.errors] == [True]  # never replaced
+
+
+def test_what_is_odd_and_does_no_harm(root):
+    """Gray and CMYK, an EXIF rotation, EXIF data that are none."""
+    gray, cmyk, rotated, bad = (photo(root, place=place) for place in range(4))
+    saved(gray, "L")
+    saved(cmyk, "CMYK")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    saved(rotated, exif=exif)
+    saved(bad, exif=b"Exif\0\0MM\0*\0\0\xff\xff")
+    report = checked(root)
+    assert report.errors == []
+    notes = [note for note in report.notes if "train.json" in note and "images " in note]
+    for what in ("1 images are L, not RGB", "1 images are CMYK, not RGB", "1 images have an EXIF rotation"):
+        assert any(what in note for note in notes), what
+    assert sum("EXIF" in note for note in notes) <= 2
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "error"),
+    [
+        ("bbox", [3, 4, 0, 9], r"annotation \d+ \(image \d+\): box \[3, 4, 0, 9\] has no area"),
+        ("bbox", [3, 4, 90, 9], r"leaves the image by more than 1 px"),
+        ("id", 2, r"annotation id 2 is used more than once"),
+        ("image_id", -1, r"image_id -1 is none of the file's"),
+    ],
+)
+def test_annotations_at_fault(root, field, value, error):
+    change(root, "train", lambda document: document["annotations"][4].update({field: value}))
+    report = checked(root)
+    assert len(report.errors) == 1
+    assert re.search(error, report.errors[0])
+    if field == "bbox":
+        report = checked(root, "data.drop_invalid=true")
+        assert report.errors == []
+        kind = "1 dropped" if value[2] == 0 else "1 clipped"
+        assert any(f"train.json: boxes {kind}" in warning for warning in report.warnings)
+
+
+def test_classes_without_boxes_or_images(root):
+    folder = sorted((root / "shapes" / "image_level").iterdir())[0]
+    shutil.rmtree(folder)
+
+    gone = json.loads((root / "shapes" / "train.json").read_text())["categories"][7]
+
+    def leave_out(document):
+        document["annotations"] = [a for a in document["annotations"] if a["category_id"] != gone["id"]]
+
+    change(root, "train", leave_out)
+    report = checked(root)
+    assert report.errors == []
+    assert any(f"1 classes without a box: {gone['name']}" in warning for warning in report.warnings)
+    assert any(folder.name in note and "without images" in note for note in report.notes)
+
+
+def test_names_of_lvis(root):
+    """v1's val holds images of train2017; v0.5 has names with a prefix that the files do not have."""
+    shapes = root / "shapes"
+    moved, renamed = photo(root, "val", 0), photo(root, "val", 1)
+
+    def as_lvis(document):
+        first, second = document["images"][:2]
+        del first["file_name"]
+        first["coco_url"] = f"http://images.cocodataset.org/train2017/{moved.name}"
+        second["file_name"] = f"COCO_val2014_{renamed.name}"
+
+    change(root, "val", as_lvis)
+    (shapes / "train2017").mkdir()
+    moved.rename(shapes / "train2017" / moved.name)
+    renamed.rename(shapes / renamed.name)
+    report = checked(root)
+    assert report.errors == []
+    notes = "\n".join(report.notes)
+    assert f"1 of 20 images are in {shapes}/train2017" in notes
+    assert "1 names are read without COCO_val2014_" in notes
+
+
+def test_settings_that_cannot_run(root, finished):
+    """Weights that are not there, regions of other images, a run folder of another config."""
+    norm = ["model.backbone={norm: folded, weights: resnet18.pth, name: resnet18}"]
+    report = checked(root, *norm)
+    assert any("resnet18.pth: backbone weights are missing" in error for error in report.errors)
+    shutil.rmtree(sorted((root / "shapes" / "image_level").iterdir())[0])
+    report = checked(root, f"regions.file={finished / 'regions.npy'}", "regions.detector=null")
+    assert any("made for other image-level images" in error for error in report.errors)
+    report = checked(root, "regions.detector=null")
+    assert any("regions.detector names nothing to make it with" in error for error in report.errors)
+    (root.parent / "run").mkdir()
+    shutil.copy(finished / "config.yaml", root.parent / "run")
+    report = checked(root, "optim.lr=0.5")
+    assert any("belongs to another config: optim.lr: 0.04 != 0.5" in error for error in report.errors)
+
+
+def test_a_sample_is_spread_over_the_stream(root):
+    """Of 40 images the first, the last and two between."""
+    for place in (0, 13, 26, 39):
+        photo(root, place=place).unlink()
+    report = checked(root, sample=4)
+    assert "4 of 4 images cannot be used" in report.errors[0]
+
+
+def test_the_command_says_it_by_its_exit_code(root, tmp_path, capsys):
+    arguments = ["check", CONFIG, *SHORT, f"data.root={root}", f"output={tmp_path / 'run'}"]
+    with pytest.raises(SystemExit) as stop:
+        main([*arguments, "--workers=0"])
+    assert stop.value.code == 0
+    assert "The run may start." in capsys.readouterr().out
+    photo(root).unlink()
+    with pytest.raises(SystemExit) as stop:
+        main([*arguments, "--workers=0", f"--list={tmp_path / 'bad.txt'}"])
+    assert stop.value.code == 1
+    assert "The run cannot start like this." in capsys.readouterr().out
+    assert photo(root).name in (tmp_path / "bad.txt").read_text()
+
+
+def test_gzip_in_a_tar_is_looked_into(root):
+    """As in ImageNet-22k: the image inside is judged, not its wrapping."""
+    folder = sorted((root / "shapes" / "image_level").iterdir())[0]
+    image = Image.fromarray(np.zeros((40, 40), np.uint8))
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG")
+    packed = gzip.compress(buffer.getvalue())
+    with tarfile.open(folder.with_suffix(".tar"), "w") as tar:
+        member = tarfile.TarInfo("gray.JPEG")
+        member.size = len(packed)
+        tar.addfile(member, io.BytesIO(packed))
+    shutil.rmtree(folder)
+    report = checked(root)
+    assert report.errors == []
+    assert any("image-level: 1 images are L" in note for note in report.notes)
