@@ -1,6 +1,6 @@
 """The data at full size: what a first start, every later start and a loader worker cost.
 
-    python benchmarks/data.py annotations FILE [--repeats 3] [--config configs/lvis_v1/baseline_r50.yaml]
+    python benchmarks/annotation_cache.py FILE [--repeats 3] [--config configs/lvis_v1/baseline_r50.yaml]
 
 FILE is an annotation file of LVIS form, e.g. lvis_v1_train.json. Every measurement is a process of its own,
 and the kinds take turns. *Private* memory is Private_Clean + Private_Dirty of /proc/self/smaps_rollup
@@ -36,17 +36,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    commands = parser.add_subparsers(dest="command", required=True)
-    annotations = commands.add_parser("annotations", help="an annotation file: first start, later starts")
-    annotations.add_argument("file", type=Path)
-    annotations.add_argument("--repeats", type=int, default=3)
-    annotations.add_argument("--config", type=Path, default=CONFIG, help="of the streams of the later starts")
-    annotations.set_defaults(compare=compare_annotations)
-    for command in commands.choices.values():
-        command.add_argument("--child", choices=CHILDREN, help=argparse.SUPPRESS)
+    parser.add_argument("file", type=Path)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--config", type=Path, default=CONFIG, help="of the streams of the later starts")
+    parser.add_argument("--child", choices=CHILDREN, help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
     if arguments.child is None:
-        arguments.compare(arguments)
+        compare(arguments)
     else:
         figures = CHILDREN[arguments.child](arguments)
         print(json.dumps(figures | {"peak GB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6}))
@@ -57,7 +53,7 @@ def child(kind: str, arguments: argparse.Namespace, cache: str) -> Figures:
 
     A child's peak memory on Linux is never below its parent's: so nothing big is imported above.
     """
-    command = [sys.executable, __file__, arguments.command, str(arguments.file), "--child", kind]
+    command = [sys.executable, __file__, str(arguments.file), "--child", kind]
     command += ["--config", str(arguments.config)]
     finished = subprocess.run(
         command, capture_output=True, text=True, env=os.environ | {"CLIS_CACHE": cache}, check=False
@@ -69,7 +65,7 @@ def child(kind: str, arguments: argparse.Namespace, cache: str) -> Figures:
     return figures
 
 
-def compare_annotations(arguments: argparse.Namespace) -> None:
+def compare(arguments: argparse.Namespace) -> None:
     """The table of an annotation file: reading it without a cache beside json.load, then later starts."""
     runs: dict[str, list[Figures]] = {kind: [] for kind in CHILDREN}
     with tempfile.TemporaryDirectory() as kept:
