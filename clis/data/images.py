@@ -119,11 +119,9 @@ class EncodedImage:
             ImageError: the bytes are truncated or corrupt.
         """
         reduced = self._decode_reduced(size)
-        return (
-            resize_image(self.decode(), size)
-            if reduced is None
-            else resize_image(reduced[0], size, reduced[1])
-        )
+        if reduced is None:
+            return resize_image(self.decode(), size)
+        return resize_image(reduced[0], size, extent=reduced[1])
 
     def _decode(self) -> Tensor:
         if self.data.startswith(_PNG):
@@ -141,10 +139,10 @@ class EncodedImage:
         return image
 
     def _decode_reduced(self, least: tuple[int, int]) -> tuple[Tensor, tuple[float, float]] | None:
-        """A JPEG at 1/2, 1/4 or 1/8 of its size, not below `least`, and where in its last row and column it ends.
+        """A JPEG at 1/2, 1/4 or 1/8 of its size but not below `least`, and the height and width it fills.
 
-        None where that is no gain, or where Pillow makes no sense of it and torchvision has to say what is
-        wrong. Whole images are torchvision's, since Pillow takes longer.
+        None where `least` is above the half, or where Pillow makes no sense of it and torchvision has to say
+        what is wrong. Whole images are torchvision's, since Pillow takes longer.
         """
         height, width = self.size
         if min(height // least[0], width // least[1]) < 2 or not self.data.startswith(_JPEG):

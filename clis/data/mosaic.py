@@ -9,14 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from clis.data.transforms import (
-    FILL,
-    flip_boxes,
-    random_cutout,
-    resize_image,
-    scale_boxes,
-    scaled_size,
-)
+from clis.data.transforms import FILL, random_cutout, resize_image, scaled_size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,8 +20,8 @@ class Placement:
     """Height and width that the whole image is resized to."""
     flipped: bool
     top: int
-    """Where the image begins in the tile, as `left`: at or after 0 where it fits, before 0 where it is cropped."""
     left: int
+    """Where the image begins in the tile: at or after 0 where it fits, before 0 where it is cropped."""
     cutout: tuple[int, int, int, int] | None
     """Gray rectangle, xyxy in pixels of the resized and flipped image."""
 
@@ -77,21 +70,33 @@ def plan_mosaic(
         raise ValueError(f"a mosaic has 2 x 2 equal tiles: its size must be even, got {size}")
     tile = size // 2
     placements, placed = [], []
-    for index, stored in enumerate(sizes):
+    for index, (stored, region) in enumerate(zip(sizes, regions.tolist())):
         scale = generator.uniform(*scale_range) * tile / max(stored)
         height, width = scaled_size(stored, scale)
         flipped = bool(generator.random() < flip_probability)
         cutout = random_cutout((height, width), generator, cutout_probability, cutout_range)
         top, left = (_random_offset(length, tile, generator) for length in (height, width))
-        placements.append(Placement(size=(height, width), flipped=flipped, top=top, left=left, cutout=cutout))
-        region = scale_boxes(regions[index : index + 1], stored, (height, width))
-        region = flip_boxes(region, width) if flipped else region
-        region = (region + region.new_tensor([left, top, left, top])).clamp(0, tile)
+        placement = Placement(size=(height, width), flipped=flipped, top=top, left=left, cutout=cutout)
+        placements.append(placement)
         x, y = tile * (index % 2), tile * (index // 2)
-        placed.append(region + region.new_tensor([x, y, x, y]))
-    regions = torch.cat(placed)
+        x1, y1, x2, y2 = _region_on_tile(region, stored, placement, tile)
+        placed.append([x + x1, y + y1, x + x2, y + y2])
+    regions = torch.tensor(placed, dtype=torch.float32)
     kept = (regions[:, 2:] - regions[:, :2] >= min_region).all(dim=1)
     return placements, regions, kept
+
+
+def _region_on_tile(
+    region: Sequence[float], stored: tuple[int, int], placement: Placement, tile: int
+) -> list[float]:
+    """Where the region of an image of the stored size lies on its tile, clipped; xyxy."""
+    (height, width), (x1, y1, x2, y2) = placement.size, region
+    ratio_y, ratio_x = height / stored[0], width / stored[1]
+    x1, y1, x2, y2 = x1 * ratio_x, y1 * ratio_y, x2 * ratio_x, y2 * ratio_y
+    if placement.flipped:
+        x1, x2 = width - x2, width - x1
+    moved = (x1 + placement.left, y1 + placement.top, x2 + placement.left, y2 + placement.top)
+    return [min(max(x, 0), tile) for x in moved]
 
 
 def _random_offset(length: int, tile: int, generator: np.random.Generator) -> int:
