@@ -4,10 +4,10 @@
 
 A work item is a COCO photograph at a short side of 800 with sixteen ImageNet photographs as four mosaics of
 448 and two pastes. *decode* is torchvision's decoder on the bytes of these seventeen files, at full size and
-nothing else; *item* is what training runs, files read included; *plain* makes the same sample by the same
-plan as one would without much thought: Pillow decodes, torchvision.transforms.v2 resizes and flips Pillow
-images, and the mosaics are pasted together in Pillow. One process, one thread; the three take turns item by
-item. CPU time; each repetition gives one ratio over all items.
+nothing else; *item* is what training runs, files read and random numbers drawn; *plain* makes the same sample
+as one would without much thought: Pillow decodes, torchvision.transforms.v2 resizes and flips Pillow images
+and their boxes, and the mosaics are pasted together in Pillow. It is given the random numbers. One process,
+one thread; the three take turns item by item. CPU time; each repetition gives one ratio over all items.
 """
 
 from __future__ import annotations
@@ -26,13 +26,14 @@ from torch import Tensor
 from torchvision.io import ImageReadMode
 from torchvision.io import decode_image as torchvision_decode_image
 from torchvision.transforms.v2 import functional as v2
+from torchvision.tv_tensors import BoundingBoxes
 
 from clis.config import config_from_dict
 from clis.data.annotations import checked_for_training, load_annotations
 from clis.data.image_level import REGION_DTYPE, RegionSource, build_index
 from clis.data.images import open_image, read_bytes
 from clis.data.loader import TwoStreamDataset
-from clis.data.plan import plan_sample
+from clis.data.plan import Plan, plan_sample
 from clis.data.sampling import JointSampler, UniformSampler, WorkItem
 from clis.data.transforms import FILL
 
@@ -55,7 +56,12 @@ def make_dataset(root: Path) -> TwoStreamDataset:
     for i in range(len(index)):
         height, width = open_image(index.read(i), index.name(i)).size
         margin = 0.5 - 0.125**0.5
-        regions["box"][i] = np.array([margin, margin, 1 - margin, 1 - margin]) * [width, height] * 2
+        regions["box"][i] = np.array([margin, margin, 1 - margin, 1 - margin]) * [
+            width,
+            height,
+            width,
+            height,
+        ]
     images = root / "coco_mini" / "images"
     return TwoStreamDataset(config.data, config.clis, annotations, images, index, regions)
 
@@ -85,21 +91,35 @@ def decode_draft(data: bytes, denominator: int) -> Image.Image:
     return image.convert("RGB")
 
 
-def plain_sample(dataset: TwoStreamDataset, item: WorkItem) -> tuple[Tensor, Tensor]:
-    """Image with pastes and mosaics, in Pillow at full size, by the plan of the same draws."""
-    data, rows = dataset.data, list(item.image_level)
-    image, *sources = (decode_pillow(file) for file in files_of(dataset, item))
-    plan = plan_sample(
-        data,
+def plan_of(dataset: TwoStreamDataset, item: WorkItem) -> Plan:
+    """The random choices of the item."""
+    sizes = [open_image(data, "").size for data in files_of(dataset, item)]
+    return plan_sample(
+        dataset.data,
         dataset.clis.t,
-        (image.height, image.width),
+        sizes[0],
         torch.from_numpy(dataset.annotations.boxes_of(item.instance)),
-        [(source.height, source.width) for source in sources],
-        torch.from_numpy(dataset.regions["box"][rows]),
+        sizes[1:],
+        torch.from_numpy(dataset.regions["box"][list(item.image_level)]),
         np.random.default_rng(item.seed),
     )
-    image = v2.resize(image, list(plan.size))
-    image = v2.horizontal_flip(image) if plan.flipped else image
+
+
+def with_boxes(image: Image.Image, boxes: np.ndarray) -> tuple[Image.Image, BoundingBoxes]:
+    return image, BoundingBoxes(boxes, format="XYXY", canvas_size=(image.height, image.width))
+
+
+def plain_sample(
+    dataset: TwoStreamDataset, item: WorkItem, plan: Plan
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Image with pastes, its boxes, mosaics and regions: Pillow and v2 at full size, by the plan's draws."""
+    data, annotations = dataset.data, dataset.annotations
+    image, *sources = (decode_pillow(file) for file in files_of(dataset, item))
+    image, boxes = with_boxes(image, annotations.boxes_of(item.instance))
+    image, boxes = (v2.resize(x, list(plan.size)) for x in (image, boxes))
+    if plan.flipped:
+        image, boxes = v2.horizontal_flip(image), v2.horizontal_flip(boxes)
+    pasted = [torch.tensor([paste.box]) for _, paste in plan.pastes]
     for place, paste in plan.pastes:
         x1, y1, x2, y2 = paste.crop
         left, top, right, bottom = paste.box
@@ -108,15 +128,26 @@ def plain_sample(dataset: TwoStreamDataset, item: WorkItem) -> tuple[Tensor, Ten
 
     tile = data.mosaic_size // 2
     canvases = [Image.new("RGB", (2 * tile, 2 * tile), GRAY) for _ in range(len(sources) // 4)]
+    regions = []
     for place, (source, placement) in enumerate(zip(sources, plan.placements)):
-        resized = v2.resize(source, list(placement.size))
-        resized = v2.horizontal_flip(resized) if placement.flipped else resized
+        source, region = with_boxes(source, dataset.regions["box"][item.image_level[place]])
+        source, region = (v2.resize(x, list(placement.size)) for x in (source, region))
+        if placement.flipped:
+            source, region = v2.horizontal_flip(source), v2.horizontal_flip(region)
         if placement.cutout:
-            resized.paste(GRAY, placement.cutout)
+            source.paste(GRAY, placement.cutout)
         view = Image.new("RGB", (tile, tile), GRAY)
-        view.paste(resized, (placement.left, placement.top))
-        canvases[place // 4].paste(view, (tile * (place % 2), tile * (place % 4 // 2)))
-    return v2.pil_to_tensor(image), torch.stack([v2.pil_to_tensor(canvas) for canvas in canvases])
+        view.paste(source, (placement.left, placement.top))
+        left, top = tile * (place % 2), tile * (place % 4 // 2)
+        canvases[place // 4].paste(view, (left, top))
+        moved = region + torch.tensor([placement.left, placement.top]).repeat(2)
+        regions.append(moved.clamp(0, tile) + torch.tensor([left, top]).repeat(2))
+    return (
+        v2.pil_to_tensor(image),
+        torch.cat([boxes, *pasted]),
+        torch.stack([v2.pil_to_tensor(canvas) for canvas in canvases]),
+        torch.cat(regions)[plan.kept],
+    )
 
 
 def timed(function: Callable[[], object]) -> float:
@@ -147,9 +178,8 @@ def compare_decoders(files: Sequence[bytes], repeats: int) -> None:
     first = seconds["torchvision.io.decode_image"]
     for name, spent in seconds.items():
         milliseconds = statistics.median(spent) / len(files) * 1000
-        print(
-            f"    {name:30} {milliseconds:7.2f} ms, {spread([b / a for a, b in zip(first, spent)])} of the first"
-        )
+        ratio = spread([b / a for a, b in zip(first, spent)])
+        print(f"    {name:30} {milliseconds:7.2f} ms, {ratio} of the first")
 
 
 def spread(ratios: Sequence[float]) -> str:
@@ -158,13 +188,14 @@ def spread(ratios: Sequence[float]) -> str:
 
 def compare_items(dataset: TwoStreamDataset, items: Sequence[WorkItem], repeats: int) -> None:
     files = [files_of(dataset, item) for item in items]
+    plans = [plan_of(dataset, item) for item in items]
     seconds: dict[str, list[float]] = {"decode": [], "item": [], "plain": []}
     for _ in range(repeats):
         spent = dict.fromkeys(seconds, 0.0)
-        for item, encoded in zip(items, files):
+        for item, encoded, plan in zip(items, files, plans):
             spent["decode"] += timed(lambda encoded=encoded: [decode(data) for data in encoded])
             spent["item"] += timed(lambda item=item: dataset[item])
-            spent["plain"] += timed(lambda item=item: plain_sample(dataset, item))
+            spent["plain"] += timed(lambda item=item, plan=plan: plain_sample(dataset, item, plan))
         for name, total in spent.items():
             seconds[name].append(total)
     for name, spent in seconds.items():
@@ -176,14 +207,20 @@ def compare_items(dataset: TwoStreamDataset, items: Sequence[WorkItem], repeats:
 
 
 def check_same(dataset: TwoStreamDataset, items: Sequence[WorkItem]) -> None:
-    """That the two pipelines make the same thing: the mean difference of their pixels."""
+    """That the two pipelines make the same: equal boxes, and how far their pixels are apart."""
     differences = []
     for item in items:
-        sample, (image, mosaics) = dataset[item], plain_sample(dataset, item)
+        sample, plain = dataset[item], plain_sample(dataset, item, plan_of(dataset, item))
+        image, boxes, mosaics, regions = plain
+        torch.testing.assert_close(sample.boxes, boxes.as_subclass(Tensor), rtol=1e-5, atol=1e-3)
+        torch.testing.assert_close(sample.regions, regions.as_subclass(Tensor), rtol=1e-5, atol=1e-3)
         pairs = ((sample.image, image), (sample.mosaics, mosaics))
         differences.append([(a.int() - b.int()).abs().float().mean().item() for a, b in pairs])
     image, mosaics = np.mean(differences, axis=0)
-    print(f"item and plain differ by {image:.2f} levels of 255 on the images, {mosaics:.2f} on the mosaics")
+    print(
+        f"item and plain have the same boxes and differ by {image:.2f} levels of 255 on the images, by "
+        f"{mosaics:.2f} on the mosaics"
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> None:

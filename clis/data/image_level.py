@@ -78,7 +78,7 @@ class ImageLevelIndex:
     def name(self, i: int) -> str:
         """What to call the image in messages: ``n01514668.tar:foo.JPEG`` or ``n01514668/foo.JPEG``."""
         between = "/" if self.positions[i] == _IS_FILE else ":"
-        return Path(self._container(i)).name + between + self._name(i)
+        return os.path.basename(self._container(i)) + between + self._name(i)
 
     def read(self, i: int) -> bytes:
         """The stored bytes of the image; a tar is not unpacked.
@@ -87,7 +87,7 @@ class ImageLevelIndex:
             ImageError: the file or the tar cannot be read, or the tar is shorter than when it was indexed.
         """
         if self.positions[i] == _IS_FILE:
-            return read_bytes(Path(self._container(i), self._name(i)))
+            return read_bytes(os.path.join(self._container(i), self._name(i)))
         position, size = int(self.positions[i]), int(self.sizes[i])
         try:
             data = os.pread(_open_tar(self._container(i)).fileno(), size, position)

@@ -66,7 +66,8 @@ def read_bytes(path: str | Path) -> bytes:
         ImageError: the file cannot be read.
     """
     try:
-        return Path(path).read_bytes()
+        with open(path, "rb", buffering=0) as file:
+            return file.read()
     except OSError as error:
         raise ImageError(f"{path}: {error.strerror or error}; check the image folder") from error
 
@@ -153,7 +154,9 @@ class EncodedImage:
             if image.size != (width, height) or image.mode not in ("RGB", "L"):
                 return None
             _, (_, _, *extent) = image.draft(None, least[::-1])
-            pixels = torch.frombuffer(bytearray(image.convert("RGB").tobytes()), dtype=torch.uint8)
+            image.decodermaxblock = len(self.data)  # not in blocks of 64 kB
+            rgb = image if image.mode == "RGB" else image.convert("RGB")
+            pixels = torch.frombuffer(bytearray(rgb.tobytes()), dtype=torch.uint8)
         except Exception:
             return None
         return pixels.view(image.height, image.width, 3).permute(2, 0, 1), tuple(extent[::-1])

@@ -110,15 +110,19 @@ def draw_tile(image: Tensor, placement: Placement, canvas: Tensor, index: int) -
     Args:
         image: uint8 [3, H, W], as stored or resized to `placement.size` already; not modified.
     """
-    size = canvas.shape[-1] // 2
-    y, x = size * (index // 2), size * (index % 2)
-    tile = canvas[:, y : y + size, x : x + size]
-    (height, width), top, left = placement.size, placement.top, placement.left
-    image = resize_image(image, placement.size)
+    tile = canvas.shape[-1] // 2
+    y, x = tile * (index // 2), tile * (index % 2)
+    (height, width), top, left = placement.size, y + placement.top, x + placement.left
+    y1, y2 = max(top, y), min(top + height, y + tile)
+    x1, x2 = max(left, x), min(left + width, x + tile)
+    image = resize_image(image, placement.size)[:, y1 - top : y2 - top]
     if placement.flipped:
-        image = image.flip(-1)
-    visible = image[:, max(-top, 0) : size - top, max(-left, 0) : size - left]
-    tile[:, max(top, 0) : top + height, max(left, 0) : left + width] = visible
+        image = image[:, :, left + width - x2 : left + width - x1].flip(-1)
+    else:
+        image = image[:, :, x1 - left : x2 - left]
+    canvas[:, y1:y2, x1:x2] = image
     if placement.cutout:
-        x1, y1, x2, y2 = placement.cutout
-        tile[:, max(top + y1, 0) : max(top + y2, 0), max(left + x1, 0) : max(left + x2, 0)] = FILL
+        gray_x1, gray_y1, gray_x2, gray_y2 = placement.cutout
+        rows = slice(max(top + gray_y1, y), min(top + gray_y2, y + tile))
+        columns = slice(max(left + gray_x1, x), min(left + gray_x2, x + tile))
+        canvas[:, rows, columns] = FILL

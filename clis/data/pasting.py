@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from math import ceil, exp, floor, log, sqrt
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from clis.data.transforms import resize_image, round_half_up
@@ -59,8 +58,8 @@ def plan_pastes(
         (index of the source, how it is pasted) of every source that found a place, in the order in which
         they are to be drawn.
     """
-    boxes = boxes.double()
-    covered = boxes.new_zeros(len(boxes))
+    standing = boxes.numpy().astype(np.float64)
+    covered = np.zeros(len(standing))
     pastes: list[tuple[int, Paste]] = []
     for index, (source_size, region) in enumerate(sources):
         x1, y1, x2, y2 = crop = _crop(source_size, region)
@@ -69,12 +68,11 @@ def plan_pastes(
         flipped = bool(generator.random() < flip_probability)
         for _ in range(attempts):
             place = _random_place((y2 - y1, x2 - x1), size, size_range, generator)
-            box = boxes.new_tensor(place)
-            now_covered = covered + _intersection(boxes, box)
-            if (now_covered <= max_cover * _area(boxes)).all():
+            now_covered = covered + _intersection(standing, place)
+            if (now_covered <= max_cover * _area(standing)).all():
                 pastes.append((index, Paste(crop=crop, flipped=flipped, box=place)))
-                boxes = torch.cat([boxes, box[None]])
-                covered = torch.cat([now_covered, now_covered.new_zeros(1)])
+                standing = np.concatenate([standing, [place]])
+                covered = np.append(now_covered, 0)
                 break
     return pastes
 
@@ -117,11 +115,11 @@ def _random_place(
     return left, top, left + width, top + height
 
 
-def _area(boxes: Tensor) -> Tensor:
-    return (boxes[:, 2:] - boxes[:, :2]).clamp(min=0).prod(dim=1)
+def _area(boxes: np.ndarray) -> np.ndarray:
+    return (boxes[:, 2:] - boxes[:, :2]).clip(min=0).prod(axis=1)
 
 
-def _intersection(boxes: Tensor, box: Tensor) -> Tensor:
+def _intersection(boxes: np.ndarray, box: tuple[int, int, int, int]) -> np.ndarray:
     """Area that each of the boxes shares with one box, [G]."""
-    sides = torch.minimum(boxes[:, 2:], box[2:]) - torch.maximum(boxes[:, :2], box[:2])
-    return sides.clamp(min=0).prod(dim=1)
+    sides = np.minimum(boxes[:, 2:], box[2:]) - np.maximum(boxes[:, :2], box[:2])
+    return sides.clip(min=0).prod(axis=1)
