@@ -3,6 +3,8 @@
 import gzip
 import io
 import struct
+import subprocess
+import sys
 import zlib
 
 import numpy as np
@@ -12,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from clis.data.images import ImageError, decode_image, read_image
+from clis.data.images import ImageError, decode_image, open_image, read_image
+from clis.data.transforms import resize_image
 
 HEIGHT, WIDTH = 21, 34
 ROWS, COLUMNS = np.mgrid[:HEIGHT, :WIDTH]
@@ -168,6 +171,132 @@ def test_corrupt_bytes_give_an_image_or_an_image_error(data, changes):
         assert str(error).startswith("a: ")  # noqa: PT017
     else:
         assert (image.dtype, image.ndim, len(image)) == (torch.uint8, 3, 3)
+
+
+# --- decoding at reduced size ---
+
+LARGE = (301, 403)  # no multiple of 8: at 1/8 the last row and column are filled to 5/8 and 3/8
+JPEGS = {
+    "baseline": ("RGB", {"quality": 92}),
+    "progressive": ("RGB", {"quality": 92, "progressive": True}),
+    "full colour": ("RGB", {"quality": 92, "subsampling": 0}),
+    "gray": ("L", {"quality": 92}),
+    "CMYK": ("CMYK", {"quality": 92}),
+}
+
+
+def ramps():
+    """Red grows from top to bottom, green from left to right; blue has soft stripes."""
+    rows, columns = np.mgrid[: LARGE[0], : LARGE[1]]
+    blue = 128 + 60 * np.sin(rows / 15) * np.cos(columns / 20)
+    return np.stack([rows * (255 / LARGE[0]), columns * (255 / LARGE[1]), blue], axis=2).astype(np.uint8)
+
+
+@pytest.mark.parametrize("kind", JPEGS)
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("size", [(150, 201), (75, 100), (70, 190), (37, 50), (3, 4), (290, 40), (1, 1)])
+def test_jpegs_of_any_size_show_the_same(kind, packed, size):
+    """At 1/2, 1/4 and 1/8, and at sizes of which one side allows more than the other."""
+    mode, options = JPEGS[kind]
+    data = encoded("JPEG", mode, ramps(), **options)
+    image = open_image(gzip.compress(data) if packed else data, "a")
+    assert image.size == LARGE
+    resized, plain = image.decode_resized(size), resize_image(image.decode(), size)
+    assert resized.dtype == torch.uint8
+    assert resized.shape == (3, *size)
+    difference = (resized.int() - plain.int()).abs().float()
+    # with the filled part of the last row and column taken for whole pixels: 13, and 4 on the average
+    assert difference.max() <= 4
+    assert difference.mean() <= 1
+
+
+def test_jpegs_are_decoded_at_reduced_size_where_half_of_it_is_enough():
+    """On noise the two ways differ visibly; where more than half is needed or it is no JPEG they are one."""
+    noise = np.random.default_rng(0).integers(256, size=(*LARGE, 3), dtype=np.uint8)
+    for kind, size, reduced in (
+        ("JPEG", (150, 201), True),
+        ("JPEG", (151, 201), False),
+        ("JPEG", (150, 202), False),
+        ("JPEG", LARGE, False),
+        ("JPEG", (400, 500), False),
+        ("PNG", (75, 100), False),
+        ("WEBP", (75, 100), False),
+    ):
+        image = open_image(encoded(kind, picture=noise), "a")
+        same = torch.equal(image.decode_resized(size), resize_image(image.decode(), size))
+        assert same == (not reduced), (kind, size)
+
+
+@pytest.mark.parametrize(("kind", "mode", "options"), KINDS)
+def test_other_kinds_are_decoded_whole(kind, mode, options):
+    """Also CMYK, whose conversion to RGB is each decoder's own."""
+    if kind != "JPEG" or mode == "CMYK":
+        image = open_image(encoded(kind, mode, **options), "a")
+        assert torch.equal(image.decode_resized((5, 9)), resize_image(image.decode(), (5, 9)))
+
+
+def test_exif_rotation_is_not_applied_at_reduced_size():
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data = encoded("JPEG", picture=ramps(), exif=exif)
+    small = open_image(data, "a").decode_resized((30, 40))
+    assert (small[1, 15, 35].int() - small[1, 15, 5].int()) > 150  # green still grows to the right
+
+
+@pytest.mark.parametrize("kind", JPEGS)
+@pytest.mark.parametrize("share", [0.5, 0.95])
+def test_truncated_jpegs_at_reduced_size(kind, share):
+    mode, options = JPEGS[kind]
+    data = encoded("JPEG", mode, ramps(), **options)
+    image = open_image(data[: int(len(data) * share)], "a")  # its header is sound
+    with pytest.raises(ImageError, match=r"^a: .*replace or remove the file$"):
+        image.decode_resized((30, 40))
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    kind=st.sampled_from(sorted(JPEGS)),
+    changes=st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 255)), max_size=8),
+)
+def test_corrupt_jpegs_at_reduced_size(kind, changes):
+    mode, options = JPEGS[kind]
+    corrupt = bytearray(encoded("JPEG", mode, **options))
+    for place, value in changes:
+        corrupt[int(place * len(corrupt))] = value
+    try:
+        image = open_image(bytes(corrupt), "a")
+        resized = image.decode_resized((5, 8))
+    except ImageError as error:
+        assert str(error).startswith("a: ")  # noqa: PT017
+    else:
+        assert (resized.dtype, resized.shape) == (torch.uint8, (3, 5, 8))
+
+
+def test_neither_large_images_nor_broken_exif_make_pillow_warn(tmp_path):
+    """100 million pixels are between its limit and ours. A process, since pytest has filters of its own."""
+    data = encoded("JPEG", picture=ramps())
+    claims = data.replace(struct.pack(">HH", *LARGE), struct.pack(">HH", 10000, 10000))
+    directory = b"Exif\0\0II*\0\x08\0\0\0\x05\0"  # of five entries, none of which is there
+    (tmp_path / "large.jpg").write_bytes(claims)
+    (tmp_path / "exif.jpg").write_bytes(
+        data[:2] + b"\xff\xe1" + struct.pack(">H", 2 + len(directory)) + directory + data[2:]
+    )
+    script = (
+        "import sys; from pathlib import Path; from clis.data.images import open_image as open\n"
+        "for path in sys.argv[1:]: print(open(Path(path).read_bytes(), path).decode_resized((3, 4)).shape)"
+    )
+    command = [sys.executable, "-W", "default", "-c", script, *map(str, sorted(tmp_path.iterdir()))]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert result.stdout == "torch.Size([3, 3, 4])\n" * 2
+    assert "PIL" not in result.stderr
+
+
+def test_pixels_of_another_size_than_the_header_says():
+    """A GIF whose frame is larger than its screen: boxes would be those of another image."""
+    data = bytearray(encoded("GIF", "P"))
+    data[6:10] = struct.pack("<HH", 2, 2)
+    with pytest.raises(ImageError, match=r"^a: \[21, 34\] pixels, but its header says \[2, 2\]"):
+        decode_image(bytes(data), "a")
 
 
 def test_read_image(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import pickle
 from pathlib import Path
 
@@ -13,12 +14,15 @@ import torch
 from conftest import MOSAIC, make_sample, tiny_config
 from hypothesis import given
 from hypothesis import strategies as st
+from image_sets import tar_of
+from PIL import Image
+from plain_sample import plain_sample
 from torch import Tensor
 from torchvision.io import write_png
 
 from clis.data.annotations import checked_for_training, load_annotations
-from clis.data.image_level import build_index
-from clis.data.images import ImageError
+from clis.data.image_level import build_index, open_index
+from clis.data.images import ImageError, decode_image, read_image
 from clis.data.loader import (
     MAX_REPLACEMENTS,
     Batch,
@@ -29,8 +33,10 @@ from clis.data.loader import (
     train_loader,
 )
 from clis.data.regions import REGION_DTYPE, RegionSource
-from clis.data.sampling import JointSampler, UniformSampler, WorkItem
+from clis.data.sampling import BlockSampler, JointSampler, UniformSampler, WorkItem
+from clis.engine.prepare import prepare_image_level
 
+SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 GROUND = (20, 20, 20)
 RED = (250, 0, 0)
 CLASSES = ("red", "cold", "warm", "pale")
@@ -224,6 +230,110 @@ class TestMarks:
             assert len(sample.boxes) == len(INSTANCES[item.instance][2])
 
 
+def plain(dataset: TwoStreamDataset, item: WorkItem) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Image, boxes, mosaics and regions of the item, by the plain form."""
+    annotations, index = dataset.annotations, dataset.index
+    return plain_sample(
+        dataset.data,
+        dataset.clis.t,
+        read_image(dataset.image_folder / annotations.file_names[item.instance]),
+        torch.from_numpy(annotations.boxes_of(item.instance)),
+        [
+            (decode_image(index.read(i), index.name(i)), torch.from_numpy(dataset.regions["box"][i].copy()))
+            for i in item.image_level
+        ],
+        np.random.default_rng(item.seed),
+    )
+
+
+def difference(a: Tensor, b: Tensor) -> Tensor:
+    assert a.shape == b.shape
+    return (a.int() - b.int()).abs().float()
+
+
+def write_photographs(root: Path, seed: int = 0) -> Path:
+    """JPEGs much larger than their targets, with smooth colours and one box each: instances and folders."""
+    generator = np.random.default_rng(seed)
+    images, annotations = [], []
+    for i in range(9):
+        height, width = (int(side) for side in generator.integers(130, 500, 2))
+        noise = generator.integers(256, size=(9, 9, 3), dtype=np.uint8)
+        path = root / ("train" if i < 3 else f"folders/{CLASSES[i % 4]}") / f"{i}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(noise).resize((width, height), Image.BICUBIC).save(path, quality=90)
+        if i < 3:
+            images.append({"id": 100 + i, "file_name": path.name, "height": height, "width": width})
+            box = [width * 0.2, height * 0.3, width * 0.5, height * 0.4]
+            annotations.append({"id": i + 1, "image_id": 100 + i, "category_id": 1 + i, "bbox": box})
+    categories = [{"id": label + 1, "name": name} for label, name in enumerate(CLASSES)]
+    document = {"images": images, "annotations": annotations, "categories": categories}
+    (root / "train.json").write_text(json.dumps(document))
+    return root
+
+
+def make_photographs(
+    root: Path, annotations: Path, images: Path, *overrides: str, mapping: Path | None = None
+) -> TwoStreamDataset:
+    """Image-level images below `root`, whose regions have random corners."""
+    config = tiny_config("clis.s=8", "clis.t=4", *overrides)
+    loaded, _ = checked_for_training(load_annotations(annotations), drop_invalid=True)
+    index = build_index([root], loaded.categories, mapping, strict=False)
+    generator = np.random.default_rng(0)
+    regions = np.zeros(len(index), dtype=REGION_DTYPE)
+    for i in range(len(index)):
+        height, width = decode_image(index.read(i), index.name(i)).shape[1:]
+        corners = generator.uniform(0.05, 0.45, 4) * [width, height, width, height]
+        regions["box"][i] = [*corners[:2], width - corners[2], height - corners[3]]
+    return TwoStreamDataset(config.data, config.clis, loaded, images, index, regions)
+
+
+class TestPlainForm:
+    """Planned, and decoded at reduced size, a sample is what the plain form makes of whole images."""
+
+    @staticmethod
+    def assert_agrees(dataset: TwoStreamDataset, item: WorkItem, mean: float) -> None:
+        """The very same boxes; pixels but for rounding where nothing is reduced, `mean` levels a mosaic."""
+        sample = dataset[item]
+        image, boxes, mosaics, regions = plain(dataset, item)
+        torch.testing.assert_close(sample.boxes, boxes, rtol=1e-6, atol=1e-5)
+        pasted = len(boxes) - len(sample.pair_boxes)
+        assert torch.equal(sample.boxes[pasted:], boxes[pasted:])
+        torch.testing.assert_close(sample.regions, regions, rtol=1e-6, atol=1e-5)
+        assert difference(sample.image, image).mean() <= mean / 2
+        assert difference(sample.mosaics, mosaics).mean(dim=(1, 2, 3)).max() <= mean
+
+    def test_of_small_images(self, root):
+        """PNGs of 30 to 80 pixels: never reduced, so what is left is rounding."""
+        dataset = make_dataset(root, "clis.t=4")
+        for item in items():
+            self.assert_agrees(dataset, item, mean=0.5)
+            image, _, mosaics, _ = plain(dataset, item)
+            assert difference(dataset[item].image, image).max() <= 1
+            assert difference(dataset[item].mosaics, mosaics).max() <= 1
+
+    def test_of_large_jpegs(self, tmp_path):
+        """Tiles of 32 pixels of photographs of 130 to 500: mosaics are made at 1/8 to 1/2."""
+        root = write_photographs(tmp_path)
+        overrides = [f"data.mosaic_size={MOSAIC}", "data.min_region=4", "data.short_sides=[48,200]"]
+        overrides += ["data.max_size=256", "data.paste_size=[8,64]"]
+        dataset = make_photographs(root / "folders", root / "train.json", root / "train", *overrides)
+        sampler = JointSampler(UniformSampler(3, 1), UniformSampler(6, 2), 24, 8, 3)
+        for item in sampler.items(0):
+            self.assert_agrees(dataset, item, mean=2)
+
+    @pytest.mark.skipif(not SHARED.exists(), reason="sample data is not here")
+    def test_of_photographs(self):
+        """The paper's sizes on COCO and ImageNet."""
+        coco, imagenet = SHARED / "coco_mini", SHARED / "imagenet_mini"
+        files = imagenet / "folders", coco / "train.json", coco / "images"
+        dataset = make_photographs(*files, mapping=imagenet / "wnid_to_category.tsv")
+        sampler = JointSampler(
+            UniformSampler(len(dataset.annotations), 1), UniformSampler(len(dataset.index), 2), 3, 8, 3
+        )
+        for item in sampler.items(0):
+            self.assert_agrees(dataset, item, mean=2)
+
+
 class TestSample:
     @pytest.mark.parametrize(("s", "t"), [(4, 4), (8, 0), (12, 1)])
     def test_s_over_4_mosaics_and_at_most_t_pairs(self, root, s, t):
@@ -354,11 +464,13 @@ class TestBadImages:
         return write_data(tmp_path)
 
     @staticmethod
-    def cut(path: Path) -> None:
-        path.write_bytes(path.read_bytes()[:60])
+    def cut(path: Path, length: int = 60) -> None:
+        """By default behind the header, so that only decoding shows it."""
+        path.write_bytes(path.read_bytes()[:length])
 
-    def test_an_instance_level_image_is_replaced_by_the_next(self, data):
-        self.cut(data / "train" / "1.png")
+    @pytest.mark.parametrize("length", [0, 10, 60])
+    def test_an_instance_level_image_is_replaced_by_the_next(self, data, length):
+        self.cut(data / "train" / "1.png", length)
         self.cut(data / "train" / "2.png")
         sample = make_dataset(data)[WorkItem(index=0, instance=1, image_level=(0, 1, 2, 3), seed=9)]
         # 2 is cut too, so the stream goes on from its beginning
@@ -367,15 +479,44 @@ class TestBadImages:
         wanted = make_dataset(data)[WorkItem(index=0, instance=0, image_level=(0, 1, 2, 3), seed=9)]
         assert_same(dataclasses.replace(sample, unreadable=()), wanted)
 
-    def test_an_image_level_image_takes_its_region_and_label_along(self, data):
+    @pytest.mark.parametrize("length", [0, 10, 60])
+    def test_an_image_level_image_takes_its_region_and_label_along(self, data, length):
         """Image 3 (pale) is replaced by image 4 (warm)."""
-        self.cut(data / "folders" / "pale" / "3.png")
+        self.cut(data / "folders" / "pale" / "3.png", length)
         dataset = make_dataset(data, "data.cutout=0")
         sample = dataset[WorkItem(index=0, instance=0, image_level=(3, 3, 3, 3), seed=2)]
         assert len(sample.unreadable) == 4
         assert all("pale/3.png" in message for message in sample.unreadable)
         assert set(sample.region_labels.tolist()) == {CLASSES.index("warm")}
         wanted = dataset[WorkItem(index=0, instance=0, image_level=(4, 4, 4, 4), seed=2)]
+        assert_same(dataclasses.replace(sample, unreadable=()), wanted)
+
+    def test_damaged_pixels_and_headers_together(self, data):
+        """Images 0 and 2 of the image-level stream, one of each kind, and the instance-level image."""
+        self.cut(data / "folders" / "cold" / "0.png")
+        self.cut(data / "folders" / "pale" / "2.png", 10)
+        self.cut(data / "train" / "0.png")
+        dataset = make_dataset(data)
+        sample = dataset[WorkItem(index=0, instance=0, image_level=(0, 1, 2, 3), seed=5)]
+        assert [Path(message.split(": ")[0]).name for message in sample.unreadable] == [
+            "0.png",
+            "0.png",
+            "2.png",
+        ]
+        wanted = dataset[WorkItem(index=0, instance=1, image_level=(1, 1, 3, 3), seed=5)]
+        assert_same(dataclasses.replace(sample, unreadable=()), wanted)
+
+    def test_a_jpeg_that_ends_early(self, tmp_path):
+        """Its header is sound, and it is wanted at reduced size."""
+        root = write_photographs(tmp_path)
+        arguments = (root / "folders", root / "train.json", root / "train", f"data.mosaic_size={MOSAIC}")
+        dataset = make_photographs(*arguments)
+        (broken,) = (path for path in (root / "folders").rglob("*.jpg") if path.name in dataset.index.name(2))
+        broken.write_bytes(broken.read_bytes()[:-200])
+        sample = dataset[WorkItem(index=0, instance=0, image_level=(0, 1, 2, 4), seed=5)]
+        (message,) = sample.unreadable
+        assert message.startswith(f"{dataset.index.name(2)}: ")
+        wanted = dataset[WorkItem(index=0, instance=0, image_level=(0, 1, 3, 4), seed=5)]
         assert_same(dataclasses.replace(sample, unreadable=()), wanted)
 
     def test_another_size_than_the_annotation_says_is_told(self, data):
@@ -397,3 +538,49 @@ class TestBadImages:
         loader = train_loader(dataset, MicroBatches(sampler, range(1), 0, 1, 2), workers, pin=False)
         with pytest.raises(ImageError, match=rf"{MAX_REPLACEMENTS} images in a row .*{stream}.*\.png"):
             next(iter(loader))
+
+
+class TestShards:
+    """Tars of mixed classes with a label file, drawn block by block."""
+
+    ORDER = (3, 0, 5, 1, 4, 2)
+    """The images of SOURCES as they lie in two tars, three in each."""
+
+    @pytest.fixture
+    def shards(self, root, tmp_path) -> TwoStreamDataset:
+        for number, own in enumerate((self.ORDER[:3], self.ORDER[3:])):
+            files = {f"{i}.png": (root / "folders" / SOURCES[i][0] / f"{i}.png").read_bytes() for i in own}
+            (tmp_path / "shards").mkdir(exist_ok=True)
+            (tmp_path / "shards" / f"{number}.tar").write_bytes(tar_of(files))
+        lines = [f"{i}.png\t{name}\n" for i, (name, *_) in enumerate(SOURCES)]
+        (tmp_path / "labels.tsv").write_text("".join(lines))
+        options = {"labels": tmp_path / "labels.tsv"}
+        prepare_image_level([tmp_path / "shards"], root / "train.json", tmp_path / "index", **options)
+        dataset = make_dataset(root, "data.shuffle_block=4")
+        dataset.index = open_index(tmp_path / "index", dataset.annotations.categories)
+        dataset.regions = dataset.regions[list(self.ORDER)]
+        return dataset
+
+    def test_the_same_batches_come_out(self, root, shards):
+        place = {image: row for row, image in enumerate(self.ORDER)}
+        for item in items(6):
+            moved = dataclasses.replace(item, image_level=tuple(place[i] for i in item.image_level))
+            assert_same(collate([shards[moved]]), collate([make_dataset(root)[item]]))
+
+    def test_a_block_is_read_in_one_go_from_each_of_its_tars(self, shards, monkeypatch):
+        """Blocks of 4 of 6 images: the first has the first tar and one image of the second."""
+        asked = []
+        monkeypatch.setattr(
+            os, "posix_fadvise", lambda _, start, length, advice: asked.append((start, length))
+        )
+        sampler = BlockSampler(6, 4, seed=0)
+        drawn = [sampler.draw(k) for k in range(6)]
+        for k in range(0, 6, 2):
+            shards[WorkItem(index=k, instance=0, image_level=tuple(drawn[k : k + 2] * 4), seed=k)]
+        index = shards.index
+        spans = {
+            block: [(int(index.positions[a]), int(index.positions[b] + index.sizes[b] - index.positions[a]))]
+            for block, a, b in (("first tar", 0, 2), ("one image", 3, 3), ("last block", 4, 5))
+        }
+        first, last = spans["first tar"] + spans["one image"], spans["last block"]
+        assert asked == (first + last if drawn[0] < 4 else last + first)

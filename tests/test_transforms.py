@@ -7,14 +7,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clis.data.transforms import (
-    FILL,
-    cutout,
-    flip,
-    random_flip,
-    resize,
-    resize_scale,
-    resize_shortest,
+    flip_boxes,
+    random_cutout,
+    resize_image,
+    scale_boxes,
+    scaled_size,
+    shortest_size,
 )
+
+
+def resize(image, boxes, size):
+    return resize_image(image, size), scale_boxes(boxes, tuple(image.shape[1:]), size)
+
+
+def flip(image, boxes):
+    return image.flip(-1), flip_boxes(boxes, image.shape[-1])
 
 
 def marked(height, width, box):
@@ -54,22 +61,15 @@ def marked_images(draw):
         ((3, 1000), (50, 100), (1, 100)),  # and nothing vanishes
     ],
 )
-def test_resize_shortest_sizes(size, limits, scaled):
-    image = torch.zeros(3, *size, dtype=torch.uint8)
-    resized, _ = resize_shortest(image, torch.zeros(0, 4), *limits)
-    assert resized.shape == (3, *scaled)
-
-
-def test_resize_scale_is_limited_by_the_tighter_side():
-    assert resize_scale(100, 200, 50, 1000) == 0.5
-    assert resize_scale(200, 100, 50, 60) == 0.3
+def test_shortest_size(size, limits, scaled):
+    assert shortest_size(size, *limits) == scaled
 
 
 def test_boxes_scale_by_the_size_the_image_really_got():
     # 10 x 15 at scale 1.5 is 15 x 22.5, so 23 wide: x grows by 23 / 15, y by 1.5.
     boxes = torch.tensor([[3.0, 2.0, 15.0, 10.0]])
-    image, scaled = resize_shortest(torch.zeros(3, 10, 15, dtype=torch.uint8), boxes, 15, 1000)
-    assert image.shape == (3, 15, 23)
+    assert scaled_size((10, 15), 1.5) == (15, 23)
+    scaled = scale_boxes(boxes, (10, 15), (15, 23))
     torch.testing.assert_close(scaled, torch.tensor([[4.6, 3.0, 23.0, 15.0]]))
 
 
@@ -96,22 +96,15 @@ def test_resized_mark_stays_in_its_box(sample, height, width):
 
 
 @settings(max_examples=60, deadline=None)
-@given(sample=marked_images(), short_side=st.integers(30, 150), seed=st.integers(0, 2**32))
-def test_mark_stays_in_its_box_through_the_whole_chain(sample, short_side, seed):
-    generator = np.random.default_rng(seed)
-    image, boxes = sample
-    image, boxes = random_flip(image, boxes, generator)
-    image, boxes = resize_shortest(image, boxes, short_side, 200)
-    image, boxes = random_flip(image, boxes, generator)
+@given(sample=marked_images(), short_side=st.integers(30, 150), flips=st.tuples(st.booleans(), st.booleans()))
+def test_mark_stays_in_its_box_through_the_whole_chain(sample, short_side, flips):
+    image, boxes = flip(*sample) if flips[0] else sample
+    image, boxes = resize(image, boxes, shortest_size(tuple(image.shape[1:]), short_side, 200))
+    image, boxes = flip(image, boxes) if flips[1] else (image, boxes)
     assert_follows(image, boxes)
     height, width = image.shape[-2:]
     assert (boxes >= 0).all()
     assert (boxes <= torch.tensor([width, height, width, height]) + 1e-3).all()
-    after = cutout(image, generator, probability=1.0)
-    ys, xs = torch.nonzero(after[0] >= 128, as_tuple=True)
-    x1, y1, x2, y2 = boxes[0].tolist()
-    inside = (xs >= x1 - 1) & (xs < x2 + 1) & (ys >= y1 - 1) & (ys < y2 + 1)
-    assert inside.all()
 
 
 @settings(max_examples=60, deadline=None)
@@ -121,49 +114,74 @@ def test_mark_stays_in_its_box_through_the_whole_chain(sample, short_side, seed)
     sides=st.tuples(st.floats(0, 1), st.floats(0, 1)).map(sorted),
     seed=st.integers(0, 2**32),
 )
-def test_cutout_fills_one_rectangle_of_the_asked_size(height, width, sides, seed):
-    image = torch.full((3, height, width), 7, dtype=torch.uint8)
-    result = cutout(image, np.random.default_rng(seed), probability=1.0, side_range=tuple(sides))
-    assert (image == 7).all()
-    filled = (result == FILL).all(dim=0)
-    assert ((result == 7).all(dim=0) | filled).all()
-    rows, columns = filled.any(dim=1), filled.any(dim=0)
-    assert torch.equal(filled, rows[:, None] & columns[None, :])
-    for line in (rows, columns):
-        where = torch.nonzero(line)
-        assert where[-1] - where[0] + 1 == len(where)  # without a gap
-        low, high = (max(int(len(line) * side + 0.5), 1) for side in sides)
-        assert low <= len(where) <= high
+def test_cutout_is_a_rectangle_of_the_asked_size_inside_the_image(height, width, sides, seed):
+    generator = np.random.default_rng(seed)
+    rectangle = random_cutout((height, width), generator, probability=1.0, side_range=tuple(sides))
+    x1, y1, x2, y2 = rectangle
+    for length, start, end in ((height, y1, y2), (width, x1, x2)):
+        assert 0 <= start < end <= length
+        low, high = (max(int(length * side + 0.5), 1) for side in sides)
+        assert low <= end - start <= high
 
 
-def test_probabilities():
-    image, boxes = marked(40, 60, (5, 6, 20, 30))
+def test_cutouts_are_anywhere():
     generator = np.random.default_rng(0)
-    flips = sum(not torch.equal(random_flip(image, boxes, generator, 0.3)[1], boxes) for _ in range(1000))
-    cuts = sum(bool((cutout(image, generator, 0.3) == FILL).any()) for _ in range(1000))
+    options = {"probability": 1.0, "side_range": (0.25, 0.25)}
+    corners = np.array([random_cutout((40, 80), generator, **options)[:2] for _ in range(2000)])
+    # 20 x 10 pixels, so that x1 is uniform on 0..60 and y1 on 0..30; both ends are missed with chance e^-32
+    assert corners.min(axis=0).tolist() == [0, 0]
+    assert corners.max(axis=0).tolist() == [60, 30]
+    # the deviations of the means are 17.6 and 8.9 over sqrt(2000)
+    np.testing.assert_allclose(corners.mean(axis=0), [30, 15], atol=1.6)
+
+
+def test_probability_of_cutout():
+    generator = np.random.default_rng(0)
+    cuts = sum(random_cutout((40, 60), generator, 0.3) is not None for _ in range(1000))
     # 300 expected; the standard deviation is sqrt(1000 * 0.3 * 0.7) = 14.5.
-    assert 240 < flips < 360
     assert 240 < cuts < 360
-    assert torch.equal(cutout(image, generator, probability=0.0), image)
-    assert torch.equal(random_flip(image, boxes, generator, 0.0)[0], image)
+    assert random_cutout((40, 60), generator, probability=0.0) is None
 
 
-def test_arguments_are_not_modified_and_seeds_decide():
+def test_arguments_are_not_modified_and_the_seed_decides():
     image, boxes = marked(40, 60, (5, 6, 20, 30))
     before, boxes_before = image.clone(), boxes.clone()
-
-    def run(seed):
-        generator = np.random.default_rng(seed)
-        result, moved = random_flip(image, boxes, generator, 1.0)
-        result, moved = resize(result, moved, (33, 44))
-        return cutout(result, generator, 1.0), moved
-
-    (first, first_boxes), (again, again_boxes), (other, _) = run(1), run(1), run(2)
-    assert torch.equal(first, again)
-    assert torch.equal(first_boxes, again_boxes)
-    assert not torch.equal(first, other)
+    flip(*resize(image, boxes, (33, 44)))
     assert torch.equal(image, before)
     assert torch.equal(boxes, boxes_before)
+    first, again, other = (random_cutout((40, 60), np.random.default_rng(seed), 1.0) for seed in (1, 1, 2))
+    assert first == again != other
+
+
+@pytest.mark.parametrize("order", ["channels first", "channels last"])
+def test_resize_of_either_order_in_memory(order):
+    """The same pixels, and the order is kept."""
+    image = torch.randint(256, (3, 60, 90), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    expected = resize_image(image, (31, 47))
+    if order == "channels last":
+        image = image.permute(1, 2, 0).contiguous().permute(2, 0, 1)
+    resized = resize_image(image, (31, 47))
+    assert torch.equal(resized, expected)
+    assert resized.stride() == ((1, 3 * 47, 3) if order == "channels last" else (31 * 47, 47, 1))
+
+
+@settings(max_examples=60, deadline=None)
+@given(length=st.integers(2, 60), share=st.floats(0.05, 1), new=st.integers(1, 60))
+def test_resize_of_an_extent_that_ends_within_a_pixel(length, share, new):
+    """A ramp of 4 a pixel, resized by a factor f, is one of 4 / f that starts at the same edge.
+
+    Its value at position x is 4 x - 2, and pixel i of the result is centred at (i + 0.5) / f. Away from the
+    edges, where there is less to average, that is what it must be, but for rounding.
+    """
+    extent = length - 1 + share
+    new = max(min(new, int(extent)), 1)
+    ramp = (4 * torch.arange(length)).to(torch.uint8).expand(3, 20, length)
+    resized = resize_image(ramp, (20, new), extent=(20, extent))
+    assert resized.shape == (3, 20, new)
+    factor = new / extent
+    centres = (torch.arange(new) + 0.5) / factor
+    inner = (centres > 1 / factor) & (centres < extent - 1 / factor - 1)
+    torch.testing.assert_close(resized[0, 0, inner].float(), 4 * centres[inner] - 2, atol=1.01, rtol=0)
 
 
 def test_images_without_boxes():

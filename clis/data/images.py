@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
+import io
 import re
 import struct
+import warnings
 import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import dropwhile, takewhile
 from pathlib import Path
 
 import torch
+from PIL.JpegImagePlugin import JpegImageFile
 from torch import Tensor
 from torchvision.io import ImageReadMode
 from torchvision.io import decode_image as torchvision_decode_image
+
+from clis.data.transforms import resize_image
 
 MAX_PIXELS = 2**27
 """An image that claims more is taken for a decompression bomb: 400 MB as RGB."""
 
 _MAX_UNPACKED = 2**30
 _GZIP = b"\x1f\x8b"
+_JPEG = b"\xff\xd8\xff"
 _PNG = b"\x89PNG\r\n\x1a\n"
 _PNG_CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}
 # Adam7, the seven passes of an interlaced PNG: first column and row, step in x and y.
@@ -32,6 +40,10 @@ _PNG_PASSES = (
     (0, 1, 1, 2),
 )
 _JPEG_FRAMES = set(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
+
+
+# EXIF data is never used, so nobody needs to know that it is broken.
+warnings.filterwarnings("ignore", "Corrupt EXIF data", UserWarning)
 
 
 class ImageError(ValueError):
@@ -54,39 +66,109 @@ def read_bytes(path: str | Path) -> bytes:
         ImageError: the file cannot be read.
     """
     try:
-        return Path(path).read_bytes()
+        with open(path, "rb", buffering=0) as file:
+            return file.read()
     except OSError as error:
         raise ImageError(f"{path}: {error.strerror or error}; check the image folder") from error
 
 
 def decode_image(data: bytes, name: str) -> Tensor:
-    """Decodes JPEG, PNG, WebP or GIF bytes, also gzip'ed ones (as in ImageNet-22k): uint8 RGB [3,H,W].
+    """`open_image` and `EncodedImage.decode`: uint8 RGB [3,H,W]."""
+    return open_image(data, name).decode()
 
-    Gray, palette, CMYK, 16-bit and transparent images become RGB; alpha is dropped, not blended. Of an
-    animated GIF the first frame is taken. The pixels stay as stored: EXIF rotation is never applied.
+
+def open_image(data: bytes, name: str) -> EncodedImage:
+    """Reads the header of JPEG, PNG, WebP or GIF bytes, also gzip'ed ones (as in ImageNet-22k).
 
     Args:
         name: what to call the image in messages.
 
     Raises:
-        ImageError: the bytes are empty, truncated, corrupt, no image, or an image of no or too many pixels.
+        ImageError: the bytes are empty, no image, or an image of no or too many pixels.
     """
-    try:
+    with _naming(name):
         data = unpacked(data)
-        _header_size(data)
-        if data.startswith(_PNG):
-            _check_png(data)
+        return EncodedImage(data=data, name=name, size=_header_size(data))
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodedImage:
+    """An image whose size is known; whether its pixels are sound shows when they are decoded."""
+
+    data: bytes
+    """Not gzip'ed."""
+    name: str
+    size: tuple[int, int]
+    """Height and width as stored: EXIF rotation is never applied."""
+
+    def decode(self) -> Tensor:
+        """The pixels: uint8 RGB [3,H,W], channels last in memory.
+
+        Gray, palette, CMYK, 16-bit and transparent images become RGB; alpha is dropped, not blended. Of an
+        animated GIF the first frame is taken.
+
+        Raises:
+            ImageError: the bytes are truncated or corrupt.
+        """
+        with _naming(self.name):
+            return self._decode()
+
+    def decode_resized(self, size: tuple[int, int]) -> Tensor:
+        """The pixels at another size, uint8 RGB [3,*size], of a JPEG from as few of them as serve.
+
+        Raises:
+            ImageError: the bytes are truncated or corrupt.
+        """
+        reduced = self._decode_reduced(size)
+        if reduced is None:
+            return resize_image(self.decode(), size)
+        return resize_image(reduced[0], size, extent=reduced[1])
+
+    def _decode(self) -> Tensor:
+        if self.data.startswith(_PNG):
+            _check_png(self.data)
         # A bytearray because PyTorch warns of read-only buffers.
         image = torchvision_decode_image(
-            torch.frombuffer(bytearray(data), dtype=torch.uint8), mode=ImageReadMode.RGB
+            torch.frombuffer(bytearray(self.data), dtype=torch.uint8), mode=ImageReadMode.RGB
         )
+        if image.ndim == 4:
+            image = image[0]
+        if image.dtype == torch.uint16:
+            image = (image.to(torch.int32) >> 8).to(torch.uint8)
+        if tuple(image.shape[1:]) != self.size:
+            raise ValueError(f"{list(image.shape[1:])} pixels, but its header says {list(self.size)}")
+        return image
+
+    def _decode_reduced(self, least: tuple[int, int]) -> tuple[Tensor, tuple[float, float]] | None:
+        """A JPEG at 1/2, 1/4 or 1/8 of its size but not below `least`, and the height and width it fills.
+
+        None where `least` is above the half, or where Pillow makes no sense of it and torchvision has to say
+        what is wrong. Whole images are torchvision's, since Pillow takes longer.
+        """
+        height, width = self.size
+        if min(height // least[0], width // least[1]) < 2 or not self.data.startswith(_JPEG):
+            return None
+        try:
+            # Not Image.open, which has a limit of pixels of its own.
+            image = JpegImageFile(io.BytesIO(self.data))
+            if image.size != (width, height) or image.mode not in ("RGB", "L"):
+                return None
+            _, (_, _, *extent) = image.draft(None, least[::-1])
+            image.decodermaxblock = len(self.data)  # not in blocks of 64 kB
+            rgb = image if image.mode == "RGB" else image.convert("RGB")
+            pixels = torch.frombuffer(bytearray(rgb.tobytes()), dtype=torch.uint8)
+        except Exception:
+            return None
+        return pixels.view(image.height, image.width, 3).permute(2, 0, 1), tuple(extent[::-1])
+
+
+@contextmanager
+def _naming(name: str) -> Iterator[None]:
+    """Whatever the decoders raise, as an `ImageError` of this image."""
+    try:
+        yield
     except (RuntimeError, ValueError, struct.error, zlib.error) as error:
         raise ImageError(f"{name}: {_reason(error)}; replace or remove the file") from error
-    if image.ndim == 4:
-        image = image[0]
-    if image.dtype == torch.uint16:
-        image = (image.to(torch.int32) >> 8).to(torch.uint8)
-    return image
 
 
 def _reason(error: Exception) -> str:
@@ -114,7 +196,7 @@ def unpacked(data: bytes) -> bytes:
 
 
 def _header_size(data: bytes) -> tuple[int, int]:
-    if data.startswith(b"\xff\xd8\xff"):
+    if data.startswith(_JPEG):
         height, width = _jpeg_size(data)
     elif data.startswith(_PNG):
         width, height = struct.unpack_from(">II", data, 16)

@@ -7,6 +7,7 @@ import signal
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -16,11 +17,12 @@ from torch.utils.data import DataLoader, Dataset
 from clis.config import CLISConfig, DataConfig
 from clis.data.annotations import Annotations
 from clis.data.image_level import ImageLevelIndex
-from clis.data.images import ImageError, decode_image, read_image
-from clis.data.mosaic import mosaic
-from clis.data.pasting import paste
+from clis.data.images import EncodedImage, ImageError, open_image, read_bytes
+from clis.data.mosaic import draw_tile
+from clis.data.pasting import draw_paste
+from clis.data.plan import Plan, plan_sample
 from clis.data.sampling import JointSampler, WorkItem
-from clis.data.transforms import random_flip, resize_shortest
+from clis.data.transforms import FILL
 
 GRACE = 30
 """Seconds that a loader process lives on behind SIGTERM, for the step to be finished."""
@@ -115,6 +117,19 @@ def collate(samples: Sequence[Sample]) -> Batch:
     )
 
 
+class _Opened(NamedTuple):
+    """The images of one work item, not decoded yet."""
+
+    row: int
+    """Of the annotations."""
+    instance: EncodedImage
+    source_rows: np.ndarray
+    """int64 [s], of the image-level index."""
+    sources: list[EncodedImage]
+    unreadable: tuple[str, ...]
+    """One message for each image that was replaced."""
+
+
 class TwoStreamDataset(Dataset[Sample]):
     """Maps a `WorkItem` to its `Sample`, a pure function of the item and the files."""
 
@@ -137,106 +152,114 @@ class TwoStreamDataset(Dataset[Sample]):
         self.data, self.clis = data, clis
         self.annotations, self.image_folder = annotations, image_folder
         self.index, self.regions = index, regions
+        self._block: int | None = None  # that this process has read ahead
 
     def __getitem__(self, item: WorkItem) -> Sample:
-        generator = np.random.default_rng(item.seed)
+        opened = self._open(item, whole=False)
+        try:
+            return self._sample(item, opened)
+        except ImageError:
+            # Sound headers, but not the pixels of every image: replaced, it is another plan.
+            return self._sample(item, self._open(item, whole=True))
+
+    def _open(self, item: WorkItem, *, whole: bool) -> _Opened:
+        """The images of the item or their replacements: with sound headers, or sound as a `whole`."""
         unreadable: list[str] = []
-        row, image = self._read(self._read_instance, item.instance, len(self.annotations), unreadable)
-        boxes = torch.from_numpy(self.annotations.boxes_of(row))
-        labels = torch.from_numpy(self.annotations.labels_of(row))
-        short_side = int(generator.choice(self.data.short_sides))
-        image, boxes = resize_shortest(image, boxes, short_side, self.data.max_size)
-        image, boxes = random_flip(image, boxes, generator, self.data.flip)
 
-        sources = [
-            self._read(self._read_image_level, i, len(self.index), unreadable) for i in item.image_level
-        ]
-        mosaics, regions, kept = self._mosaics(sources, generator)
-        chosen = generator.permutation(np.flatnonzero(kept))[: self.clis.t]
-        image, pasted = paste(
-            image,
-            boxes,
-            [(sources[i][1], self._region(sources[i][0])) for i in chosen],
-            size_range=self.data.paste_size,
-            max_cover=self.data.paste_max_cover,
-            flip_probability=self.data.flip,
-            generator=generator,
-        )
-        source_labels = torch.tensor([int(self.index.labels[i]) for i, _ in sources], dtype=torch.int64)
-        row_of_region = np.cumsum(kept) - 1
-        pair_sources = [int(chosen[place]) for place, _ in pasted]
-        pair_boxes = torch.stack([box for _, box in pasted]) if pasted else torch.zeros(0, 4)
-        return Sample(
-            image=image,
-            boxes=torch.cat([boxes, pair_boxes]),
-            labels=torch.cat([labels, source_labels[pair_sources]]),
-            mosaics=mosaics,
-            regions=regions[kept],
-            region_labels=source_labels[kept],
-            region_mosaics=torch.arange(len(sources))[kept] // 4,
-            pair_boxes=pair_boxes,
-            pair_regions=torch.tensor([row_of_region[i] for i in pair_sources], dtype=torch.int64),
-            seed=item.seed,
-            image_id=int(self.annotations.image_ids[row]),
-            unreadable=tuple(unreadable),
-        )
-
-    def _mosaics(
-        self, sources: list[tuple[int, Tensor]], generator: np.random.Generator
-    ) -> tuple[Tensor, Tensor, np.ndarray]:
-        """Mosaics uint8 [s/4,3,S,S], each source's region in its mosaic [s,4], whether it was kept [s]."""
-        size = self.data.mosaic_size
-        canvases, regions, kept = (
-            [torch.zeros(0, 3, size, size, dtype=torch.uint8)],
-            [torch.zeros(0, 4)],
-            [[]],
-        )
-        for first in range(0, len(sources), 4):
-            four = sources[first : first + 4]
-            canvas, moved, inside = mosaic(
-                [image for _, image in four],
-                torch.stack([self._region(i) for i, _ in four]),
-                size=size,
-                scale_range=self.data.mosaic_scale,
-                flip_probability=self.data.flip,
-                cutout_probability=self.data.cutout,
-                cutout_range=self.data.cutout_size,
-                min_region=self.data.min_region,
-                generator=generator,
-            )
-            canvases.append(canvas[None])
-            regions.append(moved)
-            kept.append(inside.numpy())
-        return torch.cat(canvases), torch.cat(regions), np.concatenate(kept).astype(bool)
-
-    def _region(self, index: int) -> Tensor:
-        return torch.from_numpy(np.array(self.regions["box"][index]))
-
-    def _read(
-        self, read: Callable[[int], Tensor], index: int, length: int, unreadable: list[str]
-    ) -> tuple[int, Tensor]:
-        """The image at `index`, or the next of its stream that can be read; failures are noted."""
-        for candidate in range(index, index + MAX_REPLACEMENTS):
-            try:
-                return candidate % length, read(candidate % length)
-            except ImageError as error:
-                unreadable.append(str(error))
-        raise ImageError(f"{MAX_REPLACEMENTS} images in a row could not be read; the last: {unreadable[-1]}")
-
-    def _read_instance(self, row: int) -> Tensor:
-        path = self.image_folder / self.annotations.file_names[row]
-        image = read_image(path)
-        expected = tuple(self.annotations.image_sizes[row])
-        if tuple(image.shape[1:]) != expected:
+        def first_readable(
+            read: Callable[[int], EncodedImage], index: int, length: int
+        ) -> tuple[int, EncodedImage]:
+            for candidate in range(index, index + MAX_REPLACEMENTS):
+                try:
+                    image = read(candidate % length)
+                    if whole:
+                        image.decode()
+                    return candidate % length, image
+                except ImageError as error:
+                    unreadable.append(str(error))
             raise ImageError(
-                f"{path}: {image.shape[1]} x {image.shape[2]} pixels (height x width), but "
+                f"{MAX_REPLACEMENTS} images in a row could not be read; the last: {unreadable[-1]}"
+            )
+
+        row, instance = first_readable(self._open_instance, item.instance, len(self.annotations))
+        sources = [first_readable(self._open_image_level, i, len(self.index)) for i in item.image_level]
+        rows = np.array([i for i, _ in sources], dtype=np.int64)
+        return _Opened(row, instance, rows, [image for _, image in sources], tuple(unreadable))
+
+    def _open_instance(self, row: int) -> EncodedImage:
+        path = self.image_folder / self.annotations.file_names[row]
+        image = open_image(read_bytes(path), str(path))
+        expected = tuple(self.annotations.image_sizes[row])
+        if image.size != expected:
+            raise ImageError(
+                f"{path}: {image.size[0]} x {image.size[1]} pixels (height x width), but "
                 f"{self.annotations.path} says {expected[0]} x {expected[1]} of image "
                 f"{self.annotations.image_ids[row]}"
             )
         return image
 
-    def _read_image_level(self, index: int) -> Tensor:
-        return decode_image(self.index.read(index), self.index.name(index))
+    def _open_image_level(self, index: int) -> EncodedImage:
+        block = self.data.shuffle_block
+        if block is not None and index // block != self._block:
+            self._block = index // block
+            self.index.read_ahead(self._block * block, min((self._block + 1) * block, len(self.index)))
+        return open_image(self.index.read(index), self.index.name(index))
+
+    def _sample(self, item: WorkItem, opened: _Opened) -> Sample:
+        plan = self._plan(item, opened)
+        image, mosaics = self._draw(plan, opened)
+        labels = torch.from_numpy(self.annotations.labels_of(opened.row))
+        source_labels = torch.zeros(0, dtype=torch.int64)
+        if len(opened.source_rows):
+            source_labels = torch.from_numpy(self.index.labels[opened.source_rows].astype(np.int64))
+        pair_sources = [place for place, _ in plan.pastes]
+        pair_boxes = torch.tensor([paste.box for _, paste in plan.pastes], dtype=torch.float32).view(-1, 4)
+        row_of_region = plan.kept.cumsum(0) - 1
+        return Sample(
+            image=image,
+            boxes=torch.cat([plan.boxes, pair_boxes]),
+            labels=torch.cat([labels, source_labels[pair_sources]]),
+            mosaics=mosaics,
+            regions=plan.regions[plan.kept],
+            region_labels=source_labels[plan.kept],
+            region_mosaics=torch.arange(len(plan.kept))[plan.kept] // 4,
+            pair_boxes=pair_boxes,
+            pair_regions=row_of_region[pair_sources],
+            seed=item.seed,
+            image_id=int(self.annotations.image_ids[opened.row]),
+            unreadable=opened.unreadable,
+        )
+
+    def _plan(self, item: WorkItem, opened: _Opened) -> Plan:
+        regions = np.zeros((0, 4), dtype=np.float32)
+        if len(opened.source_rows):
+            regions = self.regions["box"][opened.source_rows]
+        return plan_sample(
+            self.data,
+            self.clis.t,
+            opened.instance.size,
+            torch.from_numpy(self.annotations.boxes_of(opened.row)),
+            [source.size for source in opened.sources],
+            torch.from_numpy(regions),
+            np.random.default_rng(item.seed),
+        )
+
+    def _draw(self, plan: Plan, opened: _Opened) -> tuple[Tensor, Tensor]:
+        """The image with what is pasted, uint8 [3,H,W], and the mosaics, uint8 [s/4,3,S,S]."""
+        image = opened.instance.decode_resized(plan.size)
+        image = image.flip(-1) if plan.flipped else image
+        # Crops are whole pixels of the stored image, so these are needed at full size.
+        whole = {place: opened.sources[place].decode() for place, _ in plan.pastes}
+        for place, paste in plan.pastes:
+            draw_paste(image, whole[place], paste)
+
+        size = self.data.mosaic_size
+        mosaics = torch.full((len(opened.sources) // 4, size, size, 3), FILL, dtype=torch.uint8)
+        mosaics = mosaics.permute(0, 3, 1, 2)
+        for place, (source, placement) in enumerate(zip(opened.sources, plan.placements)):
+            pixels = whole[place] if place in whole else source.decode_resized(placement.size)
+            draw_tile(pixels, placement, mosaics[place // 4], place % 4)
+        return image, mosaics
 
 
 class MicroBatches:

@@ -1,18 +1,33 @@
-"""Mosaic of four image-level images on one canvas (paper, section IV-A)."""
+"""Mosaic of four image-level images on one canvas (paper, section IV-A): planned from sizes, then drawn."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from clis.data.transforms import FILL, cutout, random_flip, resize, round_half_up
+from clis.data.transforms import FILL, random_cutout, resize_image, scaled_size
 
 
-def mosaic(
-    images: Sequence[Tensor],
+@dataclass(frozen=True, kw_only=True)
+class Placement:
+    """How one image lies on its tile."""
+
+    size: tuple[int, int]
+    """Height and width that the whole image is resized to."""
+    flipped: bool
+    top: int
+    left: int
+    """Where the image begins in the tile: at or after 0 where it fits, before 0 where it is cropped."""
+    cutout: tuple[int, int, int, int] | None
+    """Gray rectangle, xyxy in pixels of the resized and flipped image."""
+
+
+def plan_mosaic(
+    sizes: Sequence[tuple[int, int]],
     regions: Tensor,
     *,
     size: int,
@@ -22,72 +37,92 @@ def mosaic(
     cutout_range: tuple[float, float] = (0.1, 0.4),
     min_region: float,
     generator: np.random.Generator,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Put four images on the 2 x 2 tiles of a gray canvas, each scaled, flipped and cut out on its own.
+) -> tuple[list[Placement], Tensor, Tensor]:
+    """Draw how four images lie on the 2 x 2 tiles of a canvas, each scaled, flipped and cut out on its own.
 
     An image larger than its tile is cropped at random, a smaller one lies at a random place in it. Its region
     follows it, clipped to the tile so that it never reaches into the neighbour; cutout leaves it as it is.
 
     Args:
-        images: four uint8 [3, H, W] of any sizes, for the tiles in reading order.
+        sizes: height and width of four images, for the tiles in reading order.
         regions: float32 [4, 4], one xyxy box an image, in pixels of that image.
         size: side of the canvas in pixels, even.
         scale_range: bounds of the uniform random scale, where 1 fits the whole image to its tile.
         flip_probability: chance of a horizontal flip of an image.
         cutout_probability: chance of a cutout in an image.
-        cutout_range: sides of the cutout as fractions of the image's (see `cutout`).
+        cutout_range: sides of the cutout as fractions of the image's (see `random_cutout`).
         min_region: least width and height, in canvas pixels, of a clipped region that is kept.
         generator: source of randomness.
 
     Returns:
-        canvas: uint8 [3, size, size].
+        placements: four.
         regions: float32 [4, 4], xyxy on the canvas, each inside its tile.
         kept: bool [4]; False where cropping left the region smaller than `min_region`.
 
     Raises:
         ValueError: not four images and regions, or an odd size.
     """
-    if len(images) != 4 or regions.shape != (4, 4):
+    if len(sizes) != 4 or regions.shape != (4, 4):
         raise ValueError(
-            f"a mosaic takes 4 images and their regions [4, 4], got {len(images)} and {list(regions.shape)}"
+            f"a mosaic takes 4 images and their regions [4, 4], got {len(sizes)} and {list(regions.shape)}"
         )
     if size % 2:
         raise ValueError(f"a mosaic has 2 x 2 equal tiles: its size must be even, got {size}")
     tile = size // 2
-    canvas = torch.full((3, size, size), FILL, dtype=torch.uint8)
-    placed = []
-    for index, image in enumerate(images):
-        top, left = tile * (index // 2), tile * (index % 2)
-        region = regions[index : index + 1]
-        scale = generator.uniform(*scale_range)
-        image, region = _fit(image, region, tile, scale)
-        image, region = random_flip(image, region, generator, flip_probability)
-        image = cutout(image, generator, cutout_probability, cutout_range)
-        region = _place(image, region, canvas[:, top : top + tile, left : left + tile], generator)
-        placed.append(region + region.new_tensor([left, top, left, top]))
-    regions = torch.cat(placed)
+    placements, placed = [], []
+    for index, (stored, region) in enumerate(zip(sizes, regions.tolist())):
+        scale = generator.uniform(*scale_range) * tile / max(stored)
+        height, width = scaled_size(stored, scale)
+        flipped = bool(generator.random() < flip_probability)
+        cutout = random_cutout((height, width), generator, cutout_probability, cutout_range)
+        top, left = (_random_offset(length, tile, generator) for length in (height, width))
+        placement = Placement(size=(height, width), flipped=flipped, top=top, left=left, cutout=cutout)
+        placements.append(placement)
+        x, y = tile * (index % 2), tile * (index // 2)
+        x1, y1, x2, y2 = _region_on_tile(region, stored, placement, tile)
+        placed.append([x + x1, y + y1, x + x2, y + y2])
+    regions = torch.tensor(placed, dtype=torch.float32)
     kept = (regions[:, 2:] - regions[:, :2] >= min_region).all(dim=1)
-    return canvas, regions, kept
+    return placements, regions, kept
 
 
-def _fit(image: Tensor, region: Tensor, tile: int, scale: float) -> tuple[Tensor, Tensor]:
-    """Resize to `scale` times the size at which the whole image just fits the tile."""
-    height, width = image.shape[-2:]
-    scale *= tile / max(height, width)
-    return resize(image, region, (round_half_up(height * scale), round_half_up(width * scale)))
-
-
-def _place(image: Tensor, region: Tensor, tile: Tensor, generator: np.random.Generator) -> Tensor:
-    """Write the image into the tile, a view of the canvas; return its region in tile coordinates, clipped."""
-    size = tile.shape[-1]
-    height, width = image.shape[-2:]
-    top, left = (_random_offset(length, size, generator) for length in (height, width))
-    visible = image[:, max(-top, 0) : size - top, max(-left, 0) : size - left]
-    tile[:, max(top, 0) : top + height, max(left, 0) : left + width] = visible
-    return (region + region.new_tensor([left, top, left, top])).clamp(0, size)
+def _region_on_tile(
+    region: Sequence[float], stored: tuple[int, int], placement: Placement, tile: int
+) -> list[float]:
+    """Where the region of an image of the stored size lies on its tile, clipped; xyxy."""
+    (height, width), (x1, y1, x2, y2) = placement.size, region
+    ratio_y, ratio_x = height / stored[0], width / stored[1]
+    x1, y1, x2, y2 = x1 * ratio_x, y1 * ratio_y, x2 * ratio_x, y2 * ratio_y
+    if placement.flipped:
+        x1, x2 = width - x2, width - x1
+    moved = (x1 + placement.left, y1 + placement.top, x2 + placement.left, y2 + placement.top)
+    return [min(max(x, 0), tile) for x in moved]
 
 
 def _random_offset(length: int, tile: int, generator: np.random.Generator) -> int:
-    """Where the image begins in the tile: at or after 0 where it fits, at or before 0 where it is cropped."""
     slack = tile - length
     return int(generator.integers(min(slack, 0), max(slack, 0), endpoint=True))
+
+
+def draw_tile(image: Tensor, placement: Placement, canvas: Tensor, index: int) -> None:
+    """Write an image on tile `index` of a canvas, uint8 [3, size, size], as it was planned.
+
+    Args:
+        image: uint8 [3, H, W], as stored or resized to `placement.size` already; not modified.
+    """
+    tile = canvas.shape[-1] // 2
+    y, x = tile * (index // 2), tile * (index % 2)
+    (height, width), top, left = placement.size, y + placement.top, x + placement.left
+    y1, y2 = max(top, y), min(top + height, y + tile)
+    x1, x2 = max(left, x), min(left + width, x + tile)
+    image = resize_image(image, placement.size)[:, y1 - top : y2 - top]
+    if placement.flipped:
+        image = image[:, :, left + width - x2 : left + width - x1].flip(-1)
+    else:
+        image = image[:, :, x1 - left : x2 - left]
+    canvas[:, y1:y2, x1:x2] = image
+    if placement.cutout:
+        gray_x1, gray_y1, gray_x2, gray_y2 = placement.cutout
+        rows = slice(max(top + gray_y1, y), min(top + gray_y2, y + tile))
+        columns = slice(max(left + gray_x1, x), min(left + gray_x2, x + tile))
+        canvas[:, rows, columns] = FILL

@@ -1,33 +1,42 @@
 """Pasting regions of image-level images onto an instance-level image: the views of contrastive pairs.
 
 Paper, section III-B; its overview figure shows the rectangular crop with its background, pasted opaque, with
-a flip and scale of its own.
+a flip and scale of its own. Planned from sizes, then drawn.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from math import ceil, exp, floor, log, sqrt
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from clis.data.transforms import resize_image, round_half_up
 
 
-def paste(
-    image: Tensor,
+@dataclass(frozen=True, kw_only=True)
+class Paste:
+    """Which pixels of an image go where on another; both xyxy in whole pixels."""
+
+    crop: tuple[int, int, int, int]
+    flipped: bool
+    box: tuple[int, int, int, int]
+
+
+def plan_pastes(
+    size: tuple[int, int],
     boxes: Tensor,
-    sources: Sequence[tuple[Tensor, Tensor]],
+    sources: Sequence[tuple[tuple[int, int], Tensor]],
     *,
     size_range: tuple[float, float] = (32, 256),
     max_cover: float = 0.5,
     attempts: int = 10,
     flip_probability: float = 0.5,
     generator: np.random.Generator,
-) -> tuple[Tensor, list[tuple[int, Tensor]]]:
-    """Paste the region of every source onto a copy of the image, where there is room for it.
+) -> list[tuple[int, Paste]]:
+    """Draw where on an image the region of every source is pasted, if there is room for it.
 
     The square root of a crop's area is drawn log-uniformly from `size_range` (every octave is equally
     likely), both bounds limited to what fits in the image; its place is uniform. A place where the pastes
@@ -35,48 +44,56 @@ def paste(
     and place are drawn again.
 
     Args:
-        image: uint8 [3, H, W].
+        size: height and width of the image.
         boxes: float32 [G, 4], xyxy, the ground truth of the image; it stays as it is.
-        sources: pairs of an image, uint8 [3, H', W'], and the region to crop from it, float32 [4], xyxy; the
-            region is clipped to its image and rounded outward to whole pixels.
-        size_range: bounds of the pasted sqrt(area), in pixels of `image`, above 0.
+        sources: height and width of an image, and the region to crop from it, float32 [4], xyxy; the region
+            is clipped to its image and rounded outward to whole pixels.
+        size_range: bounds of the pasted sqrt(area), in pixels of the image, above 0.
         max_cover: largest share of a box's area, in [0, 1], that pastes may cover.
         attempts: draws of size and place before a source is given up.
         flip_probability: chance of a horizontal flip of a crop.
         generator: source of randomness.
 
     Returns:
-        image: uint8 [3, H, W], a copy.
-        pasted: (index of the source, box float32 [4]) of every source that found a place, in order. The box
-            is exactly the pixels that were written, in whole numbers.
+        (index of the source, how it is pasted) of every source that found a place, in the order in which
+        they are to be drawn.
     """
-    image = image.clone()
-    boxes = boxes.double()
-    covered = boxes.new_zeros(len(boxes))
-    pasted: list[tuple[int, Tensor]] = []
-    for index, (source, region) in enumerate(sources):
-        crop = _crop(source, region)
-        if crop.numel() == 0:
+    standing = boxes.numpy().astype(np.float64)
+    covered = np.zeros(len(standing))
+    pastes: list[tuple[int, Paste]] = []
+    for index, (source_size, region) in enumerate(sources):
+        x1, y1, x2, y2 = crop = _crop(source_size, region)
+        if x1 >= x2 or y1 >= y2:
             continue
-        if generator.random() < flip_probability:
-            crop = crop.flip(-1)
+        flipped = bool(generator.random() < flip_probability)
         for _ in range(attempts):
-            left, top, right, bottom = _random_place(crop.shape[-2:], image.shape[-2:], size_range, generator)
-            box = boxes.new_tensor([left, top, right, bottom])
-            now_covered = covered + _intersection(boxes, box)
-            if (now_covered <= max_cover * _area(boxes)).all():
-                image[:, top:bottom, left:right] = resize_image(crop, (bottom - top, right - left))
-                pasted.append((index, box.float()))
-                boxes = torch.cat([boxes, box[None]])
-                covered = torch.cat([now_covered, now_covered.new_zeros(1)])
+            place = _random_place((y2 - y1, x2 - x1), size, size_range, generator)
+            now_covered = covered + _intersection(standing, place)
+            if (now_covered <= max_cover * _area(standing)).all():
+                pastes.append((index, Paste(crop=crop, flipped=flipped, box=place)))
+                standing = np.concatenate([standing, [place]])
+                covered = np.append(now_covered, 0)
                 break
-    return image, pasted
+    return pastes
 
 
-def _crop(image: Tensor, region: Tensor) -> Tensor:
-    """The whole pixels that the region touches; empty where it lies outside the image or has no area."""
+def draw_paste(image: Tensor, source: Tensor, paste: Paste) -> None:
+    """Write a crop into `image`: exactly the pixels of `paste.box`.
+
+    Args:
+        image: uint8 [3, H, W].
+        source: uint8 [3, H', W'], the image that the crop is from, as stored; not modified.
+    """
+    x1, y1, x2, y2 = paste.crop
+    left, top, right, bottom = paste.box
+    crop = resize_image(source[:, y1:y2, x1:x2], (bottom - top, right - left))
+    image[:, top:bottom, left:right] = crop.flip(-1) if paste.flipped else crop
+
+
+def _crop(size: tuple[int, int], region: Tensor) -> tuple[int, int, int, int]:
+    """The whole pixels that the region touches; without area where it lies outside the image or has none."""
     x1, y1, x2, y2 = region.clamp(min=0).tolist()
-    return image[:, floor(y1) : ceil(y2), floor(x1) : ceil(x2)]
+    return floor(x1), floor(y1), min(ceil(x2), size[1]), min(ceil(y2), size[0])
 
 
 def _random_place(
@@ -98,11 +115,11 @@ def _random_place(
     return left, top, left + width, top + height
 
 
-def _area(boxes: Tensor) -> Tensor:
-    return (boxes[:, 2:] - boxes[:, :2]).clamp(min=0).prod(dim=1)
+def _area(boxes: np.ndarray) -> np.ndarray:
+    return (boxes[:, 2:] - boxes[:, :2]).clip(min=0).prod(axis=1)
 
 
-def _intersection(boxes: Tensor, box: Tensor) -> Tensor:
+def _intersection(boxes: np.ndarray, box: tuple[int, int, int, int]) -> np.ndarray:
     """Area that each of the boxes shares with one box, [G]."""
-    sides = torch.minimum(boxes[:, 2:], box[2:]) - torch.maximum(boxes[:, :2], box[:2])
-    return sides.clamp(min=0).prod(dim=1)
+    sides = np.minimum(boxes[:, 2:], box[2:]) - np.maximum(boxes[:, :2], box[:2])
+    return sides.clip(min=0).prod(axis=1)

@@ -1,4 +1,4 @@
-"""Augmentation of one image with its boxes: pure functions, no argument is ever modified.
+"""Sizes, boxes and pixels of one image: pure functions, no argument is ever modified.
 
 Images are uint8 [3, H, W]; boxes float32 [G, 4], xyxy in pixels of their image. Boxes follow their pixels
 exactly. All randomness comes from the `numpy.random.Generator` that is passed in.
@@ -20,82 +20,81 @@ def round_half_up(x: float) -> int:
     return max(int(x + 0.5), 1)
 
 
-def resize_scale(height: int, width: int, short_side: float, max_size: float) -> float:
-    """Return the scale that makes the short side `short_side` but the long side at most `max_size`."""
-    return min(short_side / min(height, width), max_size / max(height, width))
+def scaled_size(size: tuple[int, int], scale: float) -> tuple[int, int]:
+    """Height and width times the scale, in whole pixels."""
+    return round_half_up(size[0] * scale), round_half_up(size[1] * scale)
 
 
-def resize_image(image: Tensor, size: tuple[int, int]) -> Tensor:
-    """Resize uint8 [3, H, W] to `size` (height, width), bilinear with antialiasing."""
-    if tuple(image.shape[-2:]) == tuple(size):
+def shortest_size(size: tuple[int, int], short_side: float, max_size: float) -> tuple[int, int]:
+    """Height and width with a short side of `short_side` pixels, but a long side of at most `max_size`."""
+    return scaled_size(size, min(short_side / min(size), max_size / max(size)))
+
+
+def resize_image(image: Tensor, size: tuple[int, int], extent: tuple[float, float] | None = None) -> Tensor:
+    """Resize uint8 [3, H, W] to `size` (height, width), bilinear with antialiasing.
+
+    Args:
+        extent: height and width of what is resized, from the upper left corner; None is the whole image. An
+            image that was decoded at 1 / k of its size ends somewhere in its last row and column. It is not
+            smaller than `size`.
+
+    Returns:
+        uint8 [3, *size]; `image` itself where nothing is to be done. The order in memory (channels first or
+        last) is kept.
+    """
+    if tuple(extent or image.shape[-2:]) == tuple(size):
         return image
+    # image[None] would hide from interpolate that the channels come last, which costs twice the time.
+    batch = image.permute(1, 2, 0)[None].permute(0, 3, 1, 2)
+    # With factors, interpolate takes the whole number below each product.
+    factors = extent and [(new + 1e-6) / old for new, old in zip(size, extent)]
+    wanted = {"scale_factor": factors} if extent else {"size": size}
     if image.device.type == "cpu":
-        return F.interpolate(image[None], size=size, mode="bilinear", antialias=True)[0]
+        return F.interpolate(batch, **wanted, mode="bilinear", antialias=True)[0]
     # elsewhere there is no kernel for uint8
-    resized = F.interpolate(image[None].float(), size=size, mode="bilinear", antialias=True)[0]
+    resized = F.interpolate(batch.float(), **wanted, mode="bilinear", antialias=True)[0]
     return resized.round().clamp(0, 255).to(torch.uint8)
 
 
-def resize(image: Tensor, boxes: Tensor, size: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """Resize an image to `size` (height, width) and its boxes with it.
+def scale_boxes(boxes: Tensor, size: tuple[int, int], new_size: tuple[int, int]) -> Tensor:
+    """Boxes of an image that is resized from `size` to `new_size`, both (height, width).
 
-    Each axis of the boxes is scaled by the ratio of the actual sizes, which rounding makes differ slightly.
+    Each axis is scaled by the ratio of the actual sizes, which rounding makes differ slightly.
     """
-    height, width = image.shape[-2:]
-    ratio_y, ratio_x = size[0] / height, size[1] / width
-    return resize_image(image, size), boxes * boxes.new_tensor([ratio_x, ratio_y, ratio_x, ratio_y])
+    ratio_y, ratio_x = new_size[0] / size[0], new_size[1] / size[1]
+    return boxes * boxes.new_tensor([ratio_x, ratio_y, ratio_x, ratio_y])
 
 
-def resize_shortest(
-    image: Tensor, boxes: Tensor, short_side: float, max_size: float
-) -> tuple[Tensor, Tensor]:
-    """Resize to a short side of `short_side` pixels, but a long side of at most `max_size`."""
-    height, width = image.shape[-2:]
-    scale = resize_scale(height, width, short_side, max_size)
-    return resize(image, boxes, (round_half_up(height * scale), round_half_up(width * scale)))
-
-
-def flip(image: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor]:
-    """Mirror left and right: x becomes W - x."""
+def flip_boxes(boxes: Tensor, width: int) -> Tensor:
+    """Boxes of an image that is mirrored left and right: x becomes `width` - x."""
     flipped = boxes.clone()
-    flipped[:, [0, 2]] = image.shape[-1] - boxes[:, [2, 0]]
-    return image.flip(-1), flipped
+    flipped[:, [0, 2]] = width - boxes[:, [2, 0]]
+    return flipped
 
 
-def random_flip(
-    image: Tensor, boxes: Tensor, generator: np.random.Generator, probability: float = 0.5
-) -> tuple[Tensor, Tensor]:
-    """Mirror left and right with the given probability."""
-    return flip(image, boxes) if generator.random() < probability else (image, boxes)
-
-
-def cutout(
-    image: Tensor,
+def random_cutout(
+    size: tuple[int, int],
     generator: np.random.Generator,
     probability: float = 0.5,
     side_range: tuple[float, float] = (0.1, 0.4),
-) -> Tensor:
-    """Fill one random rectangle with gray (DeVries and Taylor 2017); boxes stay as they are.
+) -> tuple[int, int, int, int] | None:
+    """Draw the rectangle of an image that is filled with gray (DeVries and Taylor 2017).
 
     Args:
-        image: uint8 [3, H, W].
+        size: height and width of the image.
         generator: source of randomness.
         probability: chance that anything is filled.
         side_range: bounds of the rectangle's sides as fractions of the image's, in [0, 1]; height and width
             are drawn independently, uniformly.
 
     Returns:
-        uint8 [3, H, W]: a copy where something was filled, else `image` itself. The rectangle lies wholly
-        inside the image, uniformly placed.
+        xyxy in whole pixels, uniformly placed wholly inside the image; None where nothing is filled.
     """
     if generator.random() >= probability:
-        return image
-    height, width = image.shape[-2:]
-    top, bottom = _random_span(height, generator.uniform(*side_range), generator)
-    left, right = _random_span(width, generator.uniform(*side_range), generator)
-    image = image.clone()
-    image[:, top:bottom, left:right] = FILL
-    return image
+        return None
+    top, bottom = _random_span(size[0], generator.uniform(*side_range), generator)
+    left, right = _random_span(size[1], generator.uniform(*side_range), generator)
+    return left, top, right, bottom
 
 
 def _random_span(length: int, fraction: float, generator: np.random.Generator) -> tuple[int, int]:

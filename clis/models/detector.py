@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from clis import boxes as box_ops
 from clis.config import TestConfig
-from clis.data.transforms import resize_image, resize_scale, round_half_up
+from clis.data.transforms import resize_image, shortest_size
 from clis.losses import at_least_float32, l1_loss, objectness_loss
 from clis.models.backbone import Backbone
 from clis.models.contrastive import ContrastiveRegularization
@@ -220,10 +220,8 @@ class CLISDetector(nn.Module):
         """Images, shorter side at `short_side`, longer at most `max_size`, on the model's device."""
         config, resized = self.test_config, []
         for image in images:
-            height, width = image.shape[1:]
-            scale = resize_scale(height, width, config.short_side, config.max_size)
-            image = resize_image(image, (round_half_up(height * scale), round_half_up(width * scale)))
-            resized.append(image.to(self.backbone.mean.device))
+            size = shortest_size(tuple(image.shape[1:]), config.short_side, config.max_size)
+            resized.append(resize_image(image, size).to(self.backbone.mean.device))
         return resized
 
 

@@ -1,0 +1,255 @@
+"""One work item of the loader beside decoding its JPEGs alone, and beside the plain pipeline in Pillow.
+
+    python benchmarks/loader.py [--data ../shared/data] [--items 40] [--repeats 7]
+
+A work item is a COCO photograph at a short side of 800 with sixteen ImageNet photographs as four mosaics of
+448 and two pastes. *decode* is torchvision's decoder on the bytes of these seventeen files, at full size and
+nothing else; *item* is what training runs, files read and random numbers drawn; *plain* makes the same sample
+as one would without much thought: Pillow decodes, torchvision.transforms.v2 resizes and flips Pillow images
+and their boxes, and the mosaics are pasted together in Pillow. It is given the random numbers. One process,
+one thread; the three take turns item by item. CPU time; each repetition gives one ratio over all items.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision.io import ImageReadMode
+from torchvision.io import decode_image as torchvision_decode_image
+from torchvision.transforms.v2 import functional as v2
+from torchvision.tv_tensors import BoundingBoxes
+
+from clis.config import config_from_dict
+from clis.data.annotations import checked_for_training, load_annotations
+from clis.data.image_level import build_index
+from clis.data.images import open_image, read_bytes
+from clis.data.loader import TwoStreamDataset
+from clis.data.plan import Plan, plan_sample
+from clis.data.regions import REGION_DTYPE, RegionSource
+from clis.data.sampling import JointSampler, UniformSampler, WorkItem
+from clis.data.transforms import FILL
+
+S, T = 16, 2
+GRAY = (FILL, FILL, FILL)
+
+
+def make_dataset(root: Path) -> TwoStreamDataset:
+    """The paper's sizes; the region of every image is the centre of half its area."""
+    config = config_from_dict(
+        {"clis": {"s": S, "t": T}, "data": {"short_sides": [800]}}, source="benchmarks/loader.py"
+    )
+    annotations, _ = checked_for_training(
+        load_annotations(root / "coco_mini" / "train.json"), drop_invalid=True
+    )
+    folders, mapping = (root / "imagenet_mini" / name for name in ("folders", "wnid_to_category.tsv"))
+    index = build_index([folders], annotations.categories, mapping, strict=False)
+    regions = np.zeros(len(index), dtype=REGION_DTYPE)
+    regions["source"] = RegionSource.RULE
+    for i in range(len(index)):
+        height, width = open_image(index.read(i), index.name(i)).size
+        margin = 0.5 - 0.125**0.5
+        regions["box"][i] = np.array([margin, margin, 1 - margin, 1 - margin]) * [
+            width,
+            height,
+            width,
+            height,
+        ]
+    images = root / "coco_mini" / "images"
+    return TwoStreamDataset(config.data, config.clis, annotations, images, index, regions)
+
+
+def files_of(dataset: TwoStreamDataset, item: WorkItem) -> list[bytes]:
+    """The seventeen JPEGs of a work item."""
+    image = dataset.image_folder / dataset.annotations.file_names[item.instance]
+    return [read_bytes(image)] + [dataset.index.read(i) for i in item.image_level]
+
+
+def decode(data: bytes) -> Tensor:
+    buffer = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+    return torchvision_decode_image(buffer, mode=ImageReadMode.RGB)
+
+
+def decode_pillow(data: bytes) -> Image.Image:
+    return Image.open(io.BytesIO(data)).convert("RGB")
+
+
+def decode_pillow_tensor(data: bytes) -> Tensor:
+    return v2.pil_to_tensor(decode_pillow(data))
+
+
+def decode_draft(data: bytes, denominator: int) -> Image.Image:
+    image = Image.open(io.BytesIO(data))
+    image.draft("RGB", (image.width // denominator, image.height // denominator))
+    return image.convert("RGB")
+
+
+def plan_of(dataset: TwoStreamDataset, item: WorkItem) -> Plan:
+    """The random choices of the item."""
+    sizes = [open_image(data, "").size for data in files_of(dataset, item)]
+    return plan_sample(
+        dataset.data,
+        dataset.clis.t,
+        sizes[0],
+        torch.from_numpy(dataset.annotations.boxes_of(item.instance)),
+        sizes[1:],
+        torch.from_numpy(dataset.regions["box"][list(item.image_level)]),
+        np.random.default_rng(item.seed),
+    )
+
+
+def with_boxes(image: Image.Image, boxes: np.ndarray) -> tuple[Image.Image, BoundingBoxes]:
+    return image, BoundingBoxes(boxes, format="XYXY", canvas_size=(image.height, image.width))
+
+
+def plain_sample(
+    dataset: TwoStreamDataset, item: WorkItem, plan: Plan
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Image with pastes, its boxes, mosaics and regions: Pillow and v2 at full size, by the plan's draws."""
+    data, annotations = dataset.data, dataset.annotations
+    image, *sources = (decode_pillow(file) for file in files_of(dataset, item))
+    image, boxes = with_boxes(image, annotations.boxes_of(item.instance))
+    image, boxes = (v2.resize(x, list(plan.size)) for x in (image, boxes))
+    if plan.flipped:
+        image, boxes = v2.horizontal_flip(image), v2.horizontal_flip(boxes)
+    pasted = [torch.tensor([paste.box]) for _, paste in plan.pastes]
+    for place, paste in plan.pastes:
+        x1, y1, x2, y2 = paste.crop
+        left, top, right, bottom = paste.box
+        crop = v2.resized_crop(sources[place], y1, x1, y2 - y1, x2 - x1, [bottom - top, right - left])
+        image.paste(v2.horizontal_flip(crop) if paste.flipped else crop, (left, top))
+
+    tile = data.mosaic_size // 2
+    canvases = [Image.new("RGB", (2 * tile, 2 * tile), GRAY) for _ in range(len(sources) // 4)]
+    regions = []
+    for place, (source, placement) in enumerate(zip(sources, plan.placements)):
+        source, region = with_boxes(source, dataset.regions["box"][item.image_level[place]])
+        source, region = (v2.resize(x, list(placement.size)) for x in (source, region))
+        if placement.flipped:
+            source, region = v2.horizontal_flip(source), v2.horizontal_flip(region)
+        if placement.cutout:
+            source.paste(GRAY, placement.cutout)
+        view = Image.new("RGB", (tile, tile), GRAY)
+        view.paste(source, (placement.left, placement.top))
+        left, top = tile * (place % 2), tile * (place % 4 // 2)
+        canvases[place // 4].paste(view, (left, top))
+        moved = region + torch.tensor([placement.left, placement.top]).repeat(2)
+        regions.append(moved.clamp(0, tile) + torch.tensor([left, top]).repeat(2))
+    return (
+        v2.pil_to_tensor(image),
+        torch.cat([boxes, *pasted]),
+        torch.stack([v2.pil_to_tensor(canvas) for canvas in canvases]),
+        torch.cat(regions)[plan.kept],
+    )
+
+
+def timed(function: Callable[[], object]) -> float:
+    """CPU seconds of this process."""
+    start = time.process_time()
+    function()
+    return time.process_time() - start
+
+
+def compare_decoders(files: Sequence[bytes], repeats: int) -> None:
+    """Milliseconds an image, median over the repetitions of the mean over the files."""
+    decoders: dict[str, Callable[[bytes], object]] = {
+        "torchvision.io.decode_image": decode,
+        "Pillow, to a tensor": decode_pillow_tensor,
+        "Pillow": decode_pillow,
+        "Pillow at 1/2": lambda data: decode_draft(data, 2),
+        "Pillow at 1/4": lambda data: decode_draft(data, 4),
+        "Pillow at 1/8": lambda data: decode_draft(data, 8),
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in decoders}
+    for _ in range(repeats):
+        spent = dict.fromkeys(decoders, 0.0)
+        for data in files:
+            for name, decoder in decoders.items():
+                spent[name] += timed(lambda decoder=decoder, data=data: decoder(data))
+        for name, total in spent.items():
+            seconds[name].append(total)
+    first = seconds["torchvision.io.decode_image"]
+    for name, spent in seconds.items():
+        milliseconds = statistics.median(spent) / len(files) * 1000
+        ratio = spread([b / a for a, b in zip(first, spent)])
+        print(f"    {name:30} {milliseconds:7.2f} ms, {ratio} of the first")
+
+
+def spread(ratios: Sequence[float]) -> str:
+    return f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+
+
+def compare_items(dataset: TwoStreamDataset, items: Sequence[WorkItem], repeats: int) -> None:
+    files = [files_of(dataset, item) for item in items]
+    plans = [plan_of(dataset, item) for item in items]
+    seconds: dict[str, list[float]] = {"decode": [], "item": [], "plain": []}
+    for _ in range(repeats):
+        spent = dict.fromkeys(seconds, 0.0)
+        for item, encoded, plan in zip(items, files, plans):
+            spent["decode"] += timed(lambda encoded=encoded: [decode(data) for data in encoded])
+            spent["item"] += timed(lambda item=item: dataset[item])
+            spent["plain"] += timed(lambda item=item, plan=plan: plain_sample(dataset, item, plan))
+        for name, total in spent.items():
+            seconds[name].append(total)
+    for name, spent in seconds.items():
+        milliseconds = [1000 * total / len(items) for total in spent]
+        print(f"    {name:7} {statistics.median(milliseconds):7.2f} ms an item")
+    item, alone, plain = (seconds[name] for name in ("item", "decode", "plain"))
+    print(f"    item / decode: {spread([a / b for a, b in zip(item, alone)])}; at most 1.5 is asked for")
+    print(f"    plain / item:  {spread([a / b for a, b in zip(plain, item)])}; at least 2 is asked for")
+
+
+def check_same(dataset: TwoStreamDataset, items: Sequence[WorkItem]) -> None:
+    """That the two pipelines make the same: equal boxes, and how far their pixels are apart."""
+    differences = []
+    for item in items:
+        sample, plain = dataset[item], plain_sample(dataset, item, plan_of(dataset, item))
+        image, boxes, mosaics, regions = plain
+        torch.testing.assert_close(sample.boxes, boxes.as_subclass(Tensor), rtol=1e-5, atol=1e-3)
+        torch.testing.assert_close(sample.regions, regions.as_subclass(Tensor), rtol=1e-5, atol=1e-3)
+        pairs = ((sample.image, image), (sample.mosaics, mosaics))
+        differences.append([(a.int() - b.int()).abs().float().mean().item() for a, b in pairs])
+    image, mosaics = np.mean(differences, axis=0)
+    print(
+        f"item and plain have the same boxes and differ by {image:.2f} levels of 255 on the images, by "
+        f"{mosaics:.2f} on the mosaics"
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", type=Path, default=Path(__file__).resolve().parents[2] / "shared" / "data")
+    parser.add_argument("--items", type=int, default=40)
+    parser.add_argument("--repeats", type=int, default=7)
+    arguments = parser.parse_args(argv)
+    torch.set_num_threads(1)
+    dataset = make_dataset(arguments.data)
+    streams = UniformSampler(len(dataset.annotations), 1), UniformSampler(len(dataset.index), 2)
+    items = JointSampler(*streams, arguments.items, S, seed=3).items(0)
+    check_same(dataset, items[:8])
+
+    image_level = [dataset.index.read(i) for i in range(len(dataset.index))]
+    large = [data for data in image_level if max(open_image(data, "").size) > 900]
+    instances = [files_of(dataset, item)[0] for item in items]
+    for name, files in (
+        ("COCO", instances),
+        ("ImageNet", image_level[: arguments.items]),
+        ("ImageNet, a side above 900 pixels", large),
+    ):
+        pixels = np.mean([np.prod(open_image(data, "").size) for data in files]) / 1e6
+        print(f"{len(files)} of {name}, {pixels:.2f} Mpixels on the average:")
+        compare_decoders(files, arguments.repeats)
+    print(f"{len(items)} work items, {arguments.repeats} repetitions, median (least to most) of the ratios:")
+    compare_items(dataset, items, arguments.repeats)
+
+
+if __name__ == "__main__":
+    main()
