@@ -103,7 +103,8 @@ def test_mark_stays_in_its_box_through_the_whole_chain(sample, short_side, flips
     image, boxes = flip(image, boxes) if flips[1] else (image, boxes)
     assert_follows(image, boxes)
     height, width = image.shape[-2:]
-    assert (boxes >= 0).all()
+    # float32: 60 * (47 / 60) may be 47 and a rounding error, which a flip brings to the other end
+    assert (boxes >= -1e-3).all()
     assert (boxes <= torch.tensor([width, height, width, height]) + 1e-3).all()
 
 
