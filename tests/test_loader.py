@@ -32,6 +32,7 @@ from clis.data.loader import (
     collate,
     train_loader,
 )
+from clis.data.mapped import map_array
 from clis.data.regions import REGION_DTYPE, RegionSource
 from clis.data.sampling import BlockSampler, JointSampler, UniformSampler, WorkItem
 from clis.engine.prepare import prepare_image_level
@@ -584,3 +585,16 @@ class TestShards:
         }
         first, last = spans["first tar"] + spans["one image"], spans["last block"]
         assert asked == (first + last if drawn[0] < 4 else last + first)
+
+
+def test_a_process_that_is_not_forked_is_sent_no_regions(root, tmp_path):
+    """It maps their file; 100,000 of them would be 2 MB."""
+    dataset = make_dataset(root)
+    regions = np.zeros(100_000, REGION_DTYPE)
+    regions[: len(dataset.regions)] = dataset.regions
+    np.save(tmp_path / "regions.npy", regions)
+    dataset.regions = map_array(tmp_path / "regions.npy")
+    sent = pickle.dumps(dataset)
+    assert len(sent) < 20_000
+    item = items(1)[0]
+    assert_same(pickle.loads(sent)[item], make_dataset(root)[item])

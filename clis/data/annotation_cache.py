@@ -11,12 +11,12 @@ import uuid
 import warnings
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from clis.data.mapped import map_array
 from clis.data.records import Packed
 
 FORMAT = 1
@@ -133,20 +133,3 @@ def _file_checksum(path: Path) -> int:
 
 def _text_checksum(content: object) -> int:
     return zlib.crc32(json.dumps(content, sort_keys=True).encode())
-
-
-def map_array(path: str | Path) -> np.ndarray:
-    """The array of an .npy file, read-only, its pages shared by all processes that map it."""
-    return np.asarray(np.load(path, mmap_mode="r"))  # plain: memmap's subclass slows every slice
-
-
-@dataclass(frozen=True)
-class MappedFile:
-    """Stands for a mapped array on its way to another process, which maps it as well: no copy is sent."""
-
-    path: str
-
-    @classmethod
-    def replace(cls, array: np.ndarray) -> np.ndarray | MappedFile:
-        """The array's file, if it is all of what `map_array` gave, else the array."""
-        return cls(str(array.base.filename)) if isinstance(array.base, np.memmap) else array

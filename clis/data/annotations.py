@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from clis.data.annotation_cache import MappedFile, cached, map_array
+from clis.data.annotation_cache import cached
+from clis.data.mapped import MappedFile, map_array
 from clis.data.records import Packed, document_parts, lists_of, pack_records
 
 MAX_OVERFLOW = 1.0

@@ -19,6 +19,7 @@ from clis.data.annotations import Category
 from clis.data.image_classes import class_labels, match_classes, printable, shortened
 from clis.data.image_scan import IMAGE_SUFFIXES, Container, Listing, find_containers, list_images
 from clis.data.images import ImageError, read_bytes
+from clis.data.mapped import map_array
 from clis.files import written_whole
 
 FORMAT = 1
@@ -222,7 +223,7 @@ def write_index(
             for name, array in chunk.items():
                 append[name](array)
         _refuse_empty(counts.sum(), containers)
-    arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r") for name in _COLUMNS}
+    arrays = {name: map_array(folder / f"{name}.npy") for name in _COLUMNS}
     header = {
         "format": FORMAT,
         "finished": True,
@@ -346,12 +347,12 @@ def _appending(path: Path, dtype: str) -> Iterator[Callable[[np.ndarray], None]]
 def _mapped(folder: Path, name: str, length: int) -> np.ndarray:
     path = folder / f"{name}.npy"
     try:
-        array = np.load(path, mmap_mode="r")
+        array = map_array(path)
     except (OSError, ValueError, EOFError) as error:
         raise ValueError(f"{path}: missing, truncated or damaged ({error}); {_AGAIN}") from error
     if array.shape != (length,) or array.dtype != np.dtype(_COLUMNS[name]):
         raise ValueError(f"{path}: not the {length} values of {HEADER}; {_AGAIN}")
-    return array.view(np.ndarray)  # slicing a memmap is several times slower
+    return array
 
 
 def _write_header(folder: Path, header: dict[str, Any]) -> None:

@@ -7,7 +7,7 @@ import signal
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from clis.config import CLISConfig, DataConfig
 from clis.data.annotations import Annotations
 from clis.data.image_level import ImageLevelIndex
 from clis.data.images import EncodedImage, ImageError, open_image, read_bytes
+from clis.data.mapped import MappedFile, map_array
 from clis.data.mosaic import draw_tile
 from clis.data.pasting import draw_paste
 from clis.data.plan import Plan, plan_sample
@@ -153,6 +154,16 @@ class TwoStreamDataset(Dataset[Sample]):
         self.annotations, self.image_folder = annotations, image_folder
         self.index, self.regions = index, regions
         self._block: int | None = None  # that this process has read ahead
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Annotations and index send no arrays to a process that is not forked, and nor do mapped regions."""
+        regions = None if self.regions is None else MappedFile.replace(self.regions)
+        return vars(self) | {"regions": regions}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        if isinstance(self.regions, MappedFile):
+            self.regions = map_array(self.regions.path)
 
     def __getitem__(self, item: WorkItem) -> Sample:
         opened = self._open(item, whole=False)

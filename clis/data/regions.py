@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from clis.data.image_level import ImageLevelIndex
+from clis.data.mapped import map_array
 
 _ROWS = 1 << 20
 """Rows that are checked at once, for memory that does not grow with the file."""
@@ -45,7 +46,7 @@ def load_regions(path: str | Path, index: ImageLevelIndex, rule: str) -> np.ndar
     """
     path = Path(path)
     made = json.loads(path.with_suffix(".json").read_text())
-    regions = np.load(path, mmap_mode="r")
+    regions = map_array(path)
     if made["index"] != index.digest or regions.shape != (len(index),) or regions.dtype != REGION_DTYPE:
         raise ValueError(
             f"{path}: made for other image-level images than the {len(index)} of data.image_level; remove it "
