@@ -179,7 +179,8 @@ class DataConfig:
     drop_invalid: bool = False
     """Drop boxes without area and clip boxes that leave the image instead of stopping."""
     max_bad_images: int = 0
-    """Unreadable images that a start of a run may replace by the next of their stream before it stops."""
+    """Unreadable images that a start of a run may replace by the next of their stream before it stops; each
+    counts once a process."""
     repeat_threshold: float = 1e-3
     """t of repeat-factor sampling: classes in a smaller share of the images are repeated."""
     repeat_rounding: Literal["ceil", "stochastic", "none"] = "ceil"

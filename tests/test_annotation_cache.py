@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 import time
@@ -51,6 +52,30 @@ def path(tmp_path, monkeypatch) -> Path:
     path = tmp_path / "train.json"
     path.write_text(json.dumps(document()))
     return path
+
+
+def test_what_killed_writers_left_goes_with_the_next(path):
+    """A folder of an hour ago; one of this minute may be somebody's at work."""
+    load_annotations(path)
+    old, new = (cache_folder(path) / f".file.{number}.x.tmp" for number in (1, 2))
+    for left in (old, new):
+        left.mkdir()
+    os.utime(old, (0, 0))
+    path.write_text(path.read_text() + " ")
+    load_annotations(path)
+    assert {folder.name for folder in cache_folder(path).iterdir()} == {"file", new.name}
+
+
+def test_annotations_sent_to_a_process_are_never_another_files(path):
+    """The cache is made anew while they are on their way."""
+    sent = pickle.dumps(load_annotations(path))
+    path.write_text(path.read_text().replace('"height": 400', '"height": 401'))
+    load_annotations(path)
+    with pytest.raises(ValueError, match=r"image_sizes\.npy: has changed since it was opened"):
+        pickle.loads(sent)
+    shutil.rmtree(cache_folder(path))
+    with pytest.raises(ValueError, match=r"\.npy: gone or damaged"):
+        pickle.loads(sent)
 
 
 @pytest.fixture

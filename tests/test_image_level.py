@@ -243,6 +243,19 @@ def test_regions_of_another_index(regions):
         load_regions(path, dataclasses.replace(index, digest="other"), "center")
 
 
+def test_damaged_regions(regions):
+    path, index, _ = regions
+    whole = path.read_bytes()
+    for damage in (b"", whole[:70], whole[:-1]):
+        path.write_bytes(damage)
+        with pytest.raises(ValueError, match=r"regions\.npy: damaged .*; remove it to have it made again"):
+            load_regions(path, index, "center")
+    path.write_bytes(whole)
+    path.with_suffix(".json").write_text("[]")
+    with pytest.raises(ValueError, match=r"regions\.npy: (damaged|made for other)"):
+        load_regions(path, index, "center")
+
+
 def test_regions_of_another_rule(regions):
     path, index, _ = regions
     with pytest.raises(ValueError, match=r"regions\.npy: made by the rule center, regions.rule is full"):

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import shutil
+import time
 import uuid
 import warnings
 import zlib
@@ -24,6 +25,8 @@ FORMAT = 1
 
 _INDEX = "index.json"
 _BLOCK = 1 << 20
+_ABANDONED = 3600.0
+"""Seconds after which nobody is still writing."""
 
 
 def cached(source: str | Path, form: str, build: Callable[[], Packed]) -> Packed:
@@ -71,7 +74,8 @@ def _root() -> Path:
 
 def _stamp(source: Path) -> dict[str, Any]:
     status = source.stat()
-    return {"format": FORMAT, "path": str(source), "size": status.st_size, "mtime_ns": status.st_mtime_ns}
+    kept = ("st_size", "st_mtime_ns", "st_ctime_ns", "st_ino")
+    return {"format": FORMAT, "path": str(source), **{name: getattr(status, name) for name in kept}}
 
 
 def _open(folder: Path, stamp: dict[str, Any]) -> Packed | None:
@@ -118,8 +122,18 @@ def _write(folder: Path, stamp: dict[str, Any], packed: Packed) -> None:
             if not folder.is_dir():  # else another process was faster, and its cache is as good
                 raise
     finally:
-        for left in (temporary, old):
+        for left in (temporary, old, *_left_behind(folder)):
             shutil.rmtree(left, ignore_errors=True)
+
+
+def _left_behind(folder: Path) -> list[Path]:
+    """What processes that were killed while they wrote this cache have left."""
+    left = []
+    for path in (path for end in ("tmp", "old") for path in folder.parent.glob(f".{folder.name}.*.{end}")):
+        with contextlib.suppress(FileNotFoundError):  # another process has just removed it
+            if time.time() - path.stat().st_mtime > _ABANDONED:
+                left.append(path)
+    return left
 
 
 def _file_checksum(path: Path) -> int:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from clis.data.annotation_cache import cached
-from clis.data.mapped import MappedFile, map_array
+from clis.data.mapped import MappedFile
 from clis.data.records import Packed, document_parts, lists_of, pack_records
 
 MAX_OVERFLOW = 1.0
@@ -106,7 +106,7 @@ class Annotations:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         for name, value in state.items():
-            self.__dict__[name] = _each(value, MappedFile, lambda file: map_array(file.path))
+            self.__dict__[name] = _each(value, MappedFile, MappedFile.open)
 
 
 def _each(value: Any, kind: type, change: Callable[[Any], Any]) -> Any:

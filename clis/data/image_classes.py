@@ -14,7 +14,7 @@ import numpy as np
 from clis.data.annotations import Category
 
 _SYNSETS = Path(__file__).with_name("wnids.tsv")
-_GROUPS = {"r": "rare", "c": "common", "f": "frequent", "all": "all"}
+GROUPS = {"r": "rare", "c": "common", "f": "frequent", "all": "all"}
 _FEWEST = 10
 """Classes that the coverage names as those with the fewest images."""
 _LISTS = {
@@ -201,7 +201,7 @@ def coverage(categories: Sequence[Category], counts: np.ndarray) -> dict[str, An
     frequencies = np.array([category.frequency for category in categories])
     in_22k = in_imagenet22k(categories)
     groups = {}
-    for group in _GROUPS:
+    for group in GROUPS:
         inside = (frequencies == group) | (group == "all")
         some = counts[inside & (counts > 0)]
         groups[group] = {
@@ -232,7 +232,7 @@ def describe_coverage(covered: dict[str, Any]) -> str:
     """
     groups = covered["groups"]
     lines = [f"{'':10}{'classes':>9}{'with images':>13}{'images a class: min':>21}{'median':>9}{'max':>9}"]
-    for group, name in _GROUPS.items():
+    for group, name in GROUPS.items():
         row = groups[group]
         low, middle, high = ("-" if row[k] is None else f"{row[k]:g}" for k in ("min", "median", "max"))
         lines.append(f"{name:10}{row['classes']:>9}{row['with_images']:>13}{low:>21}{middle:>9}{high:>9}")

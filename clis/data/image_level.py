@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from io import FileIO
 from pathlib import Path
+from tarfile import BLOCKSIZE, HeaderError, nti
 from typing import Any
 
 import numpy as np
@@ -69,6 +70,8 @@ class ImageLevelIndex:
     """Classes that match no category, sorted."""
     digest: str
     """SHA-256 of the labels and the locations below the roots; it ties a region file to its index."""
+    mixed: bool = False
+    """Whether it is of tars of mixed classes, in their order, so that blocks of neighbours make sense."""
     folder: Path | None = None
     """Where it was opened from; None for one in memory."""
 
@@ -85,21 +88,22 @@ class ImageLevelIndex:
         """The stored bytes of the image; a tar is not unpacked.
 
         Raises:
-            ImageError: the file or the tar cannot be read, or the tar has not the size that it had when it
-                was indexed.
+            ImageError: the file or the tar cannot be read, the tar has not the size that it had when it was
+                indexed, or another member at this place.
         """
         container = self._container(i)
         if container.is_folder:
             return read_bytes(os.path.join(container.path, self._name(i)))
         position, size = int(self.positions[i]), int(self.sizes[i])
         try:
-            data = os.pread(_open_tar(container.path, container.file_size).fileno(), size, position)
+            tar = _open_tar(container.path, container.file_size).fileno()
+            data = os.pread(tar, BLOCKSIZE + size, position - BLOCKSIZE)  # with the member's header
         except OSError as error:
             what = f"{error.strerror or error}; check data.image_level, or {_AGAIN} if it was moved"
             raise ImageError(f"{container.path}: {what}") from error
-        if len(data) < size:
-            raise ImageError(f"{self.name(i)}: the tar has become shorter; fetch it again, or {_AGAIN}")
-        return data
+        if len(data) < BLOCKSIZE + size or not _is_header_of(data[:BLOCKSIZE], self._name(i), size):
+            raise ImageError(f"{self.name(i)}: the tar has changed; fetch it again, or {_AGAIN}")
+        return data[BLOCKSIZE:]
 
     def read_ahead(self, first: int, last: int) -> None:
         """Asks the system to have the bytes of the images first..last - 1 in memory, each tar's in one go.
@@ -147,6 +151,19 @@ def _open_tar(path: str, size: int) -> FileIO:
             f"{_AGAIN}"
         )
     return file
+
+
+def _is_header_of(header: bytes, name: str, size: int) -> bool:
+    """Whether this block stands in front of the member: a tar may have been packed anew to the same size.
+
+    Names of over 100 bytes are elsewhere in part, and are not compared.
+    """
+    encoded = os.fsencode(name)
+    same_name = len(encoded) > 100 or not encoded.isascii() or header[:100].rstrip(b"\0") == encoded
+    try:
+        return same_name and nti(header[124:136]) == size
+    except HeaderError:
+        return False
 
 
 def build_index(
@@ -204,8 +221,8 @@ def write_index(
 
     Args:
         labelled: of each container its images, and one label for all or one each (int32 [k]).
-        notes: more for the header: ``report`` with ``unmatched``, and whatever the caller keeps. It is read
-            when all of `labelled` is, which may complete it.
+        notes: more for the header: ``report`` with ``unmatched``, ``mixed``, and whatever the caller keeps.
+            It is read when all of `labelled` is, which may complete it.
 
     Raises:
         ValueError: there is no image.
@@ -287,6 +304,7 @@ def open_index(folder: str | Path, categories: Sequence[Category] | None = None)
             containers=tuple(Container(*fields) for fields in header["containers"]),
             image_counts=np.array(header["image_counts"], dtype=np.int64),
             unmatched=tuple(header["report"]["unmatched"]),
+            mixed=header["mixed"],
             digest=header["digest"],
             folder=folder,
         )

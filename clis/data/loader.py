@@ -18,7 +18,7 @@ from clis.config import CLISConfig, DataConfig
 from clis.data.annotations import Annotations
 from clis.data.image_level import ImageLevelIndex
 from clis.data.images import EncodedImage, ImageError, open_image, read_bytes
-from clis.data.mapped import MappedFile, map_array
+from clis.data.mapped import MappedFile
 from clis.data.mosaic import draw_tile
 from clis.data.pasting import draw_paste
 from clis.data.plan import Plan, plan_sample
@@ -148,7 +148,7 @@ class TwoStreamDataset(Dataset[Sample]):
             annotations: instance-level, boxes checked (see `clis.data.annotations`).
             image_folder: where `annotations.file_names` lie.
             index: the image-level images; None where clis.s is 0.
-            regions: structured [n] in the index's order (see `clis.data.image_level.load_regions`).
+            regions: structured [n] in the index's order (see `clis.data.regions.load_regions`).
         """
         self.data, self.clis = data, clis
         self.annotations, self.image_folder = annotations, image_folder
@@ -163,7 +163,7 @@ class TwoStreamDataset(Dataset[Sample]):
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         if isinstance(self.regions, MappedFile):
-            self.regions = map_array(self.regions.path)
+            self.regions = self.regions.open()
 
     def __getitem__(self, item: WorkItem) -> Sample:
         opened = self._open(item, whole=False)

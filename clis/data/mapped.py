@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,8 +19,30 @@ class MappedFile:
     """Stands for a mapped array on its way to another process, which maps it as well: no copy is sent."""
 
     path: str
+    checksum: int
+    """CRC-32 of some of the array's bytes: the file may have got another since it was mapped."""
 
     @classmethod
     def replace(cls, array: np.ndarray) -> np.ndarray | MappedFile:
         """The array's file, if it is all of what `map_array` gave, else the array."""
-        return cls(str(array.base.filename)) if isinstance(array.base, np.memmap) else array
+        if not isinstance(array.base, np.memmap):
+            return array
+        return cls(str(array.base.filename), _some_checksum(array))
+
+    def open(self) -> np.ndarray:
+        """
+        Raises:
+            ValueError: the file is not there any more, or is another.
+        """
+        try:
+            array = map_array(self.path)
+        except (OSError, ValueError, EOFError) as error:
+            raise ValueError(f"{self.path}: gone or damaged ({error}); start again") from error
+        if _some_checksum(array) != self.checksum:
+            raise ValueError(f"{self.path}: has changed since it was opened; start again")
+        return array
+
+
+def _some_checksum(array: np.ndarray) -> int:
+    rows = np.linspace(0, max(len(array) - 1, 0), min(len(array), 1000)).astype(np.int64)
+    return zlib.crc32(repr((array.shape, array.dtype)).encode() + array[rows].tobytes())

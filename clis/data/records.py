@@ -19,6 +19,10 @@ LISTS = {"images": "image", "annotations": "annotation", "categories": "category
 """The lists of an instance file, and what one of their records is called."""
 
 
+MAX_NAME = 4096
+"""Characters of a file name: a longer one is no path, and all names take as much memory as the longest."""
+
+
 def document_parts(
     path: str | Path, advance: Callable[[int], object] = lambda count: None
 ) -> Iterator[tuple[str, list[Record]]]:
@@ -210,15 +214,17 @@ def _annotation_columns(part: _Part) -> dict[str, np.ndarray]:
 def _image_columns(part: _Part) -> dict[str, np.ndarray]:
     columns = {"id": part.integers("id")}
     sizes = np.stack([part.integers(key) for key in ("height", "width")], axis=1)
-    bad = (sizes <= 0).any(axis=1)
+    bad = ((sizes <= 0) | (sizes >= 2**31)).any(axis=1)
     if bad.any():
         height, width = sizes[bad][0]
-        what = f"height {height} and width {width} must be positive; correct or remove it"
+        what = f"height {height} and width {width} must be positive and below 2**31; correct or remove it"
         raise part.fault(int(np.argmax(bad)), what)
     columns["size"] = sizes.astype(np.int32)
     for place, image in enumerate(part.records):
         if not isinstance(image.get("file_name", image.get("coco_url")), str):
             raise part.fault(place, "neither file_name nor coco_url is a string; add one")
+        if len(image.get("file_name", image.get("coco_url"))) > MAX_NAME:
+            raise part.fault(place, f"its file name is longer than {MAX_NAME} characters; shorten it")
     columns["file_name"] = np.array([image_file_name(image) for image in part.records])
     columns["renamed"] = np.array(
         [image.get("file_name", file).rpartition("/")[2] != file.rpartition("/")[2]

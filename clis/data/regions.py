@@ -37,16 +37,24 @@ def region_sidecar(index: ImageLevelIndex, rule: str, detector: str | None) -> d
     return {"index": index.digest, "images": len(index), "rule": rule, "detector": detector}
 
 
-def load_regions(path: str | Path, index: ImageLevelIndex, rule: str) -> np.ndarray:
+def load_regions(
+    path: str | Path, index: ImageLevelIndex, rule: str, *, every_row: bool = False
+) -> np.ndarray:
     """The regions of the index's images, in its order: `REGION_DTYPE` [n], memory-mapped.
+
+    Args:
+        every_row: look at the rows of a file whose sidecar says that it was completed, too.
 
     Raises:
         ValueError: the file was made for another index or by another rule, is unfinished, or has a region
             without area.
     """
     path = Path(path)
-    made = json.loads(path.with_suffix(".json").read_text())
-    regions = map_array(path)
+    try:
+        made = {"index": None, "rule": None} | json.loads(path.with_suffix(".json").read_text())
+        regions = map_array(path)
+    except (ValueError, TypeError, EOFError) as error:
+        raise ValueError(f"{path}: damaged ({error}); remove it to have it made again") from error
     if made["index"] != index.digest or regions.shape != (len(index),) or regions.dtype != REGION_DTYPE:
         raise ValueError(
             f"{path}: made for other image-level images than the {len(index)} of data.image_level; remove it "
@@ -56,7 +64,8 @@ def load_regions(path: str | Path, index: ImageLevelIndex, rule: str) -> np.ndar
         raise ValueError(
             f"{path}: made by the rule {made['rule']}, regions.rule is {rule}; name another regions.file"
         )
-    for start in range(0, len(regions), _ROWS):
+    complete = "counts" in made  # written with the last row, by `clis.engine.regions`
+    for start in range(0, 0 if complete and not every_row else len(regions), _ROWS):
         bad = start + _unusable(regions[start : start + _ROWS])
         if len(bad):
             first = int(bad[0])

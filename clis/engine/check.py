@@ -8,7 +8,7 @@ import io
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,15 +17,15 @@ from PIL import Image  # torchvision needs Pillow
 
 from clis.config import Config, config_differences, config_from_dict, data_path, read_yaml
 from clis.data.annotations import Annotations, check_same_categories, checked_for_training
-from clis.data.image_classes import coverage, describe_coverage
-from clis.data.image_level import ImageLevelIndex
+from clis.data.image_classes import GROUPS, coverage, describe_coverage, shortened
+from clis.data.image_level import ImageLevelIndex, is_intact
 from clis.data.images import ImageError, decode_image, read_bytes, unpacked
 from clis.data.loader import image_loader
 from clis.data.regions import load_regions
 from clis.data.sampling import RepeatSampler, class_repeat_factors, repeat_factors
 from clis.engine.checkpoint import load_checkpoint
 from clis.engine.log import Progress, say
-from clis.engine.regions import DETECTOR_RULES, detector_config
+from clis.engine.regions import DETECTOR_RULES, detector_checkpoint, detector_config
 from clis.engine.streams import make_index, read_annotations, regions_file
 from clis.models import build_model
 
@@ -33,7 +33,6 @@ SHOWN = 5
 """Files named for each kind of finding; `listing` gets all."""
 IMAGES_AT_ONCE = 32
 _ROTATION = 0x0112  # the EXIF tag
-GROUPS = {"r": "rare", "c": "common", "f": "frequent"}
 
 
 @dataclass
@@ -97,7 +96,7 @@ def check(config: Config, *, workers: int, sample: int | None = None) -> Report:
     train = val = index = None
     with report.catching():
         train = read_annotations(data_path(config, config.data.train))
-        _check_boxes(train, config, report)
+        train = _checked_boxes(train, config, report)
         _describe_classes(train, config, report)
     with report.catching():
         val = read_annotations(data_path(config, config.data.val))
@@ -108,10 +107,12 @@ def check(config: Config, *, workers: int, sample: int | None = None) -> Report:
         with report.catching():
             index = make_index(config, train)
             report.notes.append(describe_coverage(coverage(train.categories, index.image_counts)))
-            _check_regions(config, index, report)
+            if index.folder is not None and not is_intact(index):
+                report.errors.append(f"{index.folder}: damaged; remove it and prepare it again")
+            _check_regions(config, index, detector, report)
     if train is not None:
         with report.catching():
-            build_model(config, train.categories)  # reads the backbone's weights
+            _check_backbone(config, train, report)
     costs = {}
     if train is not None:
         costs["instance-level"] = _examine_annotated(
@@ -145,14 +146,18 @@ def _check_run_folder(config: Config, report: Report) -> None:
                 raise ValueError(f"{path.parent} belongs to another config: {'; '.join(differences[:5])}")
 
 
-def _check_boxes(train: Annotations, config: Config, report: Report) -> None:
-    _, counts = checked_for_training(train, drop_invalid=config.data.drop_invalid)
+def _checked_boxes(train: Annotations, config: Config, report: Report) -> Annotations:
+    """What the run will train on; with boxes that stop it, what is there."""
+    counts: dict[str, int] = {}
+    with report.catching():
+        train, counts = checked_for_training(train, drop_invalid=config.data.drop_invalid)
     if any(counts.values()):
         said = ", ".join(f"{count} {what}" for what, count in counts.items() if count)
         report.warnings.append(f"{train.path}: boxes {said}")
     empty = int((np.diff(train.offsets) == 0).sum())
     if empty:
         report.notes.append(f"{train.path}: {empty} images without a box, which train as background")
+    return train
 
 
 def _describe_classes(train: Annotations, config: Config, report: Report) -> None:
@@ -173,7 +178,9 @@ def _describe_classes(train: Annotations, config: Config, report: Report) -> Non
     report.notes.append(f"  a pass is {draws} images (repeat factors {config.data.repeat_rounding})")
     absent = [category.name for category, count in zip(train.categories, instances) if count == 0]
     if absent:
-        report.warnings.append(f"{train.path}: {len(absent)} classes without a box: {_some(absent)}")
+        report.warnings.append(
+            f"{train.path}: {len(absent)} classes without a box: {shortened(absent, SHOWN)}"
+        )
 
 
 def _describe_names(val: Annotations, config: Config, report: Report) -> None:
@@ -185,17 +192,25 @@ def _describe_names(val: Annotations, config: Config, report: Report) -> None:
         report.notes.append(f"{val.path}: {val.renamed} names are read without COCO_val2014_ (LVIS v0.5)")
 
 
-def _check_regions(config: Config, index: ImageLevelIndex, report: Report) -> None:
-    path, source = regions_file(config), config.regions.detector
+def _check_regions(config: Config, index: ImageLevelIndex, detector: Config | None, report: Report) -> None:
+    path = regions_file(config)
     if path.exists():
-        load_regions(path, index, config.regions.rule)
-    elif config.regions.rule in DETECTOR_RULES:
-        if source is None:
-            report.errors.append(f"{path} does not exist, and regions.detector names nothing to make it with")
-        elif Path(source).suffix == ".pt":
-            load_checkpoint(source)
-        else:
-            report.notes.append(f"{path}: will be made by {source}")
+        load_regions(path, index, config.regions.rule, every_row=True)
+        return
+    if config.regions.rule in DETECTOR_RULES:
+        checkpoint = detector_checkpoint(config, detector)
+        if detector is None:
+            load_checkpoint(checkpoint)
+    report.notes.append(f"{path}: will be made, by {config.regions.detector or config.regions.rule}")
+
+
+def _check_backbone(config: Config, train: Annotations, report: Report) -> None:
+    backbone = config.model.backbone
+    path = None if backbone.weights is None else data_path(config, backbone.weights)
+    if path is not None and backbone.download and not path.exists():
+        report.notes.append(f"{path}: will be downloaded at the start")
+    else:
+        build_model(config, train.categories)  # reads the weights
 
 
 # --- images -----------------------------------------------------------------------------------------------
@@ -237,7 +252,7 @@ def _examine(
         found = report.errors if len(problems) > allowed else report.warnings
         found.append(
             f"{name}: {len(problems)} of {len(rows)} images cannot be used (data.max_bad_images allows "
-            f"{allowed}): {_some(problems, '; ')}"
+            f"{allowed}): {'; '.join(problems[:SHOWN])}{'; ...' * (len(problems) > SHOWN)}"
         )
     for what, count in sorted(oddities.items()):
         report.notes.append(f"{name}: {count} images {what}")
@@ -272,7 +287,8 @@ def _examine_image(read: Callable[[], bytes], name: str) -> tuple[Examined, tupl
 def _oddities(data: bytes) -> tuple[str, ...]:
     found = []
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Pillow's own, about the EXIF data that is judged here
+        warnings.simplefilter("ignore")
+        warnings.filterwarnings("error", message="(?i).*exif")  # Pillow only warns of data that are none
         try:
             with Image.open(io.BytesIO(unpacked(data))) as image:
                 if image.mode != "RGB":
@@ -297,7 +313,3 @@ def _describe_step(costs: dict[str, tuple[float, float]], config: Config, report
             f"a step reads {counts} images: {megabytes:.1f} MB, {seconds:.2f} s of one core for reading and "
             "decoding at full size, before augmentation; all loader processes together share it"
         )
-
-
-def _some(names: Sequence[str], between: str = ", ") -> str:
-    return between.join(names[:SHOWN]) + (f"{between}..." if len(names) > SHOWN else "")

@@ -100,7 +100,13 @@ def prepare_image_level(
         report = {"unmatched": unmatched}
         with Progress("index", len(containers)) as progress:
             labelled = _labelled(containers, found, members, parts, strict, report, progress.advance)
-            write_index(out, containers, labelled, categories, {"made_of": made_of, "report": report})
+            write_index(
+                out,
+                containers,
+                labelled,
+                categories,
+                {"made_of": made_of, "report": report, "mixed": members is not None},
+            )
         remove_other_parts(containers, by_name=members is None, parts=parts)
         index = open_index(out, categories)
     covered = coverage(categories, index.image_counts) | report

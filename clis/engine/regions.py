@@ -66,16 +66,25 @@ def find_regions(config: Config, device: torch.device, detector: Config | None =
         make_regions(config, index, None, path)
         return
     detector = detector or detector_config(config)
-    source = config.regions.detector if detector is None else detector.output
-    if source is None:
-        raise ValueError(
-            f"{path} does not exist, and the rule {config.regions.rule} makes it with a detector: name a "
-            "checkpoint, a run folder or a config in regions.detector"
-        )
-    checkpoint = Path(source) if Path(source).suffix == ".pt" else Path(source, "checkpoints", "last.pt")
+    checkpoint = detector_checkpoint(config, detector)
     model = load_detector(checkpoint, device)
     check_same_categories(model.categories, str(checkpoint), annotations.categories, annotations.path)
     make_regions(config, index, model, path)
+
+
+def detector_checkpoint(config: Config, detector: Config | None) -> Path:
+    """The checkpoint that finds the regions: of `detector` if it is to be trained, else `regions.detector`'s.
+
+    Raises:
+        ValueError: the config names none.
+    """
+    source = config.regions.detector if detector is None else detector.output
+    if source is None:
+        raise ValueError(
+            f"{regions_file(config)} does not exist, and the rule {config.regions.rule} makes it with a "
+            "detector: name a checkpoint, a run folder or a config in regions.detector"
+        )
+    return Path(source) if Path(source).suffix == ".pt" else Path(source, "checkpoints", "last.pt")
 
 
 def make_regions(config: Config, index: ImageLevelIndex, detector: CLISDetector | None, path: Path) -> None:

@@ -56,6 +56,11 @@ def make_streams(config: Config) -> tuple[Annotations, TwoStreamDataset, JointSa
         index = make_index(config, annotations)
         regions = load_regions(regions_file(config), index, config.regions.rule)
         block = data.shuffle_block
+        if block and not index.mixed:
+            raise ValueError(
+                "data.shuffle_block is for tars of mixed classes (`python -m clis prepare image-level` with "
+                "--labels); a block of these images would be of one class: set it to null"
+            )
         image_level_sampler = (
             BlockSampler(len(index), block, seed) if block else UniformSampler(len(index), seed)
         )

@@ -131,7 +131,7 @@ def train(config: Config, folder: Path, device: torch.device) -> CLISDetector:
     loader = train_loader(dataset, micro_batches, config.data.workers, device.type == "cuda")
     log = MetricsLog(folder / "metrics.jsonl", first_step)
     schedule = Schedule(config, folder)
-    num_unreadable = 0
+    num_unreadable, named = 0, set[str]()  # of images that could not be read, each once
 
     def save(done: int) -> None:
         if is_main():
@@ -157,7 +157,9 @@ def train(config: Config, folder: Path, device: torch.device) -> CLISDetector:
         for step in steps:
             began = time.monotonic()
             step_batches, gone = _load(batches, accumulation, device)
-            unreadable = [message for batch in step_batches for message in batch.unreadable]
+            met = dict.fromkeys(message for batch in step_batches for message in batch.unreadable)
+            unreadable = [message for message in met if message not in named]
+            named.update(unreadable)
             # What the processes have to agree on, in one message a step.
             wishes = [
                 len(unreadable), gone is not None, stop.received, is_main() and schedule.minutes_are_over()
