@@ -2,6 +2,7 @@
 
 import gzip
 import io
+import os
 import struct
 import subprocess
 import sys
@@ -85,9 +86,12 @@ def test_first_frame_of_an_animated_gif():
     frames = [Image.new("RGB", (4, 3), (shade, shade, shade)) for shade in (10, 200)]
     file = io.BytesIO()
     frames[0].save(file, "GIF", save_all=True, append_images=frames[1:])
-    image = decode_image(file.getvalue(), "a")
-    assert image.shape == (3, 3, 4)
-    assert (image == 10).all()
+    data = file.getvalue()
+    # Cut off in the second frame, which nobody needs: neither decoded nor kept.
+    for image in (decode_image(data, "a"), decode_image(data[:-4], "a")):
+        assert image.shape == (3, 3, 4)
+        assert (image == 10).all()
+        assert image.untyped_storage().nbytes() == 3 * 3 * 4
 
 
 def test_interlaced_png():
@@ -295,8 +299,24 @@ def test_pixels_of_another_size_than_the_header_says():
     """A GIF whose frame is larger than its screen: boxes would be those of another image."""
     data = bytearray(encoded("GIF", "P"))
     data[6:10] = struct.pack("<HH", 2, 2)
-    with pytest.raises(ImageError, match=r"^a: \[21, 34\] pixels, but its header says \[2, 2\]"):
-        decode_image(bytes(data), "a")
+    # Half of the pixels are missing, which only shows to who decodes them.
+    with pytest.raises(ImageError, match=r"^a: corrupt GIF: \[21, 34\] pixels, but its header says \[2, 2\]"):
+        decode_image(bytes(data[: len(data) // 2 + 400]), "a")
+
+
+@pytest.mark.parametrize("marker", [0x01, 0xD0, 0xD7, 0xD9])
+def test_size_of_a_jpeg_with_a_marker_that_has_no_length(marker):
+    """Its next two bytes, FFEF, are another marker; taken for a length they lead to a forged frame header."""
+    forged = b"\xff\xc0\0\x11\x08\0\x10\0\x10"  # of 16 x 16 pixels
+    place = 2 + 2 + 0xFFEF - 8  # in the segment that begins at byte 8, behind marker and length
+    body = bytes(place) + forged + bytes(0xFFFF - 2 - place - len(forged))
+    jpeg = encoded("JPEG")
+    data = jpeg[:2] + bytes([0xFF, marker]) + b"\xff\xef\xff\xff" + body + jpeg[2:]
+    assert data[4 + 0xFFEF :].startswith(forged)
+    image = open_image(data, "a")
+    assert image.size == (HEIGHT, WIDTH)
+    if marker != 0xD9:  # the end of the image
+        assert torch.equal(image.decode(), decode_image(jpeg, "a"))
 
 
 def test_read_image(tmp_path):
@@ -309,3 +329,13 @@ def test_read_image(tmp_path):
     path.write_bytes(b"text")
     with pytest.raises(ImageError, match=rf"^{path}: not a JPEG"):
         read_image(path)
+
+
+def test_what_must_not_be_read(tmp_path):
+    os.mkfifo(tmp_path / "pipe.jpg")  # whoever opens it waits
+    with pytest.raises(ImageError, match=r"pipe\.jpg: no regular file; check"):
+        read_image(tmp_path / "pipe.jpg")
+    with open(tmp_path / "large.jpg", "wb") as file:
+        file.truncate(2**30 + 1)  # a hole: it takes no space
+    with pytest.raises(ImageError, match=r"large\.jpg: 1073741825 bytes, more than 1 GiB; check"):
+        read_image(tmp_path / "large.jpg")

@@ -9,6 +9,7 @@ import pickle
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from collections import Counter
 from pathlib import Path
@@ -331,6 +332,114 @@ def test_damaged_tars_are_named_together_and_the_others_are_kept(tmp_path):
         tar.write_bytes(whole[tar])
     spoil(tmp_path / "root" / "aerosol_can.tar")
     assert len(prepared(tmp_path, tmp_path / "root")) == 5
+
+
+def header(name: str, size: int = 0, kind: bytes = tarfile.REGTYPE) -> bytes:
+    member = tarfile.TarInfo(name)
+    member.size, member.type = size, kind
+    return member.tobuf(tarfile.GNU_FORMAT)
+
+
+def pax(key: str, value: str) -> bytes:
+    record = f" {key}={value}\n"
+    record = f"{len(record) + 2}{record}".encode()
+    return header("pax", len(record), tarfile.XHDTYPE) + record.ljust(512, b"\0") + header("x.jpg", 512)
+
+
+SPARSE = header("x.jpg", 512, tarfile.GNUTYPE_SPARSE)
+HOSTILE = [
+    *(
+        header("x", size, kind)
+        for kind in (b"L", b"K", b"x", b"g")
+        for size in (2**40, 2**62, 2**63 + 5, -512)
+    ),
+    header("x.jpg", -512),
+    header("x.jpg", 2**63 + 5),
+    pax("size", "-512"),
+    pax("GNU.sparse.map", "0,a"),
+    pax("GNU.sparse.size", "none"),
+    header("", 0, b"L") * 2000,  # tarfile calls itself once for each
+    SPARSE[:482] + b"\1" + SPARSE[483:],  # its map goes on, but there is no more
+]
+
+
+@pytest.mark.parametrize("place", ["first", "later"])
+@pytest.mark.parametrize("hostile", HOSTILE)
+def test_hostile_headers(tmp_path, hostile, place):
+    """Sizes that are none, numbers that are none: whatever tarfile makes of them, the tar is named."""
+    write_tar(tmp_path / "root" / "aerosol_can.tar", "1.jpg")
+    start = tar_of({"1.jpg": b"x"})[:1024] if place == "later" else b""
+    checksum = 8 * 32 + sum(hostile[:148]) + sum(hostile[156:512])  # for the one that was changed by hand
+    hostile = hostile[:148] + b"%06o\0 " % checksum + hostile[156:]
+    (tmp_path / "root" / "bird.tar").write_bytes(start + hostile)
+    (tmp_path / "root" / "other.tar").write_bytes(start + hostile)  # of no class: looked into for tars
+    with pytest.raises(ValueError, match=r"(?s)1 of 2 tars .*/bird\.tar: no readable .*; fetch it"):
+        prepared(tmp_path, tmp_path / "root")
+
+
+def test_what_is_behind_the_end_mark(tmp_path):
+    """Zeros are padding (GNU tar writes 10 KiB at once); anything else would be left out without a word."""
+    one, two = tar_of({"1.jpg": b"one"}), tar_of({"2.jpg": b"two"})
+    tar = tmp_path / "root" / "bird.tar"
+    tar.parent.mkdir()
+    for padding in (0, 10240, 2**24 + 5):
+        tar.write_bytes(one[:2048] + bytes(padding))
+        assert len(prepared(tmp_path, tar.parent)) == 1
+    for rest in (two, bytes(2**24) + b"x"):
+        tar.write_bytes(one + rest)
+        with pytest.raises(ValueError, match=r"bird\.tar: .* behind the end mark at byte 1024, as of concat"):
+            prepared(tmp_path, tar.parent)
+    (tmp_path / "whole.tar").write_bytes(tar_of({"bird.tar": one + two}))
+    with pytest.raises(ValueError, match=r"whole\.tar:bird\.tar: .* behind the end mark at byte 1536"):
+        prepared(tmp_path, tmp_path / "whole.tar")
+
+
+def test_images_that_are_left_out_are_told(tmp_path, capsys):
+    """Tar: a hard link, a symbolic one, a sparse file, one above 1 GiB; folder: a pipe, a dead link."""
+    images = tmp_path / "root"
+    write_folder(images / "bird", "1.jpg", "sub/2.jpg")
+    os.mkfifo(images / "bird" / "pipe.jpg")
+    (images / "bird" / "dead.jpg").symlink_to("gone.jpg")
+    (images / "bird" / "sub" / "link.jpg").symlink_to("2.jpg")
+    (images / "bird" / "folder.jpg").mkdir()
+    with open(images / "aerosol_can.tar", "wb") as file:
+        file.write(tar_of({"1.jpg": b"x"})[:1024] + header("folder.jpg", 0, tarfile.DIRTYPE))
+        file.write(header("hard.jpg", 0, tarfile.LNKTYPE) + header("soft.jpg", 0, tarfile.SYMTYPE))
+        file.write(header("readme", 0, tarfile.LNKTYPE) + header("sparse.jpg", 0, tarfile.GNUTYPE_SPARSE))
+        file.write(header("large.jpg", 2**30 + 512))
+        file.seek(2**30 + 512, os.SEEK_CUR)  # a hole
+        file.write(header("limit.jpg", 2**30))
+        file.seek(2**30, os.SEEK_CUR)
+        file.write(bytes(1024))
+    line = (
+        "6 images are left out, since they are links in a tar, no regular files or larger than 1 GiB: in "
+        "aerosol_can.tar, bird\n"
+    )
+    for _ in range(2):  # scanned, and from the listings
+        index = prepared(tmp_path, images)
+        assert [name for name, _ in found(index)] == [
+            "aerosol_can.tar:1.jpg",
+            "aerosol_can.tar:limit.jpg",
+            "bird/1.jpg",
+            "bird/sub/2.jpg",
+            "bird/sub/link.jpg",
+        ]
+        assert line in capsys.readouterr().out
+    labels = labels_file(tmp_path, "1.jpg\tbird\n")
+    assert len(prepared(tmp_path, images / "aerosol_can.tar", labels=labels)) == 1
+    assert "4 images are left out" in capsys.readouterr().out
+    (images / "bird" / "pipe.jpg").unlink()
+    (images / "bird" / "dead.jpg").unlink()
+    (images / "aerosol_can.tar").unlink()
+    prepared(tmp_path, images)
+    assert "left out" not in capsys.readouterr().out
+
+
+def test_tars_in_a_tar_that_are_links(tmp_path):
+    link = header("traffic_light.tar", 0, tarfile.LNKTYPE)
+    (tmp_path / "whole.tar").write_bytes(link + tar_of({"bird.tar": tar_of({"1.jpg": b"x"})}))
+    with pytest.raises(ValueError, match=r"whole\.tar: 1 of the tars in it are links .*; unpack it"):
+        prepared(tmp_path, tmp_path / "whole.tar")
 
 
 def test_hostile_names_are_only_names(tmp_path):

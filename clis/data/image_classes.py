@@ -247,6 +247,12 @@ def describe_coverage(covered: dict[str, Any]) -> str:
     for key, what in _LISTS.items():
         if names := covered.get(key):
             lines.append(f"{len(names)} {what}: {shortened(names)}")
+    if skipped := covered.get("skipped"):
+        names = shortened(covered["skipped_in"])
+        lines.append(
+            f"{skipped} images are left out, since they are links in a tar, no regular files or larger than "
+            f"1 GiB: in {names}"
+        )
     if missing := covered.get("members_without_label"):
         names = shortened(covered["first_members_without_label"])
         lines.append(f"{missing} images of the tars have no label: {names}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import multiprocessing
 import os
 import re
@@ -23,11 +24,18 @@ from clis.files import written_whole
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif")
 """In any case, also with .gz behind; other files are passed over, and so are hidden ones."""
 
+MAX_BYTES = 2**30
+"""A larger file or member, or one that unpacks to more, is taken for no image and never read."""
+
 IS_FILE = -1
 """Position and size of an image that is a file of its own."""
 
 _COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
-_LISTING_VERSION = 1
+_LISTING_VERSION = 2
+_MAX_HEADER = 2**24
+# What tarfile lets through of a damaged or hostile tar: also numbers that are none or do not fit, cut-off
+# sparse maps, and headers of headers without end.
+_DAMAGE = (tarfile.TarError, OSError, ValueError, IndexError, OverflowError, MemoryError, RecursionError)
 
 
 class Container(NamedTuple):
@@ -69,6 +77,8 @@ class Listing(NamedTuple):
     """int64 [k], as are the next two: bytes of each name."""
     positions: np.ndarray
     sizes: np.ndarray
+    skipped: int = 0
+    """What is named as an image but is a link in a tar, no regular file, or larger than `MAX_BYTES`."""
 
     def split_names(self) -> list[bytes]:
         """The k names."""
@@ -79,7 +89,7 @@ class Listing(NamedTuple):
     def select(self, keep: np.ndarray) -> Listing:
         """The images where the mask [k] is True."""
         names = self.names[np.repeat(keep, self.lengths)]
-        return Listing(names, self.lengths[keep], self.positions[keep], self.sizes[keep])
+        return Listing(names, self.lengths[keep], self.positions[keep], self.sizes[keep], self.skipped)
 
 
 def find_containers(
@@ -193,6 +203,11 @@ def _expand(
         return
     say(f"{container.path}: looking for the tars in it")
     listing = _list_tar(container, is_tar, True, parts)
+    if listing.skipped:
+        raise ValueError(
+            f"{container.path}: {listing.skipped} of the tars in it are links or sparse, which cannot be "
+            "read in place; unpack it"
+        )
     for raw, start, size in zip(listing.split_names(), listing.positions.tolist(), listing.sizes.tolist()):
         inner = os.fsdecode(raw)
         if inner.endswith(_COMPRESSED):
@@ -205,7 +220,7 @@ def _expand(
 
 def _holds_tars(container: Container) -> bool:
     """Whether the first file of a tar is a tar; no if it cannot be read."""
-    with contextlib.suppress(tarfile.TarError, OSError), _opened(container) as tar:
+    with contextlib.suppress(*_DAMAGE), _opened(container) as tar:
         for member in _members(tar, container.end):
             if member.isreg():
                 return is_tar(member.name)
@@ -224,14 +239,19 @@ def is_tar(name: str) -> bool:
 
 
 def _list_folder(path: Path) -> Listing:
-    walk = os.walk(path, onerror=_raise)
-    files = (os.path.join(folder, name) for folder, _, names in walk for name in names if is_image(name))
-    return _listing(((os.path.relpath(file, path), IS_FILE, IS_FILE) for file in files), by_name=True)
+    def images(folder: str, prefix: str) -> Iterator[tuple[str, int, int] | None]:
+        # Not os.walk, which does not say what is a regular file; to ask for each takes long.
+        with os.scandir(folder) as entries:
+            found = list(entries)
+        for entry in found:
+            name = prefix + entry.name
+            if entry.is_dir(follow_symlinks=False):
+                yield from images(entry.path, f"{name}/")
+            elif is_image(name):
+                is_file = entry.is_file(follow_symlinks=False) or os.path.isfile(entry.path)
+                yield (name, IS_FILE, IS_FILE) if is_file else None
 
-
-def _raise(error: OSError) -> None:
-    """os.walk alone would pass over a folder that it may not read."""
-    raise error
+    return _listing(images(str(path), ""), by_name=True)
 
 
 def _list_tar(
@@ -243,7 +263,8 @@ def _list_tar(
     file = _part_file(container, wanted, by_name, parts)
     damage = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error)
     with contextlib.suppress(*damage), np.load(file) as part:
-        return Listing(*(part[field] for field in Listing._fields))
+        *arrays, skipped = (part[field] for field in Listing._fields)
+        return Listing(*arrays, int(skipped))
     listing = _scan_tar(container, wanted, by_name)
     with written_whole(file) as temporary:
         np.savez_compressed(temporary, **listing._asdict())
@@ -256,29 +277,59 @@ def _part_file(container: Container, wanted: Callable[[str], bool], by_name: boo
 
 
 def _scan_tar(container: Container, wanted: Callable[[str], bool], by_name: bool) -> Listing:
+    largest = MAX_BYTES if wanted is is_image else container.end
+
+    def place(member: tarfile.TarInfo) -> tuple[str, int, int] | None:
+        plain = member.isreg() and not member.issparse() and member.size <= largest
+        return (member.name, member.offset_data, member.size) if plain else None
+
     try:
         with _opened(container) as tar:
-            images = (
-                (member.name, member.offset_data, member.size)
-                for member in _members(tar, container.end)
-                if member.isreg() and not member.issparse() and wanted(member.name)
-            )
-            listing = _listing(images, by_name)
-            # tarfile takes a header that is cut off or damaged for the end.
-            tar.fileobj.seek(tar.offset)
-            rest = tar.fileobj.read(min(tarfile.BLOCKSIZE, max(container.end - tar.offset, 0)))
-            if rest != bytes(tarfile.BLOCKSIZE):
-                raise tarfile.ReadError(f"truncated or damaged: no header and no end at byte {tar.offset}")
+            members = _members(tar, container.end)
+            files = (member for member in members if not member.isdir() and wanted(member.name))
+            listing = _listing(map(place, files), by_name)
+            _check_end(tar, container.end)
             return listing
-    except (tarfile.TarError, OSError) as error:
+    except _DAMAGE as error:
         where = container.path + (f":{container.inner}" if container.inner else "")
-        raise ValueError(f"{where}: no readable uncompressed tar ({error}); fetch it again") from error
+        what = str(error) or type(error).__name__
+        raise ValueError(
+            f"{where}: no readable uncompressed tar ({what}); fetch it again or pack it anew"
+        ) from error
+
+
+def _check_end(tar: tarfile.TarFile, end: int) -> None:
+    """Raises unless there are zeros from the last member to the end.
+
+    tarfile takes a header that is cut off or damaged for the end, and does not look behind the end mark; of
+    tars that were written one after the other it sees the first.
+    """
+    tar.fileobj.seek(tar.offset)
+    block = tar.fileobj.read(min(tarfile.BLOCKSIZE, max(end - tar.offset, 0)))
+    if block != bytes(tarfile.BLOCKSIZE):
+        raise tarfile.ReadError(f"truncated or damaged: no header and no end at byte {tar.offset}")
+    while block and not block.strip(b"\0"):
+        block = tar.fileobj.read(min(_MAX_HEADER, end - tar.fileobj.tell()))
+    if block:
+        raise tarfile.ReadError(
+            f"more data behind the end mark at byte {tar.offset}, as of concatenated tars, which "
+            "`tar --ignore-zeros` unpacks"
+        )
+
+
+class _Headers(io.BufferedReader):
+    """A tar of which only headers are read; one that claims to be of gigabytes would fill the memory."""
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        if not 0 <= size <= _MAX_HEADER:
+            raise tarfile.ReadError(f"damaged: a header of {size} bytes")
+        return super().read(size)
 
 
 @contextlib.contextmanager
 def _opened(container: Container) -> Iterator[tarfile.TarFile]:
     """The tar, at its place in the file; positions are those in the file."""
-    with open(container.path, "rb") as file:
+    with _Headers(io.FileIO(container.path)) as file:
         file.seek(container.start)
         with tarfile.open(fileobj=file, mode="r:", encoding="utf-8") as tar:
             yield tar
@@ -296,11 +347,16 @@ def _members(tar: tarfile.TarFile, end: int) -> Iterator[tarfile.TarInfo]:
         tar.members.clear()
 
 
-def _listing(images: Iterable[tuple[str, int, int]], by_name: bool) -> Listing:
-    """From name, position and size of each image."""
-    images = [(os.fsencode(name), position, size) for name, position, size in images]
+def _listing(found: Iterable[tuple[str, int, int] | None], by_name: bool) -> Listing:
+    """From name, position and size of each image; None is one that is skipped."""
+    images, skipped = [], 0
+    for image in found:
+        if image is None:
+            skipped += 1
+        else:
+            images.append((os.fsencode(image[0]), *image[1:]))
     if by_name:
         images.sort()
     numbers = np.array([(len(name), *place) for name, *place in images], dtype=np.int64).reshape(-1, 3)
     names = b"".join(name for name, _, _ in images)
-    return Listing(np.frombuffer(names, dtype=np.uint8), *np.ascontiguousarray(numbers.T))
+    return Listing(np.frombuffer(names, dtype=np.uint8), *np.ascontiguousarray(numbers.T), skipped)

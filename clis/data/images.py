@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import os
 import re
+import stat
 import struct
 import warnings
 import zlib
@@ -14,19 +16,22 @@ from itertools import dropwhile, takewhile
 from pathlib import Path
 
 import torch
+from PIL.GifImagePlugin import GifImageFile
+from PIL.Image import Image
 from PIL.JpegImagePlugin import JpegImageFile
 from torch import Tensor
 from torchvision.io import ImageReadMode
 from torchvision.io import decode_image as torchvision_decode_image
 
+from clis.data.image_scan import MAX_BYTES
 from clis.data.transforms import resize_image
 
 MAX_PIXELS = 2**27
 """An image that claims more is taken for a decompression bomb: 400 MB as RGB."""
 
-_MAX_UNPACKED = 2**30
 _GZIP = b"\x1f\x8b"
 _JPEG = b"\xff\xd8\xff"
+_GIF = (b"GIF87a", b"GIF89a")
 _PNG = b"\x89PNG\r\n\x1a\n"
 _PNG_CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}
 # Adam7, the seven passes of an interlaced PNG: first column and row, step in x and y.
@@ -40,6 +45,8 @@ _PNG_PASSES = (
     (0, 1, 1, 2),
 )
 _JPEG_FRAMES = set(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
+# Stuffing, TEM, RST0 to 7, SOI, EOI and fill bytes.
+_JPEG_WITHOUT_LENGTH = {0x00, 0x01, 0xFF, *range(0xD0, 0xDA)}
 
 
 # EXIF data is never used, so nobody needs to know that it is broken.
@@ -63,9 +70,15 @@ def read_bytes(path: str | Path) -> bytes:
     """The bytes of an image file.
 
     Raises:
-        ImageError: the file cannot be read.
+        ImageError: the file cannot be read, is no regular file (a pipe would be waited for), or is larger
+            than `MAX_BYTES`.
     """
     try:
+        status = os.stat(path)
+        if not stat.S_ISREG(status.st_mode):
+            raise ImageError(f"{path}: no regular file; check the image folder")
+        if status.st_size > MAX_BYTES:
+            raise ImageError(f"{path}: {status.st_size} bytes, more than 1 GiB; check the image folder")
         with open(path, "rb", buffering=0) as file:
             return file.read()
     except OSError as error:
@@ -125,19 +138,32 @@ class EncodedImage:
         return resize_image(reduced[0], size, extent=reduced[1])
 
     def _decode(self) -> Tensor:
+        if self.data.startswith(_GIF):
+            return self._decode_gif()
         if self.data.startswith(_PNG):
             _check_png(self.data)
         # A bytearray because PyTorch warns of read-only buffers.
         image = torchvision_decode_image(
             torch.frombuffer(bytearray(self.data), dtype=torch.uint8), mode=ImageReadMode.RGB
         )
-        if image.ndim == 4:
-            image = image[0]
         if image.dtype == torch.uint16:
             image = (image.to(torch.int32) >> 8).to(torch.uint8)
-        if tuple(image.shape[1:]) != self.size:
-            raise ValueError(f"{list(image.shape[1:])} pixels, but its header says {list(self.size)}")
+        self._check_size(*image.shape[1:])
         return image
+
+    def _decode_gif(self) -> Tensor:
+        """The first frame; torchvision would decode them all."""
+        try:
+            image = GifImageFile(io.BytesIO(self.data))
+            # Where the first frame is larger than the screen, Pillow gives the size of the frame.
+            self._check_size(image.height, image.width)
+            return _pixels(image)
+        except Exception as error:
+            raise ValueError(f"corrupt GIF: {error}") from error
+
+    def _check_size(self, height: int, width: int) -> None:
+        if (height, width) != self.size:
+            raise ValueError(f"{[height, width]} pixels, but its header says {list(self.size)}")
 
     def _decode_reduced(self, least: tuple[int, int]) -> tuple[Tensor, tuple[float, float]] | None:
         """A JPEG at 1/2, 1/4 or 1/8 of its size but not below `least`, and the height and width it fills.
@@ -155,11 +181,16 @@ class EncodedImage:
                 return None
             _, (_, _, *extent) = image.draft(None, least[::-1])
             image.decodermaxblock = len(self.data)  # not in blocks of 64 kB
-            rgb = image if image.mode == "RGB" else image.convert("RGB")
-            pixels = torch.frombuffer(bytearray(rgb.tobytes()), dtype=torch.uint8)
+            return _pixels(image), tuple(extent[::-1])
         except Exception:
             return None
-        return pixels.view(image.height, image.width, 3).permute(2, 0, 1), tuple(extent[::-1])
+
+
+def _pixels(image: Image) -> Tensor:
+    """The pixels of a Pillow image: uint8 RGB [3,H,W], channels last in memory."""
+    rgb = image if image.mode == "RGB" else image.convert("RGB")
+    pixels = torch.frombuffer(bytearray(rgb.tobytes()), dtype=torch.uint8)
+    return pixels.view(image.height, image.width, 3).permute(2, 0, 1)
 
 
 @contextmanager
@@ -189,7 +220,7 @@ def unpacked(data: bytes) -> bytes:
     if not data.startswith(_GZIP):
         return data
     unpacker = zlib.decompressobj(wbits=16 + zlib.MAX_WBITS)
-    unpacked = unpacker.decompress(data, _MAX_UNPACKED)
+    unpacked = unpacker.decompress(data, MAX_BYTES)
     if not unpacker.eof:
         raise ValueError("gzip data is truncated or unpacks to more than 1 GiB")
     return unpacked
@@ -200,7 +231,7 @@ def _header_size(data: bytes) -> tuple[int, int]:
         height, width = _jpeg_size(data)
     elif data.startswith(_PNG):
         width, height = struct.unpack_from(">II", data, 16)
-    elif data.startswith((b"GIF87a", b"GIF89a")):
+    elif data.startswith(_GIF):
         width, height = struct.unpack_from("<HH", data, 6)
     elif data.startswith(b"RIFF") and data[8:12] == b"WEBP":
         height, width = _webp_size(data)
@@ -220,8 +251,7 @@ def _jpeg_size(data: bytes) -> tuple[int, int]:
         marker, length = struct.unpack_from(">BH", data, position + 1)
         if marker in _JPEG_FRAMES:
             return struct.unpack_from(">HH", data, position + 5)
-        # A marker may be preceded by any number of fill bytes.
-        position += 1 if marker in (0x00, 0xFF) else 2 + length
+        position += 1 if marker in _JPEG_WITHOUT_LENGTH else 2 + length
 
 
 def _webp_size(data: bytes) -> tuple[int, int]:

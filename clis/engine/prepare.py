@@ -77,7 +77,8 @@ def prepare_image_level(
 
     Returns:
         What `clis.data.image_classes.coverage` counts, and of what matched nothing: ``empty``, names of
-        folders and tars without an image; with `labels` also what `MemberLabels.report` says.
+        folders and tars without an image, and ``skipped``, images that `Listing.skipped` counts, which are
+        ``skipped_in`` these; with `labels` also what `MemberLabels.report` says.
 
     Raises:
         ValueError: `out` is no place for an index, a root, mapping or label file is wrong, tars are damaged
@@ -246,11 +247,14 @@ def _labelled(
     advance: Callable[[], None],
 ) -> Iterator[tuple[int | np.ndarray, Listing]]:
     """Labels and images of each container; at the end it completes the report on what matched nothing."""
-    report["empty"] = []
+    report |= {"empty": [], "skipped": 0, "skipped_in": []}
     for place, container in enumerate(containers):
         listing = list_images(container, by_name=members is None, parts=parts)
         if not len(listing.lengths):
             report["empty"].append(container.name)
+        if listing.skipped:
+            report["skipped"] += listing.skipped
+            report["skipped_in"].append(container.name)
         if members is None:
             yield found[place], listing
         else:
