@@ -25,7 +25,6 @@ from clis.config import (
     read_yaml,
 )
 from clis.data.annotations import Category, check_same_categories
-from clis.data.images import ImageError
 from clis.data.loader import Batch, MicroBatches, train_loader
 from clis.data.shapes import ShapesSpec, write_shapes
 from clis.distributed import (
@@ -39,6 +38,7 @@ from clis.distributed import (
     rank,
     world_size,
 )
+from clis.engine.bad_images import BadImages
 from clis.engine.checkpoint import load_last_checkpoint, save_checkpoint, saved_checkpoints
 from clis.engine.describe import describe_run, measures, one_line, summarize_step
 from clis.engine.evaluate import check_validation, evaluate_detector
@@ -131,7 +131,7 @@ def train(config: Config, folder: Path, device: torch.device) -> CLISDetector:
     loader = train_loader(dataset, micro_batches, config.data.workers, device.type == "cuda")
     log = MetricsLog(folder / "metrics.jsonl", first_step)
     schedule = Schedule(config, folder)
-    num_unreadable, named = 0, set[str]()  # of images that could not be read, each once
+    bad_images = BadImages(config.data.max_bad_images)
 
     def save(done: int) -> None:
         if is_main():
@@ -156,24 +156,16 @@ def train(config: Config, folder: Path, device: torch.device) -> CLISDetector:
             evaluate(first_step)  # the run was stopped behind the step's checkpoint
         for step in steps:
             began = time.monotonic()
-            step_batches, gone = _load(batches, accumulation, device)
-            met = dict.fromkeys(message for batch in step_batches for message in batch.unreadable)
-            unreadable = [message for message in met if message not in named]
-            named.update(unreadable)
+            step_batches = bad_images.load(batches, accumulation, device)
             # What the processes have to agree on, in one message a step.
-            wishes = [
-                len(unreadable), gone is not None, stop.received, is_main() and schedule.minutes_are_over()
-            ]  # fmt: skip
-            new_unreadable, num_gone, stopping, minutes_over = all_reduce_sum(torch.tensor(wishes)).tolist()
-            num_unreadable += new_unreadable
-            for message in unreadable:
-                print(f"replaced by the next of its stream: {message}", flush=True)
-            if num_gone or num_unreadable > config.data.max_bad_images:
-                stopped = _unreadable(gone, unreadable, num_unreadable, step, config)
+            minutes_over = is_main() and schedule.minutes_are_over()
+            wishes = [len(bad_images.new), bad_images.gone is not None, stop.received, minutes_over]
+            *bad, stopping, minutes_over = all_reduce_sum(torch.tensor(wishes)).tolist()
+            if (reason := bad_images.verdict(*bad, step)) is not None:
                 if step > first_step:
-                    say(f"{stopped}; saving step {step}")  # said first: the disk may be the same
+                    say(f"{reason}; saving step {step}")  # said first: the disk may be the same
                     save(step)
-                raise stopped from gone
+                raise reason from bad_images.gone
             loaded = time.monotonic()
 
             rate = learning_rate(step, config.optim, config.train.images_per_step)
@@ -394,33 +386,6 @@ def _check_skipped(
     saved = saved_checkpoints(folder / "checkpoints")
     last = f"the last good checkpoint is {saved[0]}" if saved else "there is no checkpoint yet"
     raise FloatingPointError(f"{what}; {last}; {_UNSTABLE}")
-
-
-def _load(
-    batches: Iterator[Batch], count: int, device: torch.device
-) -> tuple[list[Batch], ImageError | None]:
-    """The micro-batches of a step, or why there are none: the images of a stream are gone."""
-    try:
-        return [next(batches).to(device) for _ in range(count)], None
-    except ImageError as error:
-        return [], error
-
-
-def _unreadable(
-    gone: ImageError | None, messages: Sequence[str], count: int, step: int, config: Config
-) -> ImageError:
-    """Why all processes stop together in front of a step."""
-    again = f"the same command goes on from step {step}"
-    if gone is not None:
-        what = str(gone).rstrip().splitlines()[-1].removeprefix("clis.data.images.ImageError: ")
-        again = f"with the images back {again}"
-    elif count <= config.data.max_bad_images:
-        what = "another process could not read its images"
-    else:
-        last = messages[-1] if messages else "named by another process"
-        allowed = config.data.max_bad_images
-        what = f"{count} unreadable images, data.max_bad_images={allowed} are allowed; the last: {last}"
-    return ImageError(f"{what}; {again}")
 
 
 def _update_momentum_copy(model: CLISDetector, outputs: Sequence[TrainOutput]) -> None:

@@ -1,0 +1,63 @@
+"""Images that cannot be read in training: named, counted, and too many of them end the run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from clis.data.images import ImageError
+from clis.data.loader import Batch
+
+
+class BadImages:
+    """Loads the batches of a process and keeps count of the images that were replaced in them.
+
+    What is found by one process (`new`, `gone`) is for all to know before `verdict` is asked.
+    """
+
+    def __init__(self, allowed: int) -> None:
+        """`allowed`: `data.max_bad_images`, over all processes."""
+        self.allowed, self.total = allowed, 0
+        self.named: set[str] = set()
+        self.new: list[str] = []
+        """Of the last `load`: a message for each image that was not met before."""
+        self.gone: ImageError | None = None
+        """Why the last `load` has no batches: nothing of a stream can be read."""
+
+    def load(self, batches: Iterator[Batch], count: int, device: torch.device) -> list[Batch]:
+        """The next batches, on the device; names images that were replaced for the first time."""
+        loaded: list[Batch] = []
+        self.gone = None
+        try:
+            loaded = [next(batches).to(device) for _ in range(count)]
+        except ImageError as error:
+            self.gone = error
+        met = dict.fromkeys(message for batch in loaded for message in batch.unreadable)
+        self.new = [message for message in met if message not in self.named]
+        self.named.update(self.new)
+        for message in self.new:
+            print(f"replaced by the next of its stream: {message}", flush=True)
+        return loaded
+
+    def verdict(self, new: int, gone: int, step: int) -> ImageError | None:
+        """Why the run cannot go on with this step, or None.
+
+        Args:
+            new: images in `new`, of all processes.
+            gone: processes that have no batches.
+        """
+        self.total += new
+        again = f"the same command goes on from step {step}"
+        if self.gone is not None:  # from a loader process, whose traceback is in the message
+            what = str(self.gone).rstrip().splitlines()[-1].removeprefix("clis.data.images.ImageError: ")
+            return ImageError(f"{what}; with the images back {again}")
+        if gone:
+            return ImageError(f"another process could not read its images; with the images back {again}")
+        if self.total > self.allowed:
+            last = self.new[-1] if self.new else "named by another process"
+            return ImageError(
+                f"{self.total} unreadable images, data.max_bad_images={self.allowed} are allowed; "
+                f"the last: {last}; {again}"
+            )
+        return None
