@@ -307,3 +307,14 @@ def test_sample_tars_by_wnid_alone():
     assert set(index.unmatched) == {tar.stem for tar in (MINI / "tars").iterdir()} - names
     for i in range(0, len(index), 53):
         assert categories[index.labels[i]].name == name_of[Path(index.name(i).split(":")[0]).stem]
+
+
+@pytest.mark.parametrize("kind", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+@pytest.mark.parametrize(
+    "name",
+    ["x.jpg", "./a/x.jpg", "d" * 90 + "/x.jpg", "d" * 60 + "/" + "e" * 60 + "/x.jpg", "bildchen-ü.jpg"],
+)
+def test_members_of_any_name_are_known_by_their_header(tmp_path, kind, name):
+    """Long names are in a prefix, in a header before, or cut off: none of them is taken for a changed tar."""
+    write_tar(tmp_path / "bird.tar", name, kind=kind)
+    assert build_index([tmp_path], CATEGORIES).read(0) == f"bytes of {name}".encode()

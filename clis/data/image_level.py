@@ -158,10 +158,10 @@ def _is_header_of(header: bytes, name: str, size: int) -> bool:
 
     Names of over 100 bytes are elsewhere in part, and are not compared.
     """
-    encoded = os.fsencode(name)
-    same_name = len(encoded) > 100 or not encoded.isascii() or header[:100].rstrip(b"\0") == encoded
+    encoded, stored, prefix = os.fsencode(name), header[:100].rstrip(b"\0"), header[345:500].rstrip(b"\0")
+    elsewhere = len(encoded) > 100 or not encoded.isascii()
     try:
-        return same_name and nti(header[124:136]) == size
+        return (elsewhere or encoded in (stored, prefix + b"/" + stored)) and nti(header[124:136]) == size
     except HeaderError:
         return False
 
