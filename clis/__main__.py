@@ -77,6 +77,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     command.add_argument("--list", type=Path, metavar="FILE", help="write every image that cannot be used")
     command.set_defaults(run=_check)
 
+    command = commands.add_parser("plot", help="draw figures of finished runs, side by side, as PNG files")
+    command.add_argument("folders", nargs="+", type=Path, metavar="RUN_FOLDER")
+    command.add_argument("--out", type=Path, default=Path("runs/plots"), metavar="FOLDER")
+    command.add_argument("--images", type=int, default=6, help="validation images with boxes")
+    command.add_argument("--score", type=float, default=0.3, help="least score of a box that is drawn")
+    command.set_defaults(run=_plot)
+
     command = commands.add_parser("tensorboard", help="write metrics.jsonl of run folders as event files")
     command.add_argument("folders", nargs="+", type=Path, metavar="RUN_FOLDER")
     command.add_argument("--follow", action="store_true", help="go on while the runs go on")
@@ -162,6 +169,12 @@ def _check(arguments: argparse.Namespace) -> None:
     if arguments.list is not None:
         arguments.list.write_text("".join(f"{line}\n" for line in report.listing))
     sys.exit(bool(report.errors))
+
+
+def _plot(arguments: argparse.Namespace) -> None:
+    from clis.engine.plot import plot
+
+    plot(arguments.folders, arguments.out, images=arguments.images, score=arguments.score)
 
 
 def _tensorboard(arguments: argparse.Namespace) -> None:
