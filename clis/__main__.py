@@ -84,6 +84,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     command.add_argument("--score", type=float, default=0.3, help="least score of a box that is drawn")
     command.set_defaults(run=_plot)
 
+    command = commands.add_parser("study", help="run the rows of a table: configs/studies/*.yaml")
+    command.add_argument("file", type=Path)
+    command.add_argument("overrides", nargs="*", metavar="key=value", help="for every row")
+    command.add_argument("--rows", nargs="+", default=(), metavar="NAME", help="only these")
+    command.add_argument("--seeds", nargs="+", type=int, default=(), help="only these")
+    command.add_argument("--jobs", type=int, default=2, help="runs at once, which share the CPUs")
+    command.add_argument("--out", type=Path, default=Path("runs/studies"), metavar="FOLDER")
+    command.set_defaults(run=_study)
+
     command = commands.add_parser("tensorboard", help="write metrics.jsonl of run folders as event files")
     command.add_argument("folders", nargs="+", type=Path, metavar="RUN_FOLDER")
     command.add_argument("--follow", action="store_true", help="go on while the runs go on")
@@ -169,6 +178,16 @@ def _check(arguments: argparse.Namespace) -> None:
     if arguments.list is not None:
         arguments.list.write_text("".join(f"{line}\n" for line in report.listing))
     sys.exit(bool(report.errors))
+
+
+def _study(arguments: argparse.Namespace) -> None:
+    from clis.engine.study import run_study
+
+    folder = run_study(
+        arguments.file, arguments.out, rows=arguments.rows, seeds=arguments.seeds, jobs=arguments.jobs,
+        overrides=arguments.overrides,
+    )  # fmt: skip
+    print((folder / "table.md").read_text() + f"{folder}/study.json, table.md")
 
 
 def _plot(arguments: argparse.Namespace) -> None:

@@ -24,7 +24,7 @@ from clis.config import (
 )
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
-SHIPPED = sorted(CONFIGS.rglob("*.yaml"))
+SHIPPED = sorted(path for path in CONFIGS.rglob("*.yaml") if path.parent.name != "studies")
 LVIS = [path for path in SHIPPED if path.parent.name.startswith("lvis")]
 
 

@@ -1,0 +1,328 @@
+"""``python -m clis study FILE``: rows of a table times seeds, side by side; what they share is made once."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from clis.config import RESUMABLE, Config, config_to_dict, load_config, read_yaml
+from clis.engine.log import clock, say
+from clis.engine.regions import detector_config
+from clis.files import written_whole
+
+FIGURES = ("AP", "APr", "APc", "APf")
+TRAIN = "from clis.__main__ import run_command; from clis.engine.train import main; run_command(main)"
+POLL = 0.5
+"""Seconds between two looks at what is running."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table."""
+
+    name: str
+    overrides: tuple[str, ...]
+    """`key.path=value`, on the study's base config."""
+    paper: tuple[float, ...] | None
+    """The paper's AP, APr, APc, APf in percent, where it has the row."""
+
+
+@dataclass(frozen=True)
+class Study:
+    name: str
+    base: Path
+    seeds: tuple[int, ...]
+    rows: tuple[Row, ...]
+
+    @classmethod
+    def load(cls, path: Path) -> Study:
+        """Reads a study file: `base` (relative to it), `seeds`, and `rows` with `overrides` and `paper`.
+
+        Raises:
+            FileNotFoundError, ValueError: it is missing, or a key is unknown, missing or ill-typed.
+        """
+        values = read_yaml(path)
+        _check_keys(values, {"base", "seeds", "rows"}, {"base", "seeds", "rows"}, str(path))
+        rows = []
+        for name, row in values["rows"].items():
+            row = row or {}
+            _check_keys(row, {"overrides", "paper"}, set(), f"{path}: row {name}")
+            paper = row.get("paper")
+            if paper is not None and len(paper) != len(FIGURES):
+                raise ValueError(f"{path}: row {name}: paper is {paper}; give {', '.join(FIGURES)}")
+            rows.append(Row(name, tuple(row.get("overrides", ())), None if paper is None else tuple(paper)))
+        base = Path(os.path.relpath(path.parent / values["base"]))
+        return cls(path.stem, base, tuple(values["seeds"]), tuple(rows))
+
+    def config(self, row: Row, seed: int, overrides: Sequence[str]) -> tuple[Config, list[str]]:
+        """The config of one run, and all overrides that make it."""
+        every = [*overrides, *row.overrides, f"train.seed={seed}"]
+        return load_config(self.base, every), every
+
+
+@dataclass
+class Job:
+    """One process: a training or a search for regions."""
+
+    title: str
+    command: list[str]
+    done: Path
+    """Is there when the job is done."""
+    after: list[Job] = field(default_factory=list)
+    """Jobs that have to be done before."""
+    results: list[tuple[str, int]] = field(default_factory=list)
+    """Rows and seeds whose figures it gives."""
+    failed: bool = False
+    seconds: float = 0.0
+
+
+def run_study(
+    path: Path,
+    out: Path,
+    *,
+    rows: Sequence[str] = (),
+    seeds: Sequence[int] = (),
+    jobs: int = 2,
+    overrides: Sequence[str] = (),
+) -> Path:
+    """Runs what is not done yet and writes ``study.json`` and ``table.md`` into out/NAME after every run.
+
+    Runs lie in out/runs under a name made of their config, so that equal rows of several studies are one run,
+    and a run that was cut off goes on.
+
+    Args:
+        rows, seeds: only these; default all of the file.
+        jobs: processes at once, which share the CPUs.
+        overrides: for every row, e.g. the number of steps in a trial.
+
+    Returns:
+        out/NAME.
+
+    Raises:
+        ValueError: unknown rows; or a run failed, after the others are done.
+    """
+    study = Study.load(path)
+    unknown = sorted(set(rows) - {row.name for row in study.rows})
+    if unknown:
+        raise ValueError(
+            f"{path} has no row {', '.join(unknown)}; it has {', '.join(r.name for r in study.rows)}"
+        )
+    folder = out / study.name
+    record = Record(study, folder, overrides)
+    plan: dict[Path, Job] = {}
+    for seed in seeds or study.seeds:
+        for row in study.rows:
+            if (not rows or row.name in rows) and not record.has(row, seed):
+                _plan(study, row, seed, out, overrides, plan)
+    say(f"{study.name}: {len(study.rows)} rows; {len(plan)} jobs to do, {jobs} at once")
+    for job in _work(list(plan.values()), jobs, out / "logs"):
+        if job.failed:
+            say(f"FAILED {job.title}, see {_log(job, out / 'logs')}")
+            continue
+        for row, seed in job.results:
+            say(f"{row}, seed {seed}: {record.add(row, seed, job.done)}")
+        if job.seconds:
+            say(f"{job.title}: {clock(job.seconds)}")
+    record.write()
+    failed = [job.title for job in plan.values() if job.failed]
+    if failed:
+        raise ValueError(
+            f"{len(failed)} of {len(plan)} jobs failed: {', '.join(failed)}; call again to retry"
+        )
+    return folder
+
+
+def run_key(config: Config) -> str:
+    """Twelve letters that are the same for runs with the same result: all settings but machine and places."""
+    values = config_to_dict(config)
+    for dotted in (*RESUMABLE, "regions.file"):
+        section, _, name = dotted.rpartition(".")
+        (values[section] if section else values).pop(name, None)
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _plan(
+    study: Study, row: Row, seed: int, out: Path, overrides: Sequence[str], plan: dict[Path, Job]
+) -> None:
+    """Adds the job of a row and seed, and of what it needs, to those that are planned already."""
+    config, every = study.config(row, seed, overrides)
+    folder, after, more = out / "runs" / f"{run_key(config)}", [], []
+    detector = detector_config(config, every)
+    if config.clis.s > 0:
+        regions, after = _plan_regions(study, config, detector, every, out, plan)
+        more = [f"regions.file={regions}"]
+    command = [sys.executable, "-c", TRAIN, "--config", str(study.base), *every, *more, f"output={folder}"]
+    job = Job(f"training of {row.name}, seed {seed}", command, folder / "eval.json", after)
+    plan.setdefault(folder, job).results.append((row.name, seed))
+
+
+def _plan_regions(
+    study: Study,
+    config: Config,
+    detector: Config | None,
+    every: Sequence[str],
+    out: Path,
+    plan: dict[Path, Job],
+) -> tuple[Path, list[Job]]:
+    """The region file of a config, and the jobs that make it: the detector's training, and the search."""
+    after: list[Job] = []
+    key = [config.regions.rule, config.data.image_level, config.data.mapping, config.data.train]
+    more: list[str] = []
+    if detector is not None:
+        folder = out / "runs" / run_key(detector)
+        passed = [override for override in every if override.split(".")[0] not in ("clis", "loss", "regions")]
+        command = [sys.executable, "-c", TRAIN, "--config", str(config.regions.detector), *passed]
+        title = f"detector of the regions, seed {detector.train.seed}"
+        job = Job(title, [*command, f"output={folder}"], folder / "eval.json")
+        after.append(plan.setdefault(folder, job))
+        more = [f"regions.detector={folder}"]
+        key.append(run_key(detector))
+    file = out / "regions" / f"{hashlib.sha256(repr(key).encode()).hexdigest()[:12]}.npy"
+    command = [sys.executable, "-m", "clis", "regions", str(study.base), *every, *more]
+    title = f"regions, seed {config.train.seed}"
+    job = Job(title, [*command, f"regions.file={file}"], file, after)
+    return file, [plan.setdefault(file, job)]
+
+
+def _work(jobs: Sequence[Job], at_once: int, logs: Path) -> Iterator[Job]:
+    """Runs the jobs, each when those before it are done, and gives them back as they end."""
+    logs.mkdir(parents=True, exist_ok=True)
+    waiting, running, ended = list(jobs), {}, set()
+    threads = max(1, (os.cpu_count() or 1) // at_once)
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+    try:
+        while waiting or running:
+            for job in [job for job in waiting if all(id(before) in ended for before in job.after)]:
+                failed = any(before.failed for before in job.after)
+                if failed or job.done.exists():
+                    waiting.remove(job)
+                    job.failed = failed
+                    ended.add(id(job))
+                    yield job
+                elif len(running) < at_once:
+                    waiting.remove(job)
+                    with _log(job, logs).open("ab") as file:
+                        process = subprocess.Popen(
+                            job.command, env=environment, stdout=file, stderr=subprocess.STDOUT
+                        )
+                    running[process] = (job, time.monotonic())
+            for process, (job, began) in list(running.items()):
+                if process.poll() is not None:
+                    del running[process]
+                    job.seconds = time.monotonic() - began
+                    job.failed = process.returncode != 0 or not job.done.exists()
+                    ended.add(id(job))
+                    yield job
+            time.sleep(POLL)
+    finally:
+        for process in running:  # asked to stop, they save and can go on
+            process.terminate()
+        for process in running:
+            process.wait()
+
+
+def _log(job: Job, logs: Path) -> Path:
+    return logs / f"{job.done.parent.name if job.done.name == 'eval.json' else job.done.stem}.txt"
+
+
+class Record:
+    """``study.json``: the figures of every run of a study, which later calls and other machines add to."""
+
+    def __init__(self, study: Study, folder: Path, overrides: Sequence[str]) -> None:
+        """
+        Raises:
+            ValueError: the file that is there is of other overrides.
+        """
+        self.study, self.path = study, folder / "study.json"
+        self.overrides = list(overrides)
+        self.rows: dict[str, dict[str, dict[str, Any]]] = {}
+        if self.path.exists():
+            kept = json.loads(self.path.read_text())
+            if kept["overrides"] != self.overrides:
+                raise ValueError(
+                    f"{self.path} was made with the overrides {kept['overrides']}, now they are "
+                    f"{self.overrides}; name another --out"
+                )
+            self.rows = {name: row["runs"] for name, row in kept["rows"].items()}
+
+    def has(self, row: Row, seed: int) -> bool:
+        """Whether this run is recorded, with the row's present settings."""
+        run = self.rows.get(row.name, {}).get(str(seed))
+        return run is not None and run["key"] == self._key(row, seed)
+
+    def add(self, name: str, seed: int, result: Path) -> str:
+        """Notes a finished run by its eval.json, in the file too; its figures in one line."""
+        row = next(row for row in self.study.rows if row.name == name)
+        figures = json.loads(result.read_text())
+        run = {figure: round(100 * figures[figure], 2) for figure in FIGURES}
+        records = result.with_name("metrics.jsonl").read_text().splitlines()
+        step = [json.loads(line) for line in records]
+        times = sorted(r["data_time"] + r["compute_time"] for r in step if "compute_time" in r)
+        run |= {"key": self._key(row, seed), "step_seconds": round(statistics.median(times), 3)}
+        self.rows.setdefault(name, {})[str(seed)] = run
+        self.write()
+        return " ".join(f"{figure} {run[figure]:.1f}" for figure in FIGURES)
+
+    def write(self) -> None:
+        rows = {
+            row.name: {
+                "overrides": list(row.overrides),
+                "paper": row.paper,
+                "runs": dict(sorted(self.rows.get(row.name, {}).items())),
+            }
+            for row in self.study.rows
+        }
+        document = {"base": str(self.study.base), "overrides": self.overrides, "rows": rows}
+        with written_whole(self.path) as temporary:
+            temporary.write_text(json.dumps(document, indent=1) + "\n")
+        with written_whole(self.path.with_name("table.md")) as temporary:
+            temporary.write_text(table(rows))
+
+    def _key(self, row: Row, seed: int) -> str:
+        return run_key(self.study.config(row, seed, self.overrides)[0])
+
+
+def table(rows: Mapping[str, Mapping[str, Any]]) -> str:
+    """Markdown: mean ± standard deviation over the seeds, difference to the first row, the paper's row."""
+    head = ["row", "seeds", *FIGURES, "AP to the first", "seconds a step", "paper's " + " / ".join(FIGURES)]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    first = None
+    for name, row in rows.items():
+        runs = list(row["runs"].values())
+        cells = [name, str(len(runs))]
+        for figure in FIGURES:
+            cells.append(_mean_and_deviation([run[figure] for run in runs]))
+        mean = statistics.mean(run["AP"] for run in runs) if runs else None
+        first = mean if first is None else first
+        cells.append("" if mean is None or mean is first else f"{mean - first:+.1f}")
+        cells.append(_mean_and_deviation([run["step_seconds"] for run in runs], 2))
+        cells.append("" if row["paper"] is None else " / ".join(f"{value:.1f}" for value in row["paper"]))
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _mean_and_deviation(values: Sequence[float], digits: int = 1) -> str:
+    values = [value for value in values if value >= 0]
+    if not values:
+        return ""
+    mean = f"{statistics.mean(values):.{digits}f}"
+    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
+
+
+def _check_keys(values: Any, known: set[str], needed: set[str], where: str) -> None:
+    if not isinstance(values, Mapping):
+        raise ValueError(f"{where}: a mapping of {', '.join(sorted(known))} is needed, not {values!r}")
+    for key in values:
+        if key not in known:
+            raise ValueError(f"{where}: unknown key {key}; known: {', '.join(sorted(known))}")
+    for key in sorted(needed - set(values)):
+        raise ValueError(f"{where}: {key} is missing")

@@ -1,0 +1,137 @@
+"""Studies: what is shared is made once, what is done is skipped, and the table says what the runs gave."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from runs import CONFIG, REPOSITORY, SHORT
+
+from clis.config import load_config
+from clis.engine import study
+from clis.engine.study import Study, run_study
+
+BASELINE = "clis={task_specialized: false, objectness: false, s: 0, t: 0, siamese: false, contrastive: false}"
+
+
+def write_study(path: Path, rows: dict, seeds: tuple[int, ...] = (0,)) -> Path:
+    path.write_text(yaml.safe_dump({"base": CONFIG, "seeds": list(seeds), "rows": rows}, sort_keys=False))
+    return path
+
+
+@pytest.mark.slow
+def test_shared_stages_are_made_once_and_finished_runs_are_kept(data, tmp_path, capsys):
+    """The baseline row is the detector of the regions: three trainings and one search for four rows."""
+    rows = {
+        "CLIS": {"paper": [29.2, 24.4, 28.6, 31.9]},
+        "again": {"overrides": ["clis.siamese=true"]},  # the default: the same run
+        "w/o SS": {"overrides": ["clis.siamese=false"]},
+        "baseline": {"overrides": [BASELINE]},
+    }
+    path = write_study(tmp_path / "small.yaml", rows)
+    overrides = [*SHORT, f"data.root={data}"]
+    folder = run_study(path, tmp_path / "out", overrides=overrides)
+    assert folder == tmp_path / "out" / "small"
+    runs = {f.name: f for f in (tmp_path / "out" / "runs").iterdir()}
+    assert len(runs) == 3
+    assert len(list((tmp_path / "out" / "regions").glob("*.npy"))) == 1
+    document = json.loads((folder / "study.json").read_text())
+    for name, row in document["rows"].items():
+        figures = json.loads((runs[row["runs"]["0"]["key"]] / "eval.json").read_text())
+        assert row["runs"]["0"]["AP"] == round(100 * figures["AP"], 2), name
+    assert document["rows"]["CLIS"]["runs"] == document["rows"]["again"]["runs"]
+    assert "4 jobs to do" in capsys.readouterr().out
+
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out" / "runs").rglob("*.pt")}
+    run_study(path, tmp_path / "out", overrides=overrides)
+    assert "0 jobs to do" in capsys.readouterr().out
+    run_study(path, tmp_path / "out", overrides=overrides, rows=["baseline"], seeds=[1])
+    assert "1 jobs to do" in capsys.readouterr().out
+    document = json.loads((folder / "study.json").read_text())
+    assert list(document["rows"]["baseline"]["runs"]) == ["0", "1"]
+    assert list(document["rows"]["CLIS"]["runs"]) == ["0"]
+    assert all(path.stat().st_mtime_ns == time for path, time in before.items())
+
+
+def test_a_run_that_fails_is_named_and_the_others_are_done(data, tmp_path):
+    """More images a step than can be divided so."""
+    rows = {
+        "bad": {"overrides": [BASELINE, "train.images_per_step=3", "train.images_per_process=2"]},
+        "good": {"overrides": [BASELINE]},
+    }
+    path = write_study(tmp_path / "small.yaml", rows)
+    overrides = [*SHORT, f"data.root={data}", "train.steps=1"]
+    with pytest.raises(ValueError, match=r"1 of 2 jobs failed: training of bad, seed 0; call again to retry"):
+        run_study(path, tmp_path / "out", overrides=overrides)
+    document = json.loads((tmp_path / "out" / "small" / "study.json").read_text())
+    assert document["rows"]["bad"]["runs"] == {}
+    assert "0" in document["rows"]["good"]["runs"]
+    (log,) = [f for f in (tmp_path / "out" / "logs").iterdir() if "error: " in f.read_text()]
+    assert "is not a whole number of micro-batches" in log.read_text()
+
+
+def test_the_table_by_hand():
+    """APs 10 and 14: mean 12, standard deviation sqrt(8) = 2.8; the second row is 2.5 below the first."""
+
+    def run(ap: float) -> dict:
+        return {"AP": ap, "APr": 1.0, "APc": 2.0, "APf": -100.0, "step_seconds": 0.5}
+
+    rows = {
+        "first": {"runs": {"0": run(10.0), "1": run(14.0)}, "paper": [29.2, 24.4, 28.6, 31.9]},
+        "second": {"runs": {"0": run(9.5)}, "paper": None},
+        "third": {"runs": {}, "paper": None},
+    }
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in study.table(rows).splitlines()]
+    assert lines[0][:6] == ["row", "seeds", "AP", "APr", "APc", "APf"]
+    assert lines[2] == [
+        "first", "2", "12.0 ± 2.8", "1.0 ± 0.0", "2.0 ± 0.0", "", "", "0.50 ± 0.00",
+        "29.2 / 24.4 / 28.6 / 31.9",
+    ]  # fmt: skip
+    assert lines[3] == ["second", "1", "9.5", "1.0", "2.0", "", "-2.5", "0.50", ""]
+    assert lines[4] == ["third", "0", "", "", "", "", "", "", ""]
+
+
+def test_keys_are_of_what_changes_the_result():
+    base = load_config(CONFIG, [])
+    same = load_config(
+        CONFIG, ["output=elsewhere", "data.workers=3", "train.log_every=7", "regions.file=x.npy"]
+    )
+    assert study.run_key(same) == study.run_key(base)
+    for override in ("train.seed=1", "loss.alpha=0.1", "regions.rule=center", "data.flip=0.4"):
+        assert study.run_key(load_config(CONFIG, [override])) != study.run_key(base)
+
+
+@pytest.mark.parametrize(
+    "path", sorted((REPOSITORY / "configs" / "studies").glob("*.yaml")), ids=lambda p: p.stem
+)
+def test_shipped_studies_load(path):
+    loaded = Study.load(path)
+    keys = set()
+    for row in loaded.rows:
+        config, _ = loaded.config(row, 0, [])
+        keys.add(study.run_key(config))
+    assert len(keys) == len(loaded.rows)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"base": CONFIG, "seeds": [0]}, "rows is missing"),
+        ({"base": CONFIG, "seeds": [0], "rows": {}, "sedes": 1}, "unknown key sedes"),
+        ({"base": CONFIG, "seeds": [0], "rows": {"a": {"override": []}}}, "row a: unknown key override"),
+        ({"base": CONFIG, "seeds": [0], "rows": {"a": {"paper": [1, 2]}}}, "give AP, APr, APc, APf"),
+        ({"base": CONFIG, "seeds": [0], "rows": {"a": ["x=1"]}}, "row a: a mapping of"),
+    ],
+)
+def test_study_files_at_fault(tmp_path, values, message):
+    (tmp_path / "bad.yaml").write_text(yaml.safe_dump(values))
+    with pytest.raises(ValueError, match=message):
+        Study.load(tmp_path / "bad.yaml")
+
+
+def test_rows_that_are_not_there(tmp_path):
+    path = write_study(tmp_path / "small.yaml", {"CLIS": {}})
+    with pytest.raises(ValueError, match=r"has no row CLIP; it has CLIS"):
+        run_study(path, tmp_path, rows=["CLIP"])
