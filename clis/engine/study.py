@@ -14,9 +14,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from clis.config import RESUMABLE, Config, config_to_dict, load_config, read_yaml
+from clis.config import RESUMABLE, Config, config_to_dict, data_path, load_config, read_yaml
 from clis.engine.log import clock, say
 from clis.engine.regions import detector_config
+from clis.engine.train import generate_shapes
 from clis.files import written_whole
 
 FIGURES = ("AP", "APr", "APc", "APf")
@@ -124,6 +125,9 @@ def run_study(
             if (not rows or row.name in rows) and not record.has(row, seed):
                 _plan(study, row, seed, out, overrides, plan)
     say(f"{study.name}: {len(study.rows)} rows; {len(plan)} jobs to do, {jobs} at once")
+    base = load_config(study.base, overrides)
+    if plan and base.data.generate == "shapes":  # once, before processes that would all write it
+        generate_shapes(data_path(base, "shapes"))
     for job in _work(list(plan.values()), jobs, out / "logs"):
         if job.failed:
             say(f"FAILED {job.title}, see {_log(job, out / 'logs')}")
