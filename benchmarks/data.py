@@ -1,4 +1,4 @@
-"""The data at scale, by parts: `python benchmarks/data.py PART ...` runs one of the benchmarks beside this file.
+"""The data at scale: `python benchmarks/data.py PART ...` runs one of the benchmarks beside this file.
 
 python benchmarks/data.py annotations FILE     annotation_cache.py: first start, later starts, workers
 python benchmarks/data.py index [--growth]     image_level_index.py: a prepared index of any size
