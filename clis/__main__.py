@@ -173,7 +173,7 @@ def _check(arguments: argparse.Namespace) -> None:
     from clis.engine.check import check
 
     config = load_config(arguments.config, arguments.overrides)
-    report = check(config, workers=arguments.workers, sample=arguments.sample)
+    report = check(config, arguments.overrides, workers=arguments.workers, sample=arguments.sample)
     report.say()
     if arguments.list is not None:
         arguments.list.write_text("".join(f"{line}\n" for line in report.listing))

@@ -231,10 +231,24 @@ def test_settings_that_cannot_run(root, finished):
     assert any("makes it with a detector: name a checkpoint" in error for error in report.errors)
     report = checked(root, "regions.detector=no_such_run")
     assert any("no_such_run/checkpoints/last.pt: no such checkpoint" in error for error in report.errors)
+    report = checked(root, "data.shuffle_block=8")
+    assert any("data.shuffle_block is for tars of mixed classes" in error for error in report.errors)
     (root.parent / "run").mkdir()
     shutil.copy(finished / "config.yaml", root.parent / "run")
     report = checked(root, "optim.lr=0.5")
     assert any("belongs to another config: optim.lr: 0.04 != 0.5" in error for error in report.errors)
+
+
+def test_the_detectors_run_folder_is_the_one_that_the_run_would_use(root, finished):
+    """output=FOLDER puts it into FOLDER/detector; one that is there is of another learning rate."""
+    folder = root.parent / "run"
+    (folder / "detector").mkdir(parents=True)
+    shutil.copy(finished / "detector" / "config.yaml", folder / "detector")
+    overrides = [*SHORT, f"data.root={root}", f"output={folder}", "optim.lr=0.5"]
+    report = check(load_config(CONFIG, overrides), overrides, workers=0)
+    assert [error.split(":")[0] for error in report.errors] == [
+        f"{folder / 'detector'} belongs to another config"
+    ]
 
 
 def test_a_sample_is_spread_over_the_stream(root):

@@ -8,7 +8,7 @@ import io
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -26,7 +26,7 @@ from clis.data.sampling import RepeatSampler, class_repeat_factors, repeat_facto
 from clis.engine.checkpoint import load_checkpoint
 from clis.engine.log import Progress, say
 from clis.engine.regions import DETECTOR_RULES, detector_checkpoint, detector_config
-from clis.engine.streams import make_index, read_annotations, regions_file
+from clis.engine.streams import make_image_level_sampler, make_index, read_annotations, regions_file
 from clis.models import build_model
 
 SHOWN = 5
@@ -74,10 +74,13 @@ class Examined:
     num_bytes: int = 0
 
 
-def check(config: Config, *, workers: int, sample: int | None = None) -> Report:
+def check(
+    config: Config, overrides: Sequence[str] = (), *, workers: int, sample: int | None = None
+) -> Report:
     """Checks files and settings of a run, and of the detector that it would train for its regions.
 
     Args:
+        overrides: those that `config` was made with; some hold for the detector too.
         workers: processes that read images.
         sample: images of each stream that are read, spread evenly; None reads all.
     """
@@ -89,7 +92,7 @@ def check(config: Config, *, workers: int, sample: int | None = None) -> Report:
         return report
     detector = None
     with report.catching():
-        detector = detector_config(config)
+        detector = detector_config(config, overrides)
     for each in (config, detector):
         if each is not None:
             _check_run_folder(each, report)
@@ -109,6 +112,7 @@ def check(config: Config, *, workers: int, sample: int | None = None) -> Report:
             report.notes.append(describe_coverage(coverage(train.categories, index.image_counts)))
             if index.folder is not None and not is_intact(index):
                 report.errors.append(f"{index.folder}: damaged; remove it and prepare it again")
+            make_image_level_sampler(config, index)
             _check_regions(config, index, detector, report)
     if train is not None:
         with report.catching():

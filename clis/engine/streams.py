@@ -15,10 +15,18 @@ from clis.data.annotations import (
     load_annotations,
     load_training_annotations,
 )
+from clis.data.image_classes import shortened
 from clis.data.image_level import ImageLevelIndex, build_index, is_index, open_index
 from clis.data.loader import TwoStreamDataset
 from clis.data.regions import load_regions
-from clis.data.sampling import BlockSampler, JointSampler, RepeatSampler, UniformSampler, repeat_factors
+from clis.data.sampling import (
+    BlockSampler,
+    JointSampler,
+    RepeatSampler,
+    Sampler,
+    UniformSampler,
+    repeat_factors,
+)
 from clis.distributed import local_main_first
 from clis.engine.log import Progress, say
 
@@ -55,15 +63,7 @@ def make_streams(config: Config) -> tuple[Annotations, TwoStreamDataset, JointSa
     if clis.s > 0:
         index = make_index(config, annotations)
         regions = load_regions(regions_file(config), index, config.regions.rule)
-        block = data.shuffle_block
-        if block and not index.mixed:
-            raise ValueError(
-                "data.shuffle_block is for tars of mixed classes (`python -m clis prepare image-level` with "
-                "--labels); a block of these images would be of one class: set it to null"
-            )
-        image_level_sampler = (
-            BlockSampler(len(index), block, seed) if block else UniformSampler(len(index), seed)
-        )
+        image_level_sampler = make_image_level_sampler(config, index)
     factors = repeat_factors(
         annotations.offsets, annotations.labels, len(annotations.categories), data.repeat_threshold
     )
@@ -88,9 +88,26 @@ def make_index(config: Config, annotations: Annotations) -> ImageLevelIndex:
     mapping = None if data.mapping is None else data_path(config, data.mapping)
     index = build_index(roots, annotations.categories, mapping, strict=not data.drop_unmatched)
     if index.unmatched:
-        some = ", ".join(index.unmatched[:10])
-        say(f"{len(index.unmatched)} image-level classes match no category and are left out: {some} ...")
+        some = shortened(index.unmatched)
+        say(f"{len(index.unmatched)} image-level classes match no category and are left out: {some}")
     return index
+
+
+def make_image_level_sampler(config: Config, index: ImageLevelIndex) -> Sampler:
+    """The shuffle of the image-level stream: over all images, or block by block.
+
+    Raises:
+        ValueError: blocks of an index whose neighbours are of one class.
+    """
+    block, seed = config.data.shuffle_block, config.train.seed
+    if block is None:
+        return UniformSampler(len(index), seed)
+    if not index.mixed:
+        raise ValueError(
+            "data.shuffle_block is for tars of mixed classes (`python -m clis prepare image-level` with "
+            "--labels); a block of these images would be of one class: set it to null"
+        )
+    return BlockSampler(len(index), block, seed)
 
 
 def regions_file(config: Config) -> Path:
