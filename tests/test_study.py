@@ -93,6 +93,21 @@ def test_the_table_by_hand():
     assert lines[4] == ["third", "0", "", "", "", "", "", "", ""]
 
 
+def test_overrides_of_clis_do_not_reach_the_detector_in_either_form(tmp_path):
+    """`clis.s=8` and `clis={s: 8}`: one detector, one region file, and neither command has it."""
+    rows = {"dotted": {"overrides": ["clis.s=8"]}, "mapping": {"overrides": ["clis={s: 8, t: 1}"]}}
+    loaded = Study.load(write_study(tmp_path / "small.yaml", rows))
+    plan = {}
+    for row in loaded.rows:
+        study._plan(loaded, row, 0, tmp_path, ["optim.lr=0.5"], plan)
+    detector, regions, *trainings = plan.values()
+    assert len(trainings) == 2
+    assert all(job.after == [regions] for job in trainings)
+    assert regions.after == [detector]
+    assert "optim.lr=0.5" in detector.command
+    assert not [word for word in detector.command if word.startswith("clis")]
+
+
 def test_keys_are_of_what_changes_the_result():
     base = load_config(CONFIG, [])
     same = load_config(

@@ -46,12 +46,20 @@ def detector_config(config: Config, overrides: Sequence[str] = ()) -> Config | N
         return None
     if Path(source).suffix not in (".yaml", ".yml"):
         return None
-    sections = [override.partition("=")[0].strip().split(".")[0] for override in overrides]
-    own = ("clis", "loss", "regions", "output")
-    passed = [override for override, section in zip(overrides, sections) if section not in own]
-    if "output" in sections:
+    passed = detector_overrides(overrides)
+    if any(_section(override) == "output" for override in overrides):
         passed.append(f"output={Path(config.output, 'detector')}")
     return load_config(source, passed)
+
+
+def detector_overrides(overrides: Sequence[str]) -> list[str]:
+    """Those of a run's overrides that hold for the detector of its regions too."""
+    own = ("clis", "loss", "regions", "output")
+    return [override for override in overrides if _section(override) not in own]
+
+
+def _section(override: str) -> str:
+    return override.partition("=")[0].strip().split(".")[0]
 
 
 def find_regions(config: Config, device: torch.device, detector: Config | None = None) -> None:

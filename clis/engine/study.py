@@ -16,7 +16,7 @@ from typing import Any
 
 from clis.config import RESUMABLE, Config, config_to_dict, data_path, load_config, read_yaml
 from clis.engine.log import clock, say
-from clis.engine.regions import detector_config
+from clis.engine.regions import detector_config, detector_overrides
 from clis.engine.train import generate_shapes
 from clis.files import written_whole
 
@@ -183,8 +183,8 @@ def _plan_regions(
     more: list[str] = []
     if detector is not None:
         folder = out / "runs" / run_key(detector)
-        passed = [override for override in every if override.split(".")[0] not in ("clis", "loss", "regions")]
-        command = [sys.executable, "-c", TRAIN, "--config", str(config.regions.detector), *passed]
+        command = [sys.executable, "-c", TRAIN, "--config", str(config.regions.detector)]
+        command += detector_overrides(every)
         title = f"detector of the regions, seed {detector.train.seed}"
         job = Job(title, [*command, f"output={folder}"], folder / "eval.json")
         after.append(plan.setdefault(folder, job))
