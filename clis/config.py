@@ -181,6 +181,11 @@ class DataConfig:
     max_bad_images: int = 0
     """Unreadable images that a start of a run may replace by the next of their stream before it stops; each
     counts once a process."""
+    image_level_share: float = 1.0
+    """Share of the image-level images that are used, above 0; `train.seed` draws which."""
+    label_noise: float = 0.0
+    """Share of the image-level images that get the label of another class, drawn by `train.seed`: what a
+    stream from a search engine may be like (section IV-D.5)."""
     repeat_threshold: float = 1e-3
     """t of repeat-factor sampling: classes in a smaller share of the images are repeated."""
     repeat_rounding: Literal["ceil", "stochastic", "none"] = "ceil"
@@ -215,7 +220,12 @@ class RegionsConfig:
 
     file: str | None = None
     """``regions.npy``, made if it does not exist; null is the run folder's."""
-    rule: Literal["category-rank-first", "top-score", "center", "full"] = "category-rank-first"
+    rule: Literal["category-rank-first", "top-score", "center", "full", "given"] = "category-rank-first"
+    """The detector's box that scores highest for the image's own class, or for any; the central half of the
+    area; the whole image; the box that `boxes` has."""
+    boxes: str | None = None
+    """Of the rule ``given``: a JSON file of {image: [x1, y1, x2, y2]}, relative to `data.root`, in pixels of
+    the stored image; an image is ``class/file name``, or ``class.tar:member name``."""
     detector: str | None = None
     """Checkpoint that finds the regions, or a config (then trained first, in its own run folder)."""
     images_per_batch: int = 1
@@ -292,6 +302,12 @@ class Config:
         _check(self)
 
 
+# Fields of `DataConfig` that matter to the image-level stream and the pasting from it alone.
+IMAGE_LEVEL_FIELDS = (
+    "image_level", "shuffle_block", "mapping", "drop_unmatched", "image_level_share", "label_noise",
+    "mosaic_size", "mosaic_scale", "cutout", "cutout_size", "min_region", "paste_size", "paste_max_cover",
+)  # fmt: skip
+
 # Machine settings: a resumed run may change them without being another run.
 RESUMABLE = (
     "data.root", "data.workers", "train.device", "train.images_per_process", "train.log_every",
@@ -344,12 +360,21 @@ def config_to_yaml(config: Config) -> str:
 
 def config_differences(a: Config, b: Config) -> list[str]:
     """Dotted keys, with both values, in which two configs differ beyond what a resumed run may change."""
-    flat_a, flat_b = _flatten(config_to_dict(a)), _flatten(config_to_dict(b))
+    flat_a, flat_b = flatten(config_to_dict(a)), flatten(config_to_dict(b))
     return [
         f"{key}: {flat_a[key]} != {flat_b[key]}"
         for key in flat_a
         if key not in RESUMABLE and flat_a[key] != flat_b[key]
     ]
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one, of dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        dotted = f"{prefix}{key}"
+        flat |= flatten(value, f"{dotted}.") if isinstance(value, Mapping) else {dotted: value}
+    return flat
 
 
 def merge_overrides(values: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
@@ -524,14 +549,6 @@ def _plain(value: Any) -> Any:
     return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
-def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        dotted = f"{prefix}{key}"
-        flat |= _flatten(value, f"{dotted}.") if isinstance(value, dict) else {dotted: value}
-    return flat
-
-
 def _check(config: Config) -> None:
     """Raises `ValueError` for settings that contradict each other or cannot work.
 
@@ -594,6 +611,17 @@ def _data_rules(config: Config) -> Iterator[tuple[Any, str]]:
     yield (
         data.shuffle_block is None or data.shuffle_block >= 1,
         f"data.shuffle_block={data.shuffle_block}: at least 1, or null",
+    )
+    yield 0 < data.image_level_share <= 1, f"data.image_level_share={data.image_level_share}: in (0, 1]"
+    yield (
+        data.image_level_share == 1 or data.shuffle_block is None,
+        "data.image_level_share draws single images: set data.shuffle_block=null",
+    )
+    yield 0 <= data.label_noise < 1, f"data.label_noise={data.label_noise}: in [0, 1)"
+    yield (
+        (config.regions.rule == "given") == (config.regions.boxes is not None),
+        f"regions.rule={config.regions.rule}, regions.boxes={config.regions.boxes}: the rule `given` needs a "
+        "file of boxes, the others do not read one",
     )
     for name in ("workers", "max_bad_images"):
         yield getattr(data, name) >= 0, f"data.{name}={getattr(data, name)}: at least 0"

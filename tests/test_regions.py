@@ -176,6 +176,45 @@ class TestRules:
         # a detector that the rule did not ask has no part in the file
         assert (note["rule"], note["detector"], note["counts"]) == (rule, None, {"rule": NUM_IMAGES})
 
+    def test_given_boxes_are_looked_up_by_name_and_clipped(self, index, tmp_path):
+        """Of image 4 none is given, that of 5 lies outside, and image 6 (26 x 42) is smaller than its box."""
+        boxes = {index.name(row): box_of(number) for row, number in enumerate(numbers_of(index))}
+        del boxes["bird/04.png"]
+        boxes |= {"dog/05.png": [100, 100, 120, 130], "cat/06.png": [2, -3, 99, 20]}
+        (tmp_path / "boxes.json").write_text(json.dumps(boxes))
+        given = ["regions.rule=given", f"regions.boxes={tmp_path}/boxes.json"]
+        make_regions(config_of(*given), index, None, tmp_path / "regions.npy")
+        table = load_regions(tmp_path / "regions.npy", index, "given")
+        for row, number in enumerate(numbers_of(index)):
+            if number in (4, 5):
+                assert (table["score"][row], table["source"][row]) == (0, RegionSource.FALLBACK)
+            else:
+                assert table["source"][row] == RegionSource.RULE
+                expected = [2, 0, 42, 20] if number == 6 else box_of(number)
+                assert table["box"][row].tolist() == expected
+
+    @pytest.mark.parametrize(
+        ("text", "message"),
+        [
+            (None, r"boxes\.json: no such file; regions\.boxes names it"),
+            ("{", r"boxes\.json: not valid JSON"),
+            ("[]", r"boxes\.json: \{image: .*\} is needed, not a list"),
+            ('{"cat/00.png": [1, 2, 3]}', r"cat/00\.png: \[x1, y1, x2, y2\] is needed, not \[1, 2, 3\]"),
+            ('{"cat/00.png": "all"}', r"cat/00\.png: .* is needed, not 'all'"),
+            ('{"cat/00.png": [3, 4, 3, 9]}', r"cat/00\.png: the box \[3, 4, 3, 9\] has no area"),
+            (
+                '{"00.png": [3, 4, 5, 9]}',
+                r"no box of data\.image_level's images; .* called e\.g\. bird/",
+            ),
+        ],
+    )
+    def test_wrong_files_of_given_boxes(self, index, tmp_path, text, message):
+        if text is not None:
+            (tmp_path / "boxes.json").write_text(text)
+        config = config_of("regions.rule=given", f"regions.boxes={tmp_path}/boxes.json")
+        with pytest.raises((ValueError, FileNotFoundError), match=message):
+            make_regions(config, index, None, tmp_path / "regions.npy")
+
     def test_center_box_has_half_the_area_and_the_images_proportions(self):
         x1, y1, x2, y2 = center_box(torch.zeros(3, 30, 80, dtype=torch.uint8)).tolist()
         assert (x2 - x1) * (y2 - y1) == pytest.approx(30 * 80 / 2, rel=1e-6)

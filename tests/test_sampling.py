@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from clis.data.sampling import (
     BlockSampler,
     JointSampler,
+    PartSampler,
     RepeatSampler,
     UniformSampler,
     mix,
@@ -246,6 +247,25 @@ def test_epochs_differ_and_seeds_differ():
     assert all(sorted(entries) == list(range(100)) for entries in orders)
     # Random orders of 100 agree in 1 place on average.
     assert all(sum(x == y for x, y in zip(a, b)) < 8 for i, a in enumerate(orders) for b in orders[:i])
+
+
+@settings(deadline=None)
+@given(n=st.integers(1, 60), share=st.floats(0.01, 1), seed=st.integers(0, 2**31))
+def test_a_part_is_the_same_in_all_epochs_and_holds_the_smaller_ones(n, share, seed):
+    sampler = PartSampler(n, share, seed)
+    size = max(1, round(share * n))
+    assert len(sampler) == size
+    epochs = [[sampler.draw(k) for k in range(e * size, (e + 1) * size)] for e in range(2)]
+    assert len(set(epochs[0])) == size
+    assert set(epochs[0]) == set(epochs[1]) <= set(range(n))
+    half = PartSampler(n, share / 2, seed)
+    assert {half.draw(k) for k in range(len(half))} <= set(epochs[0])
+
+
+def test_parts_of_other_seeds_are_other_images():
+    """Of 1000 images two random tenths share ten or so."""
+    parts = [{PartSampler(1000, 0.1, seed).draw(k) for k in range(100)} for seed in range(2)]
+    assert 1 <= len(parts[0] & parts[1]) <= 25
 
 
 def test_uniform_sampler_of_a_billion_images_needs_no_memory():

@@ -15,6 +15,7 @@ from torchvision.io import read_image
 from clis.data.shapes import (
     CLASS_NAMES,
     CLASSES,
+    IMAGE_LEVEL,
     OUTLINES,
     TEXTURES,
     VAL,
@@ -300,6 +301,28 @@ def test_image_level_folders_are_full(written):
     assert [f.name for f in folders] == sorted(CLASS_NAMES)
     assert all(sorted(p.name for p in f.iterdir()) == ["000001.jpg", "000002.jpg"] for f in folders)
     assert read_image(str(folders[0] / "000001.jpg")).shape == (3, 40, 40)
+
+
+def test_boxes_of_image_level_images_are_tight(written):
+    """One for each image, inside it; that of an image drawn again is its scene's, which is tight."""
+    boxes = json.loads((written / "image_level_boxes.json").read_text())
+    names = [f"{name}/{number:06}.jpg" for name in CLASS_NAMES for number in (1, 2)]
+    assert list(boxes) == names
+    for name in names:
+        x1, y1, x2, y2 = boxes[name]
+        assert 0 <= x1 < x2 <= 40
+        assert 0 <= y1 < y2 <= 40
+    spec, label = SPEC, CLASS_NAMES.index("dots_ring")
+    scene = draw_scene(
+        np.random.default_rng([spec.seed, IMAGE_LEVEL, 2 * label + 1]),
+        np.array([label]),
+        image_size=spec.image_level_size,
+        object_size=spec.image_level_object_size,
+        backdrop=draw_studio,
+    )
+    drawn = read_image(str(written / "image_level" / "dots_ring" / "000002.jpg"))
+    assert np.abs(drawn.numpy().astype(int) - scene.image).mean() < 8  # the same image, but for JPEG
+    assert boxes["dots_ring/000002.jpg"] == scene.boxes[0].tolist()
 
 
 def test_progress_counts_every_image_once_and_a_second_call_does_nothing(tmp_path):

@@ -114,7 +114,13 @@ def test_keys_are_of_what_changes_the_result():
         CONFIG, ["output=elsewhere", "data.workers=3", "train.log_every=7", "regions.file=x.npy"]
     )
     assert study.run_key(same) == study.run_key(base)
-    for override in ("train.seed=1", "loss.alpha=0.1", "regions.rule=center", "data.flip=0.4"):
+    for override in (
+        "train.seed=1",
+        "data.label_noise=0.1",
+        "loss.alpha=0.1",
+        "regions.rule=center",
+        "data.flip=0.4",
+    ):
         assert study.run_key(load_config(CONFIG, [override])) != study.run_key(base)
 
 

@@ -20,7 +20,7 @@ _FRACTION_BITS = 30
 """Cumulative repeat factors are int64 in units of 2**-30: exact, and room for 2**33 draws an epoch."""
 
 # Tags that keep hashes of one seed apart by what they are for.
-_REPEAT_ORDER, _REPEAT_OFFSET, _UNIFORM_ORDER, _ITEM_SEED, _BLOCK_ORDER, _BLOCK_PLACE = range(6)
+_REPEAT_ORDER, _REPEAT_OFFSET, _UNIFORM_ORDER, _ITEM_SEED, _BLOCK_ORDER, _BLOCK_PLACE, _PART = range(7)
 
 
 def _scramble(x: int) -> int:
@@ -213,6 +213,30 @@ class UniformSampler:
         """Return the image (0..n-1) of the k-th draw of the endless stream, k >= 0."""
         epoch, position = divmod(k, self._n)
         return permuted(position, self._n, mix(self._seed, _UNIFORM_ORDER, epoch))
+
+
+class PartSampler:
+    """Shuffled stream over a random part of n images, the same in all epochs; O(1) memory."""
+
+    def __init__(self, n: int, share: float, seed: int) -> None:
+        """
+        Args:
+            n: number of images, at least 1.
+            share: of them that are drawn, in (0, 1], rounded to whole images, at least one.
+            seed: any integer; a larger share of the same seed holds the smaller one.
+
+        Raises:
+            ValueError: there is no image.
+        """
+        self._part = UniformSampler(max(1, round(share * n)) if n else 0, seed)
+        self._n, self._key = n, mix(seed, _PART)
+
+    def __len__(self) -> int:
+        return len(self._part)
+
+    def draw(self, k: int) -> int:
+        """Return the image (0..n-1) of the k-th draw of the endless stream, k >= 0."""
+        return permuted(self._part.draw(k), self._n, self._key)
 
 
 class BlockSampler:

@@ -20,7 +20,7 @@ import torch
 from torchvision.io import encode_jpeg
 
 FORMAT = "clis-shapes"
-VERSION = 1
+VERSION = 2
 JPEG_QUALITY = 92
 SUPERSAMPLING = 3
 MAX_TILT = np.deg2rad(30)  # small networks should not have to learn full rotation invariance
@@ -408,8 +408,9 @@ def write_shapes(
     """Write the benchmark into `folder`, unless it already holds the one of an equal spec.
 
     Makes ``train.json`` and ``val.json`` (LVIS v1 form, exhaustively annotated, file names relative to
-    `folder`), ``train/000001.jpg`` and so on, ``image_level/<class name>/000001.jpg`` and so on, and at last
-    ``shapes.json``, whose presence says that the rest is complete. A folder that this function left
+    `folder`), ``train/000001.jpg`` and so on, ``image_level/<class name>/000001.jpg`` and so on, the boxes of
+    the latter in ``image_level_boxes.json`` (for `regions.boxes`, as an oracle), and at last ``shapes.json``,
+    whose presence says that the rest is complete. A folder that this function left
     incomplete or wrote from another spec is rewritten. `progress` gets the number of images done and to do,
     after each. Not for several processes at once.
 
@@ -440,7 +441,7 @@ def _read_record(folder: Path) -> dict | None:
 OWN_PATHS = re.compile(
     r"(train|val)(\.json|/\d{6,}\.jpg)?"
     rf"|image_level(/({'|'.join(CLASS_NAMES)})(/\d{{6,}}\.jpg)?)?"
-    r"|shapes\.json(\.unfinished)?"
+    r"|image_level_boxes\.json|shapes\.json(\.unfinished)?"
 )
 
 
@@ -469,9 +470,10 @@ def _claim_folder(folder: Path) -> Path:
 
 
 def _write_images(folder: Path, spec: ShapesSpec) -> Iterator[None]:
-    """Write all images and both annotation files; yields after each image."""
+    """Write all images and the files of their boxes; yields after each image."""
     yield from _write_split(folder, spec, TRAIN, "train", train_image_counts(spec), spec.train_images)
     yield from _write_split(folder, spec, VAL, "val", val_image_counts(spec), spec.val_images)
+    boxes = {}
     for label, name in enumerate(CLASS_NAMES):
         for i in range(spec.image_level_per_class):
             scene = draw_scene(
@@ -481,8 +483,11 @@ def _write_images(folder: Path, spec: ShapesSpec) -> Iterator[None]:
                 object_size=spec.image_level_object_size,
                 backdrop=draw_studio,
             )
-            _write_jpeg(folder / "image_level" / name / f"{i + 1:06d}.jpg", scene.image)
+            file = f"{name}/{i + 1:06d}.jpg"
+            _write_jpeg(folder / "image_level" / file, scene.image)
+            boxes[file] = scene.boxes[0].tolist()
             yield
+    (folder / "image_level_boxes.json").write_text(json.dumps(boxes))
 
 
 def _write_split(

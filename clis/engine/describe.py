@@ -36,8 +36,10 @@ def describe_run(
     ]
     if index is not None:
         lines.append(
-            f"{len(index)} image-level images of {(index.image_counts > 0).sum()} classes, "
-            f"s={clis.s} t={clis.t}, alpha {config.loss.alpha:g} beta {config.loss.beta:g}"
+            f"{len(index)} image-level images of {(index.image_counts > 0).sum()} classes"
+            + f", of which a share of {data.image_level_share:g} is used" * (data.image_level_share < 1)
+            + f", a share of {data.label_noise:g} with wrong labels" * (data.label_noise > 0)
+            + f", s={clis.s} t={clis.t}, alpha {config.loss.alpha:g} beta {config.loss.beta:g}"
         )
     lines.append(
         f"{train.steps} steps of {train.images_per_step} images ({world_size()} process(es), {accumulation} "

@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from clis.config import Config, data_path, load_config
+from clis import boxes as box_ops
+from clis.config import IMAGE_LEVEL_FIELDS, Config, data_path, load_config, merge_overrides
 from clis.data.annotations import check_same_categories
 from clis.data.image_level import ImageLevelIndex
 from clis.data.images import ImageError, decode_image
@@ -31,15 +32,15 @@ DETECTOR_RULES = ("category-rank-first", "top-score")
 FLUSH_EVERY = 256
 """Images after which finished rows are forced to the disk, so that an interrupted run goes on from there."""
 
-Rule = Callable[[list[Tensor], Tensor], list[tuple[Tensor, float]]]
-"""Images and their labels to a box [4] and a score each; the box is NaN where there is none."""
+Rule = Callable[[list[int], list[Tensor]], list[tuple[Tensor, float]]]
+"""Rows of the index and their images to a box [4] and a score each; the box is NaN where there is none."""
 
 
 def detector_config(config: Config, overrides: Sequence[str] = ()) -> Config | None:
     """The config of the detector that finds the regions, if the config names one by its config.
 
-    Overrides outside clis, loss and regions hold for it too. With ``output=FOLDER`` its run folder is
-    FOLDER/detector.
+    Overrides hold for it too, but for those of clis, loss, regions and the image-level stream. With
+    ``output=FOLDER`` its run folder is FOLDER/detector.
     """
     source = config.regions.detector
     if config.clis.s == 0 or config.regions.rule not in DETECTOR_RULES or source is None:
@@ -54,8 +55,19 @@ def detector_config(config: Config, overrides: Sequence[str] = ()) -> Config | N
 
 def detector_overrides(overrides: Sequence[str]) -> list[str]:
     """Those of a run's overrides that hold for the detector of its regions too."""
-    own = ("clis", "loss", "regions", "output")
-    return [override for override in overrides if _section(override) not in own]
+    passed = []
+    for override in overrides:
+        section = _section(override)
+        if section == "data":
+            fields = merge_overrides({}, [override])["data"]
+            passed += [
+                f"data.{name}={json.dumps(value)}"
+                for name, value in fields.items()
+                if name not in IMAGE_LEVEL_FIELDS
+            ]
+        elif section not in ("clis", "loss", "regions", "output"):
+            passed.append(override)
+    return passed
 
 
 def _section(override: str) -> str:
@@ -105,6 +117,7 @@ def make_regions(config: Config, index: ImageLevelIndex, detector: CLISDetector 
         detector: finds the boxes for `category-rank-first` and `top-score`; None for the other rules.
 
     Raises:
+        FileNotFoundError, ValueError: the boxes of the rule `given` cannot be read.
         ImageError: more images than `data.max_bad_images` cannot be read.
     """
     sidecar = region_sidecar(index, config.regions.rule, detector_of(config))
@@ -118,7 +131,7 @@ def make_regions(config: Config, index: ImageLevelIndex, detector: CLISDetector 
     if len(pending) < len(index):
         say(f"{len(index) - len(pending)} of {len(index)} regions are there already")
     mine = pending[rank() :: world_size()]
-    rule = _rule(config.regions.rule, detector)
+    rule = _rule(config, index, detector)
     loader = image_loader(
         functools.partial(_read, index), mine, config.regions.images_per_batch, config.data.workers
     )
@@ -128,7 +141,7 @@ def make_regions(config: Config, index: ImageLevelIndex, detector: CLISDetector 
             unreadable += [image for image in images if isinstance(image, str)]
             if len(unreadable) > config.data.max_bad_images:
                 raise ImageError(_too_many(unreadable, config.data.max_bad_images))
-            _fill(table, rows, images, index.labels, rule)
+            _fill(table, rows, images, rule)
             progress.advance(len(rows))
             if progress.done // FLUSH_EVERY > (progress.done - len(rows)) // FLUSH_EVERY:
                 table.flush()
@@ -178,15 +191,13 @@ def _read(index: ImageLevelIndex, row: int) -> Tensor | str:
         return str(error)
 
 
-def _fill(
-    table: np.ndarray, rows: list[int], images: list[Tensor | str], labels: np.ndarray, rule: Rule
-) -> None:
+def _fill(table: np.ndarray, rows: list[int], images: list[Tensor | str], rule: Rule) -> None:
     """Writes the rows' regions; the source last, since it marks a row as done."""
     readable = [place for place, image in enumerate(images) if not isinstance(image, str)]
     found = {}
     if readable:
-        row_labels = torch.tensor([int(labels[rows[place]]) for place in readable])
-        found = dict(zip(readable, rule([images[place] for place in readable], row_labels)))
+        boxes = rule([rows[place] for place in readable], [images[place] for place in readable])
+        found = dict(zip(readable, boxes))
     for place, row in enumerate(rows):
         if place not in found:
             table[row] = (0.0, 0.0, RegionSource.UNREADABLE)
@@ -199,14 +210,50 @@ def _fill(
         table[row] = (box.cpu().numpy(), float(score), source)
 
 
-def _rule(name: str, detector: CLISDetector | None) -> Rule:
+def _rule(config: Config, index: ImageLevelIndex, detector: CLISDetector | None) -> Rule:
+    name = config.regions.rule
     if name == "center":
-        return lambda images, labels: [(center_box(image), 1.0) for image in images]
+        return lambda rows, images: [(center_box(image), 1.0) for image in images]
     if name == "full":
-        return lambda images, labels: [(_full_box(image), 1.0) for image in images]
+        return lambda rows, images: [(_full_box(image), 1.0) for image in images]
+    if name == "given":
+        boxes, nothing = read_given_boxes(config, index), torch.full((4,), torch.nan)
+        return lambda rows, images: [
+            (box_ops.clip(boxes.get(index.name(row), nothing), tuple(image.shape[1:])), 1.0)
+            for row, image in zip(rows, images)
+        ]
     if name == "top-score":
-        return lambda images, labels: [_top_score(found) for found in detector.detect(images)]
-    return lambda images, labels: detector.rank_first(images, labels)
+        return lambda rows, images: [_top_score(found) for found in detector.detect(images)]
+    return lambda rows, images: detector.rank_first(images, torch.from_numpy(index.labels[rows].astype(int)))
+
+
+def read_given_boxes(config: Config, index: ImageLevelIndex) -> dict[str, Tensor]:
+    """The file of the rule ``given``: a box, float32 [4], xyxy, by the name of its image.
+
+    Raises:
+        FileNotFoundError, ValueError: it is missing, not a JSON file of boxes, or of none of these images.
+    """
+    path = data_path(config, config.regions.boxes)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; regions.boxes names it")
+    try:
+        values = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path}: not valid JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: {{image: [x1, y1, x2, y2]}} is needed, not a {type(values).__name__}")
+    boxes = {}
+    for name, box in values.items():
+        try:
+            boxes[name] = torch.tensor(box, dtype=torch.float32).reshape(4)
+        except (TypeError, ValueError, RuntimeError):
+            raise ValueError(f"{path}: {name}: [x1, y1, x2, y2] is needed, not {box!r}") from None
+        x1, y1, x2, y2 = boxes[name].tolist()
+        if not (x2 > x1 and y2 > y1):
+            raise ValueError(f"{path}: {name}: the box {box} has no area; remove it or mend it")
+    if not any(index.name(row) in boxes for row in range(len(index))):
+        raise ValueError(f"{path}: no box of data.image_level's images; they are called e.g. {index.name(0)}")
+    return boxes
 
 
 def center_box(image: Tensor) -> Tensor:

@@ -17,11 +17,13 @@ from clis.data.annotations import (
 )
 from clis.data.image_classes import shortened
 from clis.data.image_level import ImageLevelIndex, build_index, is_index, open_index
+from clis.data.label_noise import with_wrong_labels
 from clis.data.loader import TwoStreamDataset
 from clis.data.regions import load_regions
 from clis.data.sampling import (
     BlockSampler,
     JointSampler,
+    PartSampler,
     RepeatSampler,
     Sampler,
     UniformSampler,
@@ -79,6 +81,12 @@ def make_index(config: Config, annotations: Annotations) -> ImageLevelIndex:
     Raises:
         ValueError: a prepared index is damaged, of other categories or not alone; or as `build_index`.
     """
+    index = _read_index(config, annotations)
+    noise = config.data.label_noise
+    return with_wrong_labels(index, noise, config.train.seed) if noise > 0 else index
+
+
+def _read_index(config: Config, annotations: Annotations) -> ImageLevelIndex:
     data = config.data
     roots = [data_path(config, root) for root in data.image_level]
     if any(map(is_index, roots)):
@@ -94,12 +102,14 @@ def make_index(config: Config, annotations: Annotations) -> ImageLevelIndex:
 
 
 def make_image_level_sampler(config: Config, index: ImageLevelIndex) -> Sampler:
-    """The shuffle of the image-level stream: over all images, or block by block.
+    """The shuffle of the image-level stream: over all images, over a part, or block by block.
 
     Raises:
         ValueError: blocks of an index whose neighbours are of one class.
     """
-    block, seed = config.data.shuffle_block, config.train.seed
+    block, share, seed = config.data.shuffle_block, config.data.image_level_share, config.train.seed
+    if share < 1:
+        return PartSampler(len(index), share, seed)
     if block is None:
         return UniformSampler(len(index), seed)
     if not index.mixed:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from clis.config import RESUMABLE, Config, config_to_dict, data_path, load_config, read_yaml
+from clis.config import RESUMABLE, Config, config_to_dict, data_path, flatten, load_config, read_yaml
 from clis.engine.log import clock, say
 from clis.engine.regions import detector_config, detector_overrides
 from clis.engine.train import generate_shapes
@@ -146,12 +146,19 @@ def run_study(
 
 
 def run_key(config: Config) -> str:
-    """Twelve letters that are the same for runs with the same result: all settings but machine and places."""
-    values = config_to_dict(config)
-    for dotted in (*RESUMABLE, "regions.file"):
-        section, _, name = dotted.rpartition(".")
-        (values[section] if section else values).pop(name, None)
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
+    """Twelve letters that are the same for runs with the same result: of all settings but machine and places.
+
+    Those that have their default are left out, so that a new field leaves the runs before it known.
+    """
+    values, defaults = (flatten(config_to_dict(each)) for each in (config, Config()))
+    told = {key: value for key, value in values.items() if value != defaults[key]}
+    for key in (*RESUMABLE, "regions.file"):
+        told.pop(key, None)
+    return _hashed(told)
+
+
+def _hashed(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def _plan(
@@ -179,20 +186,22 @@ def _plan_regions(
 ) -> tuple[Path, list[Job]]:
     """The region file of a config, and the jobs that make it: the detector's training, and the search."""
     after: list[Job] = []
-    key = [config.regions.rule, config.data.image_level, config.data.mapping, config.data.train]
+    regions, data, seed = config.regions, config.data, config.train.seed
+    key = [regions.rule, regions.boxes, data.train, data.image_level, data.mapping, data.drop_unmatched]
+    key += [data.label_noise, seed] if data.label_noise > 0 else []
     more: list[str] = []
     if detector is not None:
         folder = out / "runs" / run_key(detector)
-        command = [sys.executable, "-c", TRAIN, "--config", str(config.regions.detector)]
+        command = [sys.executable, "-c", TRAIN, "--config", str(regions.detector)]
         command += detector_overrides(every)
         title = f"detector of the regions, seed {detector.train.seed}"
         job = Job(title, [*command, f"output={folder}"], folder / "eval.json")
         after.append(plan.setdefault(folder, job))
         more = [f"regions.detector={folder}"]
         key.append(run_key(detector))
-    file = out / "regions" / f"{hashlib.sha256(repr(key).encode()).hexdigest()[:12]}.npy"
+    file = out / "regions" / f"{_hashed(key)}.npy"
     command = [sys.executable, "-m", "clis", "regions", str(study.base), *every, *more]
-    title = f"regions, seed {config.train.seed}"
+    title = f"regions by {regions.rule}, seed {seed}"
     job = Job(title, [*command, f"regions.file={file}"], file, after)
     return file, [plan.setdefault(file, job)]
 

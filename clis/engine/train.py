@@ -63,8 +63,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--config", required=True, help="e.g. configs/shapes/clis.yaml")
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value",
-        help="change the config, e.g. train.steps=100 output=runs/short. Overrides outside clis, loss and "
-        "regions also apply to the detector that finds the regions",
+        help="change the config, e.g. train.steps=100 output=runs/short. Those of the model, the "
+        "instance-level data and the training also apply to the detector that finds the regions",
     )  # fmt: skip
     arguments = parser.parse_args(argv)
     config = load_config(arguments.config, arguments.overrides)
