@@ -109,3 +109,30 @@ def test_runs_that_are_not_finished_or_of_other_data(runs, tmp_path, data, finis
     train.main([*arguments, "train.steps=1", "data.val=shapes/copy.json"])
     with pytest.raises(ValueError, match=r"other is of other data than .*; plot them apart"):
         plot.plot([finished, tmp_path / "other"], tmp_path, images=1, score=0.5)
+
+
+def test_a_studys_figure_has_means_and_gains_over_the_first_row():
+    """Gains are of equal seeds: (20 - 10, 26 - 14) = 10 and 12, mean 11; seed 2 of `more` has no partner."""
+
+    def run(ap: float, rare: float) -> dict:
+        return {"AP": ap, "APr": rare, "APc": 3.0, "APf": -100.0, "by_images": {"1-9": rare, "100-400": ap}}
+
+    rows = {
+        "first": {"runs": {"0": run(10.0, 1.0), "1": run(14.0, 1.0)}},
+        "more": {"runs": {"0": run(20.0, 4.0), "1": run(26.0, 8.0), "2": run(99.0, 99.0)}},
+        "not run": {"runs": {}},
+    }
+    bars, gains = plot.study_figure(rows, "a study").axes
+    heights = [bar.get_height() for bar in bars.patches]
+    assert heights[:3] == [12.0, 1.0, 3.0]
+    assert np.isnan(heights[3])
+    assert heights[4:6] == pytest.approx([(20 + 26 + 99) / 3, (4 + 8 + 99) / 3])
+    assert [text.get_text() for text in bars.get_xticklabels()] == ["all", "rare", "common", "frequent"]
+    line = gains.lines[0]
+    assert line.get_xdata() == pytest.approx([3, 200])  # geometric means of 1 and 9, 100 and 400
+    assert line.get_ydata() == pytest.approx([(3 + 7) / 2, (10 + 12) / 2])
+    assert gains.get_ylabel() == "AP above: first"
+
+
+def test_a_figure_of_nothing_is_empty():
+    assert not plot.study_figure({"not run": {"runs": {}}}, "a study").axes[0].patches

@@ -40,7 +40,10 @@ def test_shared_stages_are_made_once_and_finished_runs_are_kept(data, tmp_path, 
     document = json.loads((folder / "study.json").read_text())
     for name, row in document["rows"].items():
         figures = json.loads((runs[row["runs"]["0"]["key"]] / "eval.json").read_text())
-        assert row["runs"]["0"]["AP"] == round(100 * figures["AP"], 2), name
+        run = row["runs"]["0"]
+        assert run["AP"] == round(100 * figures["AP"], 2), name
+        by_images = run["by_images"]  # 50 classes with ground truth each, at most 10 training images
+        assert by_images.keys() == {"1-2", "3-9"} or by_images.keys() == {"1-2", "3-9", "10-29"}
     assert document["rows"]["CLIS"]["runs"] == document["rows"]["again"]["runs"]
     assert "4 jobs to do" in capsys.readouterr().out
 
@@ -76,7 +79,8 @@ def test_the_table_by_hand():
     """APs 10 and 14: mean 12, standard deviation sqrt(8) = 2.8; the second row is 2.5 below the first."""
 
     def run(ap: float) -> dict:
-        return {"AP": ap, "APr": 1.0, "APc": 2.0, "APf": -100.0, "step_seconds": 0.5}
+        figures = {"AP": ap, "APr": 1.0, "APc": 2.0, "APf": -100.0, "step_seconds": 0.5}
+        return figures | {"by_images": {"1-2": ap / 2, "10-29": ap}}
 
     rows = {
         "first": {"runs": {"0": run(10.0), "1": run(14.0)}, "paper": [29.2, 24.4, 28.6, 31.9]},
@@ -91,6 +95,13 @@ def test_the_table_by_hand():
     ]  # fmt: skip
     assert lines[3] == ["second", "1", "9.5", "1.0", "2.0", "", "-2.5", "0.50", ""]
     assert lines[4] == ["third", "0", "", "", "", "", "", "", ""]
+    assert study.table_by_images(rows).splitlines() == [
+        "| AP by training images | 1-2 | 10-29 |",
+        "|---|---|---|",
+        "| first | 6.0 ± 1.4 | 12.0 ± 2.8 |",
+        "| second | 4.8 | 9.5 |",
+        "| third |  |  |",
+    ]
 
 
 def test_overrides_of_clis_do_not_reach_the_detector_in_either_form(tmp_path):

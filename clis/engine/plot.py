@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -160,6 +161,55 @@ def boxes_on_images(runs: Sequence[Run], annotations: Annotations, images: int, 
             _draw(ax, pixels, boxes, labels, found.score[own], annotations)
             ax.set_title(run.name, fontsize=7)
     return figure
+
+
+def study_figure(rows: Mapping[str, Mapping[str, Any]], title: str) -> Figure:
+    """Of the rows of a ``study.json``: AP by frequency, and the gain over the first row by training images.
+
+    Bars and lines are means over the seeds; whiskers and bands are a standard deviation to both sides. A gain
+    is that of runs with the same seed, where both rows have it.
+    """
+    figure, axes = _subplots(1, 2, (7, 4))
+    bars, gains = axes[0]
+    shown = {name: row["runs"] for name, row in rows.items() if row["runs"]}
+    first, width = next(iter(shown), ""), 0.8 / max(len(shown), 1)
+    for number, (name, runs) in enumerate(shown.items()):
+        style = {"label": name, "color": matplotlib.colormaps["tab20"](number % 20)}
+        values = np.array([[run[group] for group in GROUPS] for run in runs.values()], dtype=float)
+        values[values < 0] = math.nan
+        places = np.arange(len(GROUPS)) + number * width
+        bars.bar(places, values.mean(axis=0), width, yerr=_spread(values), capsize=2, **style)
+        if number > 0:
+            _draw_gain(gains, runs, shown[first], style["color"])
+    bars.set_xticks(np.arange(len(GROUPS)) + 0.4 - width / 2, GROUPS.values())
+    bars.set(ylabel="AP", title=title)
+    gains.axhline(0, color="black", lw=0.6)
+    gains.set(xscale="log", xlabel="training images of the class", ylabel=f"AP above: {first}")
+    figure.legend(*bars.get_legend_handles_labels(), loc="outside right upper", fontsize=8)
+    return figure
+
+
+def _draw_gain(
+    ax: Axes, runs: Mapping[str, Any], first: Mapping[str, Any], colour: tuple[float, ...]
+) -> None:
+    """How far the runs are above those of the same seeds in the first row."""
+    seeds = [seed for seed in runs if seed in first]
+    if not seeds:
+        return
+    bins = [name for name in runs[seeds[0]]["by_images"] if name in first[seeds[0]]["by_images"]]
+    gains = np.array(
+        [[runs[seed]["by_images"][name] - first[seed]["by_images"][name] for name in bins] for seed in seeds]
+    )
+    ends = [[max(int(end), 1) for end in name.split("-")] for name in bins]
+    centres, mean, spread = [math.sqrt(low * high) for low, high in ends], gains.mean(axis=0), _spread(gains)
+    ax.plot(centres, mean, marker="o", color=colour)
+    if spread is not None:
+        ax.fill_between(centres, mean - spread, mean + spread, color=colour, alpha=0.15)
+
+
+def _spread(values: np.ndarray) -> np.ndarray | None:
+    """Standard deviation over the rows, if there is more than one."""
+    return values.std(axis=0, ddof=1) if len(values) > 1 else None
 
 
 def rarest_images(annotations: Annotations, images: int) -> list[int]:

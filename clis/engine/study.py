@@ -14,9 +14,24 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from clis.config import RESUMABLE, Config, config_to_dict, data_path, flatten, load_config, read_yaml
+from clis.config import (
+    RESUMABLE,
+    Config,
+    config_from_dict,
+    config_to_dict,
+    data_path,
+    flatten,
+    load_config,
+    read_yaml,
+)
+from clis.engine.analysis import ap_by_image_count
+from clis.engine.detections import Detections
+from clis.engine.evaluate import load_validation
 from clis.engine.log import clock, say
+from clis.engine.lvis_eval import accumulate
+from clis.engine.matching import match
 from clis.engine.regions import detector_config, detector_overrides
+from clis.engine.streams import read_annotations
 from clis.engine.train import generate_shapes
 from clis.files import written_whole
 
@@ -137,6 +152,7 @@ def run_study(
         if job.seconds:
             say(f"{job.title}: {clock(job.seconds)}")
     record.write()
+    record.draw()
     failed = [job.title for job in plan.values() if job.failed]
     if failed:
         raise ValueError(
@@ -281,6 +297,7 @@ class Record:
         step = [json.loads(line) for line in records]
         times = sorted(r["data_time"] + r["compute_time"] for r in step if "compute_time" in r)
         run |= {"key": self._key(row, seed), "step_seconds": round(statistics.median(times), 3)}
+        run |= {"by_images": _ap_by_images(result.parent)}
         self.rows.setdefault(name, {})[str(seed)] = run
         self.write()
         return " ".join(f"{figure} {run[figure]:.1f}" for figure in FIGURES)
@@ -298,7 +315,18 @@ class Record:
         with written_whole(self.path) as temporary:
             temporary.write_text(json.dumps(document, indent=1) + "\n")
         with written_whole(self.path.with_name("table.md")) as temporary:
-            temporary.write_text(table(rows))
+            temporary.write_text(table(rows) + "\n" + table_by_images(rows))
+
+    def draw(self) -> None:
+        """``figure.png``, if matplotlib is there."""
+        try:
+            from clis.engine.plot import study_figure
+        except ValueError as error:
+            say(f"no figure: {error}")
+            return
+        rows = json.loads(self.path.read_text())["rows"]
+        with written_whole(self.path.with_name("figure.png")) as temporary:
+            study_figure(rows, self.study.name).savefig(temporary, format="png", dpi=130, bbox_inches="tight")
 
     def _key(self, row: Row, seed: int) -> str:
         return run_key(self.study.config(row, seed, self.overrides)[0])
@@ -321,6 +349,37 @@ def table(rows: Mapping[str, Mapping[str, Any]]) -> str:
         cells.append("" if row["paper"] is None else " / ".join(f"{value:.1f}" for value in row["paper"]))
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
+
+
+def table_by_images(rows: Mapping[str, Mapping[str, Any]]) -> str:
+    """Markdown: AP of the classes with so many training images, mean ± standard deviation over the seeds."""
+    bins = sorted(
+        {name for row in rows.values() for run in row["runs"].values() for name in run["by_images"]},
+        key=lambda name: int(name.partition("-")[0]),
+    )
+    lines = ["| AP by training images | " + " | ".join(bins) + " |", "|" + "---|" * (1 + len(bins))]
+    for name, row in rows.items():
+        cells = [
+            _mean_and_deviation(
+                [run["by_images"][each] for run in row["runs"].values() if each in run["by_images"]]
+            )
+            for each in bins
+        ]
+        lines.append("| " + " | ".join([name, *cells]) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _ap_by_images(folder: Path) -> dict[str, float]:
+    """AP in percent by the first and last number of training images of the bins of `ap_by_image_count`."""
+    config = config_from_dict(read_yaml(folder / "config.yaml"), source=str(folder / "config.yaml"))
+    train = read_annotations(data_path(config, config.data.train))
+    val = load_validation(config, train.categories)
+    detections = Detections.load(folder / "detections.npz")
+    curves = accumulate(match(val, detections, config.test.detections))
+    return {
+        f"{first}-{last}": round(100 * ap, 2)
+        for first, last, _, ap in ap_by_image_count(curves, val.categories)
+    }
 
 
 def _mean_and_deviation(values: Sequence[float], digits: int = 1) -> str:
