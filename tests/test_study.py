@@ -83,7 +83,11 @@ def test_the_table_by_hand():
         return figures | {"by_images": {"1-2": ap / 2, "10-29": ap}}
 
     rows = {
-        "first": {"runs": {"0": run(10.0), "1": run(14.0)}, "paper": [29.2, 24.4, 28.6, 31.9]},
+        "first": {
+            "runs": {"0": run(10.0), "1": run(14.0)},
+            "paper": [29.2, 24.4, 28.6, 31.9],
+            "paper_seconds": 0.479,
+        },
         "second": {"runs": {"0": run(9.5)}, "paper": None},
         "third": {"runs": {}, "paper": None},
     }
@@ -91,7 +95,7 @@ def test_the_table_by_hand():
     assert lines[0][:6] == ["row", "seeds", "AP", "APr", "APc", "APf"]
     assert lines[2] == [
         "first", "2", "12.0 ± 2.8", "1.0 ± 0.0", "2.0 ± 0.0", "", "", "0.50 ± 0.00",
-        "29.2 / 24.4 / 28.6 / 31.9",
+        "29.2 / 24.4 / 28.6 / 31.9; 0.479 s",
     ]  # fmt: skip
     assert lines[3] == ["second", "1", "9.5", "1.0", "2.0", "", "-2.5", "0.50", ""]
     assert lines[4] == ["third", "0", "", "", "", "", "", "", ""]

@@ -50,6 +50,8 @@ class Row:
     """`key.path=value`, on the study's base config."""
     paper: tuple[float, ...] | None
     """The paper's AP, APr, APc, APf in percent, where it has the row."""
+    paper_seconds: float | None = None
+    """The paper's seconds a step on a V100, where it has them."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,7 @@ class Study:
 
     @classmethod
     def load(cls, path: Path) -> Study:
-        """Reads a study file: `base` (relative to it), `seeds`, and `rows` with `overrides` and `paper`.
+        """Reads a study file: `base` (relative to it), `seeds`, and `rows` with the fields of `Row`.
 
         Raises:
             FileNotFoundError, ValueError: it is missing, or a key is unknown, missing or ill-typed.
@@ -71,11 +73,18 @@ class Study:
         rows = []
         for name, row in values["rows"].items():
             row = row or {}
-            _check_keys(row, {"overrides", "paper"}, set(), f"{path}: row {name}")
+            _check_keys(row, {"overrides", "paper", "paper_seconds"}, set(), f"{path}: row {name}")
             paper = row.get("paper")
             if paper is not None and len(paper) != len(FIGURES):
                 raise ValueError(f"{path}: row {name}: paper is {paper}; give {', '.join(FIGURES)}")
-            rows.append(Row(name, tuple(row.get("overrides", ())), None if paper is None else tuple(paper)))
+            rows.append(
+                Row(
+                    str(name),
+                    tuple(row.get("overrides", ())),
+                    None if paper is None else tuple(paper),
+                    row.get("paper_seconds"),
+                )
+            )
         base = Path(os.path.relpath(path.parent / values["base"]))
         return cls(path.stem, base, tuple(values["seeds"]), tuple(rows))
 
@@ -307,6 +316,7 @@ class Record:
             row.name: {
                 "overrides": list(row.overrides),
                 "paper": row.paper,
+                "paper_seconds": row.paper_seconds,
                 "runs": dict(sorted(self.rows.get(row.name, {}).items())),
             }
             for row in self.study.rows
@@ -346,7 +356,9 @@ def table(rows: Mapping[str, Mapping[str, Any]]) -> str:
         first = mean if first is None else first
         cells.append("" if mean is None or mean is first else f"{mean - first:+.1f}")
         cells.append(_mean_and_deviation([run["step_seconds"] for run in runs], 2))
-        cells.append("" if row["paper"] is None else " / ".join(f"{value:.1f}" for value in row["paper"]))
+        paper = "" if row["paper"] is None else " / ".join(f"{value:.1f}" for value in row["paper"])
+        seconds = row.get("paper_seconds")
+        cells.append(paper if seconds is None else f"{paper}; {seconds:.3f} s")
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
