@@ -1,0 +1,136 @@
+"""What benchmarks/step.py and benchmarks/inference.py share: detectors of the paper's size, batches, turns."""
+
+from __future__ import annotations
+
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+from torchvision.models import resnet50
+from torchvision.models.detection import FasterRCNN
+from torchvision.models.detection.backbone_utils import _resnet_fpn_extractor
+from torchvision.ops import FrozenBatchNorm2d
+
+from clis.config import Config, config_from_dict, merge_overrides
+from clis.data.loader import Batch
+from clis.models import CLISDetector, build_model
+
+SIZE = (800, 1088)
+"""Height and width of an instance-level image."""
+PLAIN = ("clis={task_specialized: false, objectness: false, s: 0, t: 0, siamese: false, contrastive: false}",)
+"""Overrides: the baseline, a plain Faster R-CNN."""
+
+
+def paper_config(*overrides: str) -> Config:
+    """The paper's recipe with R50-FPN from random weights, and `key.path=value` overrides."""
+    return config_from_dict(merge_overrides({}, overrides), source="benchmark")
+
+
+def make_detector(classes: int, *overrides: str, device: str) -> CLISDetector:
+    torch.manual_seed(0)
+    return build_model(paper_config(*overrides), range(classes)).to(device)
+
+
+def make_peer(classes: int, device: str, **options: float) -> FasterRCNN:
+    """torchvision's `fasterrcnn_resnet50_fpn` with random weights, frozen as with pretrained ones.
+
+    The function itself gives trainable batch norm and freezes nothing where `weights` is None.
+    """
+    torch.manual_seed(0)
+    backbone = resnet50(weights=None, norm_layer=FrozenBatchNorm2d)
+    peer = FasterRCNN(_resnet_fpn_extractor(backbone, 3), classes + 1, rpn_post_nms_top_n_train=1000, **options)
+    frozen = {name.split(".")[1] for name, p in peer.backbone.named_parameters() if not p.requires_grad}
+    assert frozen == {"conv1", "layer1"}, frozen
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in peer.modules())
+    return peer.to(device)
+
+
+def make_batch(s: int, t: int, classes: int, device: str) -> Batch:
+    """One image of noise with ten boxes and t pasted ones, and s / 4 mosaics of 448 with a region a tile."""
+    generator = torch.Generator().manual_seed(0)
+
+    def noise(*shape: int) -> Tensor:
+        return torch.randint(256, shape, dtype=torch.uint8, generator=generator)
+
+    def boxes(count: int, height: int, width: int) -> Tensor:
+        low = 0.6 * torch.rand(count, 2, generator=generator)
+        high = low + 0.05 + 0.35 * torch.rand(count, 2, generator=generator)
+        return torch.cat([low, high], dim=1) * torch.tensor([width, height, width, height])
+
+    pasted = boxes(t, *SIZE)
+    tiles = torch.tensor([[0.0, 0, 0, 0], [224, 0, 224, 0], [0, 224, 0, 224], [224, 224, 224, 224]])
+    batch = Batch(
+        images=[noise(3, *SIZE)],
+        boxes=[torch.cat([boxes(10, *SIZE), pasted])],
+        labels=[torch.randint(classes, (10 + t,), generator=generator)],
+        mosaics=noise(s // 4, 3, 448, 448),
+        regions=boxes(s, 224, 224) + tiles.repeat(s // 4, 1),
+        region_labels=torch.randint(classes, (s,), generator=generator),
+        region_mosaics=torch.arange(s) // 4,
+        pair_boxes=pasted,
+        pair_images=torch.zeros(t, dtype=torch.int64),
+        pair_regions=torch.arange(t),
+        seeds=[0],
+        image_ids=[0],
+    )
+    return batch.to(torch.device(device))
+
+
+def take_turns(
+    variants: dict[str, Callable[[], object]], repeats: int, device: str
+) -> dict[str, list[float]]:
+    """Seconds of each variant, `repeats` times one after the other, behind one run of each that is not counted."""
+    seconds: dict[str, list[float]] = {name: [] for name in variants}
+    for repeat in range(repeats + 1):
+        for name, variant in variants.items():
+            began = time.perf_counter()
+            variant()
+            if device != "cpu":
+                torch.cuda.synchronize()
+            if repeat > 0:
+                seconds[name].append(time.perf_counter() - began)
+    return seconds
+
+
+def print_ratios(seconds: dict[str, list[float]], reference: str) -> None:
+    """A line a variant: its median seconds, and its ratio to the reference: median (lowest .. highest)."""
+    for name, values in seconds.items():
+        ratios = [value / other for value, other in zip(values, seconds[reference])]
+        low, high = min(ratios), max(ratios)
+        print(
+            f"| {name} | {statistics.median(values):.2f} s "
+            f"| {statistics.median(ratios):.3f} ({low:.3f} .. {high:.3f}) |"
+        )
+
+
+def peak_megabytes(script: str, variant: str, device: str, *arguments: str) -> float:
+    """Most memory of a process of its own that runs one variant twice, beyond that of the imports."""
+    command = [sys.executable, script, "--memory", variant, "--device", device, *arguments]
+    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
+
+
+def own_peak_megabytes(work: Callable[[], Callable[[], object]], device: str) -> float:
+    """Peak of this process over what it has now: what `work` makes, and two runs of what it returns."""
+    if device != "cpu":
+        variant = work()
+        for _ in range(2):
+            variant()
+        return torch.cuda.max_memory_allocated() / 1e6
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    variant = work()
+    for _ in range(2):
+        variant()
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1e3
+
+
+def convolutions_share(variant: Callable[[], object], names: Sequence[str]) -> list[tuple[str, float]]:
+    """Self CPU seconds of the operators of one run, most first; `names` are shown even if they are small."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        variant()
+    rows = [(event.key, event.self_cpu_time_total / 1e6) for event in profile.key_averages()]
+    return sorted(rows, key=lambda row: -row[1])
