@@ -127,7 +127,9 @@ class CLISConfig:
 class LossConfig:
     """Weights of Eq. 2 and the classification loss."""
 
-    classification: Literal["cross_entropy"] = "cross_entropy"
+    classification: str = "cross_entropy"
+    """A name of `clis.losses.CLASSIFICATION_LOSSES`, or ``module:Class``, e.g. ``my_loss:Focal``, of a module
+    in the working folder or on Python's path (docs/benchmark.md)."""
     alpha: float = 0.1
     """Weight of the image-classification loss L_imcls."""
     beta: float = 0.05

@@ -11,12 +11,17 @@ from runs import CONFIG, SHORT
 from torch import Tensor
 
 from clis.config import Config, config_from_dict, merge_overrides
+from clis.data.annotations import Category
 from clis.data.loader import Batch, Sample, collate
 from clis.data.shapes import ShapesSpec, write_shapes
 from clis.engine import train
 from clis.models import CLISDetector, Normalizers, build_model
 
-NUM_CLASSES = 5
+CATEGORIES = tuple(
+    Category(id=label + 1, name=f"class{label}", frequency=frequency, image_count=count)
+    for label, (count, frequency) in enumerate([(1, "r"), (10, "r"), (11, "c"), (100, "c"), (1000, "f")])
+)
+NUM_CLASSES = len(CATEGORIES)
 MOSAIC = 64
 
 TINY = {
@@ -40,9 +45,9 @@ def tiny_config(*overrides: str) -> Config:
 
 
 def make_model(*overrides: str, seed: int = 0) -> CLISDetector:
-    """A float64 detector of `NUM_CLASSES` classes with the tiny config."""
+    """A float64 detector of `CATEGORIES` with the tiny config."""
     torch.manual_seed(seed)
-    return build_model(tiny_config(*overrides), range(NUM_CLASSES)).double()
+    return build_model(tiny_config(*overrides), CATEGORIES).double()
 
 
 def random_boxes(count: int, height: int, width: int, generator: torch.Generator) -> Tensor:

@@ -1,4 +1,4 @@
-"""The worked example of docs/data.md, from zero to an evaluation, as a newcomer would type it."""
+"""The worked examples of docs/, as a newcomer would type them; what they say of settings and data is so."""
 
 from __future__ import annotations
 
@@ -11,13 +11,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import torch
 import yaml
-from runs import REPOSITORY, SHORT
+from runs import CONFIG, REPOSITORY, SHORT
 
 import clis
-from clis.config import Config, config_to_dict
+from clis.config import RESUMABLE, Config, config_to_dict, flatten, load_config
+from clis.data.annotations import Category
+from clis.data.shapes import CLASS_NAMES, ShapesSpec, frequency_order, train_image_counts, val_image_counts
+from clis.engine.study import Study
 
-TEXT = (REPOSITORY / "docs" / "data.md").read_text()
 # The example at the size of a test: a small network from random weights on small images, few steps.
 SMALL = [value for value in SHORT if not value.startswith("data.generate")] + [
     "model.backbone={name: resnet10, norm: group, trainable_layers: 5, weights: null, download: false}",
@@ -26,8 +29,41 @@ SMALL = [value for value in SHORT if not value.startswith("data.generate")] + [
 ]  # fmt: skip
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", TEXT, flags=re.S)
+def text_of(document: str) -> str:
+    return (REPOSITORY / "docs" / document).read_text()
+
+
+def blocks(document: str, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", text_of(document), flags=re.S)
+
+
+def write_named(folder: Path, texts: list[str]) -> None:
+    """Each block into the file that its first line names."""
+    for text in texts:
+        (folder / text.split("\n")[0].removeprefix("# ")).write_text(text)
+
+
+def run_commands(document: str, folder: Path, *, more: dict[str, list[str]]) -> dict[str, str]:
+    """Types the document's commands into a folder with links to the repository; what each of them said.
+
+    `more` has further words for a command, by its second word or, behind ``-m clis``, by its fourth.
+    """
+    for name in ("train.py", "evaluate.py", "configs"):
+        (folder / name).symlink_to(REPOSITORY / name)
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    said = {}
+    (commands,) = blocks(document, "bash")
+    for command in commands.strip().splitlines():
+        python, *words = command.split()
+        assert python == "python"
+        name = words[2] if words[0] == "-m" else words[0]
+        result = subprocess.run(
+            [sys.executable, *words, *more[name]],
+            cwd=folder, env=environment, capture_output=True, text=True, timeout=300,
+        )  # fmt: skip
+        assert result.returncode == 0, f"{command}\n{result.stdout}\n{result.stderr}"
+        said[name] = result.stdout
+    return said
 
 
 def test_your_own_data_from_zero(data, tmp_path):
@@ -49,28 +85,116 @@ def test_your_own_data_from_zero(data, tmp_path):
         csv.writer(file).writerows([["photo", "class", "x", "y", "width", "height", "split"], *rows])
     shutil.copytree(data / "shapes" / "image_level", folder / "classes")
 
-    (script,) = blocks("python")
+    (script,) = blocks("data.md", "python")
     (tmp_path / "make_json.py").write_text(script)
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
     subprocess.run([sys.executable, "make_json.py"], cwd=tmp_path, check=True, env=environment)
-    for text in blocks("yaml"):
-        (tmp_path / text.split("\n")[0].removeprefix("# ")).write_text(text)
+    write_named(tmp_path, blocks("data.md", "yaml"))
     assert yaml.safe_load((tmp_path / "mine_baseline.yaml").read_text())["base"] == "mine.yaml"
 
-    for name in ("train.py", "evaluate.py"):
-        (tmp_path / name).symlink_to(REPOSITORY / name)
-    (commands,) = blocks("bash")
-    for command in commands.strip().splitlines():
-        words = command.split()
-        assert words[0] == "python"
-        words = [sys.executable, *words[1:]] + ([] if words[1] == "evaluate.py" else SMALL)
-        result = subprocess.run(
-            words, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300
-        )
-        assert result.returncode == 0, f"{command}\n{result.stdout}\n{result.stderr}"
-        if "clis check" in command:
-            assert "The run may start." in result.stdout
+    said = run_commands("data.md", tmp_path, more={"check": SMALL, "train.py": SMALL, "evaluate.py": []})
+    assert "The run may start." in said["check"]
     assert (tmp_path / "runs" / "mine" / "checkpoints" / "last" / "eval.json").exists()
+
+
+def test_adding_a_classification_loss(data, tmp_path):
+    """The file as it is shown: trained, evaluated by another process, and compared to cross-entropy."""
+    write_named(tmp_path, blocks("benchmark.md", "python") + blocks("benchmark.md", "yaml"))
+    short = [*SHORT, f"data.root={data}"]
+    more = {"train.py": short, "evaluate.py": [], "study": [*short, "--seeds", "0"]}
+    said = run_commands("benchmark.md", tmp_path, more=more)
+    assert "classification loss logit_adjusted:LogitAdjusted" in said["train.py"]
+    alone = json.loads((tmp_path / "runs" / "adjusted" / "eval.json").read_text())
+    again = json.loads((tmp_path / "runs" / "adjusted" / "checkpoints" / "last" / "eval.json").read_text())
+    assert alone == again
+    rows = json.loads((tmp_path / "runs" / "studies" / "losses" / "study.json").read_text())["rows"]
+    assert list(rows) == ["cross-entropy", "logit adjustment"]
+    runs = [row["runs"]["0"] for row in rows.values()]
+    assert runs[0]["key"] != runs[1]["key"]
+    assert runs[1]["AP"] == round(100 * alone["AP"], 2)  # the same run as the one by train.py
+
+
+def test_the_shown_loss_is_its_formula():
+    """Classes of 1 and 4 training images: n over the geometric mean 2 is 1/2 and 2, background's factor is 1.
+
+    Of equal logits, softmax with these factors is 1/7, 4/7 and 2/7; scores are the plain softmax, 1/3.
+    """
+    (code,) = blocks("benchmark.md", "python")
+    assert len(code.splitlines()) < 40
+    namespace: dict = {"__name__": "logit_adjusted"}
+    exec(code, namespace)
+    categories = [
+        Category(id=count, name=f"class{count}", frequency="r", image_count=count) for count in (1, 4)
+    ]
+    loss = namespace["LogitAdjusted"](categories)
+    logits = torch.full((1, 3), 0.3)
+    for label, probability in enumerate([1 / 7, 4 / 7, 2 / 7]):
+        value = loss(logits, torch.tensor([label]), 1.0)
+        torch.testing.assert_close(value, -torch.tensor(probability).log())
+    every = loss(logits.expand(3, 3), torch.tensor([0, 1, 2]), 6.0)
+    torch.testing.assert_close(every, -torch.tensor(8 / 343).log() / 6)
+    torch.testing.assert_close(loss.scores(logits), torch.full((1, 2), 1 / 3))
+
+
+def test_shown_studies_are_studies(tmp_path):
+    (tmp_path / "configs").symlink_to(REPOSITORY / "configs")
+    write_named(tmp_path, blocks("benchmark.md", "yaml"))
+    studies = [Study.load(path) for path in sorted(tmp_path.glob("*.yaml"))]
+    assert [study.name for study in studies] == ["losses", "temperature"]
+    for study in studies:
+        for row in study.rows:
+            study.config(row, 0, [])
+
+
+def test_the_long_tail_and_the_splits_are_those_of_the_benchmark():
+    spec, text = ShapesSpec(), " ".join(text_of("benchmark.md").split())
+    order = frequency_order()
+    counts = train_image_counts(spec)[order]
+    for group, name in (
+        (counts[counts > 100], "frequent, more than 100"),
+        (counts[(counts > 10) & (counts <= 100)], "common, 11 to 100"),
+        (counts[counts <= 10], "rare, 1 to 10"),
+    ):
+        assert f"| {name} | {len(group)} | {' '.join(map(str, group))} |" in text
+    first, last = (CLASS_NAMES[order[rank]] for rank in (0, -1))
+    (val_count,) = set(val_image_counts(spec).tolist())
+    sides, image_level_sides = (
+        f"{low} to {high}" for low, high in (spec.object_size, spec.image_level_object_size)
+    )
+    for part in (
+        f"`{first}` is the most frequent class, `{last}` the rarest",
+        f"That is {counts.sum()} objects; the head has {counts[0] // counts[-1]} times",
+        f"| training scenes (instance-level) | {spec.train_images} | 1 to {spec.max_objects} whole objects, "
+        f"sides {sides} of the image's",
+        f"| validation scenes | {spec.val_images} | the same | balanced: each class in {val_count} images |",
+        f"| image-level images | {len(CLASS_NAMES) * spec.image_level_per_class} | one object, "
+        f"{image_level_sides} of the side",
+        f"balanced: {spec.image_level_per_class} images a class |",
+        f"JPEGs of {spec.image_size} x {spec.image_level_size} pixels",
+        f"data seed {spec.seed}**",
+    ):
+        assert part in text
+
+
+def test_the_settings_that_differ_from_the_papers_are_told():
+    """All of them and no other, both values, but for the data sets and their files."""
+    ours, paper = (
+        flatten(config_to_dict(load_config(path)))
+        for path in (CONFIG, REPOSITORY / "configs" / "lvis_v1" / "clis_r50.yaml")
+    )
+    section = text_of("benchmark.md").split("## Network and recipe")[1].split("\n## ")[0]
+    told = {
+        field: (yaml.safe_load(here), yaml.safe_load(there))
+        for field, here, there in re.findall(r"`([\w.]+)` ([^(`]+) \((.*?)\)", section)
+    }
+    files = {"generate", "train", "train_images", "val", "val_images", "image_level", "drop_unmatched",
+             "drop_invalid", "max_bad_images"}  # fmt: skip
+    silent = {*RESUMABLE, "regions.detector", *(f"data.{name}" for name in files)}
+    assert told == {
+        field: (value, paper[field])
+        for field, value in ours.items()
+        if value != paper[field] and field not in silent
+    }
 
 
 def test_every_command_and_field_that_the_docs_name_is_there():

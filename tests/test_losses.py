@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import CATEGORIES
 
 from clis.losses import (
     CLASSIFICATION_LOSSES,
@@ -33,7 +34,7 @@ def test_cross_entropy_equals_formula():
         -math.log(math.exp(row[label]) / sum(map(math.exp, row)))
         for row, label in zip(logits.tolist(), labels.tolist())
     )
-    loss = CrossEntropy(num_classes=5)
+    loss = CrossEntropy(range(5))
     assert loss.num_logits == 6
     assert loss(logits, labels, 7.0).item() == pytest.approx(expected / 7)
 
@@ -41,12 +42,12 @@ def test_cross_entropy_equals_formula():
 def test_cross_entropy_scores_leave_out_background_only():
     # odds 1 : 2 : 3 and 4 for the background, which is not renormalised away
     logits = torch.tensor([[1.0, 2, 3, 4]]).log()
-    torch.testing.assert_close(CrossEntropy(3).scores(logits), torch.tensor([[0.1, 0.2, 0.3]]))
+    torch.testing.assert_close(CrossEntropy(range(3)).scores(logits), torch.tensor([[0.1, 0.2, 0.3]]))
 
 
 def test_every_classification_loss_keeps_to_the_interface():
     for build in CLASSIFICATION_LOSSES.values():
-        loss = build(5)
+        loss = build(CATEGORIES)
         logits = randn(8, loss.num_logits).requires_grad_()
         value = loss(logits, torch.tensor([0, 1, 2, 3, 4, 5, 5, 5]), 8.0)
         value.backward()
@@ -151,7 +152,7 @@ def all_losses(dtype):
     logits, deltas, unit_rows = (x.to(dtype) for x in (logits, deltas, unit_rows))
     labels, everything = torch.arange(6) % 4, torch.ones(6, dtype=torch.bool)
     return {
-        "cross_entropy": CrossEntropy(3)(logits, labels, 6.0),
+        "cross_entropy": CrossEntropy(range(3))(logits, labels, 6.0),
         "l1": l1_loss(deltas, logits, 6.0),
         "objectness": objectness_loss(logits[:, 0], labels > 1, 6.0),
         "info_nce": info_nce(unit_rows, unit_rows.roll(1, 0), unit_rows.flip(0), everything, 0.2, 6.0),
@@ -181,7 +182,7 @@ def test_at_least_float32_keeps_wider_types():
 def test_nothing_costs_nothing_and_keeps_the_graph():
     logits, deltas, features = (torch.zeros(0, n, requires_grad=True) for n in (4, 4, 8))
     losses = (
-        CrossEntropy(3)(logits, torch.zeros(0, dtype=torch.int64), 1.0),
+        CrossEntropy(range(3))(logits, torch.zeros(0, dtype=torch.int64), 1.0),
         l1_loss(deltas, torch.zeros(0, 4), 1.0),
         objectness_loss(logits[:, 0], torch.zeros(0, dtype=torch.bool), 1.0),
         info_nce(features, features, torch.zeros(5, 8), torch.ones(0, 5, dtype=torch.bool), 0.2, 1.0),

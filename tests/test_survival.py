@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import NUM_CLASSES, make_sample, tiny_config
+from conftest import CATEGORIES, make_sample, tiny_config
 from runs import BASELINE, REPOSITORY, SHORT, assert_same_training, records
 
 from clis.__main__ import run_command
@@ -330,7 +330,7 @@ def _one_rank_spoiled(rank: int, folder: str) -> None:
     )
     config = tiny_config("train.images_per_step=2")
     torch.manual_seed(0)
-    model = build_model(config, range(NUM_CLASSES))
+    model = build_model(config, CATEGORIES)
     network = train._distribute(model, torch.device("cpu"))
     network.train()
     optimizer, scaler = make_optimizer(model, config), torch.amp.GradScaler("cpu", enabled=False)

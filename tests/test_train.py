@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 import torch.multiprocessing
-from conftest import NUM_CLASSES, make_sample, tiny_config
+from conftest import CATEGORIES, make_sample, tiny_config
 from runs import BASELINE, CONFIG, REPOSITORY, SHORT, assert_same_state, assert_same_training, records
 from torch import nn
 
@@ -143,7 +143,7 @@ class TestWhatARunSays:
             "40 instance-level images",
             f"2 steps of 4 images (1 process(es), 1 micro-batch(es)): {8 / draws:.1f} passes over the",
             "lr 0.01 (optim.lr 0.04 x 4 / 16 images), 2 steps of warm-up, x 0.1 at 480, 560; float32",
-            "M parameters trained, 0.0 M frozen",
+            "M parameters trained, 0.0 M frozen or a momentum copy; classification loss cross_entropy",
             "on: gradient clipping",
             "off: TSS, objectness, image-level supervision, SS, pasting, CLR",
         ):
@@ -233,7 +233,7 @@ def run_steps(rank: int, processes: int, accumulation: int, folder: str, loss: s
             "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=processes
         )
     torch.manual_seed(0)
-    model = build_model(config, range(NUM_CLASSES)).double()
+    model = build_model(config, CATEGORIES).double()
     network = train._distribute(model, torch.device("cpu"))
     network.train()
     optimizer = make_optimizer(model, config)
@@ -321,7 +321,7 @@ def spoil_gradient(model: CLISDetector) -> None:
 )
 def test_what_is_not_finite_is_named_and_changes_nothing(spoil, named, tmp_path, capsys):
     config = tiny_config("train.images_per_step=1")
-    model = build_model(config, range(NUM_CLASSES)).train()
+    model = build_model(config, CATEGORIES).train()
     optimizer, scaler = make_optimizer(model, config), torch.amp.GradScaler("cpu", enabled=False)
     train.train_step(model, model, optimizer, scaler, [collate([make_sample(seed=6)])], 0.1, config)
     spoil(model)

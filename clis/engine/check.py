@@ -27,6 +27,7 @@ from clis.engine.checkpoint import load_checkpoint
 from clis.engine.log import Progress, say
 from clis.engine.regions import DETECTOR_RULES, detector_checkpoint, detector_config
 from clis.engine.streams import make_image_level_sampler, make_index, read_annotations, regions_file
+from clis.losses import find_classification_loss
 from clis.models import build_model
 
 SHOWN = 5
@@ -89,6 +90,8 @@ def check(
         report.notes.append(
             f"{data_path(config, 'shapes')}: the embedded benchmark will be written at the start"
         )
+        with report.catching():
+            find_classification_loss(config.loss.classification)
         return report
     detector = None
     with report.catching():
@@ -116,7 +119,7 @@ def check(
             _check_regions(config, index, detector, report)
     if train is not None:
         with report.catching():
-            _check_backbone(config, train, report)
+            _check_model(config, train, report)
     costs = {}
     if train is not None:
         costs["instance-level"] = _examine_annotated(
@@ -208,13 +211,14 @@ def _check_regions(config: Config, index: ImageLevelIndex, detector: Config | No
     report.notes.append(f"{path}: will be made, by {config.regions.detector or config.regions.rule}")
 
 
-def _check_backbone(config: Config, train: Annotations, report: Report) -> None:
+def _check_model(config: Config, train: Annotations, report: Report) -> None:
+    """Builds it, which reads the backbone's weights and tries the classification loss."""
     backbone = config.model.backbone
     path = None if backbone.weights is None else data_path(config, backbone.weights)
-    if path is not None and backbone.download and not path.exists():
+    to_download = path is not None and backbone.download and not path.exists()
+    if to_download:
         report.notes.append(f"{path}: will be downloaded at the start")
-    else:
-        build_model(config, train.categories)  # reads the weights
+    build_model(config, train.categories, pretrained=not to_download)
 
 
 # --- images -----------------------------------------------------------------------------------------------

@@ -87,7 +87,7 @@ def saved_checkpoints(folder: Path) -> list[Path]:
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
-    """Reads a checkpoint onto the CPU; no code in it is run.
+    """Reads a checkpoint onto the CPU; no code is run, neither in it nor of a module that its config names.
 
     Raises:
         FileNotFoundError: there is none.
@@ -130,20 +130,29 @@ def load_last_checkpoint(folder: Path) -> tuple[dict[str, Any], Path] | None:
 def load_model(state: dict[str, Any], config: Config, source: str) -> CLISDetector:
     """The checkpoint's detector, built as `config` says.
 
+    Where its `loss.classification` is ``module:Class``, that module is imported, from the working folder or
+    Python's path; no other code is run for a checkpoint.
+
     Raises:
-        ValueError: the config is of another model; names the tensors that differ.
+        ValueError: the config is of another model, and the tensors that differ are named; or its
+            classification loss is not there.
     """
     categories = [Category(**category) for category in state["categories"]]
-    model = build_model(config, categories, pretrained=False)
+    try:
+        model = build_model(config, categories, pretrained=False)
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from error
     load_state(model, state["model"], source)
     return model
 
 
 def load_detector(path: str | Path, device: str | torch.device = "cpu") -> CLISDetector:
-    """A trained detector, ready for `detect`, from nothing but its checkpoint.
+    """A trained detector, ready for `detect`, from nothing but its checkpoint and its classification loss.
+
+    A checkpoint with a loss of one's own names its module, which is imported (see `load_model`).
 
     Raises:
-        FileNotFoundError, ValueError: as `load_checkpoint`.
+        FileNotFoundError, ValueError: as `load_checkpoint` and `load_model`.
     """
     state = load_checkpoint(path)
     model = load_model(state, config_from_dict(state["config"], source=str(path)), str(path))

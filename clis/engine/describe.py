@@ -56,7 +56,10 @@ def describe_run(
     )
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
-    lines.append(f"{trained / 1e6:.1f} M parameters trained, {frozen / 1e6:.1f} M frozen or a momentum copy")
+    lines.append(
+        f"{trained / 1e6:.1f} M parameters trained, {frozen / 1e6:.1f} M frozen or a momentum copy; "
+        f"classification loss {config.loss.classification}"
+    )
     parts = {
         "TSS": clis.task_specialized,
         "objectness": clis.objectness,

@@ -34,6 +34,7 @@ from clis.engine.regions import detector_config, detector_overrides
 from clis.engine.streams import read_annotations
 from clis.engine.train import generate_shapes
 from clis.files import written_whole
+from clis.losses import find_classification_loss
 
 FIGURES = ("AP", "APr", "APc", "APf")
 TRAIN = "from clis.__main__ import run_command; from clis.engine.train import main; run_command(main)"
@@ -133,7 +134,7 @@ def run_study(
         out/NAME.
 
     Raises:
-        ValueError: unknown rows; or a run failed, after the others are done.
+        ValueError: unknown rows or classification losses; or a run failed, after the others are done.
     """
     study = Study.load(path)
     unknown = sorted(set(rows) - {row.name for row in study.rows})
@@ -191,6 +192,7 @@ def _plan(
 ) -> None:
     """Adds the job of a row and seed, and of what it needs, to those that are planned already."""
     config, every = study.config(row, seed, overrides)
+    find_classification_loss(config.loss.classification)  # a slip is told before anything is made
     folder, after, more = out / "runs" / f"{run_key(config)}", [], []
     detector = detector_config(config, every)
     if config.clis.s > 0:

@@ -50,6 +50,7 @@ from clis.engine.regions import detector_config, find_regions
 from clis.engine.schedule import Schedule
 from clis.engine.streams import make_streams, regions_file
 from clis.files import remove_leftovers, written_whole
+from clis.losses import find_classification_loss
 from clis.models import CLISDetector, Normalizers, TrainOutput, build_model
 from clis.models.backbone import load_state
 
@@ -77,6 +78,8 @@ def recipe(config: Config, name: str, overrides: Sequence[str], device: torch.de
     """Runs the stages that the config needs, leaving out what is done; then prints the comparison."""
     detector = detector_config(config, overrides)
     configs = [config] if detector is None else [detector, config]
+    for each in configs:
+        find_classification_loss(each.loss.classification)  # a slip is told before anything is made
     for each in configs:
         _claim(Path(each.output), each)
     stages: list[tuple[str, Callable[[], None]]] = []

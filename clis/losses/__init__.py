@@ -1,16 +1,21 @@
-"""Losses as sums over a normaliser; the one dict from which the classification loss is chosen by name."""
+"""Losses as sums over a normaliser; the classification loss is chosen by name, or a class of one's own."""
 
 from clis.losses.box import l1_loss, objectness_loss
+from clis.losses.classification import (
+    CLASSIFICATION_LOSSES,
+    build_classification_loss,
+    find_classification_loss,
+)
 from clis.losses.contrastive import info_nce
 from clis.losses.cross_entropy import CrossEntropy
 from clis.losses.precision import at_least_float32
-
-CLASSIFICATION_LOSSES = {"cross_entropy": CrossEntropy}
 
 __all__ = [
     "CLASSIFICATION_LOSSES",
     "CrossEntropy",
     "at_least_float32",
+    "build_classification_loss",
+    "find_classification_loss",
     "info_nce",
     "l1_loss",
     "objectness_loss",

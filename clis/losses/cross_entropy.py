@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -11,9 +14,9 @@ from clis.losses.precision import at_least_float32
 class CrossEntropy(nn.Module):
     """L_incls and L_imcls: softmax over C + 1 logits, background last."""
 
-    def __init__(self, num_classes: int) -> None:
+    def __init__(self, categories: Sequence[Any]) -> None:
         super().__init__()
-        self.num_logits = num_classes + 1
+        self.num_logits = len(categories) + 1
 
     def forward(self, logits: Tensor, labels: Tensor, normalizer: Tensor | float) -> Tensor:
         """Sum over rows of logits [N,C+1] with labels int64 [N] in 0..C, divided by `normalizer`."""

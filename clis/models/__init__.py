@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from clis.config import Config, data_path
-from clis.losses import CLASSIFICATION_LOSSES
+from clis.losses import build_classification_loss
 from clis.models.backbone import Backbone, load_backbone_weights
 from clis.models.contrastive import ContrastiveRegularization
 from clis.models.detector import CLISDetector, Normalizers, TrainOutput
@@ -24,11 +24,13 @@ def build_model(config: Config, categories: Sequence[Any], *, pretrained: bool =
     siamese, image classification *is* instance classification.
 
     Args:
-        categories: one object a class; the label is the place in this sequence.
+        categories: one object a class; the label is the place in this sequence. The classification loss may
+            read `image_count` and `frequency` of `clis.data.annotations.Category`.
         pretrained: load `model.backbone.weights`, if the config names any.
 
     Raises:
-        FileNotFoundError, ValueError: the backbone weights are missing or of another network.
+        FileNotFoundError, ValueError: the backbone weights are missing or of another network, or
+            `loss.classification` names no classification loss.
     """
     model, clis = config.model, config.clis
     num_classes = len(categories)
@@ -36,7 +38,7 @@ def build_model(config: Config, categories: Sequence[Any], *, pretrained: bool =
     if pretrained and model.backbone.weights is not None:
         weights = data_path(config, model.backbone.weights)
         load_backbone_weights(backbone.body, model.backbone.name, weights, model.backbone.download)
-    loss = CLASSIFICATION_LOSSES[config.loss.classification](num_classes)
+    loss = build_classification_loss(config.loss.classification, categories)
 
     def sub_network() -> TwoFC:
         return TwoFC(model.backbone.fpn_channels * model.roi.pool_size**2, model.roi.fc_dim)

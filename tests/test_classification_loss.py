@@ -1,0 +1,210 @@
+"""A classification loss in a module of one's own: found from everywhere; what is wrong with one is told."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from conftest import CATEGORIES, tiny_config
+from runs import BASELINE, CONFIG, REPOSITORY, SHORT
+
+from clis.config import load_config
+from clis.engine import check, train
+from clis.engine.checkpoint import load_checkpoint, load_detector, save_checkpoint
+from clis.engine.optim import make_optimizer
+from clis.engine.study import run_study
+from clis.losses import CrossEntropy, build_classification_loss, find_classification_loss
+from clis.models import build_model
+
+SOUND = """
+import torch
+from torch import nn
+from clis.losses import CrossEntropy
+
+class Weighted(CrossEntropy):
+    def __init__(self, categories):
+        super().__init__(categories)
+        self.register_buffer("counts", torch.tensor([float(each.image_count) for each in categories]))
+"""
+
+LACKING = """
+from clis.losses import CrossEntropy
+from torch import nn
+
+class Plain(nn.Module): pass
+class Mute(nn.Module):
+    def scores(self, logits): return logits
+class Blind(nn.Module):
+    def forward(self, logits, labels, normalizer): return logits.sum()
+class Unsized(Mute, Blind):
+    def __init__(self, categories):
+        super().__init__()
+class Counted(CrossEntropy):
+    def __init__(self, num_classes):
+        super().__init__(range(num_classes))
+class Mean(CrossEntropy):
+    def forward(self, logits, labels, normalizer):
+        return nn.functional.cross_entropy(logits, labels)
+class Rows(CrossEntropy):
+    def forward(self, logits, labels, normalizer): return logits.sum(dim=1)
+class Number(CrossEntropy):
+    def forward(self, logits, labels, normalizer): return 0.0
+class WithBackground(CrossEntropy):
+    def scores(self, logits): return logits.softmax(dim=1)
+def function(categories): return CrossEntropy(categories)
+"""
+
+
+@pytest.fixture
+def modules(tmp_path, monkeypatch) -> Path:
+    """A working folder with modules, none of which Python knows before or after."""
+    for name, text in {
+        "sound_loss": SOUND,
+        "lacking_loss": LACKING,
+        "broken_loss": "import not_installed_anywhere",
+        "typo_loss": "class Focal(:\n",
+        "failing_loss": "raise RuntimeError('no licence')",
+    }.items():
+        (tmp_path / f"{name}.py").write_text(text)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    importlib.invalidate_caches()
+    yield tmp_path
+    for name in [name for name in sys.modules if name.endswith("_loss")]:
+        del sys.modules[name]
+
+
+def test_names_of_ours_import_nothing(modules):
+    before = set(sys.modules), list(sys.path)
+    assert find_classification_loss("cross_entropy") is CrossEntropy
+    assert (set(sys.modules), sys.path) == before
+
+
+def test_the_loss_is_given_the_categories_with_their_training_images(modules):
+    model = build_model(tiny_config("loss.classification=sound_loss:Weighted"), CATEGORIES)
+    assert model.classification_loss.counts.tolist() == [1, 10, 11, 100, 1000]
+    assert model.classification.fc_cls.out_features == 6
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("cross_entrpy", r"there is no such loss; did you mean cross_entropy\? .*is written module:Class"),
+        ("focal", r"there is no such loss; known: cross_entropy\. One of your own is written module:Class"),
+        ("sound_loss:", r"write module:Class, e\.g\. my_loss:Focal for the class Focal in my_loss\.py"),
+        (":Weighted", r"write module:Class"),
+        ("losses/sound_loss:Weighted", r"write module:Class"),
+        ("sound_loss.py:Weighted", r"write module:Class"),
+        (
+            "sond_loss:Weighted",
+            r"there is no module sond_loss in FOLDER or on Python's path; call from the folder that it lies",
+        ),
+        ("losses.sound_loss:Weighted", r"there is no module losses in FOLDER or"),
+        (
+            "broken_loss:Focal",
+            r"importing broken_loss fails with ModuleNotFoundError: No module named 'not_installed_anywhere'",
+        ),
+        ("typo_loss:Focal", r"importing typo_loss fails with SyntaxError: .*typo_loss\.py, line 1"),
+        ("failing_loss:Focal", r"importing failing_loss fails with RuntimeError: no licence"),
+        ("sound_loss:Weigthed", r"FOLDER/sound_loss\.py has no class Weigthed; did you mean Weighted\?"),
+        ("broken:X", r"there is no module broken"),
+        ("lacking_loss:function", r"function in FOLDER/lacking_loss\.py is no class of nn\.Module with num_"),
+        ("lacking_loss:Plain", r"Plain in FOLDER/lacking_loss\.py has no forward; it needs num_logits, forw"),
+        ("lacking_loss:Mute", r"Mute in .* has no forward; it needs"),
+        ("lacking_loss:Blind", r"Blind in .* has no scores; it needs .*see docs/benchmark\.md"),
+        (
+            "lacking_loss:Unsized",
+            r"AttributeError: 'Unsized' object has no attribute 'num_logits'\. It ne",
+        ),
+        (
+            "lacking_loss:Counted",
+            r"built from 5 categories .* fails with TypeError: 'tuple' object cannot",
+        ),
+        ("lacking_loss:Mean", r"forward gives nan for no rows; return one number, the sum over the rows"),
+        ("lacking_loss:Rows", r"forward gives \[\] for no rows"),
+        ("lacking_loss:Number", r"fails with AttributeError: 'float' object has no attribute 'shape'"),
+        (
+            "lacking_loss:WithBackground",
+            r"scores gives the shape \(0, 6\) for no rows; it has to be \(0, 5",
+        ),
+    ],
+)
+def test_what_is_wrong_with_a_loss_is_told(modules, name, message):
+    message = rf"loss\.classification={name}: .*" + message.replace("FOLDER", str(modules))
+    with pytest.raises(ValueError, match=message):
+        build_classification_loss(name, CATEGORIES)
+
+
+def test_it_is_told_before_anything_is_made(modules, data):
+    """By a run before the detector of its regions is trained, by a study before its first job, by check."""
+    wrong = "loss.classification=sound_loss:Wrong"
+    told = r"sound_loss\.py has no class Wrong; known: CrossEntropy, Weighted"
+    with pytest.raises(ValueError, match=told):
+        train.main(["--config", CONFIG, *SHORT, wrong, f"data.root={data}", "output=run"])
+    study = {"base": CONFIG, "seeds": [0], "rows": {"good": {}, "wrong": {"overrides": [wrong]}}}
+    (modules / "losses.yaml").write_text(yaml.safe_dump(study))
+    with pytest.raises(ValueError, match=told):
+        run_study(modules / "losses.yaml", modules / "out", overrides=[*SHORT, f"data.root={data}"])
+    assert not (modules / "run").exists()
+    assert not (modules / "out").exists()
+
+    for root in (data, modules / "nothing_yet"):
+        config = load_config(BASELINE, [*SHORT, wrong, f"data.root={root}", "data.generate=shapes"])
+        errors = check.check(config, workers=0, sample=1).errors
+        assert [error for error in errors if "has no class Wrong" in error] == errors != []
+
+
+def test_check_tries_the_loss_where_the_backbone_is_still_to_be_downloaded(modules, data):
+    backbone = "{name: resnet18, norm: folded, width: 64, weights: resnet18.pth, download: true}"
+    overrides = ["loss.classification=lacking_loss:Mean", f"model.backbone={backbone}", f"data.root={data}"]
+    report = check.check(load_config(BASELINE, [*SHORT[1:], *overrides]), workers=0, sample=1)
+    assert any("resnet18.pth: will be downloaded" in note for note in report.notes)
+    assert [error for error in report.errors if "forward gives nan" in error] == report.errors != []
+
+
+def test_a_checkpoint_imports_its_loss_with_the_detector_and_not_before(modules):
+    config = tiny_config("loss.classification=sound_loss:Weighted")
+    model = build_model(config, CATEGORIES)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    path = save_checkpoint(modules, 1, model, make_optimizer(model, config), scaler, config)
+    del sys.modules["sound_loss"]
+    (modules / "sound_loss.py").unlink()
+    assert load_checkpoint(path)["config"]["loss"]["classification"] == "sound_loss:Weighted"
+    with pytest.raises(ValueError, match=r"step_00000001\.pt: loss\.classification=.*no module sound_loss"):
+        load_detector(path)
+
+
+def test_the_working_folder_is_searched_by_torchrun_and_from_scripts_elsewhere(data, tmp_path):
+    """`torchrun train.py`, `python evaluate.py` and a user's script put their own folder on Python's path."""
+    work, elsewhere = tmp_path / "work", tmp_path / "elsewhere"
+    work.mkdir()
+    elsewhere.mkdir()
+    (work / "sound_loss.py").write_text(SOUND)
+    (elsewhere / "use.py").write_text(
+        "import sys, clis; print(clis.load_detector(sys.argv[1]).classification_loss.counts.sum().item())"
+    )
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY)}
+
+    def python(*words: str) -> str:
+        result = subprocess.run(
+            [sys.executable, *words], cwd=work, env=environment, capture_output=True, text=True, timeout=300
+        )
+        assert result.returncode == 0, result.stdout + result.stderr
+        return result.stdout
+
+    launcher = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--rdzv-backend=c10d"]
+    python(
+        *launcher, "--rdzv-endpoint=localhost:0", str(REPOSITORY / "train.py"), "--config", BASELINE, *SHORT,
+        "train.steps=1", "loss.classification=sound_loss:Weighted", f"data.root={data}", "output=run",
+    )  # fmt: skip
+    checkpoint = "run/checkpoints/last.pt"
+    assert "APr" in python(str(REPOSITORY / "evaluate.py"), checkpoint)
+    images = [category["image_count"] for category in load_checkpoint(work / checkpoint)["categories"]]
+    assert float(python(str(elsewhere / "use.py"), checkpoint)) == sum(images) > 0
