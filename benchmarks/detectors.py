@@ -1,4 +1,4 @@
-"""What benchmarks/step.py and benchmarks/inference.py share: detectors of the paper's size, batches, turns."""
+"""What step.py and inference.py share: detectors of the paper's size, batches, turns, memory."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -43,7 +43,9 @@ def make_peer(classes: int, device: str, **options: float) -> FasterRCNN:
     """
     torch.manual_seed(0)
     backbone = resnet50(weights=None, norm_layer=FrozenBatchNorm2d)
-    peer = FasterRCNN(_resnet_fpn_extractor(backbone, 3), classes + 1, rpn_post_nms_top_n_train=1000, **options)
+    peer = FasterRCNN(
+        _resnet_fpn_extractor(backbone, 3), classes + 1, rpn_post_nms_top_n_train=1000, **options
+    )
     frozen = {name.split(".")[1] for name, p in peer.backbone.named_parameters() if not p.requires_grad}
     assert frozen == {"conv1", "layer1"}, frozen
     assert not any(isinstance(module, nn.BatchNorm2d) for module in peer.modules())
@@ -84,7 +86,7 @@ def make_batch(s: int, t: int, classes: int, device: str) -> Batch:
 def take_turns(
     variants: dict[str, Callable[[], object]], repeats: int, device: str
 ) -> dict[str, list[float]]:
-    """Seconds of each variant, `repeats` times one after the other, behind one run of each that is not counted."""
+    """Seconds of each variant, `repeats` times in turns, behind one run of each that is not counted."""
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     for repeat in range(repeats + 1):
         for name, variant in variants.items():
@@ -128,9 +130,9 @@ def own_peak_megabytes(work: Callable[[], Callable[[], object]], device: str) ->
     return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1e3
 
 
-def convolutions_share(variant: Callable[[], object], names: Sequence[str]) -> list[tuple[str, float]]:
-    """Self CPU seconds of the operators of one run, most first; `names` are shown even if they are small."""
+def operator_seconds(variant: Callable[[], object]) -> dict[str, float]:
+    """Seconds on the CPU that the operators of one run took themselves, most first."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         variant()
-    rows = [(event.key, event.self_cpu_time_total / 1e6) for event in profile.key_averages()]
-    return sorted(rows, key=lambda row: -row[1])
+    events = sorted(profile.key_averages(), key=lambda event: -event.self_cpu_time_total)
+    return {event.key: event.self_cpu_time_total / 1e6 for event in events}

@@ -2,8 +2,8 @@
 
     python benchmarks/inference.py [uniform] [peaked] [clis] [classes] [--repeats 5] [--device cpu]
 
-R50-FPN, random weights, one 800 x 1088 image, 1203 classes, class-specific boxes, LVIS's settings: scores above
-1e-4, NMS at 0.5 within classes, 300 detections of an image; 1000 proposals.
+R50-FPN, random weights, one 800 x 1088 image, 1203 classes, class-specific boxes, LVIS's settings: scores
+above 1e-4, NMS at 0.5 within classes, 300 detections of an image; 1000 proposals.
 
 * uniform: nearly uniform class scores, as early in training: all 1.2 million boxes are above the threshold.
 * peaked: scores as late in training, by a wider last layer; the number above the threshold is printed.
@@ -47,7 +47,9 @@ def our_inference(std: float, device: str, *overrides: str, classes: int = CLASS
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     kinds = ("uniform", "peaked", "clis", "classes")
     parser.add_argument("what", nargs="*", choices=[*kinds, []], default=[])
     parser.add_argument("--repeats", type=int, default=5)
@@ -55,7 +57,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     device = arguments.device
     for what in arguments.what or kinds:
-        print(f"## {what}")
+        if what not in kinds:
+            parser.error(f"{what}: one of {', '.join(kinds)}")
+        print(f"## {what}", flush=True)
         std = UNIFORM if what == "uniform" else PEAKED
         if what in ("uniform", "peaked"):
             variants = {

@@ -7,7 +7,8 @@ step is forward, backward and SGD with momentum.
 
 * baseline: our Faster R-CNN beside torchvision's with frozen batch norm, stem and layer1, and as many
   proposals and RoIs; also peak memory, each in a process of its own.
-* clis: CLIS with s = 16 and t = 2 beside s = t = 0 (TSS and objectness alone); the paper has 0.479 / 0.249 = 1.92.
+* clis: CLIS with s = 16 and t = 2 beside s = t = 0 (TSS and objectness alone), which the paper has at 0.479
+  and 0.249 s: 1.92.
 * s, t: the rows of the paper's tables V and VI. classes: 80, 1203 and 21,842 of them.
 * profile: where the time of a step goes, and how much of it is convolutions and matrix products.
 """
@@ -15,15 +16,16 @@ step is forward, backward and SGD with momentum.
 from __future__ import annotations
 
 import argparse
+import functools
 from collections.abc import Callable, Sequence
 
 import torch
 from detectors import (
     PLAIN,
-    convolutions_share,
     make_batch,
     make_detector,
     make_peer,
+    operator_seconds,
     own_peak_megabytes,
     paper_config,
     peak_megabytes,
@@ -36,10 +38,13 @@ from clis.engine.optim import make_optimizer
 from clis.engine.train import train_step
 
 CLASSES = 1203
-PAPER_S = {0: 0.249, 4: 0.275, 8: 0.296, 16: 0.381, 32: 0.416}
-PAPER_T = {0: 0.381, 1: 0.403, 2: 0.479, 4: 0.531}
-"""Seconds a step on V100s: the paper's tables V (t = 0) and VI (s = 16)."""
-BAR = {"baseline": 0.9, "clis": 1.65}
+PAPER_S = {(0, 0): 0.249, (4, 0): 0.275, (8, 0): 0.296, (16, 0): 0.381, (32, 0): 0.416}
+PAPER_T = {(16, 0): 0.381, (16, 1): 0.403, (16, 2): 0.479, (16, 4): 0.531}
+"""Seconds a step on V100s by (s, t): the paper's tables V and VI."""
+DENSE = {
+    "aten::mkldnn_convolution", "aten::cudnn_convolution", "aten::convolution_backward", "aten::addmm",
+    "aten::mm",
+}  # fmt: skip
 
 
 def torchvision_step(device: str, classes: int = CLASSES) -> Callable[[], object]:
@@ -88,65 +93,74 @@ def compare(names: Sequence[str], repeats: int, device: str) -> None:
         print(f"| {name} | peak {peak:.0f} MB | {peak / peaks[0]:.3f} |")
 
 
-def table(variants: dict[str, Callable[[], Callable[[], object]]], repeats: int, device: str) -> None:
-    """Rows that are too large to be in memory together: each beside the first, in turns."""
-    names = list(variants)
-    for name in names[1:]:
-        both = {names[0]: variants[names[0]](), name: variants[name]()}
-        print_ratios(take_turns(both, repeats, device), names[0])
+def table(rows: dict[str, Callable[[], Callable[[], object]]], repeats: int, device: str) -> None:
+    """Rows that are too large to be in memory together: each takes turns with the first."""
+    (reference, make), *others = rows.items()
+    for name, make_other in others:
+        print_ratios(take_turns({reference: make(), name: make_other()}, repeats, device), reference)
+
+
+def table_of_pairs(
+    pairs: dict[tuple[int, int], float], paper_first: float, repeats: int, device: str
+) -> None:
+    """Rows of s and t, with the paper's ratio of the seconds a step."""
+    table(
+        {
+            f"s={s} t={t} (the paper's: {seconds / paper_first:.2f})": functools.partial(
+                our_step, device, *parts(s, t)
+            )
+            for (s, t), seconds in pairs.items()
+        },
+        repeats,
+        device,
+    )
+
+
+def profile(name: str, device: str, shown: int = 14) -> None:
+    """The operators that take most of a step, and the share of convolutions and matrix products."""
+    step = VARIANTS[name](device)
+    step()
+    seconds = operator_seconds(step)
+    total = sum(seconds.values())
+    dense = sum(value for key, value in seconds.items() if key in DENSE)
+    print(f"{name}: {total:.2f} s, of which {dense / total:.1%} are convolutions and matrix products")
+    for key, value in list(seconds.items())[:shown]:
+        print(f"| {key} | {value:.2f} s | {value / total:.1%} |")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    kinds = ("baseline", "clis", "s", "t", "classes", "profile")
-    parser.add_argument("what", nargs="*", choices=[*kinds, []], default=[])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    kinds: dict[str, Callable[[int, str], None]] = {
+        "baseline": lambda repeats, device: compare(["torchvision", "baseline"], repeats, device),
+        "clis": lambda repeats, device: compare(["s=0 t=0", "s=16 t=2"], repeats, device),
+        "s": lambda repeats, device: table_of_pairs(PAPER_S, PAPER_S[0, 0], repeats, device),
+        "t": lambda repeats, device: table_of_pairs(PAPER_T, PAPER_T[16, 0], repeats, device),
+        "classes": lambda repeats, device: table(
+            {
+                f"{count} classes": functools.partial(our_step, device, *parts(16, 2), classes=count)
+                for count in (80, 1203, 21_842)
+            },
+            repeats,
+            device,
+        ),
+        "profile": lambda repeats, device: [profile(name, device) for name in ("baseline", "s=16 t=2")],
+    }
+    parser.add_argument("what", nargs="*", help=", ".join(kinds))
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--memory", choices=VARIANTS, help="print the peak of one variant, in MB")
     arguments = parser.parse_args(argv)
-    device, repeats = arguments.device, arguments.repeats
     if arguments.memory:
-        print(own_peak_megabytes(lambda: VARIANTS[arguments.memory](device), device))
+        make = VARIANTS[arguments.memory]
+        print(own_peak_megabytes(lambda: make(arguments.device), arguments.device))
         return
     for what in arguments.what or kinds:
-        print(f"## {what}")
-        if what == "baseline":
-            compare(["torchvision", "baseline"], repeats, device)
-        elif what == "clis":
-            compare(["s=0 t=0", "s=16 t=2"], repeats, device)
-        elif what == "s":
-            table(
-                {
-                    f"s={s} t=0, the paper's {seconds / PAPER_S[0]:.2f}": lambda s=s: our_step(device, *parts(s, 0))
-                    for s, seconds in PAPER_S.items()
-                },
-                repeats, device,
-            )  # fmt: skip
-        elif what == "t":
-            table(
-                {
-                    f"s=16 t={t}, the paper's {seconds / PAPER_T[0]:.2f}": lambda t=t: our_step(device, *parts(16, t))
-                    for t, seconds in PAPER_T.items()
-                },
-                repeats, device,
-            )  # fmt: skip
-        elif what == "classes":
-            table(
-                {
-                    f"{classes} classes": lambda c=classes: our_step(device, *parts(16, 2), classes=c)
-                    for classes in (80, 1203, 21_842)
-                },
-                repeats, device,
-            )  # fmt: skip
-        else:
-            for name in ("baseline", "s=16 t=2"):
-                step = VARIANTS[name](device)
-                step()
-                rows = convolutions_share(step, ())
-                total = sum(seconds for _, seconds in rows)
-                print(f"{name}: {total:.2f} s of CPU time")
-                for key, seconds in rows[:14]:
-                    print(f"| {key} | {seconds:.2f} s | {seconds / total:.1%} |")
+        if what not in kinds:
+            parser.error(f"{what}: one of {', '.join(kinds)}")
+        print(f"## {what}", flush=True)
+        kinds[what](arguments.repeats, arguments.device)
 
 
 if __name__ == "__main__":
