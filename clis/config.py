@@ -13,7 +13,7 @@ import math
 import os
 import types
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -342,13 +342,19 @@ def config_to_yaml(config: Config) -> str:
     return yaml.safe_dump(config_to_dict(config), sort_keys=False)
 
 
-def config_differences(a: Config, b: Config) -> list[str]:
-    """Dotted keys, with both values, in which two configs differ beyond what a resumed run may change."""
+def config_differences(a: Config, b: Config, within: Collection[str] | None = None) -> list[str]:
+    """Dotted keys, with both values, in which two configs differ beyond what a resumed run may change.
+
+    Args:
+        within: sections and keys that are looked at; None is all of them.
+    """
     flat_a, flat_b = _flatten(config_to_dict(a)), _flatten(config_to_dict(b))
     return [
         f"{key}: {flat_a[key]} != {flat_b[key]}"
         for key in flat_a
-        if key not in RESUMABLE and flat_a[key] != flat_b[key]
+        if key not in RESUMABLE
+        and (within is None or any(f"{key}.".startswith(f"{each}.") for each in within))
+        and flat_a[key] != flat_b[key]
     ]
 
 

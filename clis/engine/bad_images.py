@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import TypeVar
 
 import torch
 
 from clis.data.images import ImageError
-from clis.data.loader import Batch
+from clis.data.loader import OnDevice
+
+B = TypeVar("B", bound=OnDevice)
 
 
 class BadImages:
@@ -25,9 +28,9 @@ class BadImages:
         self.gone: ImageError | None = None
         """Why the last `load` has no batches: nothing of a stream can be read."""
 
-    def load(self, batches: Iterator[Batch], count: int, device: torch.device) -> list[Batch]:
+    def load(self, batches: Iterator[B], count: int, device: torch.device) -> list[B]:
         """The next batches, on the device; names images that were replaced for the first time."""
-        loaded: list[Batch] = []
+        loaded: list[B] = []
         self.gone = None
         try:
             loaded = [next(batches).to(device) for _ in range(count)]

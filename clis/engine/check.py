@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image  # torchvision needs Pillow
 
-from clis.config import Config, config_differences, config_from_dict, data_path, read_yaml
+from clis.config import Config, data_path
 from clis.data.annotations import Annotations, check_same_categories, checked_for_training
 from clis.data.image_classes import GROUPS, coverage, describe_coverage, shortened
 from clis.data.image_level import ImageLevelIndex, is_intact
@@ -26,6 +26,7 @@ from clis.data.sampling import RepeatSampler, class_repeat_factors, repeat_facto
 from clis.engine.checkpoint import load_checkpoint
 from clis.engine.log import Progress, say
 from clis.engine.regions import DETECTOR_RULES, detector_checkpoint, detector_config
+from clis.engine.run_folder import check_owner
 from clis.engine.streams import make_image_level_sampler, make_index, read_annotations, regions_file
 from clis.models import build_model
 
@@ -95,7 +96,8 @@ def check(
         detector = detector_config(config, overrides)
     for each in (config, detector):
         if each is not None:
-            _check_run_folder(each, report)
+            with report.catching():
+                check_owner(Path(each.output), each)
     train = val = index = None
     with report.catching():
         train = read_annotations(data_path(config, config.data.train))
@@ -139,15 +141,6 @@ def check(
 
 
 # --- settings and annotations -----------------------------------------------------------------------------
-
-
-def _check_run_folder(config: Config, report: Report) -> None:
-    path = Path(config.output, "config.yaml")
-    with report.catching():
-        if path.exists():
-            differences = config_differences(config_from_dict(read_yaml(path), source=str(path)), config)
-            if differences:
-                raise ValueError(f"{path.parent} belongs to another config: {'; '.join(differences[:5])}")
 
 
 def _checked_boxes(train: Annotations, config: Config, report: Report) -> Annotations:

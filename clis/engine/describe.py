@@ -85,22 +85,29 @@ def summarize_step(outputs: Sequence[TrainOutput], config: Config) -> dict[str, 
     return {"loss": total} | record | {name: count / config.train.images_per_step for name, count in counts}
 
 
+def queue_state(model: CLISDetector) -> dict[str, float]:
+    """How many keys the queue holds, where there is one."""
+    return {} if model.contrastive is None else {"queue_filled": model.contrastive.queue.num_filled()}
+
+
 def measures(
-    model: CLISDetector, norm: float, rate: float, data_time: float, compute_time: float, config: Config
+    device: torch.device, norm: float, rate: float, data_time: float, compute_time: float, images: int
 ) -> dict[str, float]:
-    """What metrics.jsonl has beside losses and counts; times in seconds a step, as rank 0 saw them."""
-    device = next(model.parameters()).device
+    """What metrics.jsonl has beside losses and counts; times in seconds a step, as rank 0 saw them.
+
+    Args:
+        images: in a step.
+    """
     if device.type == "cuda":
         peak = torch.cuda.max_memory_allocated(device)
     else:
         peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # kilobytes, on Linux
-    filled = {} if model.contrastive is None else {"queue_filled": model.contrastive.queue.num_filled()}
-    return filled | {
+    return {
         "gradient_norm": norm,
         "lr": rate,
         "data_time": data_time,
         "compute_time": compute_time,
-        "images_per_second": config.train.images_per_step / (data_time + compute_time),
+        "images_per_second": images / (data_time + compute_time),
         "peak_memory": peak / 2**30,
     }
 
