@@ -369,7 +369,6 @@ class TestContradictions:
             (["data.workers=-1"], "data.workers=-1: at least 0"),
             (["model.backbone.trainable_layers=6"], "trainable_layers: between 0 and 5"),
             (["model.backbone.norm=group", "model.backbone.width=24"], "width=24: a multiple of 16"),
-            (["model.backbone.norm=group", "model.backbone.weights=a.pth"], "are batch-norm weights"),
             (["model.rpn.samples=0"], "samples and proposals are at least 1"),
             (["model.roi.fc_cls_std=-1"], "model.roi.fc_cls_std=-1.0: at least 0"),
             (["model.roi.fc_cls_std=.inf"], "model.roi.fc_cls_std=inf: at least 0 and finite"),

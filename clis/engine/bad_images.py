@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TypeVar
 
 import torch
@@ -11,6 +11,20 @@ from clis.data.images import ImageError
 from clis.data.loader import OnDevice
 
 B = TypeVar("B", bound=OnDevice)
+
+
+def check_bad_images(unreadable: Sequence[str], allowed: int) -> None:
+    """Of a single look at image-level images: raises `ImageError` if too many of them cannot be read.
+
+    Args:
+        unreadable: what is wrong with each, by name.
+        allowed: `data.max_bad_images`.
+    """
+    if len(unreadable) > allowed:
+        raise ImageError(
+            f"{len(unreadable)} unreadable image-level images, data.max_bad_images={allowed} are allowed; "
+            f"the last: {unreadable[-1]}"
+        )
 
 
 class BadImages:

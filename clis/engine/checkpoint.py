@@ -17,7 +17,7 @@ from clis.data.loader import is_lost_loader
 from clis.distributed import is_main
 from clis.engine.log import say
 from clis.files import remove_leftovers, written_whole
-from clis.models import CLISDetector, build_model
+from clis.models import CLISDetector, ImageClassifier, build_model
 from clis.models.backbone import load_state
 
 FORMAT = 1
@@ -30,7 +30,7 @@ def checkpoint_name(step: int) -> str:
 def save_checkpoint(
     folder: Path,
     step: int,
-    model: CLISDetector,
+    model: CLISDetector | ImageClassifier,
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
     config: Config,
@@ -131,7 +131,7 @@ def load_last_checkpoint(folder: Path) -> tuple[dict[str, Any], Path] | None:
 
 def resume(
     folder: Path,
-    model: CLISDetector,
+    model: CLISDetector | ImageClassifier,
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
     config: Config,

@@ -13,7 +13,7 @@ from clis.data.image_level import ImageLevelIndex
 from clis.data.sampling import JointSampler
 from clis.distributed import all_reduce_sum, world_size
 from clis.engine.optim import learning_rate
-from clis.models import CLISDetector, TrainOutput
+from clis.models import CLISDetector, ImageClassifier, TrainOutput
 
 
 def describe_run(
@@ -68,6 +68,29 @@ def describe_run(
         names = [name for name, on in parts.items() if bool(on) is state]
         lines.append(f"{word}: {', '.join(names) or 'nothing'}")
     return "\n".join(f"  {line}" for line in [*lines, f"run folder {config.output}"])
+
+
+def describe_pretraining(
+    config: Config, images: int, held_out: int, model: ImageClassifier, accumulation: int
+) -> str:
+    """As `describe_run`, of pre-training.
+
+    Args:
+        config: with `train` and `optim` as they are in pre-training.
+        images: that are trained on.
+    """
+    pretrain, train, optim = config.pretrain, config.train, config.optim
+    parameters = sum(p.numel() for p in model.parameters())
+    decays = f", x {optim.decay_factor:g} after {', '.join(map(str, pretrain.decay_epochs))} epochs"
+    lines = [
+        f"{images} image-level images of {len(model.categories)} classes, {held_out} more are held out",
+        f"{pretrain.epochs} epochs are {train.steps} steps of {train.images_per_step} images ({world_size()} "
+        f"process(es), {accumulation} micro-batch(es)), crops of {pretrain.image_size} pixels",
+        f"lr {pretrain.lr:g}{decays * bool(pretrain.decay_epochs)}; {train.precision}",
+        f"{config.model.backbone.name}, {parameters / 1e6:.1f} M parameters, from "
+        f"{config.model.backbone.weights or 'random weights'}",
+    ]
+    return "\n".join(f"  {line}" for line in lines)
 
 
 def summarize_step(outputs: Sequence[TrainOutput], config: Config) -> dict[str, float]:

@@ -34,6 +34,7 @@ from clis.engine.loop import Loop, check_skipped
 from clis.engine.lvis_eval import format_table
 from clis.engine.optim import gradient_step, learning_rate, make_optimizer, make_scaler, split_batch
 from clis.engine.preemption import unmark
+from clis.engine.pretrain import pretrain
 from clis.engine.regions import detector_config, find_regions
 from clis.engine.run_folder import claim
 from clis.engine.schedule import Schedule
@@ -50,8 +51,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--config", required=True, help="e.g. configs/shapes/clis.yaml")
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value",
-        help="change the config, e.g. train.steps=100 output=runs/short. Overrides outside clis, loss and "
-        "regions also apply to the detector that finds the regions",
+        help="change the config, e.g. train.steps=100 output=runs/short. Overrides outside clis, loss, "
+        "regions and pretrain also apply to the detector that finds the regions",
     )  # fmt: skip
     arguments = parser.parse_args(argv)
     config = load_config(arguments.config, arguments.overrides)
@@ -67,15 +68,19 @@ def recipe(config: Config, name: str, overrides: Sequence[str], device: torch.de
     for each in configs:
         claim(Path(each.output), each)
     stages: list[tuple[str, Callable[[], None]]] = []
+
+    def add_training(title: str, each: Config) -> None:
+        if each.pretrain.epochs > 0:
+            stages.append(("pre-training as an image classifier", lambda: pretrain(each, device)))
+        stages.append((title, lambda: run(each, device)))
+
     if config.data.generate == "shapes":
         stages.append(("embedded benchmark", lambda: generate_shapes(data_path(config, "shapes"))))
     if config.clis.s > 0 and not regions_file(config).exists():
         if detector is not None:
-            stages.append(
-                (f"detector for the regions: {config.regions.detector}", lambda: run(detector, device))
-            )
+            add_training(f"detector for the regions: {config.regions.detector}", detector)
         stages.append(("regions", lambda: find_regions(config, device, detector)))
-    stages.append((name, lambda: run(config, device)))
+    add_training(name, config)
     for number, (title, stage) in enumerate(stages, 1):
         say(f"{number}/{len(stages)} {title}")
         stage()
