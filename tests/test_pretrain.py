@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from functools import reduce
 from pathlib import Path
 
 import pytest
@@ -25,7 +26,7 @@ from torchvision.models._utils import IntermediateLayerGetter
 from torchvision.transforms import v2
 
 from clis.__main__ import main
-from clis.config import config_from_dict, load_config, merge_overrides, pretrained_backbone
+from clis.config import Config, config_from_dict, load_config, merge_overrides, pretrained_backbone
 from clis.data.annotations import load_annotations
 from clis.data.classification import LabelledBatch, RandomCrops, Split, central_crop
 from clis.data.image_level import build_index
@@ -599,6 +600,10 @@ class TestBadInput:
         with pytest.raises(ValueError, match=r"belongs to another config: pretrain\.lr: 0\.01 != 0\.5"):
             main(arguments_of(data, tmp_path, "pretrain.lr=0.5"))
         main(arguments_of(data, tmp_path, "optim.lr=0.5", "model.backbone.trainable_layers=3"))
+
+    def test_settings_that_matter_are_there(self):
+        for key in pretrain.SETTINGS:
+            reduce(getattr, key.split("."), Config())
 
     def test_a_checkpoint_of_other_images(self, data, pretrained, tmp_path):
         """Fewer images are other steps."""

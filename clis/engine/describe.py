@@ -83,7 +83,7 @@ def describe_pretraining(
     parameters = sum(p.numel() for p in model.parameters())
     decays = f", x {optim.decay_factor:g} after {', '.join(map(str, pretrain.decay_epochs))} epochs"
     lines = [
-        f"{images} image-level images of {len(model.categories)} classes, {held_out} more are held out",
+        f"{images} image-level images to learn {len(model.categories)} classes, {held_out} more are held out",
         f"{pretrain.epochs} epochs are {train.steps} steps of {train.images_per_step} images ({world_size()} "
         f"process(es), {accumulation} micro-batch(es)), crops of {pretrain.image_size} pixels",
         f"lr {pretrain.lr:g}{decays * bool(pretrain.decay_epochs)}; {train.precision}",

@@ -46,7 +46,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """The command ``train.py --config FILE [key=value ...]``, alone or under torchrun."""
     parser = argparse.ArgumentParser(
         prog="train.py",
-        description="Train a detector; what its config needs is made first (benchmark, baseline, regions).",
+        description="Train a detector; what its config needs is made first (benchmark, baseline, regions, "
+        "pre-training).",
     )
     parser.add_argument("--config", required=True, help="e.g. configs/shapes/clis.yaml")
     parser.add_argument(
