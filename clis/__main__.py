@@ -174,7 +174,7 @@ def _pretrain(arguments: argparse.Namespace) -> None:
         if config.data.generate == "shapes":
             generate_shapes(data_path(config, "shapes"))
         path = pretrain(config, device)
-        say(f"for a detector of this network: model.backbone.weights={path.absolute()}")
+        say(f"for a detector of this network: pretrain.epochs=0 model.backbone.weights={path.absolute()}")
 
 
 def _prepare_image_level(arguments: argparse.Namespace) -> None:

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from functools import reduce
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -31,6 +32,7 @@ from clis.data.annotations import load_annotations
 from clis.data.classification import LabelledBatch, RandomCrops, Split, central_crop
 from clis.data.image_level import build_index
 from clis.data.images import ImageError, read_image
+from clis.data.loader import ReadAhead
 from clis.data.sampling import ImageItem, SingleSampler, UniformSampler
 from clis.data.shapes import ShapesSpec, write_shapes
 from clis.distributed import distribute
@@ -39,6 +41,7 @@ from clis.engine.check import check
 from clis.engine.checkpoint import load_checkpoint, load_detector
 from clis.engine.optim import make_optimizer
 from clis.engine.preemption import MARKER, Preempted
+from clis.engine.run_folder import claim
 from clis.models import ImageClassifier, build_model
 from clis.models.backbone import IMAGE_MEAN, IMAGE_STD, ResNet, load_backbone_weights
 
@@ -139,8 +142,20 @@ def test_a_central_crop_is_torchvisions(folders):
     for row in range(6):
         pixels = read_image(folders / index.name(row))
         assert torch.equal(central_crop(index, 42, row), reference(pixels))
-    (folders / index.name(2)).write_bytes(b"")
-    assert f"{index.name(2)}: the file is empty" in central_crop(index, 42, 2)
+    (folders / index.name(1)).write_bytes(b"")
+    write_png(torch.full((3, 1, 4000), 200, dtype=torch.uint8), str(folders / index.name(2)))
+    assert f"{index.name(1)}: the file is empty" in central_crop(index, 42, 1)
+    assert central_crop(index, 42, 2).sum(dim=(0, 1)).tolist() == 42 * [3 * 200]  # a strip of one pixel
+
+
+def test_a_block_is_read_in_one_go():
+    """Blocks of four of the 9 images that are trained on; held out are rows 3, 7 and 11 of 12."""
+    asked = []
+    index = SimpleNamespace(read_ahead=lambda first, last: asked.append((first, last)))
+    split, read_ahead = Split(12, 3), ReadAhead(4)
+    for place in (2, 0, 3, 6, 5, 8, 1):
+        read_ahead(index, place, split.trained, split.trained_row)
+    assert asked == [(0, 5), (5, 10), (10, 11), (0, 5)]
 
 
 # --- the network ------------------------------------------------------------------------------------------
@@ -545,6 +560,13 @@ class TestRecipe:
         assert report.errors == []
         assert f"{tmp_path / 'pretrain' / 'backbone.pt'}: will be made, by pre-training" in report.notes
         assert not [note for note in report.notes if "0 image-level" in note]
+        claim(tmp_path / "pretrain", load_config(BASELINE, [*overrides, "pretrain.lr=0.5"]))
+        report = check(load_config(BASELINE, overrides), overrides, workers=0, sample=2)
+        assert [error.split(":")[0] for error in report.errors] == [
+            f"{tmp_path / 'pretrain'} belongs to another config"
+        ]
+        report = check(load_config(BASELINE, [*overrides, "pretrain.epochs=0"]), [], workers=0, sample=2)
+        assert report.errors == []  # the folder is none of its own
         overrides += ["model.backbone.weights=none.pt"]
         report = check(load_config(BASELINE, overrides), overrides, workers=0, sample=2)
         assert any("none.pt: backbone weights are missing" in error for error in report.errors)

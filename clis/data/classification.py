@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -20,7 +19,9 @@ from clis.data.sampling import ImageItem
 from clis.data.transforms import round_half_up, shortest_size
 
 SHORT_SIDE = 256 / 224
-"""Short side of which the central crop is taken, relative to the crop's (torchvision)."""
+"""Short side of the image of which the central crop is taken, relative to the crop's (torchvision)."""
+LONG_SIDE = 8
+"""Limit of its long side, relative to the short one: a strip of one pixel would fill the memory."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,7 @@ def central_crop(index: ImageLevelIndex, size: int, row: int) -> Tensor | str:
     try:
         image = open_image(index.read(row), index.name(row))
         short_side = round_half_up(size * SHORT_SIDE)
-        pixels = image.decode_resized(shortest_size(image.size, short_side, math.inf))
+        pixels = image.decode_resized(shortest_size(image.size, short_side, LONG_SIDE * short_side))
     except ImageError as error:
         return str(error)
     return v2.functional.center_crop(pixels, [size, size])

@@ -99,7 +99,9 @@ def check(
         if each is not None:
             with report.catching():
                 check_owner(Path(each.output), each)
-                check_owner(pretrained_backbone(each).parent, each, PRETRAINING)
+            if each.pretrain.epochs > 0:
+                with report.catching():
+                    check_owner(pretrained_backbone(each).parent, each, PRETRAINING)
     train = val = index = None
     with report.catching():
         train = read_annotations(data_path(config, config.data.train))
