@@ -64,6 +64,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     _add_config(command)
     command.set_defaults(run=_regions)
 
+    command = commands.add_parser(
+        "pretrain", help="train a config's ResNet as an image classifier (alone or under torchrun)"
+    )
+    _add_config(command)
+    command.set_defaults(run=_pretrain)
+
     command = commands.add_parser("compare", help="print the results of run folders as one table")
     command.add_argument("folders", nargs="+", type=Path, metavar="RUN_FOLDER")
     command.set_defaults(run=_compare)
@@ -153,6 +159,22 @@ def _regions(arguments: argparse.Namespace) -> None:
     device = choose_device(config.train.device)
     with process_group(device):
         find_regions(config, device, detector_config(config, arguments.overrides))
+
+
+def _pretrain(arguments: argparse.Namespace) -> None:
+    from clis.config import data_path, load_config
+    from clis.distributed import choose_device, process_group
+    from clis.engine.log import say
+    from clis.engine.pretrain import pretrain
+    from clis.engine.train import generate_shapes
+
+    config = load_config(arguments.config, arguments.overrides)
+    device = choose_device(config.train.device)
+    with process_group(device):
+        if config.data.generate == "shapes":
+            generate_shapes(data_path(config, "shapes"))
+        path = pretrain(config, device)
+        say(f"for a detector of this network: pretrain.epochs=0 model.backbone.weights={path.absolute()}")
 
 
 def _prepare_image_level(arguments: argparse.Namespace) -> None:

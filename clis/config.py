@@ -13,7 +13,7 @@ import math
 import os
 import types
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -34,7 +34,9 @@ class BackboneConfig:
     trainable_layers: int = 3
     """How many of (conv1, layer1, ..., layer4), from the top, are trained: 3 freezes stem and layer1."""
     weights: str | None = None
-    """A torchvision ResNet state dict, relative to `data.root`; null is random weights."""
+    """A ResNet state dict with torchvision's names, relative to `data.root`: torchvision's, or the
+    ``backbone.pt`` that `python -m clis pretrain` makes, with the norm that it was made with; null is random
+    weights. With `pretrain.epochs` the pre-training starts from it, and the detector from what comes out."""
     download: bool = False
     """Fetch torchvision's ImageNet-1K weights if `weights` does not exist yet."""
     fpn_channels: int = 256
@@ -277,6 +279,34 @@ class TrainConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PretrainConfig:
+    """The detector's ResNet is first trained as a classifier of the image-level images (section IV-D.4: the
+    paper's comparison, no part of CLIS).
+
+    Momentum, weight decay, decay factor and clipping are those of `optim`, without warm-up; seed, precision,
+    logging and saving those of `train`, flip, loaders and bad images those of `data`.
+    """
+
+    epochs: int = 0
+    """Passes over the images that are not held out; 0 is without pre-training, the paper's has 100."""
+    images_per_step: int = 256
+    """Image-level images in the global batch."""
+    images_per_process: int = 32
+    """The most that one process takes at once; the rest is gradient accumulation. Batch norm takes its
+    statistics over these images, so that the number matters (the paper: 32 on each of 8 GPUs)."""
+    image_size: int = 224
+    """Side of the crops in pixels."""
+    scale: tuple[float, float] = (0.08, 1.0)
+    """Area of a random crop, relative to the image's."""
+    lr: float = 0.1
+    """Learning rate for `images_per_step` as it is: not scaled."""
+    decay_epochs: tuple[int, ...] = (30, 60, 90)
+    """Passes after which it is multiplied by `optim.decay_factor`."""
+    held_out: float = 0.05
+    """Share of the images that are not trained on, for the top-1 accuracy."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class TestConfig:
     score_threshold: float = 1e-4
     nms_iou: float = 0.5
@@ -296,6 +326,7 @@ class Config:
     regions: RegionsConfig = field(default_factory=RegionsConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    pretrain: PretrainConfig = field(default_factory=PretrainConfig)
     test: TestConfig = field(default_factory=TestConfig)
     output: str = "runs/default"
     """The run folder; `load_config` sets it to ``runs/`` + the config's path below ``configs/``."""
@@ -360,13 +391,19 @@ def config_to_yaml(config: Config) -> str:
     return yaml.safe_dump(config_to_dict(config), sort_keys=False)
 
 
-def config_differences(a: Config, b: Config) -> list[str]:
-    """Dotted keys, with both values, in which two configs differ beyond what a resumed run may change."""
+def config_differences(a: Config, b: Config, within: Collection[str] | None = None) -> list[str]:
+    """Dotted keys, with both values, in which two configs differ beyond what a resumed run may change.
+
+    Args:
+        within: sections and keys that are looked at; None is all of them.
+    """
     flat_a, flat_b = flatten(config_to_dict(a)), flatten(config_to_dict(b))
     return [
         f"{key}: {flat_a[key]} != {flat_b[key]}"
         for key in flat_a
-        if key not in RESUMABLE and flat_a[key] != flat_b[key]
+        if key not in RESUMABLE
+        and (within is None or any(f"{key}.".startswith(f"{each}.") for each in within))
+        and flat_a[key] != flat_b[key]
     ]
 
 
@@ -413,6 +450,11 @@ def read_yaml(path: Path) -> dict[str, Any]:
 def data_path(config: Config, relative: str) -> Path:
     """A path of the config below `data.root` (an absolute one stays as it is)."""
     return Path(config.data.root or "data") / relative
+
+
+def pretrained_backbone(config: Config) -> Path:
+    """Where the weights are that `pretrain.epochs` > 0 makes, or will be."""
+    return Path(config.output, "pretrain", "backbone.pt")
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -582,10 +624,6 @@ def _model_rules(config: Config) -> Iterator[tuple[Any, str]]:
             backbone.fpn_channels % 16 == 0,
             f"model.backbone.fpn_channels={backbone.fpn_channels}: a multiple of 16 with group norm",
         )
-        yield (
-            backbone.weights is None,
-            "model.backbone.weights are batch-norm weights: set model.backbone.norm=folded or weights=null",
-        )
     yield min(rpn.samples, roi.samples, rpn.proposals) >= 1, "model: samples and proposals are at least 1"
     yield len(rpn.anchor_ratios) > 0 and min(rpn.anchor_ratios) > 0, "model.rpn.anchor_ratios: above 0"
     for name, fraction in (("rpn", rpn.positive_fraction), ("roi", roi.positive_fraction)):
@@ -598,10 +636,8 @@ def _model_rules(config: Config) -> Iterator[tuple[Any, str]]:
 def _data_rules(config: Config) -> Iterator[tuple[Any, str]]:
     data = config.data
     yield data.short_sides and min(data.short_sides) >= 1, "data.short_sides: at least one size, above 0"
-    yield (
-        data.image_level or config.clis.s == 0,
-        "clis.s > 0 needs data.image_level folders, or set clis.s=0",
-    )
+    for key, needed in (("clis.s", config.clis.s > 0), ("pretrain.epochs", config.pretrain.epochs > 0)):
+        yield data.image_level or not needed, f"{key} > 0 needs data.image_level folders, or set {key}=0"
     yield data.mosaic_size > 0 and data.mosaic_size % 2 == 0, f"data.mosaic_size={data.mosaic_size}: even"
     for name in ("flip", "cutout", "paste_max_cover"):
         yield 0 <= getattr(data, name) <= 1, f"data.{name}={getattr(data, name)}: between 0 and 1"
@@ -644,6 +680,24 @@ def _run_rules(config: Config) -> Iterator[tuple[Any, str]]:
     yield train.max_skipped >= 0, f"train.max_skipped={train.max_skipped}: at least 0"
     yield 0 <= train.seed < 2**31, f"train.seed={train.seed}: between 0 and 2**31 - 1"
     yield optim.lr > 0 and optim.lr_images >= 1, f"optim.lr={optim.lr}: above 0, optim.lr_images at least 1"
+    yield from _pretrain_rules(config.pretrain)
     yield config.test.images_per_batch >= 1, "test.images_per_batch: at least 1"
     yield config.test.detections >= 1, f"test.detections={config.test.detections}: at least 1"
     yield config.regions.images_per_batch >= 1, "regions.images_per_batch: at least 1"
+
+
+def _pretrain_rules(pretrain: PretrainConfig) -> Iterator[tuple[Any, str]]:
+    yield pretrain.epochs >= 0, f"pretrain.epochs={pretrain.epochs}: at least 0"
+    for name, least in (("images_per_step", 1), ("images_per_process", 1), ("image_size", 32)):
+        yield getattr(pretrain, name) >= least, f"pretrain.{name}={getattr(pretrain, name)}: at least {least}"
+    low, high = pretrain.scale
+    yield (
+        0 < low <= high <= 1,
+        f"pretrain.scale=[{low:g}, {high:g}]: a range above 0 and up to at most 1",
+    )
+    yield 0 < pretrain.lr < math.inf, f"pretrain.lr={pretrain.lr}: above 0 and finite"
+    yield (
+        all(epoch > 0 for epoch in pretrain.decay_epochs),
+        f"pretrain.decay_epochs={list(pretrain.decay_epochs)}: above 0",
+    )
+    yield 0 <= pretrain.held_out < 1, f"pretrain.held_out={pretrain.held_out}: at least 0 and below 1"

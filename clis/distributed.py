@@ -1,8 +1,9 @@
-"""Processes started by torchrun: rank, gather, reduce. Everything is a no-op on one process."""
+"""Processes started by torchrun: rank, gather, reduce, DDP. Everything is a no-op on one process."""
 
 from __future__ import annotations
 
 import contextlib
+import inspect
 import os
 import time
 import uuid
@@ -11,7 +12,8 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 TIMEOUT = timedelta(hours=3)
 """For a collective: the others wait while rank 0 evaluates, or for the slowest share of the regions."""
@@ -149,3 +151,21 @@ def _padded(rows: Tensor) -> tuple[Tensor, list[int]]:
     padded = rows.new_zeros((max(counts), *rows.shape[1:]))
     padded[: len(rows)] = rows
     return padded, counts
+
+
+def distribute(model: nn.Module, device: torch.device) -> nn.Module:
+    """The model in DDP, which leaves its buffers alone."""
+    if world_size() == 1:
+        return model
+    # the queue is the same on all ranks by construction: 59 MB that need not travel each step
+    known = inspect.signature(DistributedDataParallel).parameters
+    sync_buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+    device_ids = [device] if device.type == "cuda" else None
+    return DistributedDataParallel(model, device_ids=device_ids, **{sync_buffers: False})
+
+
+@contextlib.contextmanager
+def gradients_local(network: nn.Module, local: bool) -> Iterator[None]:
+    """With `local` the gradients of the block do not travel between the processes yet."""
+    with network.no_sync() if local and world_size() > 1 else contextlib.nullcontext():
+        yield

@@ -20,10 +20,11 @@ from runs import BASELINE, REPOSITORY, SHORT, assert_same_training, records
 
 from clis.__main__ import run_command
 from clis.data.loader import collate
+from clis.distributed import distribute
 from clis.engine import train
 from clis.engine.checkpoint import load_checkpoint, load_last_checkpoint, save_checkpoint, saved_checkpoints
 from clis.engine.optim import make_optimizer
-from clis.engine.preemption import EXIT_CODE, MARKER
+from clis.engine.preemption import EXIT_CODE, MARKER, Preempted
 from clis.models import build_model
 
 STEPS = 30
@@ -331,7 +332,7 @@ def _one_rank_spoiled(rank: int, folder: str) -> None:
     config = tiny_config("train.images_per_step=2")
     torch.manual_seed(0)
     model = build_model(config, CATEGORIES)
-    network = train._distribute(model, torch.device("cpu"))
+    network = distribute(model, torch.device("cpu"))
     network.train()
     optimizer, scaler = make_optimizer(model, config), torch.amp.GradScaler("cpu", enabled=False)
     batch = collate([make_sample(seed=rank)])
@@ -357,7 +358,7 @@ def test_all_processes_find_the_same_gradient_not_finite(tmp_path):
 
 def test_exit_codes(capsys):
     def preempted() -> None:
-        raise train.Preempted("runs/x: asked to stop")
+        raise Preempted("runs/x: asked to stop")
 
     with pytest.raises(SystemExit) as stop:
         run_command(preempted)

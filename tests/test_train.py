@@ -24,13 +24,14 @@ from torch import nn
 from clis.config import LossConfig, OptimConfig, config_from_dict, load_config, merge_overrides
 from clis.data.images import ImageError
 from clis.data.loader import Batch, collate
+from clis.distributed import distribute
 from clis.engine import evaluate, regions, train
 from clis.engine.checkpoint import load_checkpoint, load_detector, load_model
 from clis.engine.describe import one_line, summarize_step
 from clis.engine.detections import Detections
 from clis.engine.log import MetricsLog, Progress
 from clis.engine.lvis_eval import METRICS
-from clis.engine.optim import learning_rate, make_optimizer
+from clis.engine.optim import learning_rate, make_optimizer, split_batch
 from clis.losses import CLASSIFICATION_LOSSES
 from clis.models import CLISDetector, build_model
 
@@ -234,7 +235,7 @@ def run_steps(rank: int, processes: int, accumulation: int, folder: str, loss: s
         )
     torch.manual_seed(0)
     model = build_model(config, CATEGORIES).double()
-    network = train._distribute(model, torch.device("cpu"))
+    network = distribute(model, torch.device("cpu"))
     network.train()
     optimizer = make_optimizer(model, config)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
@@ -300,10 +301,10 @@ def test_learning_rate_is_a_function_of_the_step():
 
 def test_split_batch():
     config = tiny_config("train.images_per_step=16", "train.images_per_process=4")
-    assert train.split_batch(config, 1) == (4, 4)
-    assert train.split_batch(config, 8) == (2, 1)
+    assert split_batch(config, 1) == (4, 4)
+    assert split_batch(config, 8) == (2, 1)
     with pytest.raises(ValueError, match=r"images_per_step=16 is not a whole number .* on 3 processes"):
-        train.split_batch(config, 3)
+        split_batch(config, 3)
 
 
 def spoil_loss(model: CLISDetector) -> None:

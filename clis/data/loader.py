@@ -7,7 +7,7 @@ import signal
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -22,13 +22,38 @@ from clis.data.mapped import MappedFile
 from clis.data.mosaic import draw_tile
 from clis.data.pasting import draw_paste
 from clis.data.plan import Plan, plan_sample
-from clis.data.sampling import JointSampler, WorkItem
+from clis.data.sampling import ImageItem, JointSampler, SingleSampler, WorkItem
 from clis.data.transforms import FILL
 
 GRACE = 30
 """Seconds that a loader process lives on behind SIGTERM, for the step to be finished."""
 MAX_REPLACEMENTS = 100
 """Unreadable images in a row after which a stream is taken to be gone."""
+
+T = TypeVar("T")
+
+
+class OnDevice:
+    """A dataclass whose tensors, single or in lists, move together."""
+
+    unreadable: tuple[str, ...]
+    """One message for each image that could not be read and was replaced."""
+
+    def _apply(self: T, function: Callable[[Tensor], Tensor]) -> T:
+        changed = {}
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, Tensor):
+                changed[field.name] = function(value)
+            elif isinstance(value, list) and value and isinstance(value[0], Tensor):
+                changed[field.name] = [function(tensor) for tensor in value]
+        return dataclasses.replace(self, **changed)
+
+    def to(self: T, device: torch.device) -> T:
+        return self._apply(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self: T) -> T:
+        return self._apply(Tensor.pin_memory)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +75,7 @@ class Sample:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Batch:
+class Batch(OnDevice):
     """B instance-level images with M mosaics of image-level images, R regions in them and P pasted pairs."""
 
     images: list[Tensor]
@@ -78,23 +103,6 @@ class Batch:
     image_ids: list[int]
     """B ids of the annotation file, to name images in messages."""
     unreadable: tuple[str, ...] = ()
-    """One message for each image that could not be read and was replaced."""
-
-    def _apply(self, function: Callable[[Tensor], Tensor]) -> Batch:
-        changed = {}
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, Tensor):
-                changed[field.name] = function(value)
-            elif isinstance(value, list) and value and isinstance(value[0], Tensor):
-                changed[field.name] = [function(tensor) for tensor in value]
-        return dataclasses.replace(self, **changed)
-
-    def to(self, device: torch.device) -> Batch:
-        return self._apply(lambda tensor: tensor.to(device, non_blocking=True))
-
-    def pin_memory(self) -> Batch:
-        return self._apply(Tensor.pin_memory)
 
 
 def collate(samples: Sequence[Sample]) -> Batch:
@@ -116,6 +124,41 @@ def collate(samples: Sequence[Sample]) -> Batch:
         image_ids=[sample.image_id for sample in samples],
         unreadable=tuple(message for sample in samples for message in sample.unreadable),
     )
+
+
+def first_readable(read: Callable[[int], T], index: int, length: int, unreadable: list[str]) -> tuple[int, T]:
+    """The first image of a stream of `length` that can be read, from `index` on, and what `read` gave for it.
+
+    Those in front of it are told in `unreadable`.
+
+    Raises:
+        ImageError: there is none among `MAX_REPLACEMENTS`.
+    """
+    for candidate in range(index, index + MAX_REPLACEMENTS):
+        try:
+            return candidate % length, read(candidate % length)
+        except ImageError as error:
+            unreadable.append(str(error))
+    raise ImageError(f"{MAX_REPLACEMENTS} images in a row could not be read; the last: {unreadable[-1]}")
+
+
+class ReadAhead:
+    """Has a block of neighbours of an index read in one go, when the first image of it is drawn."""
+
+    def __init__(self, block: int | None) -> None:
+        """`block`: images that are drawn together (`data.shuffle_block`); None does nothing."""
+        self.block = block
+        self.current: int | None = None
+
+    def __call__(
+        self, index: ImageLevelIndex, image: int, length: int, row: Callable[[int], int] = int
+    ) -> None:
+        """For image `image` of a stream of `length`, which is in row `row(image)` of the index."""
+        if self.block is None or image // self.block == self.current:
+            return
+        self.current = image // self.block
+        last = min((self.current + 1) * self.block, length) - 1
+        index.read_ahead(row(self.current * self.block), row(last) + 1)
 
 
 class _Opened(NamedTuple):
@@ -153,7 +196,7 @@ class TwoStreamDataset(Dataset[Sample]):
         self.data, self.clis = data, clis
         self.annotations, self.image_folder = annotations, image_folder
         self.index, self.regions = index, regions
-        self._block: int | None = None  # that this process has read ahead
+        self._read_ahead = ReadAhead(data.shuffle_block)
 
     def __getstate__(self) -> dict[str, Any]:
         """Annotations and index send no arrays to a process that is not forked, and nor do mapped regions."""
@@ -177,23 +220,17 @@ class TwoStreamDataset(Dataset[Sample]):
         """The images of the item or their replacements: with sound headers, or sound as a `whole`."""
         unreadable: list[str] = []
 
-        def first_readable(
-            read: Callable[[int], EncodedImage], index: int, length: int
-        ) -> tuple[int, EncodedImage]:
-            for candidate in range(index, index + MAX_REPLACEMENTS):
-                try:
-                    image = read(candidate % length)
-                    if whole:
-                        image.decode()
-                    return candidate % length, image
-                except ImageError as error:
-                    unreadable.append(str(error))
-            raise ImageError(
-                f"{MAX_REPLACEMENTS} images in a row could not be read; the last: {unreadable[-1]}"
-            )
+        def first(read: Callable[[int], EncodedImage], index: int, length: int) -> tuple[int, EncodedImage]:
+            def sound(candidate: int) -> EncodedImage:
+                image = read(candidate)
+                if whole:
+                    image.decode()
+                return image
 
-        row, instance = first_readable(self._open_instance, item.instance, len(self.annotations))
-        sources = [first_readable(self._open_image_level, i, len(self.index)) for i in item.image_level]
+            return first_readable(sound, index, length, unreadable)
+
+        row, instance = first(self._open_instance, item.instance, len(self.annotations))
+        sources = [first(self._open_image_level, i, len(self.index)) for i in item.image_level]
         rows = np.array([i for i, _ in sources], dtype=np.int64)
         return _Opened(row, instance, rows, [image for _, image in sources], tuple(unreadable))
 
@@ -210,10 +247,7 @@ class TwoStreamDataset(Dataset[Sample]):
         return image
 
     def _open_image_level(self, index: int) -> EncodedImage:
-        block = self.data.shuffle_block
-        if block is not None and index // block != self._block:
-            self._block = index // block
-            self.index.read_ahead(self._block * block, min((self._block + 1) * block, len(self.index)))
+        self._read_ahead(self.index, index, len(self.index))
         return open_image(self.index.read(index), self.index.name(index))
 
     def _sample(self, item: WorkItem, opened: _Opened) -> Sample:
@@ -281,12 +315,17 @@ class MicroBatches:
     """
 
     def __init__(
-        self, sampler: JointSampler, steps: range, rank: int, world_size: int, images_per_process: int
+        self,
+        sampler: JointSampler | SingleSampler,
+        steps: range,
+        rank: int,
+        world_size: int,
+        images_per_process: int,
     ) -> None:
         self.sampler, self.steps = sampler, steps
         self.rank, self.world_size, self.images_per_process = rank, world_size, images_per_process
 
-    def __iter__(self) -> Iterator[list[WorkItem]]:
+    def __iter__(self) -> Iterator[list[WorkItem] | list[ImageItem]]:
         for step in self.steps:
             items = self.sampler.items(step)
             share = len(items) // self.world_size
@@ -296,8 +335,12 @@ class MicroBatches:
 
 
 def train_loader(
-    dataset: TwoStreamDataset, batches: MicroBatches, workers: int, pin: bool
-) -> DataLoader[Batch]:
+    dataset: Dataset,
+    batches: MicroBatches,
+    workers: int,
+    pin: bool,
+    collate: Callable[[Sequence[Any]], OnDevice] = collate,
+) -> DataLoader[OnDevice]:
     """Batches in the order of `batches`, loaded by `workers` processes (0: in this one)."""
     return DataLoader(
         dataset,

@@ -278,6 +278,11 @@ class BlockSampler:
         return block * self._block + permuted(place, size, key)
 
 
+def item_seed(seed: int, index: int) -> int:
+    """The seed, in [0, 2**63), of the item with this place in the run."""
+    return mix(seed, _ITEM_SEED, index) >> 1
+
+
 @dataclass(frozen=True)
 class WorkItem:
     """One instance-level image with its own image-level images: the unit of work of a data worker."""
@@ -290,6 +295,37 @@ class WorkItem:
     """Indices of the s image-level images."""
     seed: int
     """In [0, 2**63): seeds every random choice made for this item, in the worker and in the model."""
+
+
+@dataclass(frozen=True)
+class ImageItem:
+    """One image of a run that draws from one stream alone."""
+
+    image: int
+    """Index of the image in its stream."""
+    seed: int
+    """In [0, 2**63): seeds every random choice made for this item."""
+
+
+class SingleSampler:
+    """The global batches of a run, drawn from one stream."""
+
+    def __init__(self, sampler: Sampler, images_per_step: int, seed: int) -> None:
+        """
+        Args:
+            sampler: the stream.
+            images_per_step: images in a global batch, at least 1.
+            seed: any integer; the items' seeds follow from it.
+        """
+        self._sampler, self._images_per_step, self._seed = sampler, images_per_step, seed
+
+    def items(self, step: int) -> list[ImageItem]:
+        """Return the global batch of a step; see `JointSampler.items`."""
+        first = step * self._images_per_step
+        return [
+            ImageItem(self._sampler.draw(k), item_seed(self._seed, k))
+            for k in range(first, first + self._images_per_step)
+        ]
 
 
 class JointSampler:
@@ -349,5 +385,5 @@ class JointSampler:
             index=index,
             instance=self._instance_sampler.draw(index),
             image_level=tuple(self._image_level_sampler.draw(k) for k in draws),
-            seed=mix(self._seed, _ITEM_SEED, index) >> 1,
+            seed=item_seed(self._seed, index),
         )

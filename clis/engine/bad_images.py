@@ -2,12 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import TypeVar
 
 import torch
 
 from clis.data.images import ImageError
-from clis.data.loader import Batch
+from clis.data.loader import OnDevice
+
+B = TypeVar("B", bound=OnDevice)
+
+
+def check_bad_images(unreadable: Sequence[str], allowed: int) -> None:
+    """Of a single look at image-level images: raises `ImageError` if too many of them cannot be read.
+
+    Args:
+        unreadable: what is wrong with each, by name.
+        allowed: `data.max_bad_images`.
+    """
+    if len(unreadable) > allowed:
+        raise ImageError(
+            f"{len(unreadable)} unreadable image-level images, data.max_bad_images={allowed} are allowed; "
+            f"the last: {unreadable[-1]}"
+        )
 
 
 class BadImages:
@@ -25,9 +42,9 @@ class BadImages:
         self.gone: ImageError | None = None
         """Why the last `load` has no batches: nothing of a stream can be read."""
 
-    def load(self, batches: Iterator[Batch], count: int, device: torch.device) -> list[Batch]:
+    def load(self, batches: Iterator[B], count: int, device: torch.device) -> list[B]:
         """The next batches, on the device; names images that were replaced for the first time."""
-        loaded: list[Batch] = []
+        loaded: list[B] = []
         self.gone = None
         try:
             loaded = [next(batches).to(device) for _ in range(count)]

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image  # torchvision needs Pillow
 
-from clis.config import Config, config_differences, config_from_dict, data_path, read_yaml
+from clis.config import Config, data_path, pretrained_backbone
 from clis.data.annotations import Annotations, check_same_categories, checked_for_training
 from clis.data.image_classes import GROUPS, coverage, describe_coverage, shortened
 from clis.data.image_level import ImageLevelIndex, is_intact
@@ -25,10 +25,12 @@ from clis.data.regions import load_regions
 from clis.data.sampling import RepeatSampler, class_repeat_factors, repeat_factors
 from clis.engine.checkpoint import load_checkpoint
 from clis.engine.log import Progress, say
+from clis.engine.pretrain import SETTINGS as PRETRAINING
 from clis.engine.regions import DETECTOR_RULES, detector_checkpoint, detector_config
+from clis.engine.run_folder import check_owner
 from clis.engine.streams import make_image_level_sampler, make_index, read_annotations, regions_file
 from clis.losses import find_classification_loss
-from clis.models import build_model
+from clis.models import build_classifier, build_model
 
 SHOWN = 5
 """Files named for each kind of finding; `listing` gets all."""
@@ -98,7 +100,11 @@ def check(
         detector = detector_config(config, overrides)
     for each in (config, detector):
         if each is not None:
-            _check_run_folder(each, report)
+            with report.catching():
+                check_owner(Path(each.output), each)
+            if each.pretrain.epochs > 0:
+                with report.catching():
+                    check_owner(pretrained_backbone(each).parent, each, PRETRAINING)
     train = val = index = None
     with report.catching():
         train = read_annotations(data_path(config, config.data.train))
@@ -109,14 +115,15 @@ def check(
         _describe_names(val, config, report)
         if train is not None:
             check_same_categories(train.categories, train.path, val.categories, val.path)
-    if config.clis.s > 0 and train is not None:
+    if (config.clis.s > 0 or _pretraining_is_due(config)) and train is not None:
         with report.catching():
             index = make_index(config, train)
             report.notes.append(describe_coverage(coverage(train.categories, index.image_counts)))
             if index.folder is not None and not is_intact(index):
                 report.errors.append(f"{index.folder}: damaged; remove it and prepare it again")
             make_image_level_sampler(config, index)
-            _check_regions(config, index, detector, report)
+            if config.clis.s > 0:
+                _check_regions(config, index, detector, report)
     if train is not None:
         with report.catching():
             _check_model(config, train, report)
@@ -142,15 +149,6 @@ def check(
 
 
 # --- settings and annotations -----------------------------------------------------------------------------
-
-
-def _check_run_folder(config: Config, report: Report) -> None:
-    path = Path(config.output, "config.yaml")
-    with report.catching():
-        if path.exists():
-            differences = config_differences(config_from_dict(read_yaml(path), source=str(path)), config)
-            if differences:
-                raise ValueError(f"{path.parent} belongs to another config: {'; '.join(differences[:5])}")
 
 
 def _checked_boxes(train: Annotations, config: Config, report: Report) -> Annotations:
@@ -213,12 +211,19 @@ def _check_regions(config: Config, index: ImageLevelIndex, detector: Config | No
 
 def _check_model(config: Config, train: Annotations, report: Report) -> None:
     """Builds it, which reads the backbone's weights and tries the classification loss."""
-    backbone = config.model.backbone
+    backbone, build = config.model.backbone, build_model
+    if _pretraining_is_due(config):
+        report.notes.append(f"{pretrained_backbone(config)}: will be made, by pre-training")
+        build = build_classifier
     path = None if backbone.weights is None else data_path(config, backbone.weights)
     to_download = path is not None and backbone.download and not path.exists()
     if to_download:
         report.notes.append(f"{path}: will be downloaded at the start")
-    build_model(config, train.categories, pretrained=not to_download)
+    build(config, train.categories, pretrained=not to_download)
+
+
+def _pretraining_is_due(config: Config) -> bool:
+    return config.pretrain.epochs > 0 and not pretrained_backbone(config).exists()
 
 
 # --- images -----------------------------------------------------------------------------------------------
@@ -313,6 +318,7 @@ def _describe_step(costs: dict[str, tuple[float, float]], config: Config, report
     """What the loaders have to do for one step, by what reading took just now."""
     images = {"instance-level": config.train.images_per_step}
     images["image-level"] = config.train.images_per_step * config.clis.s
+    costs = {name: cost for name, cost in costs.items() if images[name] > 0}
     seconds = sum(images[name] * mean for name, (mean, _) in costs.items())
     megabytes = sum(images[name] * mean for name, (_, mean) in costs.items()) / 1e6
     counts = " + ".join(f"{images[name]} {name}" for name in costs)

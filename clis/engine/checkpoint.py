@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Collection
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from clis.config import Config, config_from_dict, config_to_dict
-from clis.data.annotations import Category
+from clis.config import Config, config_differences, config_from_dict, config_to_dict
+from clis.data.annotations import Category, check_same_categories
 from clis.data.loader import is_lost_loader
+from clis.distributed import is_main
 from clis.engine.log import say
-from clis.files import written_whole
-from clis.models import CLISDetector, build_model
+from clis.files import remove_leftovers, written_whole
+from clis.models import CLISDetector, ImageClassifier, build_model
 from clis.models.backbone import load_state
 
 FORMAT = 1
@@ -28,7 +30,7 @@ def checkpoint_name(step: int) -> str:
 def save_checkpoint(
     folder: Path,
     step: int,
-    model: CLISDetector,
+    model: CLISDetector | ImageClassifier,
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
     config: Config,
@@ -125,6 +127,41 @@ def load_last_checkpoint(folder: Path) -> tuple[dict[str, Any], Path] | None:
     if problems:
         raise ValueError(f"{'; '.join(problems)}; remove {folder} to start from the beginning")
     return None
+
+
+def resume(
+    folder: Path,
+    model: CLISDetector | ImageClassifier,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    config: Config,
+    within: Collection[str] | None = None,
+) -> tuple[int, int]:
+    """Loads the last readable checkpoint of a run folder, if there is one: the step to go on with, and the
+    steps skipped.
+
+    Args:
+        within: sections and keys of the config that matter here; None is all of them.
+
+    Raises:
+        ValueError: it was trained by another config or for other categories.
+    """
+    if is_main():
+        remove_leftovers(folder)
+    found = load_last_checkpoint(folder / "checkpoints")
+    if found is None:
+        return 0, 0
+    state, path = found
+    differences = config_differences(config_from_dict(state["config"], source=str(path)), config, within)
+    if differences:
+        raise ValueError(f"{path} is of another config: {'; '.join(differences[:5])}; remove it")
+    saved = [Category(**category) for category in state["categories"]]
+    check_same_categories(saved, str(path), model.categories, "the training split")
+    load_state(model, state["model"], str(path))
+    optimizer.load_state_dict(state["optimizer"])
+    scaler.load_state_dict(state["scaler"])
+    say(f"{path}: going on from step {state['step']}")
+    return state["step"], state.get("skipped", 0)
 
 
 def load_model(state: dict[str, Any], config: Config, source: str) -> CLISDetector:

@@ -13,7 +13,7 @@ from clis.data.image_level import ImageLevelIndex
 from clis.data.sampling import JointSampler
 from clis.distributed import all_reduce_sum, world_size
 from clis.engine.optim import learning_rate
-from clis.models import CLISDetector, TrainOutput
+from clis.models import CLISDetector, ImageClassifier, TrainOutput
 
 
 def describe_run(
@@ -75,6 +75,29 @@ def describe_run(
     return "\n".join(f"  {line}" for line in [*lines, f"run folder {config.output}"])
 
 
+def describe_pretraining(
+    config: Config, images: int, held_out: int, model: ImageClassifier, accumulation: int
+) -> str:
+    """As `describe_run`, of pre-training.
+
+    Args:
+        config: with `train` and `optim` as they are in pre-training.
+        images: that are trained on.
+    """
+    pretrain, train, optim = config.pretrain, config.train, config.optim
+    parameters = sum(p.numel() for p in model.parameters())
+    decays = f", x {optim.decay_factor:g} after {', '.join(map(str, pretrain.decay_epochs))} epochs"
+    lines = [
+        f"{images} image-level images to learn {len(model.categories)} classes, {held_out} more are held out",
+        f"{pretrain.epochs} epochs are {train.steps} steps of {train.images_per_step} images ({world_size()} "
+        f"process(es), {accumulation} micro-batch(es)), crops of {pretrain.image_size} pixels",
+        f"lr {pretrain.lr:g}{decays * bool(pretrain.decay_epochs)}; {train.precision}",
+        f"{config.model.backbone.name}, {parameters / 1e6:.1f} M parameters, from "
+        f"{config.model.backbone.weights or 'random weights'}",
+    ]
+    return "\n".join(f"  {line}" for line in lines)
+
+
 def summarize_step(outputs: Sequence[TrainOutput], config: Config) -> dict[str, float]:
     """Weighted total and raw losses of the global batch; its counts for each instance-level image."""
     losses = {name: sum(output.losses[name].detach() for output in outputs) for name in outputs[0].losses}
@@ -90,22 +113,29 @@ def summarize_step(outputs: Sequence[TrainOutput], config: Config) -> dict[str, 
     return {"loss": total} | record | {name: count / config.train.images_per_step for name, count in counts}
 
 
+def queue_state(model: CLISDetector) -> dict[str, float]:
+    """How many keys the queue holds, where there is one."""
+    return {} if model.contrastive is None else {"queue_filled": model.contrastive.queue.num_filled()}
+
+
 def measures(
-    model: CLISDetector, norm: float, rate: float, data_time: float, compute_time: float, config: Config
+    device: torch.device, norm: float, rate: float, data_time: float, compute_time: float, images: int
 ) -> dict[str, float]:
-    """What metrics.jsonl has beside losses and counts; times in seconds a step, as rank 0 saw them."""
-    device = next(model.parameters()).device
+    """What metrics.jsonl has beside losses and counts; times in seconds a step, as rank 0 saw them.
+
+    Args:
+        images: in a step.
+    """
     if device.type == "cuda":
         peak = torch.cuda.max_memory_allocated(device)
     else:
         peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # kilobytes, on Linux
-    filled = {} if model.contrastive is None else {"queue_filled": model.contrastive.queue.num_filled()}
-    return filled | {
+    return {
         "gradient_norm": norm,
         "lr": rate,
         "data_time": data_time,
         "compute_time": compute_time,
-        "images_per_second": config.train.images_per_step / (data_time + compute_time),
+        "images_per_second": images / (data_time + compute_time),
         "peak_memory": peak / 2**30,
     }
 

@@ -87,8 +87,8 @@ def _check_same_model(config: Config, state: dict[str, Any], checkpoint: Path) -
     trained = config_from_dict(state["config"], source=str(checkpoint))
     differences = [
         difference
-        for difference in config_differences(trained, config)
-        if difference.startswith(("model.", "clis.", "loss.")) and difference.split(":")[0] not in INFERENCE
+        for difference in config_differences(trained, config, ("model", "clis", "loss"))
+        if difference.split(":")[0] not in INFERENCE
     ]
     if differences:
         raise ValueError(

@@ -1,11 +1,18 @@
-"""SGD and the learning rate as a function of the step."""
+"""SGD: the learning rate as a function of the step, and the step with all its micro-batches and processes."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from clis.config import Config, OptimConfig
+from clis.distributed import gradients_local
+
+B = TypeVar("B")
 
 
 def make_optimizer(model: nn.Module, config: Config) -> torch.optim.SGD:
@@ -16,6 +23,10 @@ def make_optimizer(model: nn.Module, config: Config) -> torch.optim.SGD:
     )
 
 
+def make_scaler(config: Config, device: torch.device) -> torch.amp.GradScaler:
+    return torch.amp.GradScaler(device.type, enabled=config.train.precision == "float16")
+
+
 def learning_rate(step: int, optim: OptimConfig, images_per_step: int) -> float:
     """Rate of step 0, 1, ...: linear warm-up, a factor at each decay step, scaled to the global batch."""
     rate = optim.lr * images_per_step / optim.lr_images
@@ -23,3 +34,75 @@ def learning_rate(step: int, optim: OptimConfig, images_per_step: int) -> float:
     if step < optim.warmup_steps:
         rate *= optim.warmup_factor + (1 - optim.warmup_factor) * step / optim.warmup_steps
     return rate
+
+
+def split_batch(config: Config, processes: int, section: str = "train") -> tuple[int, int]:
+    """Images a process takes at once, and micro-batches a step (gradient accumulation).
+
+    Args:
+        section: of the config that has these settings, for the message.
+
+    Raises:
+        ValueError: the global batch does not divide so.
+    """
+    images, at_most = config.train.images_per_step, config.train.images_per_process
+    share, rest = divmod(images, processes)
+    at_once = min(at_most, share)
+    if rest or share % at_once:
+        raise ValueError(
+            f"{section}.images_per_step={images} is not a whole number of micro-batches of "
+            f"{section}.images_per_process={at_most} on {processes} processes"
+        )
+    return at_once, share // at_once
+
+
+def gradient_step(
+    network: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    batches: Sequence[B],
+    loss_of: Callable[[B], Tensor],
+    rate: float,
+    config: Config,
+    device: torch.device,
+) -> float:
+    """One step on this process's micro-batches: forward and backward of each, clip, step.
+
+    A gradient that is NaN or infinite changes nothing. It is looked for in the reduced gradient, so that all
+    processes find the same, and a process whose own loss is not finite still takes part in the reduction.
+
+    Args:
+        network: the model, or DDP around it.
+        loss_of: a micro-batch's part of the loss [] by `network`; called once for each, under autocast. The
+            mean over the processes of the sum over their micro-batches is the loss of the step.
+        rate: the step's learning rate.
+
+    Returns:
+        The norm of the gradient before clipping.
+    """
+    for number, batch in enumerate(batches, 1):
+        # gradients travel between processes once a step, with the last micro-batch
+        with gradients_local(network, number < len(batches)):
+            with _autocast(config, device):
+                loss = loss_of(batch)
+            # An infinite loss may have a finite gradient; as NaN it tells all processes, without a wait.
+            loss = loss * torch.where(loss.detach().isfinite(), 1.0, math.nan)
+            scaler.scale(loss).backward()
+    scaler.unscale_(optimizer)
+    norm = nn.utils.clip_grad_norm_(network.parameters(), config.optim.clip_norm or math.inf).item()
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    if math.isfinite(norm) or scaler.is_enabled():  # the scaler leaves it out itself, and lowers its scale
+        scaler.step(optimizer)
+        scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+    return norm
+
+
+def _autocast(config: Config, device: torch.device) -> torch.autocast:
+    precision = config.train.precision
+    return torch.autocast(
+        device.type,
+        getattr(torch, precision if precision != "float32" else "bfloat16"),
+        enabled=precision != "float32",
+    )

@@ -20,6 +20,7 @@ from clis.data.images import ImageError, decode_image
 from clis.data.loader import image_loader
 from clis.data.regions import REGION_DTYPE, RegionSource, region_sidecar
 from clis.distributed import barrier, is_main, rank, world_size
+from clis.engine.bad_images import check_bad_images
 from clis.engine.checkpoint import load_detector
 from clis.engine.log import Progress, say
 from clis.engine.streams import make_index, read_annotations, regions_file
@@ -39,7 +40,7 @@ Rule = Callable[[list[int], list[Tensor]], list[tuple[Tensor, float]]]
 def detector_config(config: Config, overrides: Sequence[str] = ()) -> Config | None:
     """The config of the detector that finds the regions, if the config names one by its config.
 
-    Overrides hold for it too, but for those of clis, loss, regions and the image-level stream. With
+    Overrides hold for it too, but for those of clis, loss, regions, pretrain and the image-level stream. With
     ``output=FOLDER`` its run folder is FOLDER/detector.
     """
     source = config.regions.detector
@@ -65,7 +66,7 @@ def detector_overrides(overrides: Sequence[str]) -> list[str]:
                 for name, value in fields.items()
                 if name not in IMAGE_LEVEL_FIELDS
             ]
-        elif section not in ("clis", "loss", "regions", "output"):
+        elif section not in ("clis", "loss", "regions", "pretrain", "output"):
             passed.append(override)
     return passed
 
@@ -139,8 +140,7 @@ def make_regions(config: Config, index: ImageLevelIndex, detector: CLISDetector 
     with Progress("regions", len(mine)) as progress:
         for rows, images in loader:
             unreadable += [image for image in images if isinstance(image, str)]
-            if len(unreadable) > config.data.max_bad_images:
-                raise ImageError(_too_many(unreadable, config.data.max_bad_images))
+            check_bad_images(unreadable, config.data.max_bad_images)
             _fill(table, rows, images, rule)
             progress.advance(len(rows))
             if progress.done // FLUSH_EVERY > (progress.done - len(rows)) // FLUSH_EVERY:
@@ -270,10 +270,3 @@ def _top_score(found: ImageDetections) -> tuple[Tensor, float]:
     if len(found.boxes) == 0:
         return torch.full((4,), torch.nan), 0.0
     return found.boxes[0], float(found.scores[0])
-
-
-def _too_many(unreadable: list[str], allowed: int) -> str:
-    return (
-        f"{len(unreadable)} unreadable image-level images, data.max_bad_images={allowed} are allowed; "
-        f"the last: {unreadable[-1]}"
-    )

@@ -30,6 +30,9 @@ class Schedule:
         saved = done % self.train.save_every == 0 or done == self.train.steps
         return saved or self.evaluation_due(done)
 
+    def record_due(self, done: int) -> bool:
+        return done % self.train.log_every == 0 or done == self.train.steps
+
     def minutes_are_over(self) -> bool:
         """By this process's clock: one has to ask for all."""
         minutes = self.train.save_minutes

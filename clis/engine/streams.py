@@ -101,23 +101,27 @@ def _read_index(config: Config, annotations: Annotations) -> ImageLevelIndex:
     return index
 
 
-def make_image_level_sampler(config: Config, index: ImageLevelIndex) -> Sampler:
+def make_image_level_sampler(config: Config, index: ImageLevelIndex, images: int | None = None) -> Sampler:
     """The shuffle of the image-level stream: over all images, over a part, or block by block.
+
+    Args:
+        images: how many of the index the stream has; None is all.
 
     Raises:
         ValueError: blocks of an index whose neighbours are of one class.
     """
     block, share, seed = config.data.shuffle_block, config.data.image_level_share, config.train.seed
+    images = len(index) if images is None else images
     if share < 1:
-        return PartSampler(len(index), share, seed)
+        return PartSampler(images, share, seed)
     if block is None:
-        return UniformSampler(len(index), seed)
+        return UniformSampler(images, seed)
     if not index.mixed:
         raise ValueError(
             "data.shuffle_block is for tars of mixed classes (`python -m clis prepare image-level` with "
             "--labels); a block of these images would be of one class: set it to null"
         )
-    return BlockSampler(len(index), block, seed)
+    return BlockSampler(images, block, seed)
 
 
 def regions_file(config: Config) -> Path:

@@ -3,28 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
-import inspect
 import json
 import math
-import time
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from torch import nn
-from torch.nn.parallel import DistributedDataParallel
+from torch import Tensor, nn
 
-from clis.config import (
-    Config,
-    config_differences,
-    config_from_dict,
-    config_to_yaml,
-    data_path,
-    load_config,
-    read_yaml,
-)
-from clis.data.annotations import Category, check_same_categories
+from clis.config import Config, data_path, load_config
 from clis.data.loader import Batch, MicroBatches, train_loader
 from clis.data.shapes import ShapesSpec, write_shapes
 from clis.distributed import (
@@ -33,33 +20,35 @@ from clis.distributed import (
     all_reduce_sum,
     barrier,
     choose_device,
+    distribute,
     is_main,
     process_group,
     rank,
     world_size,
 )
-from clis.engine.bad_images import BadImages
-from clis.engine.checkpoint import load_last_checkpoint, save_checkpoint, saved_checkpoints
-from clis.engine.describe import describe_run, measures, one_line, summarize_step
+from clis.engine.checkpoint import resume, save_checkpoint
+from clis.engine.describe import describe_run, measures, one_line, queue_state, summarize_step
 from clis.engine.evaluate import check_validation, evaluate_detector
 from clis.engine.log import MetricsLog, Progress, say
+from clis.engine.loop import Loop, check_skipped
 from clis.engine.lvis_eval import format_table
-from clis.engine.optim import learning_rate, make_optimizer
-from clis.engine.preemption import Preempted, StopRequest, mark, unmark
+from clis.engine.optim import gradient_step, learning_rate, make_optimizer, make_scaler, split_batch
+from clis.engine.preemption import unmark
+from clis.engine.pretrain import pretrain
 from clis.engine.regions import detector_config, find_regions
+from clis.engine.run_folder import claim
 from clis.engine.schedule import Schedule
 from clis.engine.streams import make_streams, regions_file
-from clis.files import remove_leftovers, written_whole
 from clis.losses import find_classification_loss
 from clis.models import CLISDetector, Normalizers, TrainOutput, build_model
-from clis.models.backbone import load_state
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command ``train.py --config FILE [key=value ...]``, alone or under torchrun."""
     parser = argparse.ArgumentParser(
         prog="train.py",
-        description="Train a detector; what its config needs is made first (benchmark, baseline, regions).",
+        description="Train a detector; what its config needs is made first (benchmark, baseline, regions, "
+        "pre-training).",
     )
     parser.add_argument("--config", required=True, help="e.g. configs/shapes/clis.yaml")
     parser.add_argument(
@@ -81,17 +70,21 @@ def recipe(config: Config, name: str, overrides: Sequence[str], device: torch.de
     for each in configs:
         find_classification_loss(each.loss.classification)  # a slip is told before anything is made
     for each in configs:
-        _claim(Path(each.output), each)
+        claim(Path(each.output), each)
     stages: list[tuple[str, Callable[[], None]]] = []
+
+    def add_training(title: str, each: Config) -> None:
+        if each.pretrain.epochs > 0:
+            stages.append(("pre-training as an image classifier", lambda: pretrain(each, device)))
+        stages.append((title, lambda: run(each, device)))
+
     if config.data.generate == "shapes":
         stages.append(("embedded benchmark", lambda: generate_shapes(data_path(config, "shapes"))))
     if config.clis.s > 0 and not regions_file(config).exists():
         if detector is not None:
-            stages.append(
-                (f"detector for the regions: {config.regions.detector}", lambda: run(detector, device))
-            )
+            add_training(f"detector for the regions: {config.regions.detector}", detector)
         stages.append(("regions", lambda: find_regions(config, device, detector)))
-    stages.append((name, lambda: run(config, device)))
+    add_training(name, config)
     for number, (title, stage) in enumerate(stages, 1):
         say(f"{number}/{len(stages)} {title}")
         stage()
@@ -102,7 +95,7 @@ def recipe(config: Config, name: str, overrides: Sequence[str], device: torch.de
 def run(config: Config, device: torch.device) -> None:
     """Trains and evaluates one detector in its run folder, going on from its last checkpoint."""
     folder = Path(config.output)
-    _claim(folder, config)
+    claim(folder, config)
     if (folder / "eval.json").exists():
         say(f"{folder} is finished already")
         return
@@ -122,9 +115,9 @@ def train(config: Config, folder: Path, device: torch.device) -> CLISDetector:
     torch.manual_seed(config.train.seed)
     model = build_model(config, annotations.categories).to(device)
     optimizer = make_optimizer(model, config)
-    scaler = torch.amp.GradScaler(device.type, enabled=config.train.precision == "float16")
-    first_step, skipped = _resume(folder, model, optimizer, scaler, config)
-    network = _distribute(model, device)
+    scaler = make_scaler(config, device)
+    first_step, skipped = resume(folder, model, optimizer, scaler, config)
+    network = distribute(model, device)
     network.train()
     say(describe_run(config, annotations, dataset.index, sampler, model, accumulation))
     unmark(folder)
@@ -134,7 +127,6 @@ def train(config: Config, folder: Path, device: torch.device) -> CLISDetector:
     loader = train_loader(dataset, micro_batches, config.data.workers, device.type == "cuda")
     log = MetricsLog(folder / "metrics.jsonl", first_step)
     schedule = Schedule(config, folder)
-    bad_images = BadImages(config.data.max_bad_images)
 
     def save(done: int) -> None:
         if is_main():
@@ -149,50 +141,24 @@ def train(config: Config, folder: Path, device: torch.device) -> CLISDetector:
             schedule.evaluated(done, metrics["AP"])
         log.write({"step": done, **metrics})
 
-    times: list[tuple[float, float]] = []  # waiting for data and computing, since the last record
-    with (
-        contextlib.closing(_batches(loader)) as batches,  # ends the loader processes, however the loop ends
-        StopRequest() as stop,
-        Progress("train", config.train.steps, first_step) as progress,
-    ):
+    with Loop("train", config, schedule, steps, loader, accumulation, device, save) as loop:
         if schedule.evaluation_due(first_step) and agreed(not log.has_evaluation(first_step)):
             evaluate(first_step)  # the run was stopped behind the step's checkpoint
-        for step in steps:
-            began = time.monotonic()
-            step_batches = bad_images.load(batches, accumulation, device)
-            # What the processes have to agree on, in one message a step.
-            minutes_over = is_main() and schedule.minutes_are_over()
-            wishes = [len(bad_images.new), bad_images.gone is not None, stop.received, minutes_over]
-            *bad, stopping, minutes_over = all_reduce_sum(torch.tensor(wishes)).tolist()
-            if (reason := bad_images.verdict(*bad, step)) is not None:
-                if step > first_step:
-                    say(f"{reason}; saving step {step}")  # said first: the disk may be the same
-                    save(step)
-                raise reason from bad_images.gone
-            loaded = time.monotonic()
-
+        for step, batches in loop:
             rate = learning_rate(step, config.optim, config.train.images_per_step)
-            outputs, norm = train_step(network, model, optimizer, scaler, step_batches, rate, config)
-            times.append((loaded - began, time.monotonic() - loaded))
+            outputs, norm = train_step(network, model, optimizer, scaler, batches, rate, config)
+            loop.computed()
             if not math.isfinite(norm) and not scaler.is_enabled():  # float16 scaling expects some
                 skipped += 1
-                _check_skipped(skipped, step, outputs, step_batches, folder, config)
+                _check_skipped(skipped, step, outputs, batches, folder, config)
 
-            done = step + 1
-            text = ""
-            if done % config.train.log_every == 0 or done == config.train.steps:
+            done, text = step + 1, ""
+            if schedule.record_due(done):
                 record = summarize_step(outputs, config)
-                seconds = [sum(column) / len(times) for column in zip(*times)]
-                log.write({"step": done, **record, **measures(model, norm, rate, *seconds, config)})
+                state = measures(device, norm, rate, *loop.seconds(), config.train.images_per_step)
+                log.write({"step": done, **record, **queue_state(model), **state})
                 text = one_line(record)
-                times.clear()
-            progress.advance(text=text)
-            if schedule.checkpoint_due(done) or minutes_over or stopping:
-                save(done)
-            if stopping and done < config.train.steps:
-                mark(folder, done)
-                barrier()
-                raise Preempted(f"{folder}: asked to stop; step {done} is saved, the same command goes on")
+            loop.end_step(done, text)
             if schedule.evaluation_due(done):
                 evaluate(done)
     return model
@@ -207,10 +173,9 @@ def train_step(
     rate: float,
     config: Config,
 ) -> tuple[list[TrainOutput], float]:
-    """One step on this process's micro-batches: Eq. 2, backward, clip, step, momentum copy and queue.
+    """One step on this process's micro-batches: Eq. 2 and SGD, then momentum copy and queue.
 
-    A gradient that is NaN or infinite changes nothing. It is looked for in the reduced gradient, so that all
-    processes find the same, and a process whose own loss is not finite still takes part in the reduction.
+    A gradient that is NaN or infinite changes nothing, on all processes alike (see `gradient_step`).
 
     Args:
         network: the model, or DDP around it.
@@ -222,44 +187,15 @@ def train_step(
     device = batches[0].regions.device
     normalizers = count_normalizers(batches, config, device)
     outputs = []
-    for number, batch in enumerate(batches, 1):
-        # gradients travel between processes once a step, with the last micro-batch
-        with _gradients_local(network, number < len(batches)):
-            with _autocast(config, device):
-                output = network(batch, normalizers)
-            total = sum(config.loss.weights[name] * loss for name, loss in output.losses.items())
-            # An infinite loss may have a finite gradient; as NaN it tells all processes, without a wait.
-            total = total * torch.where(total.detach().isfinite(), 1.0, math.nan)
-            scaler.scale(total).backward()
-        outputs.append(output)
-    scaler.unscale_(optimizer)
-    norm = nn.utils.clip_grad_norm_(model.parameters(), config.optim.clip_norm or math.inf).item()
-    finite = math.isfinite(norm)
-    for group in optimizer.param_groups:
-        group["lr"] = rate
-    if finite or scaler.is_enabled():  # the scaler leaves the step out itself, and lowers its scale
-        scaler.step(optimizer)
-        scaler.update()
-    optimizer.zero_grad(set_to_none=True)
-    if finite:
+
+    def total_loss(batch: Batch) -> Tensor:
+        outputs.append(network(batch, normalizers))
+        return sum(config.loss.weights[name] * loss for name, loss in outputs[-1].losses.items())
+
+    norm = gradient_step(network, optimizer, scaler, batches, total_loss, rate, config, device)
+    if math.isfinite(norm):
         _update_momentum_copy(model, outputs)
     return outputs, norm
-
-
-def split_batch(config: Config, processes: int) -> tuple[int, int]:
-    """Images a process takes at once, and micro-batches a step (gradient accumulation).
-
-    Raises:
-        ValueError: the global batch does not divide so.
-    """
-    share, rest = divmod(config.train.images_per_step, processes)
-    at_once = min(config.train.images_per_process, share)
-    if rest or share % at_once:
-        raise ValueError(
-            f"train.images_per_step={config.train.images_per_step} is not a whole number of micro-batches of "
-            f"train.images_per_process={config.train.images_per_process} on {processes} processes"
-        )
-    return at_once, share // at_once
 
 
 def count_normalizers(batches: Sequence[Batch], config: Config, device: torch.device) -> Normalizers:
@@ -286,87 +222,6 @@ def generate_shapes(folder: Path, spec: ShapesSpec | None = None) -> None:
     barrier()
 
 
-def _claim(folder: Path, config: Config) -> None:
-    """Writes config.yaml into a new run folder; one that belongs to another config is an error."""
-    path = folder / "config.yaml"
-    if path.exists():
-        differences = config_differences(config_from_dict(read_yaml(path), source=str(path)), config)
-        if differences:
-            raise ValueError(
-                f"{folder} belongs to another config: {'; '.join(differences[:5])}; "
-                "pass output=ANOTHER_FOLDER, or remove it"
-            )
-    barrier()
-    if is_main():
-        with written_whole(path) as temporary:
-            temporary.write_text(config_to_yaml(config))
-
-
-def _resume(
-    folder: Path,
-    model: CLISDetector,
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler,
-    config: Config,
-) -> tuple[int, int]:
-    """Loads the last readable checkpoint, if there is one: the step to go on with, and the steps skipped.
-
-    Raises:
-        ValueError: it was trained by another config or for other categories.
-    """
-    if is_main():
-        remove_leftovers(folder)
-    found = load_last_checkpoint(folder / "checkpoints")
-    if found is None:
-        return 0, 0
-    state, path = found
-    differences = config_differences(config_from_dict(state["config"], source=str(path)), config)
-    if differences:
-        raise ValueError(f"{path} is of another config: {'; '.join(differences[:5])}; remove it")
-    saved = [Category(**category) for category in state["categories"]]
-    check_same_categories(saved, str(path), model.categories, "the training split")
-    load_state(model, state["model"], str(path))
-    optimizer.load_state_dict(state["optimizer"])
-    scaler.load_state_dict(state["scaler"])
-    say(f"{path}: going on from step {state['step']}")
-    return state["step"], state.get("skipped", 0)
-
-
-def _distribute(model: CLISDetector, device: torch.device) -> nn.Module:
-    if world_size() == 1:
-        return model
-    # the queue is the same on all ranks by construction: 59 MB that need not travel each step
-    known = inspect.signature(DistributedDataParallel).parameters
-    sync_buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
-    device_ids = [device] if device.type == "cuda" else None
-    return DistributedDataParallel(model, device_ids=device_ids, **{sync_buffers: False})
-
-
-@contextlib.contextmanager
-def _gradients_local(network: nn.Module, local: bool) -> Iterator[None]:
-    with network.no_sync() if local and world_size() > 1 else contextlib.nullcontext():
-        yield
-
-
-def _autocast(config: Config, device: torch.device) -> torch.autocast:
-    precision = config.train.precision
-    return torch.autocast(
-        device.type,
-        getattr(torch, precision if precision != "float32" else "bfloat16"),
-        enabled=precision != "float32",
-    )
-
-
-_UNSTABLE = (
-    "a lower optim.lr or loss.beta, a longer optim.warmup_steps or an optim.clip_norm may help, or "
-    "train.on_nonfinite=skip"
-)
-
-
-def _batches(loader: Iterable[Batch]) -> Generator[Batch, None, None]:
-    yield from loader
-
-
 def _check_skipped(
     skipped: int,
     step: int,
@@ -375,7 +230,7 @@ def _check_skipped(
     folder: Path,
     config: Config,
 ) -> None:
-    """Says what was not finite; raises `FloatingPointError` unless the step may be left out."""
+    """Says which loss of which images was not finite; raises as `check_skipped`."""
     parts = []
     for output, batch in zip(outputs, batches):
         bad = [name for name, loss in output.losses.items() if not math.isfinite(loss.item())]
@@ -383,12 +238,8 @@ def _check_skipped(
             parts.append(f"loss {', '.join(bad)} on images {batch.image_ids}")
     images = [image_id for batch in batches for image_id in batch.image_ids]
     what = f"step {step + 1}: not finite: {'; '.join(parts) or f'the gradient, images {images}'}"
-    if config.train.on_nonfinite == "skip" and skipped <= config.train.max_skipped:
-        print(f"{what}; left out, {skipped} of at most {config.train.max_skipped}", flush=True)
-        return
-    saved = saved_checkpoints(folder / "checkpoints")
-    last = f"the last good checkpoint is {saved[0]}" if saved else "there is no checkpoint yet"
-    raise FloatingPointError(f"{what}; {last}; {_UNSTABLE}")
+    advice = "a lower optim.lr or loss.beta, a longer optim.warmup_steps or an optim.clip_norm may help"
+    check_skipped(what, advice, skipped, folder, config)
 
 
 def _update_momentum_copy(model: CLISDetector, outputs: Sequence[TrainOutput]) -> None:

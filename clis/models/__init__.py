@@ -5,16 +5,24 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from clis.config import Config, data_path
+from clis.config import Config, data_path, pretrained_backbone
 from clis.losses import build_classification_loss
-from clis.models.backbone import Backbone, load_backbone_weights
+from clis.models.backbone import Backbone, ImageClassifier, ResNet, load_backbone_weights
 from clis.models.contrastive import ContrastiveRegularization
 from clis.models.detector import CLISDetector, Normalizers, TrainOutput
 from clis.models.heads import ClassificationHead, LocalizationHead, TwoFC
 from clis.models.roi import ImageDetections
 from clis.models.rpn import RPN
 
-__all__ = ["CLISDetector", "ImageDetections", "Normalizers", "TrainOutput", "build_model"]
+__all__ = [
+    "CLISDetector",
+    "ImageClassifier",
+    "ImageDetections",
+    "Normalizers",
+    "TrainOutput",
+    "build_classifier",
+    "build_model",
+]
 
 
 def build_model(config: Config, categories: Sequence[Any], *, pretrained: bool = True) -> CLISDetector:
@@ -26,7 +34,8 @@ def build_model(config: Config, categories: Sequence[Any], *, pretrained: bool =
     Args:
         categories: one object a class; the label is the place in this sequence. The classification loss may
             read `image_count` and `frequency` of `clis.data.annotations.Category`.
-        pretrained: load `model.backbone.weights`, if the config names any.
+        pretrained: load what the backbone starts from: the run's own pre-training (`pretrain.epochs` > 0), or
+            `model.backbone.weights`, if the config names any.
 
     Raises:
         FileNotFoundError, ValueError: the backbone weights are missing or of another network, or
@@ -35,9 +44,10 @@ def build_model(config: Config, categories: Sequence[Any], *, pretrained: bool =
     model, clis = config.model, config.clis
     num_classes = len(categories)
     backbone = Backbone(model.backbone)
-    if pretrained and model.backbone.weights is not None:
-        weights = data_path(config, model.backbone.weights)
-        load_backbone_weights(backbone.body, model.backbone.name, weights, model.backbone.download)
+    if pretrained and config.pretrain.epochs > 0:
+        _load_pretrained(backbone.body, config)
+    elif pretrained:
+        _load_weights(backbone.body, config)
     loss = build_classification_loss(config.loss.classification, categories)
 
     def sub_network() -> TwoFC:
@@ -84,3 +94,31 @@ def build_model(config: Config, categories: Sequence[Any], *, pretrained: bool =
         test_config=config.test,
         categories=categories,
     )
+
+
+def build_classifier(
+    config: Config, categories: Sequence[Any], *, pretrained: bool = True
+) -> ImageClassifier:
+    """The detector's ResNet as an image classifier, at the start of its pre-training.
+
+    Arguments and errors as `build_model`; `pretrained` loads `model.backbone.weights`.
+    """
+    classifier = ImageClassifier(config.model.backbone, categories)
+    if pretrained:
+        _load_weights(classifier, config)
+    return classifier
+
+
+def _load_weights(body: ResNet, config: Config) -> None:
+    backbone = config.model.backbone
+    if backbone.weights is not None:
+        load_backbone_weights(body, backbone.name, data_path(config, backbone.weights), backbone.download)
+
+
+def _load_pretrained(body: ResNet, config: Config) -> None:
+    path = pretrained_backbone(config)
+    if not path.exists():
+        raise FileNotFoundError(
+            f"{path}: the backbone is not pre-trained yet; train.py does it, or `python -m clis pretrain`"
+        )
+    load_backbone_weights(body, config.model.backbone.name, path)

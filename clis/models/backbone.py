@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -50,9 +52,11 @@ class FixedBatchNorm(nn.Module):
 
 
 def make_norm(channels: int, kind: str) -> nn.Module:
-    """`folded`, `frozen` or `group` (16 channels a group); see `BackboneConfig.norm`."""
+    """`folded`, `frozen`, `group` (16 channels a group; see `BackboneConfig.norm`) or, to train, `batch`."""
     if kind == "group":
         return nn.GroupNorm(channels // 16, channels)
+    if kind == "batch":
+        return nn.BatchNorm2d(channels)
     return FixedBatchNorm(channels).requires_grad_(kind == "folded")
 
 
@@ -157,11 +161,42 @@ class ResNet(nn.Module):
         return outputs
 
 
+class Normalize(nn.Module):
+    """RGB in 0..255 to the mean 0 and standard deviation 1 of ImageNet; of the type of its buffers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.tensor(IMAGE_MEAN)[:, None, None], persistent=False)
+        self.register_buffer("std", torch.tensor(IMAGE_STD)[:, None, None], persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return (images - self.mean) / self.std
+
+
+class ImageClassifier(ResNet):
+    """The detector's ResNet, all of it trained, with global average pooling and one fc over the categories.
+
+    Batch norm trains where the detector fixes its statistics. The state dict is a torchvision ResNet's.
+    """
+
+    def __init__(self, config: BackboneConfig, categories: Sequence[Any]) -> None:
+        norm = "group" if config.norm == "group" else "batch"
+        super().__init__(dataclasses.replace(config, norm=norm, trainable_layers=5))
+        self.fc = nn.Linear(self.channels[-1], len(categories))
+        self.normalize = Normalize()
+        self.categories = tuple(categories)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits [B,C] of uint8 RGB images [B,3,H,W]."""
+        return self.fc(super().forward(self.normalize(images))[-1].mean(dim=(2, 3)))
+
+
 class Backbone(nn.Module):
     """Normalise, pad and batch images; ResNet; FPN (arXiv 1612.03144) with P6 a subsampled P5."""
 
     def __init__(self, config: BackboneConfig) -> None:
         super().__init__()
+        self.normalize = Normalize()
         self.body = ResNet(config)
         self.fpn = FeaturePyramidNetwork(
             self.body.channels,
@@ -169,8 +204,6 @@ class Backbone(nn.Module):
             extra_blocks=LastLevelMaxPool(),
             norm_layer=(lambda channels: make_norm(channels, "group")) if config.norm == "group" else None,
         )
-        self.register_buffer("mean", torch.tensor(IMAGE_MEAN)[:, None, None], persistent=False)
-        self.register_buffer("std", torch.tensor(IMAGE_STD)[:, None, None], persistent=False)
 
     def forward(self, images: Sequence[Tensor]) -> list[Tensor]:
         """Features P2-P6, [B, fpn_channels, H/stride, W/stride], of uint8 RGB images [3,H,W] of any sizes."""
@@ -181,9 +214,9 @@ class Backbone(nn.Module):
         """Normalised images, zero-padded at the right and bottom to a common multiple of 32; [B,3,H,W]."""
         height = max(image.shape[1] for image in images)
         width = max(image.shape[2] for image in images)
-        batch = self.mean.new_zeros((len(images), 3, -(-height // 32) * 32, -(-width // 32) * 32))
+        batch = self.normalize.mean.new_zeros((len(images), 3, -(-height // 32) * 32, -(-width // 32) * 32))
         for row, image in zip(batch, images):
-            row[:, : image.shape[1], : image.shape[2]] = (image - self.mean) / self.std
+            row[:, : image.shape[1], : image.shape[2]] = self.normalize(image)
         return batch
 
 
@@ -196,7 +229,7 @@ WEIGHTS_URL = {
 
 
 def load_backbone_weights(body: ResNet, name: str, path: Path, download: bool = False) -> None:
-    """Loads a torchvision ResNet state dict; its classifier and batch counters are not needed.
+    """Loads a ResNet state dict with torchvision's names; a classifier and batch counters are left alone.
 
     Raises:
         FileNotFoundError: no such file, and `download` is false; says where to get it.
@@ -218,14 +251,27 @@ def load_backbone_weights(body: ResNet, name: str, path: Path, download: bool = 
         raise ValueError(f"{path}: not a state dict that torch.load can read safely: {error}") from None
     if not isinstance(state, dict):
         raise ValueError(f"{path}: a {type(state).__name__}, not a state dict")
-    state = {
-        k: v for k, v in state.items() if not k.startswith("fc.") and not k.endswith("num_batches_tracked")
+    own = body.state_dict()
+    loaded = {k: v for k, v in state.items() if _is_backbone(k)} | {
+        k: v for k, v in own.items() if not _is_backbone(k)
     }
-    load_state(body, state, str(path))
+    hint = ""
+    if ("bn1.running_mean" in state) != ("bn1.running_mean" in own):
+        hint = "; model.backbone.norm=group is for weights with group norm, folded and frozen for batch norm"
+    load_state(body, loaded, str(path), hint)
 
 
-def load_state(module: nn.Module, state: dict[str, Tensor], source: str) -> None:
-    """`load_state_dict`, strict, with an error that lists what is missing, left over or of another shape."""
+def _is_backbone(key: str) -> bool:
+    return not key.startswith("fc.") and not key.endswith("num_batches_tracked")
+
+
+def load_state(module: nn.Module, state: dict[str, Tensor], source: str, hint: str = "") -> None:
+    """`load_state_dict`, strict, with an error that lists what is missing, left over or of another shape.
+
+    Args:
+        source: what the error calls the state.
+        hint: what it ends with.
+    """
     own = module.state_dict()
     problems = [f"missing {key}" for key in own if key not in state]
     problems += [f"unknown {key}" for key in state if key not in own]
@@ -236,5 +282,5 @@ def load_state(module: nn.Module, state: dict[str, Tensor], source: str) -> None
     ]
     if problems:
         shown = "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")
-        raise ValueError(f"{source}: weights of another model: {shown}")
+        raise ValueError(f"{source}: weights of another model: {shown}{hint}")
     module.load_state_dict(state)

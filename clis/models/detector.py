@@ -221,7 +221,7 @@ class CLISDetector(nn.Module):
         config, resized = self.test_config, []
         for image in images:
             size = shortest_size(tuple(image.shape[1:]), config.short_side, config.max_size)
-            resized.append(resize_image(image, size).to(self.backbone.mean.device))
+            resized.append(resize_image(image, size).to(self.backbone.normalize.mean.device))
         return resized
 
 

@@ -1,0 +1,137 @@
+"""What every training does around its steps: batches, times, checkpoints, requests to stop."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Generator, Iterable, Iterator
+from pathlib import Path
+from typing import Generic, TypeVar
+
+import torch
+
+from clis.config import Config
+from clis.data.loader import OnDevice
+from clis.distributed import all_reduce_sum, barrier, is_main
+from clis.engine.bad_images import BadImages
+from clis.engine.checkpoint import saved_checkpoints
+from clis.engine.log import Progress, say
+from clis.engine.preemption import Preempted, StopRequest, mark
+from clis.engine.schedule import Schedule
+
+B = TypeVar("B", bound=OnDevice)
+
+
+class Loop(Generic[B]):
+    """Gives each step with its micro-batches; `end_step` saves where it is due, and stops if asked to.
+
+    What the processes have to agree on for that (images that cannot be read, a request to stop, the clock)
+    travels in one message a step. A context manager.
+    """
+
+    def __init__(
+        self,
+        label: str,
+        config: Config,
+        schedule: Schedule,
+        steps: range,
+        loader: Iterable[B],
+        accumulation: int,
+        device: torch.device,
+        save: Callable[[int], None],
+    ) -> None:
+        """
+        Args:
+            label: what the progress is called.
+            steps: those that are left.
+            loader: their micro-batches on this process, in order.
+            accumulation: micro-batches a step.
+            save: writes the checkpoint behind so many steps; called on all processes.
+        """
+        self.schedule, self.steps, self.save = schedule, steps, save
+        self.accumulation, self.device = accumulation, device
+        self.bad_images = BadImages(config.data.max_bad_images)
+        self.batches = _iterated(loader)
+        self.stop = StopRequest()
+        self.progress = Progress(label, steps.stop, steps.start)
+        self.exits = contextlib.ExitStack()
+        self.saving = self.stopping = False
+        self.began = self.loaded = 0.0
+        self.times: list[tuple[float, float]] = []  # waiting for data and computing, since the last record
+
+    def __enter__(self) -> Loop[B]:
+        self.exits.enter_context(contextlib.closing(self.batches))  # ends the loader processes in any case
+        self.exits.enter_context(self.stop)
+        self.exits.enter_context(self.progress)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.exits.__exit__(*error)
+
+    def __iter__(self) -> Iterator[tuple[int, list[B]]]:
+        """Steps with their micro-batches on the device.
+
+        Raises:
+            ImageError: too many images cannot be read; the step before is saved.
+        """
+        for step in self.steps:
+            self.began, bad = time.monotonic(), self.bad_images
+            batches = bad.load(self.batches, self.accumulation, self.device)
+            minutes_over = is_main() and self.schedule.minutes_are_over()
+            wishes = [len(bad.new), bad.gone is not None, self.stop.received, minutes_over]
+            new, gone, self.stopping, self.saving = all_reduce_sum(torch.tensor(wishes)).tolist()
+            if (reason := bad.verdict(new, gone, step)) is not None:
+                if step > self.steps.start:
+                    say(f"{reason}; saving step {step}")  # said first: the disk may be the same
+                    self.save(step)
+                raise reason from bad.gone
+            self.loaded = time.monotonic()
+            yield step, batches
+
+    def computed(self) -> None:
+        """The step is computed: what follows is none of its time."""
+        self.times.append((self.loaded - self.began, time.monotonic() - self.loaded))
+
+    def seconds(self) -> list[float]:
+        """Waiting for data and computing, in seconds a step, on average since the last call."""
+        means = [sum(column) / len(self.times) for column in zip(*self.times)]
+        self.times.clear()
+        return means
+
+    def end_step(self, done: int, text: str = "") -> None:
+        """Behind step `done`, counted from 1; `text`, if any, says how the training stands.
+
+        Raises:
+            Preempted: the run was asked to stop; the step is saved.
+        """
+        self.progress.advance(text=text)
+        if self.schedule.checkpoint_due(done) or self.saving or self.stopping:
+            self.save(done)
+        if self.stopping and done < self.steps.stop:
+            folder = self.schedule.folder
+            mark(folder, done)
+            barrier()
+            raise Preempted(f"{folder}: asked to stop; step {done} is saved, the same command goes on")
+
+
+def check_skipped(what: str, advice: str, skipped: int, folder: Path, config: Config) -> None:
+    """Says what was not finite.
+
+    Args:
+        what: the step and what of it.
+        advice: settings that may help.
+        skipped: steps of the run that were not finite, with this one.
+
+    Raises:
+        FloatingPointError: the step may not be left out.
+    """
+    if config.train.on_nonfinite == "skip" and skipped <= config.train.max_skipped:
+        print(f"{what}; left out, {skipped} of at most {config.train.max_skipped}", flush=True)
+        return
+    saved = saved_checkpoints(folder / "checkpoints")
+    last = f"the last good checkpoint is {saved[0]}" if saved else "there is no checkpoint yet"
+    raise FloatingPointError(f"{what}; {last}; {advice}, or train.on_nonfinite=skip")
+
+
+def _iterated(loader: Iterable[B]) -> Generator[B, None, None]:
+    yield from loader

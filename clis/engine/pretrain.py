@@ -1,0 +1,255 @@
+"""Pre-training instead of joint training (section IV-D.4): the detector's ResNet learns to classify first."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from clis.config import Config, data_path, pretrained_backbone
+from clis.data.classification import LabelledBatch, RandomCrops, Split, central_crop, collate_labelled
+from clis.data.image_classes import shortened
+from clis.data.image_level import ImageLevelIndex
+from clis.data.loader import MicroBatches, image_loader, train_loader
+from clis.data.sampling import SingleSampler
+from clis.distributed import all_reduce_sum, barrier, distribute, is_main, rank, world_size
+from clis.engine.bad_images import check_bad_images
+from clis.engine.checkpoint import resume, save_checkpoint
+from clis.engine.describe import describe_pretraining, measures
+from clis.engine.log import MetricsLog, Progress, say
+from clis.engine.loop import Loop, check_skipped
+from clis.engine.optim import gradient_step, learning_rate, make_optimizer, make_scaler, split_batch
+from clis.engine.preemption import unmark
+from clis.engine.run_folder import claim
+from clis.engine.schedule import Schedule
+from clis.engine.streams import make_image_level_sampler, make_index, read_annotations
+from clis.files import written_whole
+from clis.losses import at_least_float32
+from clis.models import ImageClassifier, build_classifier
+
+SETTINGS = (
+    "pretrain", "train.seed", "train.precision", "optim.momentum", "optim.weight_decay", "optim.decay_factor",
+    "optim.clip_norm", "model.backbone.name", "model.backbone.width", "model.backbone.norm",
+    "model.backbone.weights", "data.train", "data.image_level", "data.shuffle_block", "data.mapping",
+    "data.drop_unmatched", "data.image_level_share", "data.label_noise", "data.flip",
+)  # fmt: skip
+"""What of a config makes another pre-training."""
+
+
+def pretrain(config: Config, device: torch.device) -> Path:
+    """Makes `pretrained_backbone(config)`, if it is not there, going on from the last checkpoint beside it.
+
+    It is a ResNet state dict in torchvision's form, with the classifier; ``pretrain.json`` beside it has the
+    top-1 accuracy on the images that were held out.
+
+    Returns:
+        Its path.
+
+    Raises:
+        FileNotFoundError, ValueError: files are missing or wrong, or the folder is of other settings.
+        ImageError: more images than `data.max_bad_images` cannot be read.
+    """
+    if config.pretrain.epochs == 0:
+        raise ValueError("pretrain.epochs=0 is without pre-training; pass e.g. pretrain.epochs=100")
+    path = pretrained_backbone(config)
+    claim(path.parent, config, SETTINGS)
+    if path.exists():
+        say(f"{path} is there already")
+        return path
+    annotations = read_annotations(data_path(config, config.data.train))
+    index = make_index(config, annotations)
+    split = Split(len(index), round(config.pretrain.held_out * len(index)))
+    if split.trained == 0:
+        raise ValueError(f"pretrain.held_out={config.pretrain.held_out} leaves none of {len(index)} images")
+    images = len(make_image_level_sampler(config, index, split.trained))
+    torch.manual_seed(config.train.seed)
+    model = build_classifier(config, annotations.categories).to(device)
+    train_classifier(model, _as_stage(config, images), path.parent, index, split, device)
+    report = held_out_accuracy(model.eval(), config, index, split, device)
+    report |= {"trained_images": images, "epochs": config.pretrain.epochs}
+    if is_main():
+        with written_whole(path.with_name("pretrain.json")) as temporary:
+            temporary.write_text(json.dumps(report, indent=1) + "\n")
+        with written_whole(path) as temporary:
+            torch.save({key: value.cpu() for key, value in model.state_dict().items()}, temporary)
+    barrier()
+    say(f"{path}: top-1 accuracy {_percent(report['top1'])} on {report['held_out_images']} held-out images")
+    return path
+
+
+def train_classifier(
+    model: ImageClassifier,
+    config: Config,
+    folder: Path,
+    index: ImageLevelIndex,
+    split: Split,
+    device: torch.device,
+) -> None:
+    """Trains for `train.steps` steps, or goes on where the last checkpoint left off, as `clis.engine.train`.
+
+    Args:
+        config: with `train` and `optim` as they are in pre-training.
+    """
+    images_per_process, accumulation = split_batch(config, world_size(), "pretrain")
+    optimizer, scaler = make_optimizer(model, config), make_scaler(config, device)
+    first_step, skipped = resume(folder, model, optimizer, scaler, config, (*SETTINGS, "train.steps"))
+    network = distribute(model, device).train()
+    sampler = make_image_level_sampler(config, index, split.trained)
+    say(describe_pretraining(config, len(sampler), split.held_out, model, accumulation))
+    unmark(folder)
+
+    sampler = SingleSampler(sampler, config.train.images_per_step, config.train.seed)
+    steps = range(first_step, config.train.steps)
+    micro_batches = MicroBatches(sampler, steps, rank(), world_size(), images_per_process)
+    dataset = RandomCrops(config.data, config.pretrain, index, split)
+    pin = device.type == "cuda"
+    loader = train_loader(dataset, micro_batches, config.data.workers, pin, collate_labelled)
+    log = MetricsLog(folder / "metrics.jsonl", first_step)
+    schedule = Schedule(config, folder)
+
+    def save(done: int) -> None:
+        if is_main():
+            save_checkpoint(folder / "checkpoints", done, model, optimizer, scaler, config, skipped)
+            schedule.saved()
+        barrier()
+
+    with Loop("pretrain", config, schedule, steps, loader, accumulation, device, save) as loop:
+        for step, batches in loop:
+            rate = learning_rate(step, config.optim, config.train.images_per_step)
+            sums, norm = classification_step(network, model, optimizer, scaler, batches, rate, config)
+            loop.computed()
+            if not math.isfinite(norm) and not scaler.is_enabled():  # float16 scaling expects some
+                skipped += 1
+                _check_skipped(skipped, step, sums, batches, folder, config)
+
+            done, text = step + 1, ""
+            if schedule.record_due(done):
+                loss, top1 = (all_reduce_sum(sums.sum(dim=0)) / config.train.images_per_step).tolist()
+                state = measures(device, norm, rate, *loop.seconds(), config.train.images_per_step)
+                log.write({"step": done, "loss": loss, "top1": top1, **state})
+                text = f"loss {loss:.2f} top-1 {_percent(top1)}"
+            loop.end_step(done, text)
+
+
+def classification_step(
+    network: nn.Module,
+    model: ImageClassifier,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    batches: Sequence[LabelledBatch],
+    rate: float,
+    config: Config,
+) -> tuple[Tensor, float]:
+    """One step of softmax cross-entropy on this process's micro-batches.
+
+    Args:
+        network: the model, or DDP around it.
+        rate: the step's learning rate.
+
+    Returns:
+        Of each micro-batch the sum of the losses and the number of right first guesses, [n,2]; and the norm
+        of the gradient before clipping.
+    """
+    device = batches[0].images.device
+    sums = []
+    statistics = _running_statistics(model)
+    before = [value.clone() for value in statistics]
+
+    def mean_loss(batch: LabelledBatch) -> Tensor:
+        logits = at_least_float32(network(batch.images))
+        loss = F.cross_entropy(logits, batch.labels, reduction="sum")
+        right = (logits.argmax(dim=1) == batch.labels).sum()
+        sums.append(torch.stack([loss.detach(), right.to(loss.dtype)]))
+        return loss * world_size() / config.train.images_per_step
+
+    norm = gradient_step(network, optimizer, scaler, batches, mean_loss, rate, config, device)
+    if not math.isfinite(norm):  # the step leaves no trace
+        for value, kept in zip(statistics, before):
+            value.copy_(kept)
+    elif statistics and world_size() > 1:  # each process has those of its own images
+        mean = all_reduce_sum(torch.cat(statistics)) / world_size()
+        for value, share in zip(statistics, mean.split([len(value) for value in statistics])):
+            value.copy_(share)
+    return torch.stack(sums), norm
+
+
+@torch.no_grad()
+def held_out_accuracy(
+    model: ImageClassifier, config: Config, index: ImageLevelIndex, split: Split, device: torch.device
+) -> dict[str, float | None]:
+    """Whether the first guess is right on the central crop of the images that were held out and can be read.
+
+    Returns:
+        ``top1``, a share or None where there are no such images, and ``held_out_images``, their number; the
+        same on all processes.
+
+    Raises:
+        ImageError: more images than `data.max_bad_images` cannot be read.
+    """
+    rows = [split.held_out_row(place) for place in range(rank(), split.held_out, world_size())]
+    read = functools.partial(central_crop, index, config.pretrain.image_size)
+    loader = image_loader(read, rows, config.pretrain.images_per_process, config.data.workers)
+    counts, unreadable = torch.zeros(2, dtype=torch.int64), []
+    with Progress("held-out images", len(rows)) as progress:
+        for batch_rows, images in loader:
+            crops = {row: image for row, image in zip(batch_rows, images) if isinstance(image, Tensor)}
+            unreadable += [image for image in images if isinstance(image, str)]
+            check_bad_images(unreadable, config.data.max_bad_images)
+            if crops:
+                guesses = model(torch.stack(list(crops.values())).to(device)).argmax(dim=1).cpu()
+                right = guesses.numpy() == index.labels[list(crops)]
+                counts += torch.tensor([int(right.sum()), len(crops)])
+            progress.advance(len(images))
+    right, judged = all_reduce_sum(counts).tolist()
+    return {"top1": right / judged if judged else None, "held_out_images": judged}
+
+
+def _as_stage(config: Config, images: int) -> Config:
+    """The config with `train` and `optim` as they are in pre-training with so many images."""
+    pretrain = config.pretrain
+
+    def steps(epochs: int) -> int:
+        return -(-epochs * images // pretrain.images_per_step)
+
+    train = dataclasses.replace(
+        config.train,
+        steps=steps(pretrain.epochs),
+        images_per_step=pretrain.images_per_step,
+        images_per_process=pretrain.images_per_process,
+        eval_every=None,
+    )
+    optim = dataclasses.replace(
+        config.optim,
+        lr=pretrain.lr,
+        lr_images=pretrain.images_per_step,
+        decay_steps=tuple(map(steps, pretrain.decay_epochs)),
+        warmup_steps=0,
+    )
+    return dataclasses.replace(config, train=train, optim=optim)
+
+
+def _running_statistics(model: nn.Module) -> list[Tensor]:
+    """Running means and variances of batch norm, [channels] each; empty with group norm."""
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    return [value for norm in norms for value in (norm.running_mean, norm.running_var)]
+
+
+def _check_skipped(
+    skipped: int, step: int, sums: Tensor, batches: Sequence[LabelledBatch], folder: Path, config: Config
+) -> None:
+    """Says the loss of which images was not finite; raises as `check_skipped`."""
+    bad = [batch for loss, batch in zip(sums[:, 0].tolist(), batches) if not math.isfinite(loss)]
+    images = shortened([name for batch in bad or batches for name in batch.names])
+    what = f"step {step + 1}: not finite: the {'loss' if bad else 'gradient'}, images {images}"
+    check_skipped(what, "a lower pretrain.lr or an optim.clip_norm may help", skipped, folder, config)
+
+
+def _percent(share: float | None) -> str:
+    return "unknown" if share is None else f"{100 * share:.1f}"
