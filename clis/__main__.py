@@ -199,9 +199,7 @@ def _check(arguments: argparse.Namespace) -> None:
 def _convert(arguments: argparse.Namespace) -> None:
     from clis.engine.convert import convert
 
-    convert(
-        arguments.source, arguments.out, arguments.annotations, arguments.style, arguments.overrides
-    )  # fmt: skip
+    convert(arguments.source, arguments.out, arguments.annotations, arguments.style, arguments.overrides)
 
 
 def _study(arguments: argparse.Namespace) -> None:

@@ -23,7 +23,8 @@ from clis.config import config_from_dict, merge_overrides
 from clis.data.images import read_image
 from clis.engine import evaluate
 from clis.engine.checkpoint import load_checkpoint, load_model
-from clis.engine.convert import BASELINE, convert, read_weights
+from clis.engine.convert import BASELINE, convert
+from clis.engine.weights import read_weights
 from clis.models import ImageDetections, build_model
 
 COCO_MINI = Path(__file__).resolve().parents[2] / "shared" / "data" / "coco_mini"
@@ -193,7 +194,7 @@ def test_detections_of_photographs_equal_torchvision(theirs, converted):
 def baseline(num_classes: int, *overrides: str) -> dict[str, Tensor]:
     """The random state of a narrow plain Faster R-CNN, of ResNet-50 where no override says otherwise."""
     narrow = ("model.backbone={width: 16, fpn_channels: 8}", "model.roi.fc_dim=12")
-    config = config_from_dict(merge_overrides({}, [BASELINE[0], *narrow, *overrides]))
+    config = config_from_dict(merge_overrides({}, [BASELINE, *narrow, *overrides]))
     torch.manual_seed(1)
     model = build_model(config, range(num_classes))
     return {name: torch.randn(value.shape) for name, value in model.state_dict().items()}
@@ -435,6 +436,25 @@ class Harmful:
 
     def __reduce__(self) -> tuple:
         return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize("protocol", [0, 2, 4, 5])
+def test_arrays_of_a_pickle(protocol, tmp_path):
+    arrays = {
+        "float32": np.arange(6, dtype=np.float32).reshape(2, 3),
+        "big-endian": np.arange(6, dtype=">f8").reshape(3, 2),
+        "column-major": np.asfortranarray(np.arange(6, dtype=np.int64).reshape(2, 3)),
+        "one number": np.array(5, dtype=np.float16),
+    }
+    (tmp_path / "weights.pkl").write_bytes(pickle.dumps(arrays, protocol))
+    found = read_weights(tmp_path / "weights.pkl")
+    assert found.keys() == arrays.keys()
+    for name, array in arrays.items():
+        assert found[name].shape == array.shape
+        assert found[name].tolist() == array.tolist()
+    (tmp_path / "objects.pkl").write_bytes(pickle.dumps({"a": np.array([{}, 5], dtype=object)}, protocol))
+    with pytest.raises(ValueError, match=r"objects\.pkl: not readable"):
+        read_weights(tmp_path / "objects.pkl")
 
 
 @pytest.mark.parametrize("name", ["weights.pkl", "weights.pth"])

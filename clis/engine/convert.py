@@ -6,13 +6,10 @@ convolution; whatever else the source does in its own way is a field of the conf
 
 from __future__ import annotations
 
-import pickle
 import re
-from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -23,6 +20,7 @@ from clis.data.annotations import Annotations
 from clis.engine.checkpoint import detector_state
 from clis.engine.log import say
 from clis.engine.streams import read_annotations
+from clis.engine.weights import read_weights
 from clis.files import written_whole
 from clis.models import build_model
 from clis.models.backbone import BLOCKS, IMAGE_MEAN, IMAGE_STD, load_state
@@ -32,10 +30,9 @@ FC_CLS, FC_BOX = "classification.fc_cls", "localization.fc_box"
 SUB_NETWORK, SHARED = "classification.sub_network.", "localization.sub_network."
 """The two names of the one 2fc of a plain Faster R-CNN."""
 
-BASELINE = (
-    "clis={task_specialized: false, objectness: false, s: 0, t: 0, siamese: false, contrastive: false}",
-    "test={score_threshold: 0.05, detections: 100}",
-)
+BASELINE = "clis={task_specialized: false, objectness: false, s: 0, t: 0, siamese: false, contrastive: false}"
+COCO_TEST = "test={score_threshold: 0.05, detections: 100}"
+"""All three's, where the annotations are not LVIS's."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,7 +128,7 @@ def convert(
     """Writes the detector in the file `source` as the checkpoint `out`, and says what was assumed.
 
     Args:
-        source: see `read_weights`.
+        source: see `clis.engine.weights.read_weights`.
         annotations: LVIS or COCO-form file with the classes of the detector.
         style: of the ResNet, ``pytorch`` (RGB, ImageNet's std) or ``caffe`` (BGR, std 1, strides in the 1x1
             convolutions); None is that of the kind's published weights.
@@ -153,8 +150,9 @@ def convert(
         _check_input(weights, style)
         names = _names(weights, kind)
         state = {ours: weights[its].float() for ours, its in names.items()}
-        settings = [*BASELINE, *kind.settings, *_settings_of(state, style), *overrides]
-        config = config_from_dict(merge_overrides({}, settings), source="its config")
+        settings = [BASELINE, *kind.settings, *_settings_of(state, style)]
+        settings += [] if classes.federated else [COCO_TEST]
+        config = config_from_dict(merge_overrides({}, [*settings, *overrides]), source="its config")
         _put_classes_in_order(state, kind, classes)
         if style == "caffe":
             state[CONV1] = state[CONV1][:, [2, 1, 0]] * torch.tensor(IMAGE_STD)[:, None, None]
@@ -221,9 +219,9 @@ def _settings_of(state: Mapping[str, Tensor], style: str) -> list[str]:
         f"model.backbone.name={depths[0]}",
         f"model.backbone.width={len(state[CONV1])}",
         f"model.backbone.fpn_channels={len(state['rpn.conv.bias'])}",
-        f"model.backbone.stride_in_1x1={str(style == 'caffe').lower()}",
+        f"model.backbone.stride_in_1x1={style == 'caffe'}",
         f"model.roi.fc_dim={len(state[SUB_NETWORK + 'fc1.bias'])}",
-        f"model.roi.class_agnostic_boxes={str(one_box).lower()}",
+        f"model.roi.class_agnostic_boxes={one_box}",
     ]
 
 
@@ -252,64 +250,3 @@ def _put_classes_in_order(state: dict[str, Tensor], kind: Source, annotations: A
         state[f"{FC_CLS}.{key}"] = logits[[*rows, 0 if first else outputs]]
         if len(boxes) > 4:
             state[f"{FC_BOX}.{key}"] = boxes.unflatten(0, (-1, 4))[rows].flatten(0, 1)
-
-
-def read_weights(path: Path) -> dict[str, Tensor]:
-    """The tensors of a file of torch.save, by name, or of a pickle of NumPy arrays (.pkl); no code is run.
-
-    They may lie below ``state_dict`` (mmdetection) or ``model`` (detectron2).
-
-    Raises:
-        FileNotFoundError: there is none.
-        ValueError: it is not readable, or holds something else; says how to make a file that does not.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
-    try:
-        if path.suffix == ".pkl":
-            with open(path, "rb") as file:
-                content = _ArrayUnpickler(file, encoding="latin1").load()
-        else:
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(
-            f"{path}: not readable without running code in it ({reason}). Where you trust it, read it "
-            "yourself and write the weights alone: torch.save({name: torch.as_tensor(value) for name, value "
-            "in state_dict.items()}, 'weights.pth')"
-        ) from None
-    for key in ("state_dict", "model"):
-        if isinstance(content, dict) and isinstance(content.get(key), dict):
-            content = content[key]
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: a {type(content).__name__}, not a state dict")
-    for name, value in content.items():
-        if not isinstance(value, (Tensor, np.ndarray)):
-            raise ValueError(f"{path}: {name} is a {type(value).__name__}, not a tensor")
-    return {name: torch.tensor(x) if isinstance(x, np.ndarray) else x for name, x in content.items()}
-
-
-class _ArrayUnpickler(pickle.Unpickler):
-    """Reads plain Python values and NumPy arrays, and refuses whatever else a pickle may ask for."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        allowed = {
-            "collections.OrderedDict": OrderedDict,
-            "numpy.ndarray": np.ndarray,
-            "numpy.dtype": np.dtype,
-            "numpy.core.multiarray._reconstruct": _RECONSTRUCT,
-            "numpy.core.numeric._frombuffer": _FROM_BUFFER,
-            "_codecs.encode": _latin1,  # bytes, in protocol 2
-        }
-        wanted = f"{module}.{name}".replace("numpy._core.", "numpy.core.")  # NumPy 2's name
-        if wanted not in allowed:
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}")
-        return allowed[wanted]
-
-
-_RECONSTRUCT = np.zeros(1).__reduce__()[0]
-_FROM_BUFFER = np.zeros(1).__reduce_ex__(5)[0]
-
-
-def _latin1(text: str, encoding: str) -> bytes:
-    return text.encode("latin1")
