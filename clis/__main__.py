@@ -83,6 +83,22 @@ def main(argv: Sequence[str] | None = None) -> None:
     command.add_argument("--list", type=Path, metavar="FILE", help="write every image that cannot be used")
     command.set_defaults(run=_check)
 
+    command = commands.add_parser(
+        "convert", help="make a checkpoint of a Faster R-CNN of torchvision, mmdetection or detectron2"
+    )
+    command.add_argument("source", type=Path, help="its weights: .pth, or detectron2's .pkl")
+    command.add_argument("out", type=Path, help="the checkpoint to write, a .pt file")
+    command.add_argument("overrides", nargs="*", metavar="key=value", help="change the checkpoint's config")
+    command.add_argument(
+        "--annotations", type=Path, required=True, metavar="FILE", help="LVIS or COCO-form file: the classes"
+    )
+    command.add_argument(
+        "--style", choices=("pytorch", "caffe"),
+        help="of the ResNet: RGB with ImageNet's std, or BGR with std 1 and strides in the 1x1 convolutions; "
+        "default: pytorch, of detectron2 caffe",
+    )  # fmt: skip
+    command.set_defaults(run=_convert)
+
     command = commands.add_parser("plot", help="draw figures of finished runs, side by side, as PNG files")
     command.add_argument("folders", nargs="+", type=Path, metavar="RUN_FOLDER")
     command.add_argument("--out", type=Path, default=Path("runs/plots"), metavar="FOLDER")
@@ -200,6 +216,12 @@ def _check(arguments: argparse.Namespace) -> None:
     if arguments.list is not None:
         arguments.list.write_text("".join(f"{line}\n" for line in report.listing))
     sys.exit(bool(report.errors))
+
+
+def _convert(arguments: argparse.Namespace) -> None:
+    from clis.engine.convert import convert
+
+    convert(arguments.source, arguments.out, arguments.annotations, arguments.style, arguments.overrides)
 
 
 def _study(arguments: argparse.Namespace) -> None:

@@ -11,7 +11,7 @@ from torchvision.ops import nms
 
 NEGATIVE = -1
 IGNORED = -2
-_MAX_LOG_RATIO = math.log(1000 / 16)  # a box grows or shrinks at most this much (mmdetection, torchvision)
+_MAX_LOG_RATIO = math.log(1000 / 16)  # a box grows at most this much (mmdetection, torchvision)
 
 RPN_STDS = (1.0, 1.0, 1.0, 1.0)
 ROI_STDS = (0.1, 0.1, 0.2, 0.2)
@@ -27,12 +27,13 @@ def encode(boxes: Tensor, targets: Tensor, stds: tuple[float, ...]) -> Tensor:
     return torch.cat([shift, (target_size / size).log()], dim=1) / boxes.new_tensor(stds)
 
 
-def decode(boxes: Tensor, deltas: Tensor, stds: tuple[float, ...]) -> Tensor:
-    """The inverse of `encode`: boxes [...,4] moved by deltas [...,4]."""
+def decode(boxes: Tensor, deltas: Tensor, stds: tuple[float, ...], shrink_limit: float = 0.016) -> Tensor:
+    """The inverse of `encode`: boxes [...,4] moved by deltas [...,4], shrunk to `shrink_limit` at most."""
     deltas = deltas * boxes.new_tensor(stds)
     size = boxes[..., 2:] - boxes[..., :2]
     centre = boxes[..., :2] + size / 2 + deltas[..., :2] * size
-    half = size * deltas[..., 2:].clamp(-_MAX_LOG_RATIO, _MAX_LOG_RATIO).exp() / 2
+    least = math.log(shrink_limit) if shrink_limit > 0 else -math.inf
+    half = size * deltas[..., 2:].clamp(least, _MAX_LOG_RATIO).exp() / 2
     return torch.cat([centre - half, centre + half], dim=-1)
 
 
@@ -93,6 +94,7 @@ def nms_top_k(
     iou_threshold: float,
     k: int,
     score_threshold: float = -math.inf,
+    min_size: float = 0.0,
 ) -> Tensor:
     """The first `k` survivors of NMS over all candidates, exactly, without looking at most of them.
 
@@ -104,6 +106,7 @@ def nms_top_k(
         candidates: maps int64 indices [n] to their boxes [n,4] and groups int64 [n]; only boxes of one group
             suppress each other.
         score_threshold: candidates at or below it do not take part.
+        min_size: nor do boxes with a side below it.
 
     Returns:
         int64 indices into `scores`, at most `k`, in order.
@@ -113,6 +116,8 @@ def nms_top_k(
     while True:
         order = _top(scores, size)
         boxes, groups = candidates(order)
+        large = ~(boxes[:, 2:] - boxes[:, :2] < min_size).any(dim=1)  # true for NaN, which is not to hide
+        order, boxes, groups = order[large], boxes[large], groups[large]
         kept = order[_grouped_nms(boxes, groups, iou_threshold)]
         if len(kept) >= k or size == num_candidates:
             return kept[:k]

@@ -31,6 +31,11 @@ class BackboneConfig:
     """``folded``: batch norm with fixed statistics and trainable affine, folded into the convolution;
     ``frozen``: the same with a fixed affine; ``group``: group norm, for training from random weights. Group
     norm's statistics take in the padding, so images of different sizes in a batch affect each other."""
+    norm_eps: float = 1e-5
+    """Added to the variance; torchvision takes 0 for the COCO weights of its detector."""
+    stride_in_1x1: bool = False
+    """A bottleneck's stride is in its first 1x1 convolution (caffe's ResNets, detectron2's default), not in
+    the 3x3 (torchvision)."""
     trainable_layers: int = 3
     """How many of (conv1, layer1, ..., layer4), from the top, are trained: 3 freezes stem and layer1."""
     weights: str | None = None
@@ -49,6 +54,11 @@ class RPNConfig:
     """Anchor side in strides (mmdetection: 8)."""
     anchor_ratios: tuple[float, ...] = (0.5, 1.0, 2.0)
     """Height / width."""
+    round_anchors: bool = False
+    """Half sides of the anchors in whole pixels (torchvision)."""
+    anchor_spacing: Literal["stride", "grid"] = "stride"
+    """Pixels from anchor to anchor: the level's stride, or padded image size // ``grid`` size (torchvision),
+    which is below P6's stride of 64 where its last row or column reaches beyond the image."""
     positive_iou: float = 0.7
     negative_iou: float = 0.3
     samples: int = 256
@@ -60,6 +70,11 @@ class RPNConfig:
     nms_iou: float = 0.7
     proposals: int = 1000
     """Proposals kept an image."""
+    min_size: float = 0.0
+    """Proposals need sides above so many pixels (torchvision: 0.001)."""
+    shrink_limit: float = 0.016
+    """A proposal keeps at least this share of its anchor's sides (mmdetection: 16 / 1000); 0 is no limit
+    (torchvision, detectron2)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -312,8 +327,15 @@ class TestConfig:
     nms_iou: float = 0.5
     detections: int = 300
     """Detections kept an image."""
+    min_size: float = 0.0
+    """Boxes with a side of fewer pixels of the resized image are left out before NMS (torchvision: 0.01)."""
+    shrink_limit: float = 0.016
+    """A box keeps at least this share of its RoI's sides; see `RPNConfig.shrink_limit`."""
     short_side: int = 800
     max_size: int = 1333
+    resize: Literal["pillow", "opencv", "torchvision"] = "pillow"
+    """Whose bilinear resizing: ``pillow`` has antialiasing (detectron2), ``opencv`` has none (mmdetection),
+    both in uint8; ``torchvision``'s detectors have none, in float, and round the sizes down."""
     images_per_batch: int = 1
 
 
@@ -615,6 +637,11 @@ def _model_rules(config: Config) -> Iterator[tuple[Any, str]]:
     yield 0 <= clis.momentum <= 1, f"clis.momentum={clis.momentum}: between 0 and 1"
     yield clis.temperature > 0, f"clis.temperature={clis.temperature}: above 0"
     yield 0 <= backbone.trainable_layers <= 5, "model.backbone.trainable_layers: between 0 and 5"
+    yield 0 <= backbone.norm_eps < math.inf, f"model.backbone.norm_eps={backbone.norm_eps}: at least 0"
+    yield (
+        not backbone.stride_in_1x1 or backbone.name in ("resnet50", "resnet101"),
+        f"model.backbone.stride_in_1x1=true needs bottleneck blocks, which {backbone.name} has not",
+    )
     if backbone.norm == "group":
         yield (
             backbone.width % 16 == 0,
@@ -628,6 +655,10 @@ def _model_rules(config: Config) -> Iterator[tuple[Any, str]]:
     yield len(rpn.anchor_ratios) > 0 and min(rpn.anchor_ratios) > 0, "model.rpn.anchor_ratios: above 0"
     for name, fraction in (("rpn", rpn.positive_fraction), ("roi", roi.positive_fraction)):
         yield 0 <= fraction <= 1, f"model.{name}.positive_fraction={fraction}: between 0 and 1"
+    for name, section in (("model.rpn", rpn), ("test", config.test)):
+        yield 0 <= section.min_size < math.inf, f"{name}.min_size={section.min_size}: at least 0"
+        limit = section.shrink_limit
+        yield 0 <= limit <= 1, f"{name}.shrink_limit={limit}: between 0 and 1"
     yield 0 <= roi.fc_cls_std < math.inf, f"model.roi.fc_cls_std={roi.fc_cls_std}: at least 0 and finite"
     for name, weight in config.loss.weights.items():
         yield 0 <= weight < math.inf, f"loss: the weight of {name} is {weight}; at least 0 and finite"

@@ -48,6 +48,15 @@ def test_coder_equals_torchvision(stds):
     torch.testing.assert_close(box_ops.decode(boxes, noisy, stds), expected)
 
 
+@pytest.mark.parametrize("stds", [RPN_STDS, ROI_STDS])
+def test_decode_without_a_limit_to_shrinkage_equals_torchvision(stds):
+    boxes = random_boxes(200, seed=0)
+    deltas = 30 * torch.randn(200, 4, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    assert ((deltas * torch.tensor(stds))[:, 2:] < math.log(0.016)).any()
+    expected = BoxCoder(weights=tuple(1 / std for std in stds)).decode_single(deltas, boxes)
+    torch.testing.assert_close(box_ops.decode(boxes, deltas, stds, shrink_limit=0.0), expected)
+
+
 @given(seed=st.integers(0, 10_000))
 @settings(max_examples=20, deadline=None)
 def test_decode_inverts_encode(seed):
@@ -257,6 +266,17 @@ def test_lazy_nms_is_exact_on_small_grids(data, k, threshold):
     boxes, scores = boxes.reshape(-1, 4), scores / 2
     kept, _ = lazy_nms(scores, boxes, groups, 0.5, k, threshold)
     assert kept == whole_nms(scores, boxes, groups, 0.5, k, threshold)
+
+
+def test_small_boxes_neither_survive_nor_suppress():
+    # best first: 9 x 20 is too small; without the rule it would suppress the 10 x 20 (IoU 0.9)
+    boxes = torch.tensor([[0.0, 0, 9, 20], [0, 0, 10, 20], [50, 50, 90, 60], [50, 50, 90, 59.9]])
+    scores, group = torch.tensor([0.9, 0.8, 0.7, 0.6]), torch.zeros(4, dtype=torch.int64)
+    kept = {
+        size: box_ops.nms_top_k(scores, lambda i: (boxes[i], group[i]), 0.5, 4, min_size=size).tolist()
+        for size in (0.0, 10.0)
+    }
+    assert kept == {0.0: [0, 2], 10.0: [1, 2]}
 
 
 def test_score_threshold_is_exclusive():

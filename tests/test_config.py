@@ -353,6 +353,15 @@ class TestContradictions:
         [
             (["clis.s=6"], "clis.s=6: a multiple of 4"),
             (["clis.s=-4"], "clis.s=-4: a multiple of 4"),
+            (["model.backbone.norm_eps=-1"], "model.backbone.norm_eps=-1.0: at least 0"),
+            (
+                ["model.backbone={name: resnet18, stride_in_1x1: true}"],
+                "stride_in_1x1=true needs bottleneck blocks, which resnet18 has not",
+            ),
+            (["model.rpn.min_size=-1"], "model.rpn.min_size=-1.0: at least 0"),
+            (["test.min_size=.inf"], "test.min_size=inf: at least 0"),
+            (["model.rpn.shrink_limit=1.1"], "model.rpn.shrink_limit=1.1: between 0 and 1"),
+            (["test.shrink_limit=.nan"], "test.shrink_limit=nan: between 0 and 1"),
             (["clis.s=4", "clis.t=5"], "clis.t=5: between 0 and clis.s=4"),
             (["clis.t=-1"], "clis.t=-1: between 0"),
             (["clis.s=0"], "clis.t=2: between 0 and clis.s=0"),

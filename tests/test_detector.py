@@ -7,9 +7,19 @@ import math
 import pytest
 import torch
 import torchvision
-from conftest import NUM_CLASSES, make_batch, make_model, make_sample, normalizers_of, tiny_config
+from conftest import (
+    NUM_CLASSES,
+    make_batch,
+    make_model,
+    make_sample,
+    normalizers_of,
+    random_boxes,
+    tiny_config,
+)
 from torch import nn
 from torchvision.models._utils import IntermediateLayerGetter
+from torchvision.models.detection.roi_heads import RoIHeads, fastrcnn_loss
+from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
 from clis.data.loader import collate
 from clis.models import Normalizers, build_model
@@ -88,7 +98,7 @@ def reference_network(name):
     return network
 
 
-@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
+@pytest.mark.parametrize("name", ["resnet18", "resnet50", "resnet101"])
 def test_backbone_equals_torchvision(name, tmp_path):
     network = reference_network(name)
     torch.save(network.state_dict(), tmp_path / "weights.pth")
@@ -389,6 +399,43 @@ def test_odd_batches_train_every_parameter(samples, queue_init):
     model.contrastive.update(model.classification.sub_network, *output.keys)
 
 
+def test_region_losses_equal_torchvisions_up_to_the_recipe():
+    """What differs: L1 against smooth L1 with beta 1/9, and whether too few RoIs change the normaliser."""
+    model = make_model(*OFF, "model.roi.samples=1000", "model.roi.positive_fraction=1")
+    batch = make_batch(2)
+    generator = torch.Generator().manual_seed(0)
+    proposals = [
+        torch.cat(
+            [random_boxes(40, 64, 64, generator), boxes + 2 * torch.randn(len(boxes), 4, generator=generator)]
+        )
+        for boxes in batch.boxes
+    ]
+    proposals = [proposal.double() for proposal in proposals]
+    model.rpn.propose = lambda *levels_and_sizes: proposals
+    losses = losses_of(model, batch)
+
+    theirs = RoIHeads(None, None, None, 0.5, 0.5, 1000, 1.0, None, 0.05, 0.5, 100)  # every RoI is sampled
+    targets = [{"boxes": b.double(), "labels": x + 1} for b, x in zip(batch.boxes, batch.labels)]
+    rois, _, labels, deltas = theirs.select_training_samples(list(proposals), targets)
+    rows = torch.tensor([row for row, boxes in enumerate(rois) for _ in boxes])
+    pooled = model.roi_align(model.backbone(batch.images), torch.cat(rois), rows)
+    features = model.classification.sub_network(pooled)
+    logits = model.classification.fc_cls(features).roll(1, dims=1)  # background first
+    boxes = torch.cat([torch.zeros(len(rows), 4), model.localization.fc_box(features)], dim=1)
+    cls_loss, box_loss = fastrcnn_loss(logits, boxes, labels, deltas)
+    # theirs is the mean over the RoIs that there are, ours over the number that is asked for
+    assert len(rows) < 2000
+    share = len(rows) / 2000
+    torch.testing.assert_close(losses["instance_cls"], share * cls_loss)
+    # |d| - 1/18 where |d| is over 1/9, and 9/2 d^2 below
+    labels, deltas = torch.cat(labels), torch.cat(deltas)
+    positive = torch.nonzero(labels > 0).squeeze(1)
+    assert 8 < len(positive) < len(rows) - 8
+    errors = (boxes.unflatten(1, (-1, 4))[positive, labels[positive]] - deltas[positive]).abs()
+    gaps = torch.where(errors > 1 / 9, 1 / 18, errors - 4.5 * errors.square())
+    torch.testing.assert_close(losses["box"], share * box_loss + gaps.sum() / 2000)
+
+
 # --- determinism, precision ---
 
 
@@ -503,6 +550,15 @@ def test_resize_keeps_the_picture():
     assert small.dtype == torch.uint8
     assert not small[:, :, :31].any()
     assert (small[:, :, 33:] == 200).all()
+
+
+@pytest.mark.parametrize("size", [(48, 100), (64, 64), (37, 41), (301, 90)])
+def test_torchvisions_resize(size):
+    model = make_model("test.resize=torchvision").eval()
+    image = make_sample(1, size=size).image
+    theirs = GeneralizedRCNNTransform(64, 96, [0.0] * 3, [1.0] * 3).eval()
+    expected = theirs.resize(image.double())[0]
+    torch.testing.assert_close(model.resize([image])[0], expected)
 
 
 @pytest.mark.parametrize("class_agnostic", [True, False])

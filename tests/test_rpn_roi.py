@@ -67,6 +67,18 @@ def test_anchors_equal_torchvision():
     torch.testing.assert_close(ours[:-last], expected[:-last], atol=0.5, rtol=0)
 
 
+@pytest.mark.parametrize("size", [(96, 128), (160, 32), (416, 800)])
+def test_rounded_anchors_on_the_grid_are_torchvisions(size):
+    config = RPNConfig(round_anchors=True, anchor_spacing="grid")
+    features = [torch.zeros(1, 2, *(-(-side // stride) for side in size)) for stride in STRIDES]
+    sizes = tuple((8 * stride,) for stride in STRIDES)
+    images = ImageList(torch.zeros(1, 3, *size), [size])
+    expected = AnchorGenerator(sizes, ((0.5, 1.0, 2.0),) * 5)(images, features)[0]
+    assert torch.equal(torch.cat(RPN(2, config)(features)[2]), expected)
+    nominal = torch.cat(RPN(2, RPNConfig(round_anchors=True))(features)[2])
+    assert not torch.equal(nominal, expected)  # P6 has an odd grid of P5 below it
+
+
 def test_rpn_output_belongs_to_its_anchor():
     torch.manual_seed(0)
     rpn, features = RPN(4, RPNConfig()).double(), pyramid(4, 64, 96, images=2)
@@ -124,6 +136,28 @@ def test_no_proposal_without_area():
     objectness, deltas, anchors = random_levels(RPNConfig(), 64, 64)
     moved = [torch.full_like(x, 50.0) for x in deltas]  # 50 widths to the right, 50 heights down
     assert RPN(4, RPNConfig()).propose(objectness, moved, anchors, [(64, 64)])[0].shape == (0, 4)
+
+
+def test_proposals_are_larger_than_min_size():
+    levels = random_levels(RPNConfig(anchor_scale=1), 64, 64)
+    sides = {}
+    for size in (0.0, 6.0):
+        config = RPNConfig(anchor_scale=1, min_size=size, nms_iou=1.0, proposals=10_000)
+        found = RPN(4, config).eval().propose(*levels, [(64, 64)])[0]
+        sides[size] = (found[:, 2:] - found[:, :2]).amin(dim=1).sort().values
+    assert sides[0.0].min() < 3
+    assert 0 < len(sides[6.0]) == (sides[0.0] > 6).sum()
+
+
+def test_proposals_shrink_as_far_as_the_limit():
+    objectness, deltas, anchors = random_levels(RPNConfig(), 64, 64)
+    shrunk = [torch.full_like(x, -9.0) * torch.tensor([0, 0, 1, 1]) for x in deltas]
+    for limit in (0.016, 0.0):
+        config = RPNConfig(shrink_limit=limit, nms_iou=1.0, proposals=10_000)
+        found = RPN(4, config).eval().propose(objectness, shrunk, anchors, [(64, 64)])[0]
+        widest = (found[:, 2:] - found[:, :2]).max().item()
+        # of P5's anchors of 256 px; P6's one of 512 is centred on the corner, half of it outside
+        assert widest == pytest.approx(256 * math.sqrt(2) * max(limit, math.exp(-9)), rel=1e-3)
 
 
 # --- losses of the RPN ---
@@ -374,6 +408,23 @@ def test_detections_equal_plain_reference(class_agnostic, detections):
     assert found.labels.tolist() == [label for _, label, _ in expected]
     assert found.scores.tolist() == [score for score, _, _ in expected]
     torch.testing.assert_close(found.boxes, torch.stack([box for *_, box in expected]))
+
+
+def test_small_detections_go_and_shrink_as_far_as_the_limit():
+    rois = torch.tensor([[0.0, 0, 100, 100], [-20, 20, 10, 60]])
+    scores = torch.tensor([[0.9], [0.8]])
+    deltas = torch.zeros(2, 1, 4)
+    deltas[0, 0, 2:] = -30.0  # e^-6 of the sides, 0.25 px
+    deltas[1, 0, 0] = -10.0  # a width to the left: nothing is in the image
+    for overrides, expected in (
+        ((), [1.6, 0]),
+        (("test.shrink_limit=0",), [100 * math.exp(-6), 0]),
+        (("test.shrink_limit=0", "test.min_size=0.01"), [100 * math.exp(-6)]),
+        (("test.shrink_limit=0", "test.min_size=0.3"), []),
+    ):
+        found = select_detections(rois, scores, deltas, (100, 100), tiny_config(*overrides).test)
+        sides = (found.boxes[:, 2] - found.boxes[:, 0]).tolist()
+        assert sides == pytest.approx(expected, abs=1e-4)
 
 
 def test_no_detection_above_the_threshold():

@@ -1,5 +1,7 @@
 """Augmentations: a marked rectangle is found again exactly where its box went."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -79,6 +81,19 @@ def test_resize_averages_what_it_shrinks():
     resized, _ = resize(stripes, torch.zeros(0, 4), (16, 16))
     # Without antialiasing, pixel i of the result would be the mean of columns 4i + 1 and 4i + 2: all 255.
     assert (resized[:, :, 1:-1].int() - 127).abs().max() <= 2
+
+
+def test_resize_without_antialiasing_takes_two_columns():
+    # each of the two columns lies between four: the mean of the inner two, rounded
+    row = torch.tensor([200, 0, 11, 200, 7, 100, 50, 7], dtype=torch.uint8).expand(3, 1, 8)
+    assert resize_image(row, (1, 2), antialias=False)[0, 0].tolist() == [6, 75]
+    assert resize_image(row, (1, 2))[0, 0].tolist() != [6, 75]
+
+
+def test_sizes_may_be_rounded_down():
+    assert shortest_size((480, 640), 800, 1333) == (800, 1067)
+    assert shortest_size((480, 640), 800, 1333, math.floor) == (800, 1066)
+    assert shortest_size((2, 3000), 800, 1333, math.floor) == (1, 1333)
 
 
 def test_flip_by_hand():

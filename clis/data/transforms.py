@@ -6,6 +6,8 @@ exactly. All randomness comes from the `numpy.random.Generator` that is passed i
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -25,18 +27,31 @@ def scaled_size(size: tuple[int, int], scale: float) -> tuple[int, int]:
     return round_half_up(size[0] * scale), round_half_up(size[1] * scale)
 
 
-def shortest_size(size: tuple[int, int], short_side: float, max_size: float) -> tuple[int, int]:
+def shortest_size(
+    size: tuple[int, int],
+    short_side: float,
+    max_size: float,
+    to_whole: Callable[[float], int] = round_half_up,
+) -> tuple[int, int]:
     """Height and width with a short side of `short_side` pixels, but a long side of at most `max_size`."""
-    return scaled_size(size, min(short_side / min(size), max_size / max(size)))
+    scale = min(short_side / min(size), max_size / max(size))
+    height, width = (max(to_whole(side * scale), 1) for side in size)
+    return height, width
 
 
-def resize_image(image: Tensor, size: tuple[int, int], extent: tuple[float, float] | None = None) -> Tensor:
-    """Resize uint8 [3, H, W] to `size` (height, width), bilinear with antialiasing.
+def resize_image(
+    image: Tensor,
+    size: tuple[int, int],
+    extent: tuple[float, float] | None = None,
+    antialias: bool = True,
+) -> Tensor:
+    """Resize uint8 [3, H, W] to `size` (height, width), bilinear, with antialiasing as in Pillow.
 
     Args:
         extent: height and width of what is resized, from the upper left corner; None is the whole image. An
             image that was decoded at 1 / k of its size ends somewhere in its last row and column. It is not
             smaller than `size`.
+        antialias: without, four pixels make one whatever the scale, as in OpenCV.
 
     Returns:
         uint8 [3, *size]; `image` itself where nothing is to be done. The order in memory (channels first or
@@ -50,9 +65,9 @@ def resize_image(image: Tensor, size: tuple[int, int], extent: tuple[float, floa
     factors = extent and [(new + 1e-6) / old for new, old in zip(size, extent)]
     wanted = {"scale_factor": factors} if extent else {"size": size}
     if image.device.type == "cpu":
-        return F.interpolate(batch, **wanted, mode="bilinear", antialias=True)[0]
+        return F.interpolate(batch, **wanted, mode="bilinear", antialias=antialias)[0]
     # elsewhere there is no kernel for uint8
-    resized = F.interpolate(batch.float(), **wanted, mode="bilinear", antialias=True)[0]
+    resized = F.interpolate(batch.float(), **wanted, mode="bilinear", antialias=antialias)[0]
     return resized.round().clamp(0, 255).to(torch.uint8)
 
 

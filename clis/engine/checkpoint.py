@@ -27,6 +27,17 @@ def checkpoint_name(step: int) -> str:
     return f"step_{step:08d}.pt"
 
 
+def detector_state(model: CLISDetector, config: Config, step: int = 0) -> dict[str, Any]:
+    """What of a checkpoint makes the detector: all that evaluation, `load_detector` and regions read."""
+    return {
+        "format": FORMAT,
+        "step": step,
+        "config": config_to_dict(config),
+        "categories": [asdict(category) for category in model.categories],
+        "model": model.state_dict(),
+    }
+
+
 def save_checkpoint(
     folder: Path,
     step: int,
@@ -42,12 +53,7 @@ def save_checkpoint(
         OSError: it could not be written (a full disk, a read-only folder); the checkpoints before are whole.
     """
     path = folder / checkpoint_name(step)
-    state = {
-        "format": FORMAT,
-        "step": step,
-        "config": config_to_dict(config),
-        "categories": [asdict(category) for category in model.categories],
-        "model": model.state_dict(),
+    state = detector_state(model, config, step) | {
         "optimizer": optimizer.state_dict(),
         "scaler": scaler.state_dict(),
         "skipped": skipped,

@@ -57,7 +57,9 @@ def export(
     if min(size) < 1:
         raise ValueError(f"--size {size[0]} {size[1]}: height and width are above 0")
     if wrong := [each for each in overrides if not each.startswith("test.")]:
-        raise ValueError(f"{wrong[0]}: only the test section of a checkpoint can change, e.g. test.detections=100")
+        raise ValueError(
+            f"{wrong[0]}: only the test section of a checkpoint can change, e.g. test.detections=100"
+        )
     state = load_checkpoint(checkpoint)
     values = config_to_dict(config_from_dict(state["config"], source=str(checkpoint)))
     config = config_from_dict(merge_overrides(values, overrides), source="override")

@@ -51,13 +51,13 @@ class FixedBatchNorm(nn.Module):
         return scale, self.bias - self.running_mean * scale
 
 
-def make_norm(channels: int, kind: str) -> nn.Module:
+def make_norm(channels: int, config: BackboneConfig) -> nn.Module:
     """`folded`, `frozen`, `group` (16 channels a group; see `BackboneConfig.norm`) or, to train, `batch`."""
-    if kind == "group":
-        return nn.GroupNorm(channels // 16, channels)
-    if kind == "batch":
-        return nn.BatchNorm2d(channels)
-    return FixedBatchNorm(channels).requires_grad_(kind == "folded")
+    if config.norm == "group":
+        return nn.GroupNorm(channels // 16, channels, config.norm_eps)
+    if config.norm == "batch":
+        return nn.BatchNorm2d(channels, config.norm_eps)
+    return FixedBatchNorm(channels, config.norm_eps).requires_grad_(config.norm == "folded")
 
 
 def conv_norm(x: Tensor, conv: nn.Conv2d, norm: nn.Module) -> Tensor:
@@ -77,11 +77,11 @@ class BasicBlock(nn.Module):
 
     expansion = 1
 
-    def __init__(self, inputs: int, width: int, stride: int, norm: str) -> None:
+    def __init__(self, inputs: int, width: int, stride: int, config: BackboneConfig) -> None:
         super().__init__()
-        self.conv1, self.bn1 = _conv(inputs, width, 3, stride), make_norm(width, norm)
-        self.conv2, self.bn2 = _conv(width, width, 3), make_norm(width, norm)
-        self.downsample = _shortcut(inputs, width, stride, norm)
+        self.conv1, self.bn1 = _conv(inputs, width, 3, stride), make_norm(width, config)
+        self.conv2, self.bn2 = _conv(width, width, 3), make_norm(width, config)
+        self.downsample = _shortcut(inputs, width, stride, config)
 
     def forward(self, x: Tensor) -> Tensor:
         out = conv_norm(x, self.conv1, self.bn1).relu_()
@@ -90,17 +90,18 @@ class BasicBlock(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """1x1, 3x3 (with the stride, as in torchvision), 1x1 around a shortcut (ResNet-50)."""
+    """1x1, 3x3, 1x1 around a shortcut (ResNet-50); the stride is in the 3x3 or in the first 1x1."""
 
     expansion = 4
 
-    def __init__(self, inputs: int, width: int, stride: int, norm: str) -> None:
+    def __init__(self, inputs: int, width: int, stride: int, config: BackboneConfig) -> None:
         super().__init__()
         outputs = width * self.expansion
-        self.conv1, self.bn1 = _conv(inputs, width, 1), make_norm(width, norm)
-        self.conv2, self.bn2 = _conv(width, width, 3, stride), make_norm(width, norm)
-        self.conv3, self.bn3 = _conv(width, outputs, 1), make_norm(outputs, norm)
-        self.downsample = _shortcut(inputs, outputs, stride, norm)
+        stride_1x1, stride_3x3 = (stride, 1) if config.stride_in_1x1 else (1, stride)
+        self.conv1, self.bn1 = _conv(inputs, width, 1, stride_1x1), make_norm(width, config)
+        self.conv2, self.bn2 = _conv(width, width, 3, stride_3x3), make_norm(width, config)
+        self.conv3, self.bn3 = _conv(width, outputs, 1), make_norm(outputs, config)
+        self.downsample = _shortcut(inputs, outputs, stride, config)
 
     def forward(self, x: Tensor) -> Tensor:
         out = conv_norm(x, self.conv1, self.bn1).relu_()
@@ -109,10 +110,10 @@ class Bottleneck(nn.Module):
         return out.add_(_shortened(x, self.downsample)).relu_()
 
 
-def _shortcut(inputs: int, outputs: int, stride: int, norm: str) -> nn.Sequential | None:
+def _shortcut(inputs: int, outputs: int, stride: int, config: BackboneConfig) -> nn.Sequential | None:
     if stride == 1 and inputs == outputs:
         return None
-    return nn.Sequential(_conv(inputs, outputs, 1, stride), make_norm(outputs, norm))
+    return nn.Sequential(_conv(inputs, outputs, 1, stride), make_norm(outputs, config))
 
 
 def _shortened(x: Tensor, downsample: nn.Sequential | None) -> Tensor:
@@ -127,14 +128,14 @@ class ResNet(nn.Module):
         block = Bottleneck if config.name in BOTTLENECK else BasicBlock
         self.conv1, self.bn1 = (
             nn.Conv2d(3, config.width, 7, 2, 3, bias=False),
-            make_norm(config.width, config.norm),
+            make_norm(config.width, config),
         )
         channels, self.channels = config.width, []
         for stage, num_blocks in enumerate(BLOCKS[config.name]):
             width, blocks = config.width * 2**stage, []
             for index in range(num_blocks):
                 stride = 2 if stage > 0 and index == 0 else 1
-                blocks.append(block(channels, width, stride, config.norm))
+                blocks.append(block(channels, width, stride, config))
                 channels = width * block.expansion
             setattr(self, f"layer{stage + 1}", nn.Sequential(*blocks))
             self.channels.append(channels)
@@ -202,11 +203,11 @@ class Backbone(nn.Module):
             self.body.channels,
             config.fpn_channels,
             extra_blocks=LastLevelMaxPool(),
-            norm_layer=(lambda channels: make_norm(channels, "group")) if config.norm == "group" else None,
+            norm_layer=(lambda channels: make_norm(channels, config)) if config.norm == "group" else None,
         )
 
     def forward(self, images: Sequence[Tensor]) -> list[Tensor]:
-        """Features P2-P6, [B, fpn_channels, H/stride, W/stride], of uint8 RGB images [3,H,W] of any sizes."""
+        """Features P2-P6, [B, fpn_channels, H/stride, W/stride], of RGB images [3,H,W] in 0..255."""
         features = self.body(self.batch(images))
         return list(self.fpn({str(level): x for level, x in enumerate(features)}).values())
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clis import boxes as box_ops
@@ -210,18 +212,26 @@ class CLISDetector(nn.Module):
                 found.append((rois.new_full((4,), torch.nan), rois.new_zeros(())))
                 continue
             score, first = scores[:, label].max(dim=0)
-            moved = box_ops.decode(
-                rois[first], deltas[first, label.clamp(max=deltas.shape[1] - 1)], box_ops.ROI_STDS
-            )
+            own = deltas[first, label.clamp(max=deltas.shape[1] - 1)]
+            moved = box_ops.decode(rois[first], own, box_ops.ROI_STDS, self.test_config.shrink_limit)
             found.append((box_ops.clip(moved, tuple(small.shape[1:])) * _scale(small, image), score))
         return found
 
     def resize(self, images: Sequence[Tensor]) -> list[Tensor]:
-        """Images, shorter side at `short_side`, longer at most `max_size`, on the model's device."""
-        config, resized = self.test_config, []
+        """Images, shorter side at `short_side`, longer at most `max_size`, on the model's device, 0..255.
+
+        uint8, or, with torchvision's resizing, of the model's type.
+        """
+        config, like, resized = self.test_config, self.backbone.normalize.mean, []
         for image in images:
-            size = shortest_size(tuple(image.shape[1:]), config.short_side, config.max_size)
-            resized.append(resize_image(image, size).to(self.backbone.normalize.mean.device))
+            size = tuple(image.shape[1:])
+            if config.resize == "torchvision":
+                size = shortest_size(size, config.short_side, config.max_size, math.floor)
+                image = F.interpolate(image.to(like)[None], size=size, mode="bilinear")[0]
+            else:
+                size = shortest_size(size, config.short_side, config.max_size)
+                image = resize_image(image, size, antialias=config.resize == "pillow")
+            resized.append(image.to(like.device))
         return resized
 
 

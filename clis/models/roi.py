@@ -101,7 +101,7 @@ class ImageDetections:
 def select_detections(
     rois: Tensor, scores: Tensor, deltas: Tensor, size: tuple[int, int], config: TestConfig
 ) -> ImageDetections:
-    """The `detections` best boxes above the score threshold after NMS within classes.
+    """The `detections` best boxes above the score threshold, not too small, after NMS within classes.
 
     Args:
         rois: [n,4].
@@ -113,10 +113,13 @@ def select_detections(
 
     def candidates(index: Tensor) -> tuple[Tensor, Tensor]:
         roi, label = index // num_classes, index % num_classes
-        moved = box_ops.decode(rois[roi], deltas[roi, label.clamp(max=num_boxes - 1)], box_ops.ROI_STDS)
+        own = deltas[roi, label.clamp(max=num_boxes - 1)]
+        moved = box_ops.decode(rois[roi], own, box_ops.ROI_STDS, config.shrink_limit)
         return box_ops.clip(moved, size), label
 
     flat = scores.flatten()
-    kept = box_ops.nms_top_k(flat, candidates, config.nms_iou, config.detections, config.score_threshold)
+    kept = box_ops.nms_top_k(
+        flat, candidates, config.nms_iou, config.detections, config.score_threshold, config.min_size
+    )
     boxes, labels = candidates(kept)
     return ImageDetections(boxes, flat[kept], labels)

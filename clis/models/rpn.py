@@ -14,17 +14,28 @@ from clis.losses import at_least_float32, l1_loss, objectness_loss
 from clis.models.backbone import STRIDES
 
 
-def make_anchors(config: RPNConfig, stride: int, height: int, width: int, device: torch.device) -> Tensor:
+def make_anchors(
+    config: RPNConfig,
+    stride: int,
+    height: int,
+    width: int,
+    device: torch.device,
+    spacing: tuple[int, int] | None = None,
+) -> Tensor:
     """Anchors of one level, [height * width * A, 4], row by row, centred on the cells' top left corners.
 
-    Every ratio (height / width) has the same area, (anchor_scale * stride)^2 pixels.
+    Every ratio (height / width) has the same area, (anchor_scale * stride)^2 pixels. `spacing` is the pixels
+    from row to row and from column to column; None is `stride`.
     """
     side = config.anchor_scale * stride
     ratios = torch.tensor(config.anchor_ratios, device=device)
     half = torch.stack([side / ratios.sqrt(), side * ratios.sqrt()], dim=1) / 2
+    if config.round_anchors:
+        half = half.round()
+    down, right = spacing or (stride, stride)
     y, x = torch.meshgrid(
-        torch.arange(height, device=device) * stride,
-        torch.arange(width, device=device) * stride,
+        torch.arange(height, device=device) * down,
+        torch.arange(width, device=device) * right,
         indexing="ij",
     )
     centre = torch.stack([x, y], dim=-1).reshape(-1, 1, 2)
@@ -48,13 +59,18 @@ class RPN(nn.Module):
     def forward(self, features: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
         """Of every level: objectness logits [B,n], deltas [B,n,4], anchors [n,4]."""
         objectness, deltas, anchors = [], [], []
+        padded_height, padded_width = (STRIDES[0] * side for side in features[0].shape[2:])
         for feature, stride in zip(features, STRIDES):
             hidden = self.conv(feature).relu_()
             objectness.append(at_least_float32(self.objectness(hidden).permute(0, 2, 3, 1).flatten(1)))
             deltas.append(
                 at_least_float32(self.deltas(hidden).permute(0, 2, 3, 1).reshape(len(feature), -1, 4))
             )
-            anchors.append(make_anchors(self.config, stride, *feature.shape[2:], feature.device))
+            height, width = feature.shape[2:]
+            spacing = None
+            if self.config.anchor_spacing == "grid":
+                spacing = (padded_height // height, padded_width // width)
+            anchors.append(make_anchors(self.config, stride, height, width, feature.device, spacing))
         return objectness, deltas, anchors
 
     @torch.no_grad()
@@ -67,7 +83,8 @@ class RPN(nn.Module):
     ) -> list[Tensor]:
         """Proposals of each image, at most `proposals` boxes [n,4], best first, inside the image.
 
-        The best of each level are decoded and clipped; boxes without area go; NMS is within levels.
+        The best of each level are decoded and clipped; boxes without area, or of a side up to `min_size`, go;
+        NMS is within levels.
         """
         pre_nms = self.config.pre_nms_train if self.training else self.config.pre_nms_test
         proposals = []
@@ -75,12 +92,17 @@ class RPN(nn.Module):
             boxes, scores, levels = [], [], []
             for level, (logits, level_deltas, level_anchors) in enumerate(zip(objectness, deltas, anchors)):
                 score, index = logits[image].topk(min(pre_nms, logits.shape[1]))
-                moved = box_ops.decode(level_anchors[index], level_deltas[image, index], box_ops.RPN_STDS)
+                moved = box_ops.decode(
+                    level_anchors[index],
+                    level_deltas[image, index],
+                    box_ops.RPN_STDS,
+                    self.config.shrink_limit,
+                )
                 moved = box_ops.clip(moved, size)
-                has_area = (moved[:, 2] > moved[:, 0]) & (moved[:, 3] > moved[:, 1])
-                boxes.append(moved[has_area])
-                scores.append(score[has_area])
-                levels.append(torch.full_like(index[has_area], level))
+                large = (moved[:, 2:] - moved[:, :2] > self.config.min_size).all(dim=1)
+                boxes.append(moved[large])
+                scores.append(score[large])
+                levels.append(torch.full_like(index[large], level))
             box, group = torch.cat(boxes), torch.cat(levels)
             kept = box_ops.nms_top_k(
                 torch.cat(scores),
