@@ -99,6 +99,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     )  # fmt: skip
     command.set_defaults(run=_convert)
 
+    command = commands.add_parser(
+        "export", help="make a program of torch.export of a trained detector, for images of one size"
+    )
+    command.add_argument("checkpoint", type=Path)
+    command.add_argument("out", type=Path, help="the program to write, a .pt2 file")
+    command.add_argument("overrides", nargs="*", metavar="key=value", help="of the section test")
+    command.add_argument(
+        "--size", type=int, nargs=2, required=True, metavar=("HEIGHT", "WIDTH"), help="of the images"
+    )
+    command.add_argument("--device", default="cpu", help="where the program will run")
+    command.set_defaults(run=_export)
+
     command = commands.add_parser("plot", help="draw figures of finished runs, side by side, as PNG files")
     command.add_argument("folders", nargs="+", type=Path, metavar="RUN_FOLDER")
     command.add_argument("--out", type=Path, default=Path("runs/plots"), metavar="FOLDER")
@@ -222,6 +234,14 @@ def _convert(arguments: argparse.Namespace) -> None:
     from clis.engine.convert import convert
 
     convert(arguments.source, arguments.out, arguments.annotations, arguments.style, arguments.overrides)
+
+
+def _export(arguments: argparse.Namespace) -> None:
+    from clis.distributed import choose_device
+    from clis.engine.export import export
+
+    device = choose_device(arguments.device)
+    export(arguments.checkpoint, arguments.out, tuple(arguments.size), device, arguments.overrides)
 
 
 def _study(arguments: argparse.Namespace) -> None:

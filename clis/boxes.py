@@ -95,6 +95,7 @@ def nms_top_k(
     k: int,
     score_threshold: float = -math.inf,
     min_size: float = 0.0,
+    export_candidates: int | None = None,
 ) -> Tensor:
     """The first `k` survivors of NMS over all candidates, exactly, without looking at most of them.
 
@@ -107,10 +108,17 @@ def nms_top_k(
             suppress each other.
         score_threshold: candidates at or below it do not take part.
         min_size: nor do boxes with a side below it.
+        export_candidates: in a program of torch.export, where no loop may end by what the image holds, how
+            many of the best take part; None is all.
 
     Returns:
         int64 indices into `scores`, at most `k`, in order.
     """
+    if torch.compiler.is_compiling():
+        size = scores.shape[0]  # of `len` the exporter would want the number
+        if export_candidates is not None:
+            size = torch.sym_min(size, export_candidates)
+        return _nms_of_best(scores, candidates, iou_threshold, k, score_threshold, min_size, size)
     num_candidates = int((scores > score_threshold).sum())
     size = min(num_candidates, max(4 * k, 1024))
     while True:
@@ -124,6 +132,33 @@ def nms_top_k(
         size = min(num_candidates, 2 * size)
 
 
+def _nms_of_best(
+    scores: Tensor,
+    candidates: Callable[[Tensor], tuple[Tensor, Tensor]],
+    iou_threshold: float,
+    k: int,
+    score_threshold: float,
+    min_size: float,
+    size: int,
+) -> Tensor:
+    """`nms_top_k` over the `size` best in one turn, with no shape but that of the result left to the data.
+
+    Candidates that do not count stay, each in a group of its own where it suppresses nothing, and go behind
+    NMS. So do two boxes that are added, for the exporter takes it that two survive at least.
+    """
+    order = scores.sort(descending=True, stable=True).indices[:size]
+    boxes, groups = candidates(order)
+    small = (boxes[:, 2:] - boxes[:, :2] < min_size).any(dim=1)
+    counts = (scores[order] > score_threshold) & ~small
+    alone = groups.max() + 1 + torch.arange(size, device=boxes.device)
+    boxes = torch.cat([boxes, boxes.new_tensor([[0, 0, 1, 1], [0, 0, 1, 1]])])
+    groups = torch.cat([torch.where(counts, groups, alone), alone[-1] + groups.new_tensor([1, 2])])
+    counts = torch.cat([counts, counts.new_zeros(2)])
+    order = torch.cat([order, order.new_zeros(2)])
+    kept = _grouped_nms(boxes, groups, iou_threshold)
+    return order[kept[counts[kept]]][:k]
+
+
 def _top(scores: Tensor, size: int) -> Tensor:
     """Indices of the `size` highest scores, ties by index, also at the cut."""
     if size == 0:
@@ -135,10 +170,10 @@ def _top(scores: Tensor, size: int) -> Tensor:
 
 def _grouped_nms(boxes: Tensor, groups: Tensor, iou_threshold: float) -> Tensor:
     """NMS within groups of boxes that are in order already; positions that survive, ascending."""
-    if boxes.numel() == 0:
+    if boxes.shape[0] == 0:
         return torch.zeros(0, dtype=torch.int64, device=boxes.device)
     # float64: 1203 groups set apart by 2000 px do not fit float32
     boxes = boxes.double()
     apart = boxes + (groups * (boxes.max() - boxes.min() + 1))[:, None]
-    rank = torch.arange(len(boxes), 0, -1, dtype=torch.float64, device=boxes.device)
+    rank = torch.arange(boxes.shape[0], 0, -1, dtype=torch.float64, device=boxes.device)
     return nms(apart, rank, iou_threshold)

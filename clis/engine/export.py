@@ -57,9 +57,7 @@ def export(
     if min(size) < 1:
         raise ValueError(f"--size {size[0]} {size[1]}: height and width are above 0")
     if wrong := [each for each in overrides if not each.startswith("test.")]:
-        raise ValueError(
-            f"{wrong[0]}: only the test section of a checkpoint can change, e.g. test.detections=100"
-        )
+        raise ValueError(f"{wrong[0]}: only the section test can change, e.g. test.detections=100")
     state = load_checkpoint(checkpoint)
     values = config_to_dict(config_from_dict(state["config"], source=str(checkpoint)))
     config = config_from_dict(merge_overrides(values, overrides), source="override")
@@ -72,7 +70,7 @@ def export(
     same = len(boxes) == len(expected.boxes) and torch.allclose(boxes, expected.boxes, atol=0.01)
     if not same or not torch.equal(labels, expected.labels) or not torch.allclose(scores, expected.scores):
         raise ValueError(
-            f"{out}: on noise the program finds {len(boxes)} boxes and the detector {len(expected.boxes)}, or "
+            f"{out}: on noise the program finds {len(boxes)} boxes, the detector {len(expected.boxes)} or "
             f"others; raise test.export_candidates={config.test.export_candidates}"
         )
     categories = json.dumps([dataclasses.asdict(category) for category in detector.categories])

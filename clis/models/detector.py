@@ -171,9 +171,10 @@ class CLISDetector(nn.Module):
         sizes = [tuple(image.shape[1:]) for image in images]
         features = self.backbone(images)
         proposals = self.rpn.propose(*self.rpn(features), sizes)
-        counts = [len(boxes) for boxes in proposals]
-        rows = torch.arange(len(images), device=features[0].device)
-        rows = rows.repeat_interleave(torch.tensor(counts, device=rows.device))
+        counts = [boxes.shape[0] for boxes in proposals]
+        rows = torch.cat(
+            [torch.full_like(boxes[:, 0], row, dtype=torch.int64) for row, boxes in enumerate(proposals)]
+        )
         pooled = self.roi_align(features, torch.cat(proposals), rows)
         instance_features = self.classification.sub_network(pooled)
         scores = self.classification_loss.scores(self.classification.fc_cls(instance_features))

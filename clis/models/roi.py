@@ -119,7 +119,13 @@ def select_detections(
 
     flat = scores.flatten()
     kept = box_ops.nms_top_k(
-        flat, candidates, config.nms_iou, config.detections, config.score_threshold, config.min_size
+        flat,
+        candidates,
+        config.nms_iou,
+        config.detections,
+        config.score_threshold,
+        config.min_size,
+        config.export_candidates,
     )
     boxes, labels = candidates(kept)
     return ImageDetections(boxes, flat[kept], labels)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -100,9 +101,9 @@ class RPN(nn.Module):
                 )
                 moved = box_ops.clip(moved, size)
                 large = (moved[:, 2:] - moved[:, :2] > self.config.min_size).all(dim=1)
-                boxes.append(moved[large])
-                scores.append(score[large])
-                levels.append(torch.full_like(index[large], level))
+                boxes.append(moved)
+                scores.append(score.masked_fill(~large, -math.inf))  # takes no part, without a new shape
+                levels.append(torch.full_like(index, level))
             box, group = torch.cat(boxes), torch.cat(levels)
             kept = box_ops.nms_top_k(
                 torch.cat(scores),
