@@ -201,10 +201,11 @@ class DataConfig:
     """Unreadable images that a start of a run may replace by the next of their stream before it stops; each
     counts once a process."""
     image_level_share: float = 1.0
-    """Share of the image-level images that are used, above 0; `train.seed` draws which."""
+    """Share of the image-level images that are used, above 0; `train.seed` draws which. What replaces an
+    unreadable image may be any."""
     label_noise: float = 0.0
     """Share of the image-level images that get the label of another class, drawn by `train.seed`: what a
-    stream from a search engine may be like (section IV-D.5)."""
+    stream from a search engine may be like (section IV-D.5). Those that pre-training holds out too."""
     repeat_threshold: float = 1e-3
     """t of repeat-factor sampling: classes in a smaller share of the images are repeated."""
     repeat_rounding: Literal["ceil", "stochastic", "none"] = "ceil"

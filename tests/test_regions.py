@@ -193,6 +193,27 @@ class TestRules:
                 expected = [2, 0, 42, 20] if number == 6 else box_of(number)
                 assert table["box"][row].tolist() == expected
 
+    def test_boxes_of_another_file_do_not_go_on_with_a_partial_one(self, index, tmp_path, monkeypatch):
+        """Interrupted after 8 of 21 images, the file edited: all regions are of the new boxes."""
+        path, given = tmp_path / "boxes.json", ["regions.rule=given", f"regions.boxes={tmp_path}/boxes.json"]
+        names = [index.name(row) for row in range(len(index))]
+        path.write_text(json.dumps({name: [1, 1, 9, 9] for name in names}))
+        fill, calls = regions._fill, []
+
+        def interrupted(*arguments):
+            calls.append(1)
+            if len(calls) == 3:
+                raise KeyboardInterrupt
+            fill(*arguments)
+
+        monkeypatch.setattr(regions, "_fill", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            make_regions(config_of(*given), index, None, tmp_path / "regions.npy")
+        path.write_text(json.dumps({name: [2, 2, 8, 8] for name in names}))
+        make_regions(config_of(*given), index, None, tmp_path / "regions.npy")
+        table = load_regions(tmp_path / "regions.npy", index, "given")
+        assert (table["box"] == [2, 2, 8, 8]).all()
+
     @pytest.mark.parametrize(
         ("text", "message"),
         [

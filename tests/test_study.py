@@ -61,11 +61,11 @@ def test_shared_stages_are_made_once_and_finished_runs_are_kept(data, tmp_path, 
 def test_a_run_that_fails_is_named_and_the_others_are_done(data, tmp_path):
     """More images a step than can be divided so."""
     rows = {
-        "bad": {"overrides": [BASELINE, "train.images_per_step=3", "train.images_per_process=2"]},
+        "bad": {"overrides": [BASELINE, "train.images_per_step=3"]},
         "good": {"overrides": [BASELINE]},
     }
     path = write_study(tmp_path / "small.yaml", rows)
-    overrides = [*SHORT, f"data.root={data}", "train.steps=1"]
+    overrides = [*SHORT, f"data.root={data}", "train.steps=1", "train.images_per_process=2"]
     with pytest.raises(ValueError, match=r"1 of 2 jobs failed: training of bad, seed 0; call again to retry"):
         run_study(path, tmp_path / "out", overrides=overrides)
     document = json.loads((tmp_path / "out" / "small" / "study.json").read_text())
@@ -108,6 +108,15 @@ def test_the_table_by_hand():
     ]
 
 
+def test_differences_wait_for_the_first_row():
+    def run(ap: float) -> dict:
+        return {"AP": ap, "APr": 1.0, "APc": 2.0, "APf": 3.0, "step_seconds": 0.5, "by_images": {}}
+
+    rows = {"first": {"runs": {}, "paper": None}, "second": {"runs": {"0": run(9.5)}, "paper": None}}
+    second = study.table(rows).splitlines()[3].split("|")
+    assert second[7].strip() == ""
+
+
 def test_overrides_of_clis_do_not_reach_the_detector_in_either_form(tmp_path):
     """`clis.s=8` and `clis={s: 8}`: one detector, one region file, and neither command has it."""
     rows = {"dotted": {"overrides": ["clis.s=8"]}, "mapping": {"overrides": ["clis={s: 8, t: 1}"]}}
@@ -129,14 +138,54 @@ def test_keys_are_of_what_changes_the_result():
         CONFIG, ["output=elsewhere", "data.workers=3", "train.log_every=7", "regions.file=x.npy"]
     )
     assert study.run_key(same) == study.run_key(base)
+    assert study.run_key(load_config(CONFIG, ["regions.rule=center"])) == study.run_key(base)
     for override in (
         "train.seed=1",
         "data.label_noise=0.1",
         "loss.alpha=0.1",
-        "regions.rule=center",
         "data.flip=0.4",
     ):
         assert study.run_key(load_config(CONFIG, [override])) != study.run_key(base)
+
+
+def keys(tmp_path: Path, *rows: list[str], overrides: tuple[str, ...] = (), base: str = CONFIG) -> list[str]:
+    path = tmp_path / "keys.yaml"
+    named = {str(number): {"overrides": row} for number, row in enumerate(rows)}
+    path.write_text(yaml.safe_dump({"base": base, "seeds": [0], "rows": named}))
+    loaded = Study.load(path)
+    return [loaded.run(row, 0, overrides).key for row in loaded.rows]
+
+
+def test_keys_tell_where_the_regions_come_from(tmp_path):
+    """Two checkpoints, two rules, and two detectors of one config whose training differs."""
+    first, second = keys(tmp_path, ["regions.detector=a.pt"], ["regions.detector=b.pt"])
+    assert first != second
+    assert len(set(keys(tmp_path, [], ["regions.rule=center"], ["regions.rule=top-score"]))) == 3
+    lr = tmp_path / "lr.yaml"
+    lr.write_text(f"base: {CONFIG}\noptim: {{lr: 0.02}}\n")
+    (by_file,) = keys(tmp_path, [], base=str(lr))  # the detector keeps its own learning rate
+    (by_override,) = keys(tmp_path, [], overrides=("optim.lr=0.02",))
+    assert by_file != by_override
+    without = ["clis={s: 0, t: 0, siamese: false, contrastive: false}"]
+    assert len(set(keys(tmp_path, without, [*without, "regions.rule=center"]))) == 1
+
+
+def test_runs_of_a_row_that_was_edited_are_dropped(tmp_path):
+    path = write_study(tmp_path / "small.yaml", {"a": {}, "b": {"overrides": ["loss.alpha=0.1"]}})
+    loaded = Study.load(path)
+    run = {"AP": 1.0, "APr": 1.0, "APc": 1.0, "APf": 1.0, "step_seconds": 1.0, "by_images": {"1-2": 1.0}}
+    record = study.Record(loaded, tmp_path / "small", [])
+    for row in loaded.rows:
+        record.rows[row.name] = {"0": run | {"key": loaded.run(row, 0, []).key}}
+    record.write()
+    edited = Study.load(
+        write_study(tmp_path / "small.yaml", {"a": {}, "b": {"overrides": ["loss.alpha=0.2"]}})
+    )
+    again = study.Record(edited, tmp_path / "small", [])
+    assert [again.has(row, 0) for row in edited.rows] == [True, False]
+    again.write()
+    rows = json.loads((tmp_path / "small" / "study.json").read_text())["rows"]
+    assert [len(row["runs"]) for row in rows.values()] == [1, 0]
 
 
 @pytest.mark.parametrize(
@@ -146,8 +195,7 @@ def test_shipped_studies_load(path):
     loaded = Study.load(path)
     keys = set()
     for row in loaded.rows:
-        config, _ = loaded.config(row, 0, [])
-        keys.add(study.run_key(config))
+        keys.add(loaded.run(row, 0, []).key)
     assert len(keys) == len(loaded.rows)
 
 
@@ -159,6 +207,19 @@ def test_shipped_studies_load(path):
         ({"base": CONFIG, "seeds": [0], "rows": {"a": {"override": []}}}, "row a: unknown key override"),
         ({"base": CONFIG, "seeds": [0], "rows": {"a": {"paper": [1, 2]}}}, "give AP, APr, APc, APf"),
         ({"base": CONFIG, "seeds": [0], "rows": {"a": ["x=1"]}}, "row a: a mapping of"),
+        ({"base": CONFIG, "seeds": 0, "rows": {}}, "seeds is 0; give a list"),
+        ({"base": CONFIG, "seeds": [0], "rows": ["a"]}, "give a mapping of names to rows"),
+        ({"base": CONFIG, "seeds": [0], "rows": {"a": {"overrides": None}}}, "row a: overrides is None"),
+        ({"base": CONFIG, "seeds": [0], "rows": {"a": {"paper": 3}}}, "row a: paper is 3"),
+        (
+            {"base": CONFIG, "seeds": [0], "rows": {"a": {"overrides": ["regions.file=x.npy"]}}},
+            "regions.file is",
+        ),
+        (
+            {"base": CONFIG, "seeds": [0], "rows": {"a": {"overrides": ["train={seed: 3}"]}}},
+            "train.seed is not",
+        ),
+        ({"base": CONFIG, "seeds": [0], "rows": {"a": {"overrides": ["data.root=x"]}}}, "data.root is not"),
     ],
 )
 def test_study_files_at_fault(tmp_path, values, message):

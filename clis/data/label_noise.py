@@ -14,7 +14,8 @@ def with_wrong_labels(index: ImageLevelIndex, share: float, seed: int) -> ImageL
     """The index with other labels for a share of its images, each another class that has images.
 
     Every image is drawn on its own, so that the share holds on average. The digest is another one: regions by
-    the right label are not those by the wrong one. The labels are in memory, 4 bytes an image.
+    the right label are not those by the wrong one. The labels are in memory, and a loader process that is not
+    forked is sent all of the index, also of a prepared one.
 
     Args:
         share: in [0, 1].

@@ -26,9 +26,15 @@ from clis.data.sampling import RepeatSampler, class_repeat_factors, repeat_facto
 from clis.engine.checkpoint import load_checkpoint
 from clis.engine.log import Progress, say
 from clis.engine.pretrain import SETTINGS as PRETRAINING
-from clis.engine.regions import DETECTOR_RULES, detector_checkpoint, detector_config
+from clis.engine.regions import DETECTOR_RULES, detector_checkpoint, detector_config, read_given_boxes
 from clis.engine.run_folder import check_owner
-from clis.engine.streams import make_image_level_sampler, make_index, read_annotations, regions_file
+from clis.engine.streams import (
+    make_image_level_sampler,
+    make_index,
+    read_annotations,
+    read_index,
+    regions_file,
+)
 from clis.losses import find_classification_loss
 from clis.models import build_classifier, build_model
 
@@ -117,10 +123,11 @@ def check(
             check_same_categories(train.categories, train.path, val.categories, val.path)
     if (config.clis.s > 0 or _pretraining_is_due(config)) and train is not None:
         with report.catching():
-            index = make_index(config, train)
+            index = read_index(config, train)
             report.notes.append(describe_coverage(coverage(train.categories, index.image_counts)))
             if index.folder is not None and not is_intact(index):
                 report.errors.append(f"{index.folder}: damaged; remove it and prepare it again")
+            index = make_index(config, train)
             make_image_level_sampler(config, index)
             if config.clis.s > 0:
                 _check_regions(config, index, detector, report)
@@ -206,7 +213,10 @@ def _check_regions(config: Config, index: ImageLevelIndex, detector: Config | No
         checkpoint = detector_checkpoint(config, detector)
         if detector is None:
             load_checkpoint(checkpoint)
-    report.notes.append(f"{path}: will be made, by {config.regions.detector or config.regions.rule}")
+    if config.regions.rule == "given":
+        read_given_boxes(config, index)
+    made_by = config.regions.detector if config.regions.rule in DETECTOR_RULES else config.regions.rule
+    report.notes.append(f"{path}: will be made, by {made_by}")
 
 
 def _check_model(config: Config, train: Annotations, report: Report) -> None:
@@ -214,6 +224,7 @@ def _check_model(config: Config, train: Annotations, report: Report) -> None:
     backbone, build = config.model.backbone, build_model
     if _pretraining_is_due(config):
         report.notes.append(f"{pretrained_backbone(config)}: will be made, by pre-training")
+        build_model(config, train.categories, pretrained=False)
         build = build_classifier
     path = None if backbone.weights is None else data_path(config, backbone.weights)
     to_download = path is not None and backbone.download and not path.exists()

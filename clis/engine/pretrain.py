@@ -37,6 +37,7 @@ from clis.models import ImageClassifier, build_classifier
 SETTINGS = (
     "pretrain", "train.seed", "train.precision", "optim.momentum", "optim.weight_decay", "optim.decay_factor",
     "optim.clip_norm", "model.backbone.name", "model.backbone.width", "model.backbone.norm",
+    "model.backbone.norm_eps", "model.backbone.stride_in_1x1",
     "model.backbone.weights", "data.train", "data.image_level", "data.shuffle_block", "data.mapping",
     "data.drop_unmatched", "data.image_level_share", "data.label_noise", "data.flip",
 )  # fmt: skip

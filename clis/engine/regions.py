@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -62,7 +63,7 @@ def detector_overrides(overrides: Sequence[str]) -> list[str]:
         if section == "data":
             fields = merge_overrides({}, [override])["data"]
             passed += [
-                f"data.{name}={json.dumps(value)}"
+                f"data.{name}={json.dumps(value, ensure_ascii=False)}"
                 for name, value in fields.items()
                 if name not in IMAGE_LEVEL_FIELDS
             ]
@@ -168,7 +169,10 @@ def _check_complete(partial: Path) -> None:
 
 
 def detector_of(config: Config) -> str | None:
-    """What the sidecar calls the detector; the rules that need none have none."""
+    """What the sidecar says that the boxes come from: the detector, the given file by its hash, or None."""
+    if config.regions.rule == "given":
+        path = data_path(config, config.regions.boxes)
+        return f"{path} {hashlib.sha256(path.read_bytes()).hexdigest()}" if path.is_file() else str(path)
     return config.regions.detector if config.regions.rule in DETECTOR_RULES else None
 
 

@@ -81,12 +81,13 @@ def make_index(config: Config, annotations: Annotations) -> ImageLevelIndex:
     Raises:
         ValueError: a prepared index is damaged, of other categories or not alone; or as `build_index`.
     """
-    index = _read_index(config, annotations)
+    index = read_index(config, annotations)
     noise = config.data.label_noise
     return with_wrong_labels(index, noise, config.train.seed) if noise > 0 else index
 
 
-def _read_index(config: Config, annotations: Annotations) -> ImageLevelIndex:
+def read_index(config: Config, annotations: Annotations) -> ImageLevelIndex:
+    """`make_index` with the labels as they are, whatever `data.label_noise` is."""
     data = config.data
     roots = [data_path(config, root) for root in data.image_level]
     if any(map(is_index, roots)):

@@ -22,6 +22,7 @@ from clis.config import (
     data_path,
     flatten,
     load_config,
+    merge_overrides,
     read_yaml,
 )
 from clis.engine.analysis import ap_by_image_count
@@ -30,7 +31,7 @@ from clis.engine.evaluate import load_validation
 from clis.engine.log import clock, say
 from clis.engine.lvis_eval import accumulate
 from clis.engine.matching import match
-from clis.engine.regions import detector_config, detector_overrides
+from clis.engine.regions import DETECTOR_RULES, detector_config, detector_overrides
 from clis.engine.streams import read_annotations
 from clis.engine.train import generate_shapes
 from clis.files import written_whole
@@ -38,6 +39,8 @@ from clis.losses import find_classification_loss
 
 FIGURES = ("AP", "APr", "APc", "APf")
 TRAIN = "from clis.__main__ import run_command; from clis.engine.train import main; run_command(main)"
+KEY_VERSION = 2
+"""Of `run_key`; another one where a default, or what the code makes of equal settings, has changed."""
 POLL = 0.5
 """Seconds between two looks at what is running."""
 
@@ -71,28 +74,53 @@ class Study:
         """
         values = read_yaml(path)
         _check_keys(values, {"base", "seeds", "rows"}, {"base", "seeds", "rows"}, str(path))
-        rows = []
-        for name, row in values["rows"].items():
-            row = row or {}
-            _check_keys(row, {"overrides", "paper", "paper_seconds"}, set(), f"{path}: row {name}")
-            paper = row.get("paper")
-            if paper is not None and len(paper) != len(FIGURES):
-                raise ValueError(f"{path}: row {name}: paper is {paper}; give {', '.join(FIGURES)}")
-            rows.append(
-                Row(
-                    str(name),
-                    tuple(row.get("overrides", ())),
-                    None if paper is None else tuple(paper),
-                    row.get("paper_seconds"),
-                )
-            )
+        seeds = values["seeds"]
+        if not isinstance(seeds, list) or not all(isinstance(seed, int) for seed in seeds):
+            raise ValueError(f"{path}: seeds is {seeds!r}; give a list of whole numbers")
+        if not isinstance(values["rows"], Mapping):
+            raise ValueError(f"{path}: rows is {values['rows']!r}; give a mapping of names to rows")
+        rows = tuple(_read_row(str(name), row or {}, path) for name, row in values["rows"].items())
         base = Path(os.path.relpath(path.parent / values["base"]))
-        return cls(path.stem, base, tuple(values["seeds"]), tuple(rows))
+        return cls(path.stem, base, tuple(seeds), rows)
 
-    def config(self, row: Row, seed: int, overrides: Sequence[str]) -> tuple[Config, list[str]]:
-        """The config of one run, and all overrides that make it."""
+    def run(self, row: Row, seed: int, overrides: Sequence[str]) -> Run:
+        """One run of the study, with `overrides` that hold for all rows."""
         every = [*overrides, *row.overrides, f"train.seed={seed}"]
-        return load_config(self.base, every), every
+        config = load_config(self.base, every)
+        detector = detector_config(config, every)
+        regions = _regions_key(config, detector) if config.clis.s > 0 else None
+        return Run(config, every, detector, regions, run_key(config, regions))
+
+
+@dataclass(frozen=True)
+class Run:
+    """One row with one seed."""
+
+    config: Config
+    overrides: list[str]
+    """All that make the config of the study's base."""
+    detector: Config | None
+    """That finds the regions, if it is to be trained."""
+    regions: str | None
+    """What the region file is known by; None without image-level images."""
+    key: str
+    """What the run is known by."""
+
+
+def _read_row(name: str, values: Any, path: Path) -> Row:
+    where = f"{path}: row {name}"
+    _check_keys(values, {"overrides", "paper", "paper_seconds"}, set(), where)
+    overrides, paper = values.get("overrides", []), values.get("paper")
+    if not isinstance(overrides, list) or not all(isinstance(each, str) for each in overrides):
+        raise ValueError(f"{where}: overrides is {overrides!r}; give a list of key=value")
+    for key in flatten(merge_overrides({}, overrides)):
+        if key in (*RESUMABLE, "regions.file", "train.seed"):
+            raise ValueError(
+                f"{where}: {key} is not a row's to set: it changes no result, or all rows share it"
+            )
+    if paper is not None and not (isinstance(paper, list) and len(paper) == len(FIGURES)):
+        raise ValueError(f"{where}: paper is {paper}; give {', '.join(FIGURES)}")
+    return Row(name, tuple(overrides), None if paper is None else tuple(paper), values.get("paper_seconds"))
 
 
 @dataclass
@@ -136,7 +164,7 @@ def run_study(
     Raises:
         ValueError: unknown rows or classification losses; or a run failed, after the others are done.
     """
-    study = Study.load(path)
+    study, out = Study.load(path), out.resolve()
     unknown = sorted(set(rows) - {row.name for row in study.rows})
     if unknown:
         raise ValueError(
@@ -158,7 +186,11 @@ def run_study(
             say(f"FAILED {job.title}, see {_log(job, out / 'logs')}")
             continue
         for row, seed in job.results:
-            say(f"{row}, seed {seed}: {record.add(row, seed, job.done)}")
+            try:
+                say(f"{row}, seed {seed}: {record.add(row, seed, job.done)}")
+            except (OSError, ValueError, KeyError) as error:  # a damaged run stops no other
+                job.failed = True
+                say(f"FAILED {row}, seed {seed}: {job.done.parent} cannot be read: {error}")
         if job.seconds:
             say(f"{job.title}: {clock(job.seconds)}")
     record.write()
@@ -171,16 +203,35 @@ def run_study(
     return folder
 
 
-def run_key(config: Config) -> str:
-    """Twelve letters that are the same for runs with the same result: of all settings but machine and places.
+def run_key(config: Config, regions: str | None = None) -> str:
+    """Twelve letters that are the same for runs of the same settings: all but those of machine and places.
 
-    Those that have their default are left out, so that a new field leaves the runs before it known.
+    Settings that have their default are left out, so that a new field leaves the runs before it known; a
+    changed default does not, and needs another `KEY_VERSION`.
+
+    Args:
+        regions: what the region file is known by; it stands for the section.
     """
     values, defaults = (flatten(config_to_dict(each)) for each in (config, Config()))
     told = {key: value for key, value in values.items() if value != defaults[key]}
-    for key in (*RESUMABLE, "regions.file"):
-        told.pop(key, None)
-    return _hashed(told)
+    told = {
+        key: value for key, value in told.items() if key not in RESUMABLE and not key.startswith("regions.")
+    }
+    root = None if config.data.generate else config.data.root
+    return _hashed([KEY_VERSION, told, regions, root])
+
+
+def _regions_key(config: Config, detector: Config | None) -> str:
+    """As `run_key`, of a region file."""
+    regions, data = config.regions, config.data
+    key = [regions.rule, regions.boxes, data.train, data.image_level, data.mapping, data.drop_unmatched]
+    key += [data.label_noise, config.train.seed] if data.label_noise > 0 else []
+    key += [None if config.data.generate else data.root]
+    if detector is not None:
+        key.append(run_key(detector))
+    elif regions.rule in DETECTOR_RULES and regions.detector is not None:
+        key.append(str(Path(regions.detector).resolve()))
+    return _hashed(key)
 
 
 def _hashed(value: Any) -> str:
@@ -191,44 +242,33 @@ def _plan(
     study: Study, row: Row, seed: int, out: Path, overrides: Sequence[str], plan: dict[Path, Job]
 ) -> None:
     """Adds the job of a row and seed, and of what it needs, to those that are planned already."""
-    config, every = study.config(row, seed, overrides)
-    find_classification_loss(config.loss.classification)  # a slip is told before anything is made
-    folder, after, more = out / "runs" / f"{run_key(config)}", [], []
-    detector = detector_config(config, every)
-    if config.clis.s > 0:
-        regions, after = _plan_regions(study, config, detector, every, out, plan)
+    run = study.run(row, seed, overrides)
+    find_classification_loss(run.config.loss.classification)  # a slip is told before anything is made
+    folder, after, more = out / "runs" / run.key, [], []
+    if run.regions is not None:
+        regions, after = _plan_regions(study, run, out, plan)
         more = [f"regions.file={regions}"]
-    command = [sys.executable, "-c", TRAIN, "--config", str(study.base), *every, *more, f"output={folder}"]
+    command = [sys.executable, "-c", TRAIN, "--config", str(study.base), *run.overrides, *more]
+    command.append(f"output={folder}")
     job = Job(f"training of {row.name}, seed {seed}", command, folder / "eval.json", after)
     plan.setdefault(folder, job).results.append((row.name, seed))
 
 
-def _plan_regions(
-    study: Study,
-    config: Config,
-    detector: Config | None,
-    every: Sequence[str],
-    out: Path,
-    plan: dict[Path, Job],
-) -> tuple[Path, list[Job]]:
-    """The region file of a config, and the jobs that make it: the detector's training, and the search."""
+def _plan_regions(study: Study, run: Run, out: Path, plan: dict[Path, Job]) -> tuple[Path, list[Job]]:
+    """The region file of a run, and the jobs that make it: the detector's training, and the search."""
     after: list[Job] = []
-    regions, data, seed = config.regions, config.data, config.train.seed
-    key = [regions.rule, regions.boxes, data.train, data.image_level, data.mapping, data.drop_unmatched]
-    key += [data.label_noise, seed] if data.label_noise > 0 else []
     more: list[str] = []
-    if detector is not None:
-        folder = out / "runs" / run_key(detector)
-        command = [sys.executable, "-c", TRAIN, "--config", str(regions.detector)]
-        command += detector_overrides(every)
-        title = f"detector of the regions, seed {detector.train.seed}"
+    if run.detector is not None:
+        folder = out / "runs" / run_key(run.detector)
+        command = [sys.executable, "-c", TRAIN, "--config", str(run.config.regions.detector)]
+        command += detector_overrides(run.overrides)
+        title = f"detector of the regions, seed {run.detector.train.seed}"
         job = Job(title, [*command, f"output={folder}"], folder / "eval.json")
         after.append(plan.setdefault(folder, job))
         more = [f"regions.detector={folder}"]
-        key.append(run_key(detector))
-    file = out / "regions" / f"{_hashed(key)}.npy"
-    command = [sys.executable, "-m", "clis", "regions", str(study.base), *every, *more]
-    title = f"regions by {regions.rule}, seed {seed}"
+    file = out / "regions" / f"{run.regions}.npy"
+    command = [sys.executable, "-m", "clis", "regions", str(study.base), *run.overrides, *more]
+    title = f"regions by {run.config.regions.rule}, seed {run.config.train.seed}"
     job = Job(title, [*command, f"regions.file={file}"], file, after)
     return file, [plan.setdefault(file, job)]
 
@@ -292,12 +332,15 @@ class Record:
                     f"{self.path} was made with the overrides {kept['overrides']}, now they are "
                     f"{self.overrides}; name another --out"
                 )
-            self.rows = {name: row["runs"] for name, row in kept["rows"].items()}
+            for row in study.rows:  # runs of other settings than the row's present ones go
+                runs = kept["rows"].get(row.name, {}).get("runs", {})
+                self.rows[row.name] = {
+                    seed: run for seed, run in runs.items() if run["key"] == self._key(row, int(seed))
+                }
 
     def has(self, row: Row, seed: int) -> bool:
-        """Whether this run is recorded, with the row's present settings."""
-        run = self.rows.get(row.name, {}).get(str(seed))
-        return run is not None and run["key"] == self._key(row, seed)
+        """Whether this run is recorded."""
+        return str(seed) in self.rows.get(row.name, {})
 
     def add(self, name: str, seed: int, result: Path) -> str:
         """Notes a finished run by its eval.json, in the file too; its figures in one line."""
@@ -341,22 +384,22 @@ class Record:
             study_figure(rows, self.study.name).savefig(temporary, format="png", dpi=130, bbox_inches="tight")
 
     def _key(self, row: Row, seed: int) -> str:
-        return run_key(self.study.config(row, seed, self.overrides)[0])
+        return self.study.run(row, seed, self.overrides).key
 
 
 def table(rows: Mapping[str, Mapping[str, Any]]) -> str:
     """Markdown: mean ± standard deviation over the seeds, difference to the first row, the paper's row."""
     head = ["row", "seeds", *FIGURES, "AP to the first", "seconds a step", "paper's " + " / ".join(FIGURES)]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    first = None
-    for name, row in rows.items():
+    of_first = [run["AP"] for run in next(iter(rows.values()))["runs"].values()] if rows else []
+    first = statistics.mean(of_first) if of_first else None
+    for number, (name, row) in enumerate(rows.items()):
         runs = list(row["runs"].values())
         cells = [name, str(len(runs))]
         for figure in FIGURES:
             cells.append(_mean_and_deviation([run[figure] for run in runs]))
         mean = statistics.mean(run["AP"] for run in runs) if runs else None
-        first = mean if first is None else first
-        cells.append("" if mean is None or mean is first else f"{mean - first:+.1f}")
+        cells.append("" if number == 0 or None in (mean, first) else f"{mean - first:+.1f}")
         cells.append(_mean_and_deviation([run["step_seconds"] for run in runs], 2))
         paper = "" if row["paper"] is None else " / ".join(f"{value:.1f}" for value in row["paper"])
         seconds = row.get("paper_seconds")

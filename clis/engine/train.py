@@ -74,7 +74,7 @@ def recipe(config: Config, name: str, overrides: Sequence[str], device: torch.de
     stages: list[tuple[str, Callable[[], None]]] = []
 
     def add_training(title: str, each: Config) -> None:
-        if each.pretrain.epochs > 0:
+        if each.pretrain.epochs > 0 and not Path(each.output, "eval.json").exists():
             stages.append(("pre-training as an image classifier", lambda: pretrain(each, device)))
         stages.append((title, lambda: run(each, device)))
 
