@@ -388,18 +388,18 @@ class Record:
 
 
 def table(rows: Mapping[str, Mapping[str, Any]]) -> str:
-    """Markdown: mean ± standard deviation over the seeds, difference to the first row, the paper's row."""
+    """Markdown: mean ± standard deviation over the seeds; mean difference to the first row of the seeds that
+    both have; the paper's row."""
     head = ["row", "seeds", *FIGURES, "AP to the first", "seconds a step", "paper's " + " / ".join(FIGURES)]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    of_first = [run["AP"] for run in next(iter(rows.values()))["runs"].values()] if rows else []
-    first = statistics.mean(of_first) if of_first else None
+    first = next(iter(rows.values()))["runs"] if rows else {}
     for number, (name, row) in enumerate(rows.items()):
         runs = list(row["runs"].values())
         cells = [name, str(len(runs))]
         for figure in FIGURES:
             cells.append(_mean_and_deviation([run[figure] for run in runs]))
-        mean = statistics.mean(run["AP"] for run in runs) if runs else None
-        cells.append("" if number == 0 or None in (mean, first) else f"{mean - first:+.1f}")
+        gains = [run["AP"] - first[seed]["AP"] for seed, run in row["runs"].items() if seed in first]
+        cells.append(f"{statistics.mean(gains):+.1f}" if number > 0 and gains else "")
         cells.append(_mean_and_deviation([run["step_seconds"] for run in runs], 2))
         paper = "" if row["paper"] is None else " / ".join(f"{value:.1f}" for value in row["paper"])
         seconds = row.get("paper_seconds")
