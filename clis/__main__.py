@@ -197,6 +197,8 @@ def _pretrain(arguments: argparse.Namespace) -> None:
     from clis.engine.train import generate_shapes
 
     config = load_config(arguments.config, arguments.overrides)
+    if config.pretrain.epochs == 0:
+        raise ValueError("pretrain.epochs=0 is without pre-training; pass e.g. pretrain.epochs=100")
     device = choose_device(config.train.device)
     with process_group(device):
         if config.data.generate == "shapes":

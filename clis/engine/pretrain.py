@@ -57,8 +57,6 @@ def pretrain(config: Config, device: torch.device) -> Path:
         FileNotFoundError, ValueError: files are missing or wrong, or the folder is of other settings.
         ImageError: more images than `data.max_bad_images` cannot be read.
     """
-    if config.pretrain.epochs == 0:
-        raise ValueError("pretrain.epochs=0 is without pre-training; pass e.g. pretrain.epochs=100")
     path = pretrained_backbone(config)
     claim(path.parent, config, SETTINGS)
     if path.exists():
