@@ -143,7 +143,7 @@ def test_shown_studies_are_studies(tmp_path):
     assert [study.name for study in studies] == ["losses", "temperature"]
     for study in studies:
         for row in study.rows:
-            study.config(row, 0, [])
+            study.run(row, 0, [])
 
 
 def test_the_long_tail_and_the_splits_are_those_of_the_benchmark():
