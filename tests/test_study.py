@@ -232,3 +232,14 @@ def test_rows_that_are_not_there(tmp_path):
     path = write_study(tmp_path / "small.yaml", {"CLIS": {}})
     with pytest.raises(ValueError, match=r"has no row CLIP; it has CLIS"):
         run_study(path, tmp_path, rows=["CLIP"])
+
+
+@pytest.mark.parametrize("path", sorted((REPOSITORY / "docs" / "studies").glob("*")), ids=lambda p: p.name)
+def test_recorded_runs_are_those_of_the_rows(path):
+    """What docs/ shows is what `python -m clis study` would skip as done, and not of other settings."""
+    loaded = Study.load(REPOSITORY / "configs" / "studies" / f"{path.name}.yaml")
+    recorded = json.loads((path / "study.json").read_text())["rows"]
+    for row in loaded.rows:
+        for seed, run in recorded[row.name]["runs"].items():
+            assert run["key"] == loaded.run(row, int(seed), []).key, (row.name, seed)
+    assert (path / "table.md").read_text() == study.table(recorded) + "\n" + study.table_by_images(recorded)

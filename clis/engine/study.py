@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from clis.config import (
+    IMAGE_LEVEL_FIELDS,
     RESUMABLE,
     Config,
     config_from_dict,
@@ -41,6 +42,7 @@ FIGURES = ("AP", "APr", "APc", "APf")
 TRAIN = "from clis.__main__ import run_command; from clis.engine.train import main; run_command(main)"
 KEY_VERSION = 2
 """Of `run_key`; another one where a default, or what the code makes of equal settings, has changed."""
+IMAGE_LEVEL_KEYS = {f"data.{name}" for name in IMAGE_LEVEL_FIELDS}
 POLL = 0.5
 """Seconds between two looks at what is running."""
 
@@ -217,6 +219,8 @@ def run_key(config: Config, regions: str | None = None) -> str:
     told = {
         key: value for key, value in told.items() if key not in RESUMABLE and not key.startswith("regions.")
     }
+    if config.clis.s == 0 and config.pretrain.epochs == 0:
+        told = {key: value for key, value in told.items() if key not in IMAGE_LEVEL_KEYS}
     root = None if config.data.generate else config.data.root
     return _hashed([KEY_VERSION, told, regions, root])
 
