@@ -87,8 +87,9 @@ VARIANTS: dict[str, Callable[[str], Callable[[], object]]] = {
 
 def compare(names: Sequence[str], repeats: int, device: str) -> None:
     """Time and memory of the variants, relative to the first."""
-    print_ratios(take_turns({name: VARIANTS[name](device) for name in names}, repeats, device), names[0])
+    # first, while this process is small: a child's ru_maxrss begins with its parent's
     peaks = [peak_megabytes(__file__, name, device) for name in names]
+    print_ratios(take_turns({name: VARIANTS[name](device) for name in names}, repeats, device), names[0])
     for name, peak in zip(names, peaks):
         print(f"| {name} | peak {peak:.0f} MB | {peak / peaks[0]:.3f} |")
 
