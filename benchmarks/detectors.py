@@ -110,9 +110,9 @@ def print_ratios(seconds: dict[str, list[float]], reference: str) -> None:
         )
 
 
-def peak_megabytes(script: str, variant: str, device: str, *arguments: str) -> float:
+def peak_megabytes(script: str, variant: str, device: str) -> float:
     """Most memory of a process of its own that runs one variant twice, beyond that of the imports."""
-    command = [sys.executable, script, "--memory", variant, "--device", device, *arguments]
+    command = [sys.executable, script, "--memory", variant, "--device", device]
     return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
 
 

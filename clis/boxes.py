@@ -13,6 +13,8 @@ NEGATIVE = -1
 IGNORED = -2
 _MAX_LOG_RATIO = math.log(1000 / 16)  # a box grows at most this much (mmdetection, torchvision)
 
+_is_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)  # not in torch 2.4
+
 RPN_STDS = (1.0, 1.0, 1.0, 1.0)
 ROI_STDS = (0.1, 0.1, 0.2, 0.2)
 
@@ -114,7 +116,7 @@ def nms_top_k(
     Returns:
         int64 indices into `scores`, at most `k`, in order.
     """
-    if torch.compiler.is_compiling():
+    if _is_exporting():
         size = scores.shape[0]  # of `len` the exporter would want the number
         if export_candidates is not None:
             size = torch.sym_min(size, export_candidates)

@@ -33,7 +33,7 @@ REGION_DTYPE = np.dtype([("box", np.float32, 4), ("score", np.float32), ("source
 
 
 def region_sidecar(index: ImageLevelIndex, rule: str, detector: str | None) -> dict[str, object]:
-    """What the JSON beside a region file says of it: its index, the rule and the detector of the rule."""
+    """What the JSON beside a region file says of it: its index, the rule, and what the rule has them from."""
     return {"index": index.digest, "images": len(index), "rule": rule, "detector": detector}
 
 
