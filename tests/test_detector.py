@@ -369,6 +369,17 @@ def test_pairs_are_pooled_exactly_on_their_boxes():
     assert labels[1::2].tolist() == labels[0::2].tolist()
 
 
+def test_memory_format_changes_nothing():
+    model, batch = make_model(), make_batch(2)
+    assert model.backbone.merge(batch.images)[0].is_contiguous(memory_format=torch.channels_last)
+    results = []
+    for memory_format in (torch.channels_last, torch.contiguous_format):
+        model.to(memory_format=memory_format)
+        losses = losses_of(model, batch)
+        results.append([losses, gradients(model, sum(losses.values()))])
+    torch.testing.assert_close(*results)
+
+
 # --- odd batches ---
 
 
@@ -469,6 +480,8 @@ def test_autocast_on_the_cpu():
         assert loss.dtype == torch.float32, name
         assert loss.isfinite(), name
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
+    # the RPN's maps, made without a graph, left no weights without one in autocast's cache
+    assert all(p.grad.any() for p in model.rpn.parameters())
     assert output.keys[0].dtype == torch.float32
 
 

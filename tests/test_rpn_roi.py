@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from conftest import random_boxes, tiny_config
+from torch import nn
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.image_list import ImageList
 from torchvision.ops import MultiScaleRoIAlign, batched_nms, box_iou, clip_boxes_to_image, nms, roi_align
@@ -163,11 +164,49 @@ def test_proposals_shrink_as_far_as_the_limit():
 # --- losses of the RPN ---
 
 
+@pytest.mark.parametrize("size", [(64, 96), (20, 12)])  # the latter has levels of a single cell
+def test_predictions_at_anchors_are_those_of_the_maps(size):
+    """Values and every gradient, at all anchors in any order, some of them twice, of either image."""
+    torch.manual_seed(0)
+    rpn = RPN(4, RPNConfig()).double()
+    nn.init.normal_(rpn.conv.bias)  # padding differs from a cell whose features are zero
+    features = [feature.requires_grad_() for feature in pyramid(4, *size, images=2)]
+    num_anchors = sum(len(anchors) for anchors in rpn.anchors(features))
+    chosen = torch.cat([torch.randperm(num_anchors, generator=generator()), torch.arange(7)])
+    images = torch.randint(2, chosen.shape, generator=generator(1))
+    hidden = [rpn.conv(feature).relu() for feature in features]
+    maps = [torch.cat([rpn.objectness(h).permute(0, 2, 3, 1).flatten(1) for h in hidden], 1)]
+    maps.append(torch.cat([rpn.deltas(h).permute(0, 2, 3, 1).reshape(2, -1, 4) for h in hidden], 1))
+    expected = [x[images, chosen] for x in maps]
+    found = rpn.predict_at(features, images, chosen)
+    wanted, gradients = [], []
+    for logits, deltas in (expected, found):
+        loss = logits.sin().sum() + (deltas * torch.linspace(-1, 1, deltas.numel()).view_as(deltas)).sum()
+        wanted.append([logits, deltas])
+        gradients.append(torch.autograd.grad(loss, [*features, *rpn.parameters()]))
+    torch.testing.assert_close(*wanted)
+    torch.testing.assert_close(*gradients)
+    for plain, alone in zip(maps, (torch.cat(x, 1) for x in rpn(features)[:2])):
+        torch.testing.assert_close(plain, alone)
+
+
+def test_no_anchor_to_learn_from_leaves_zero_gradients():
+    rpn, features = RPN(4, RPNConfig()).double(), pyramid(4, 64, 96)
+    none = torch.zeros(0, dtype=torch.int64)
+    logits, deltas = rpn.predict_at(features, none, none)
+    (logits.sum() + deltas.sum()).backward()
+    assert all(torch.equal(p.grad, torch.zeros_like(p)) for p in rpn.parameters())
+
+
 def rpn_losses(config, truth, size, padded, normalizer=1.0, seed=0):
     """Losses of random predictions of one image, and these predictions."""
-    levels = random_levels(config, *padded)
-    losses = RPN(4, config).losses(*levels, [truth], [size], [generator(seed)], normalizer)
-    return losses, levels
+    rpn, (logits, deltas, anchors) = RPN(4, config), random_levels(config, *padded)
+    rpn.predict_at = lambda features, images, chosen: (
+        torch.cat(logits, 1)[images, chosen],
+        torch.cat(deltas, 1)[images, chosen],
+    )
+    losses = rpn.losses(pyramid(4, *padded), [truth], [size], [generator(seed)], normalizer)
+    return losses, (logits, deltas, anchors)
 
 
 def inside(anchors, height, width):
@@ -356,6 +395,50 @@ def test_pooling_equals_torchvision():
     expected = pooler({str(i): x for i, x in enumerate(features[:4])}, lists, [(512, 512)] * 2)
     order = torch.cat([torch.nonzero(images == 0), torch.nonzero(images == 1)]).squeeze(1)
     torch.testing.assert_close(RoIPooler(config)(features, boxes, images)[order], expected)
+
+
+def region_boxes(count, height, width, random):
+    """Boxes of all levels; some of the whole map, at its corners, or of no width."""
+    fixed = [[0, 0, width, height], [0, 0, 20, 9], [width - 9, height - 30, width, height], [7, 7, 7, 7]]
+    boxes = random_boxes(count, height, width, random)
+    return torch.cat([torch.tensor(fixed), boxes, boxes[:2] + torch.tensor([-3.0, -3, 3, 3])]).double()
+
+
+@pytest.mark.parametrize("aligned", [True, False])
+@pytest.mark.parametrize("sampling_ratio", [0, 2])
+def test_last_layers_around_the_boxes_are_those_of_the_maps(aligned, sampling_ratio):
+    """Pooled values, and the gradients of features and layers."""
+    torch.manual_seed(0)
+    config = RoIConfig(aligned=aligned, sampling_ratio=sampling_ratio, finest_scale=12)
+    pooler = RoIPooler(config)
+    layers = [nn.Sequential(nn.Conv2d(4, 4, 3, padding=1)).double() for _ in range(4)]
+    features = [feature.requires_grad_() for feature in pyramid(4, 160, 224, images=2)[:4]]
+    boxes = region_boxes(9, 160, 224, generator())
+    images = torch.arange(len(boxes)) % 2
+    assert pooler.levels(boxes).unique().tolist() == [0, 1, 2, 3]
+    parameters = [p for layer in layers for p in layer.parameters()]
+    maps = [layer(feature) for layer, feature in zip(layers, features)]
+    computed = []
+    for level, layer in enumerate(layers):
+        layer.register_forward_hook(lambda *_, level=level: computed.append(level))
+    results = []
+    for pooled in (pooler(maps, boxes, images), pooler(features, boxes, images, layers)):
+        weights = torch.linspace(-1, 1, pooled.numel(), dtype=torch.float64).view_as(pooled)
+        results.append([pooled, *torch.autograd.grad((pooled * weights).sum(), [*features, *parameters])])
+    torch.testing.assert_close(*results)
+    assert computed == [2]  # where the whole map is less work; windows on all others
+
+
+def test_levels_without_boxes_and_layers_with_a_norm():
+    torch.manual_seed(0)
+    layers = [nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.GroupNorm(2, 4)).double() for _ in range(4)]
+    features, pooler = pyramid(4, 160, 224)[:4], RoIPooler(RoIConfig())
+    boxes, images = torch.tensor([[10.0, 10, 90, 90]]).double(), torch.tensor([0])
+    maps = [layer(feature) for layer, feature in zip(layers, features)]
+    assert torch.equal(pooler(features, boxes, images, layers), pooler(maps, boxes, images))
+    assert pooler(features, boxes[:0], images[:0], layers).shape == (0, 4, 7, 7)
+    layers[1:] = [None] * 3  # one box, on P2: nothing asks for the others
+    assert pooler(features, boxes, images, layers).shape == (1, 4, 7, 7)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

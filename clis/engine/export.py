@@ -62,6 +62,7 @@ def export(
     values = config_to_dict(config_from_dict(state["config"], source=str(checkpoint)))
     config = config_from_dict(merge_overrides(values, overrides), source="override")
     detector = load_model(state, config, str(checkpoint)).to(device).eval()
+    detector.to(memory_format=torch.contiguous_format)  # in which torch.export.save stores all weights
     generator = torch.Generator().manual_seed(0)
     noise = torch.randint(256, (3, *size), dtype=torch.uint8, generator=generator).to(device)
     expected = detector.detect([noise])[0]

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+
 from clis.config import Config, data_path, pretrained_backbone
 from clis.losses import build_classification_loss
 from clis.models.backbone import Backbone, ImageClassifier, ResNet, load_backbone_weights
@@ -82,7 +84,7 @@ def build_model(config: Config, categories: Sequence[Any], *, pretrained: bool =
             pasted_view=clis.pasted_view,
             mask_same_class=clis.mask_same_class,
         )
-    return CLISDetector(
+    detector = CLISDetector(
         backbone=backbone,
         rpn=RPN(model.backbone.fpn_channels, model.rpn),
         localization=localization,
@@ -94,6 +96,8 @@ def build_model(config: Config, categories: Sequence[Any], *, pretrained: bool =
         test_config=config.test,
         categories=categories,
     )
+    # convolutions hand this layout on; on CPUs they then need no copies to and from one of their own
+    return detector.to(memory_format=torch.channels_last)
 
 
 def build_classifier(

@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import FeaturePyramidNetwork
-from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
 from clis.config import BackboneConfig
 
@@ -202,14 +201,22 @@ class Backbone(nn.Module):
         self.fpn = FeaturePyramidNetwork(
             self.body.channels,
             config.fpn_channels,
-            extra_blocks=LastLevelMaxPool(),
             norm_layer=(lambda channels: make_norm(channels, config)) if config.norm == "group" else None,
         )
 
     def forward(self, images: Sequence[Tensor]) -> list[Tensor]:
         """Features P2-P6, [B, fpn_channels, H/stride, W/stride], of RGB images [3,H,W] in 0..255."""
+        levels = [self.fpn.get_result_from_layer_blocks(x, i) for i, x in enumerate(self.merge(images))]
+        return [*levels, F.max_pool2d(levels[-1], 1, 2)]
+
+    def merge(self, images: Sequence[Tensor]) -> list[Tensor]:
+        """The pyramid's top-down sums, from which one 3x3 convolution a level makes P2-P5."""
         features = self.body(self.batch(images))
-        return list(self.fpn({str(level): x for level, x in enumerate(features)}).values())
+        merged = [self.fpn.get_result_from_inner_blocks(x, i) for i, x in enumerate(features)]
+        for level in range(len(merged) - 2, -1, -1):
+            size = merged[level].shape[2:]
+            merged[level] = merged[level] + F.interpolate(merged[level + 1], size=size, mode="nearest")
+        return merged
 
     def batch(self, images: Sequence[Tensor]) -> Tensor:
         """Normalised images, zero-padded at the right and bottom to a common multiple of 32; [B,3,H,W]."""

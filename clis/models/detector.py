@@ -92,10 +92,11 @@ class CLISDetector(nn.Module):
 
         # instance-level images: proposals and their RoIs
         features = self.backbone(batch.images)
-        levels = self.rpn(features)
         losses = self.rpn.losses(
-            *levels, batch.boxes, sizes, generators, normalizers.images * self.rpn.config.samples
+            features, batch.boxes, sizes, generators, normalizers.images * self.rpn.config.samples
         )
+        with torch.no_grad():  # behind the losses: autocast keeps what it casts, here without a gradient
+            levels = self.rpn(features)
         proposals = self.rpn.propose(*levels, sizes)
         rois = sample_rois(
             proposals, batch.boxes, batch.labels, self.roi_config, self.num_classes, generators
@@ -121,8 +122,10 @@ class CLISDetector(nn.Module):
         # image-level images: image-classification task on the pre-defined regions
         keys = None
         if self.image_classification is not None:
-            mosaic_features = self.backbone(batch.mosaics)
-            pooled_regions = self.roi_align(mosaic_features, batch.regions, batch.region_mosaics)
+            merged = self.backbone.merge(batch.mosaics)  # P2-P5 follow around the regions alone
+            pooled_regions = self.roi_align(
+                merged, batch.regions, batch.region_mosaics, self.backbone.fpn.layer_blocks
+            )
             image_features = self.image_classification.sub_network(pooled_regions)
             image_logits = self.image_classification.fc_cls(image_features)
             losses["image_cls"] = self.classification_loss(

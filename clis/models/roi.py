@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import box_iou, roi_align
 
@@ -65,25 +66,63 @@ class RoIPooler(nn.Module):
         side = ((boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])).clamp(min=0).sqrt()
         return torch.log2(side / self.config.finest_scale + 1e-6).floor().clamp(0, 3).long()
 
-    def forward(self, features: Sequence[Tensor], boxes: Tensor, images: Tensor) -> Tensor:
+    def forward(
+        self,
+        features: Sequence[Tensor],
+        boxes: Tensor,
+        images: Tensor,
+        last_layers: Sequence[nn.Sequential] | None = None,
+    ) -> Tensor:
         """Pooled features [N, channels, pool_size, pool_size] of boxes [N,4] on rows `images` int64 [N].
 
         They are float32 at least: RoIAlign takes boxes in the type of the features, and bfloat16 holds 701 px
         as 700.
+
+        Args:
+            features: P2-P5.
+            last_layers: a level's 3x3 convolution that `features` still lack; it is computed where it is
+                pooled from, which for a few boxes is a small part of the maps.
         """
-        size = self.config.pool_size
-        features = [at_least_float32(feature) for feature in features[:4]]
         levels = self.levels(boxes)
-        rois = torch.cat([images[:, None].to(boxes), boxes], dim=1).to(features[0].dtype)
+        rois = torch.cat([images[:, None].to(boxes), boxes], dim=1)
         rows, pooled = [], []
-        for level, (feature, stride) in enumerate(zip(features, STRIDES)):
+        for level, (feature, stride) in enumerate(zip(features[:4], STRIDES)):
             rows.append(torch.nonzero(levels == level).squeeze(1))
-            pooled.append(
-                roi_align(
-                    feature, rois[rows[-1]], size, 1 / stride, self.config.sampling_ratio, self.config.aligned
-                )
-            )
+            here = rois[rows[-1]]
+            if last_layers is not None:
+                feature, here = _last_layer_around(here, feature, last_layers[level], stride)
+            feature = at_least_float32(feature)
+            size, ratio, aligned = self.config.pool_size, self.config.sampling_ratio, self.config.aligned
+            pooled.append(roi_align(feature, here.to(feature.dtype), size, 1 / stride, ratio, aligned))
         return torch.cat(pooled)[torch.cat(rows).argsort()]
+
+
+def _last_layer_around(
+    rois: Tensor, feature: Tensor, layer: nn.Sequential, stride: int
+) -> tuple[Tensor, Tensor]:
+    """layer(feature) as far as RoIAlign reads it for rois [n,5], and the rois in what is returned.
+
+    That is one window a RoI, all of one size and inside the map, so that they end where the map does. The
+    whole map is returned where it is smaller, or where the layer has a norm, whose statistics are the map's.
+    """
+    if len(rois) == 0:
+        return feature, rois
+    images, limit = rois[:, 0].long(), rois.new_tensor(feature.shape[:1:-1]).long()
+    # a cell more than the half pixel of `aligned`, the right neighbour of a point, and the least width need
+    low = (rois[:, 1:3] / stride).floor().long() - 1
+    high = (rois[:, 3:] / stride).ceil().long() + 2
+    size = (high - low).amax(dim=0).minimum(limit)
+    width, height = size.tolist()
+    if len(layer) > 1 or len(rois) * height * width >= feature[:, 0].numel():
+        return layer(feature), rois
+    low = low.clamp(min=0).minimum(limit - size)
+    x, y = (
+        corner[:, None] + torch.arange(-1, side + 1, device=low.device)
+        for corner, side in zip(low.T, (width, height))
+    )
+    windows = F.conv2d(box_ops.windows(feature, images, y, x), layer[0].weight, layer[0].bias)
+    rows = torch.arange(len(rois), device=rois.device)[:, None].to(rois)
+    return windows, torch.cat([rows, rois[:, 1:] - stride * low.repeat(1, 2)], dim=1)
 
 
 @dataclass(frozen=True)

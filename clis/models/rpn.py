@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import box_iou
 
@@ -44,7 +45,12 @@ def make_anchors(
 
 
 class RPN(nn.Module):
-    """One 3x3 convolution, then objectness and box deltas of the A anchors of every cell."""
+    """One 3x3 convolution, then objectness and box deltas of the A anchors of every cell.
+
+    Proposals come from maps of all cells. The losses need a few hundred sampled anchors alone: for these the
+    layers run once more, on the 3x3 cells around each, so that training needs no graph for the maps. Loss and
+    gradient are those that the maps would give.
+    """
 
     def __init__(self, channels: int, config: RPNConfig) -> None:
         super().__init__()
@@ -59,20 +65,53 @@ class RPN(nn.Module):
 
     def forward(self, features: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
         """Of every level: objectness logits [B,n], deltas [B,n,4], anchors [n,4]."""
-        objectness, deltas, anchors = [], [], []
-        padded_height, padded_width = (STRIDES[0] * side for side in features[0].shape[2:])
-        for feature, stride in zip(features, STRIDES):
+        objectness, deltas = [], []
+        for feature in features:
             hidden = self.conv(feature).relu_()
             objectness.append(at_least_float32(self.objectness(hidden).permute(0, 2, 3, 1).flatten(1)))
             deltas.append(
                 at_least_float32(self.deltas(hidden).permute(0, 2, 3, 1).reshape(len(feature), -1, 4))
             )
+        return objectness, deltas, self.anchors(features)
+
+    def anchors(self, features: Sequence[Tensor]) -> list[Tensor]:
+        """Anchors [n,4] of every level."""
+        anchors = []
+        padded_height, padded_width = (STRIDES[0] * side for side in features[0].shape[2:])
+        for feature, stride in zip(features, STRIDES):
             height, width = feature.shape[2:]
             spacing = None
             if self.config.anchor_spacing == "grid":
                 spacing = (padded_height // height, padded_width // width)
             anchors.append(make_anchors(self.config, stride, height, width, feature.device, spacing))
-        return objectness, deltas, anchors
+        return anchors
+
+    def predict_at(
+        self, features: Sequence[Tensor], images: Tensor, anchors: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Logits [n] and deltas [n,4] of single anchors, with a gradient; the same values as `forward` has.
+
+        Args:
+            images: int64 [n], row of the batch.
+            anchors: int64 [n], index over the anchors of all levels.
+        """
+        num_anchors = len(self.config.anchor_ratios)
+        cells, ratios = anchors // num_anchors, anchors % num_anchors
+        around = torch.arange(-1, 2, device=cells.device)
+        rows, patches, first = [], [], 0
+        for feature in features:
+            height, width = feature.shape[2:]
+            rows.append(torch.nonzero((cells >= first) & (cells < first + height * width)).squeeze(1))
+            cell = (cells[rows[-1]] - first)[:, None]
+            y, x = cell // width + around, cell % width + around
+            patches.append(box_ops.windows(feature, images[rows[-1]], y, x))
+            first += height * width
+        patches = torch.cat(patches)[torch.cat(rows).argsort()]
+        hidden = F.conv2d(patches, self.conv.weight, self.conv.bias).relu_()
+        row = torch.arange(len(anchors), device=anchors.device)
+        logits = self.objectness(hidden).flatten(1)[row, ratios]
+        deltas = self.deltas(hidden).reshape(-1, num_anchors, 4)[row, ratios]
+        return at_least_float32(logits), at_least_float32(deltas)
 
     @torch.no_grad()
     def propose(
@@ -116,9 +155,7 @@ class RPN(nn.Module):
 
     def losses(
         self,
-        objectness: Sequence[Tensor],
-        deltas: Sequence[Tensor],
-        anchors: Sequence[Tensor],
+        features: Sequence[Tensor],
         boxes: Sequence[Tensor],
         sizes: Sequence[tuple[int, int]],
         generators: Sequence[torch.Generator],
@@ -128,20 +165,24 @@ class RPN(nn.Module):
 
         Anchors that are centred outside their image, in the padding, are neither positive nor negative.
         """
-        logits, all_deltas, all_anchors = torch.cat(objectness, 1), torch.cat(deltas, 1), torch.cat(anchors)
-        centres = (all_anchors[:, :2] + all_anchors[:, 2:]) / 2
-        losses = {"rpn_objectness": logits.sum() * 0, "rpn_box": all_deltas.sum() * 0}
+        anchors = torch.cat(self.anchors(features))
+        centres = (anchors[:, :2] + anchors[:, 2:]) / 2
+        images, sampled, is_object, targets = [], [], [], []
         for image, (truth, (height, width), generator) in enumerate(zip(boxes, sizes, generators)):
             outside = (centres >= centres.new_tensor([width, height])).any(dim=1)
-            iou = box_iou(truth, all_anchors).masked_fill(outside, -1)  # no box's best anchor is outside
+            iou = box_iou(truth, anchors).masked_fill(outside, -1)  # no box's best anchor is outside
             matches = box_ops.match(iou, self.config.positive_iou, self.config.negative_iou, low_quality=True)
             matches = matches.masked_fill(outside, box_ops.IGNORED)
             positive, negative = box_ops.sample(
                 matches, self.config.samples, self.config.positive_fraction, generator
             )
-            sampled = torch.cat([positive, negative])
-            is_object = torch.arange(len(sampled), device=sampled.device) < len(positive)
-            targets = box_ops.encode(all_anchors[positive], truth[matches[positive]], box_ops.RPN_STDS)
-            losses["rpn_objectness"] += objectness_loss(logits[image, sampled], is_object, normalizer)
-            losses["rpn_box"] += l1_loss(all_deltas[image, positive], targets, normalizer)
-        return losses
+            sampled += [positive, negative]
+            is_object += [torch.ones_like(positive), torch.zeros_like(negative)]
+            images += [torch.full_like(each, image) for each in (positive, negative)]
+            targets.append(box_ops.encode(anchors[positive], truth[matches[positive]], box_ops.RPN_STDS))
+        is_object = torch.cat(is_object).bool()
+        logits, deltas = self.predict_at(features, torch.cat(images), torch.cat(sampled))
+        return {
+            "rpn_objectness": objectness_loss(logits, is_object, normalizer),
+            "rpn_box": l1_loss(deltas[is_object], torch.cat(targets), normalizer),
+        }
