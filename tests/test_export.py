@@ -39,7 +39,7 @@ def images() -> dict[str, torch.Tensor]:
 def test_it_gives_the_detectors_detections(checkpoint, program):
     """Boxes in pixels of the given image, which is resized to a short side of 48 inside; bit for bit."""
     exported = torch.export.load(program).module()
-    detector = load_detector(checkpoint)
+    detector = load_detector(checkpoint).to(memory_format=torch.contiguous_format)  # the program's
     found_any = False
     for name, image in images().items():
         expected = detector.detect([image])[0]
