@@ -7,7 +7,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +33,9 @@ def paper_config(*overrides: str) -> Config:
 
 def make_detector(classes: int, *overrides: str, device: str) -> CLISDetector:
     torch.manual_seed(0)
-    return build_model(paper_config(*overrides), range(classes)).to(device)
+    detector = build_model(paper_config(*overrides), range(classes))
+    draw_dense(detector)
+    return detector.to(device)
 
 
 def make_peer(classes: int, device: str, **options: float) -> FasterRCNN:
@@ -49,29 +51,43 @@ def make_peer(classes: int, device: str, **options: float) -> FasterRCNN:
     frozen = {name.split(".")[1] for name, p in peer.backbone.named_parameters() if not p.requires_grad}
     assert frozen == {"conv1", "layer1"}, frozen
     assert not any(isinstance(module, nn.BatchNorm2d) for module in peer.modules())
+    draw_dense(peer)
     return peer.to(device)
 
 
+@torch.no_grad()
+def draw_dense(detector: nn.Module) -> None:
+    """The same backbone and RPN in all detectors, so that their proposals are of the same sizes."""
+    generator = torch.Generator().manual_seed(0)
+    for part, std in ((detector.backbone, None), (detector.rpn, 0.01)):
+        for weight in (p for p in part.parameters() if p.dim() == 4):  # in torchvision's order in both
+            fan_out = len(weight) * weight[0, 0].numel()
+            weight.copy_(torch.randn(weight.shape, generator=generator) * (std or (2 / fan_out) ** 0.5))
+
+
 def make_batch(s: int, t: int, classes: int, device: str) -> Batch:
-    """One image of noise with ten boxes and t pasted ones, and s / 4 mosaics of 448 with a region a tile."""
+    """One image of noise with ten boxes and t pasted ones, and s / 4 mosaics of 448 with a region a tile.
+
+    Sides are 0.05 to 0.4 of the image, and, as the objects of ImageNet, 0.4 to 0.9 of a tile.
+    """
     generator = torch.Generator().manual_seed(0)
 
     def noise(*shape: int) -> Tensor:
         return torch.randint(256, shape, dtype=torch.uint8, generator=generator)
 
-    def boxes(count: int, height: int, width: int) -> Tensor:
-        low = 0.6 * torch.rand(count, 2, generator=generator)
-        high = low + 0.05 + 0.35 * torch.rand(count, 2, generator=generator)
-        return torch.cat([low, high], dim=1) * torch.tensor([width, height, width, height])
+    def boxes(count: int, size: tuple[int, int], least: float, most: float) -> Tensor:
+        sides = least + (most - least) * torch.rand(count, 2, generator=generator)
+        low = (1 - sides) * torch.rand(count, 2, generator=generator)
+        return torch.cat([low, low + sides], dim=1) * torch.tensor(size[::-1]).repeat(2)
 
-    pasted = boxes(t, *SIZE)
+    pasted = boxes(t, SIZE, 0.05, 0.4)
     tiles = torch.tensor([[0.0, 0, 0, 0], [224, 0, 224, 0], [0, 224, 0, 224], [224, 224, 224, 224]])
     batch = Batch(
         images=[noise(3, *SIZE)],
-        boxes=[torch.cat([boxes(10, *SIZE), pasted])],
+        boxes=[torch.cat([boxes(10, SIZE, 0.05, 0.4), pasted])],
         labels=[torch.randint(classes, (10 + t,), generator=generator)],
         mosaics=noise(s // 4, 3, 448, 448),
-        regions=boxes(s, 224, 224) + tiles.repeat(s // 4, 1),
+        regions=boxes(s, (224, 224), 0.4, 0.9) + tiles.repeat(s // 4, 1),
         region_labels=torch.randint(classes, (s,), generator=generator),
         region_mosaics=torch.arange(s) // 4,
         pair_boxes=pasted,
@@ -106,8 +122,33 @@ def print_ratios(seconds: dict[str, list[float]], reference: str) -> None:
         low, high = min(ratios), max(ratios)
         print(
             f"| {name} | {statistics.median(values):.2f} s "
-            f"| {statistics.median(ratios):.3f} ({low:.3f} .. {high:.3f}) |"
+            f"| {statistics.median(ratios):.3f} ({low:.3f} .. {high:.3f}) |",
+            flush=True,
         )
+
+
+def compare(
+    script: str,
+    variants: Mapping[str, Callable[[str], Callable[[], object]]],
+    names: Sequence[str],
+    repeats: int,
+    device: str,
+    memory: bool = True,
+) -> None:
+    """Seconds of the variants `names`, each in turns with the first, and their peak memory.
+
+    Args:
+        script: the file that prints the peak of one variant with ``--memory NAME``.
+        variants: by name, what makes a variant for a device.
+    """
+    # first, while this process is small: a child's ru_maxrss begins with its parent's
+    peaks = [peak_megabytes(script, name, device) for name in names] if memory else []
+    reference, *others = names
+    for name in others:  # two at a time, for memory
+        pair = {each: variants[each](device) for each in (reference, name)}
+        print_ratios(take_turns(pair, repeats, device), reference)
+    for name, peak in zip(names, peaks):
+        print(f"| {name} | peak {peak:.0f} MB | {peak / peaks[0]:.3f} |", flush=True)
 
 
 def peak_megabytes(script: str, variant: str, device: str) -> float:

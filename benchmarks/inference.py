@@ -17,7 +17,7 @@ import argparse
 from collections.abc import Callable, Sequence
 
 import torch
-from detectors import PLAIN, make_batch, make_detector, make_peer, print_ratios, take_turns
+from detectors import PLAIN, compare, make_batch, make_detector, make_peer, own_peak_megabytes
 
 CLASSES = 1203
 UNIFORM, PEAKED = 0.01, 2.0
@@ -46,37 +46,46 @@ def our_inference(std: float, device: str, *overrides: str, classes: int = CLASS
     return lambda: detector.detect([image])
 
 
+def _classes(count: int) -> Callable[[str], Callable[[], object]]:
+    return lambda device: our_inference(PEAKED, device, *PLAIN, classes=count)
+
+
+VARIANTS: dict[str, Callable[[str], Callable[[], object]]] = {
+    "torchvision, uniform": lambda device: torchvision_inference(UNIFORM, device),
+    "baseline, uniform": lambda device: our_inference(UNIFORM, device, *PLAIN),
+    "torchvision, peaked": lambda device: torchvision_inference(PEAKED, device),
+    "baseline, peaked": lambda device: our_inference(PEAKED, device, *PLAIN),
+    "CLIS, peaked": lambda device: our_inference(
+        PEAKED, device, "clis.s=0", "clis.t=0", "clis.contrastive=false"
+    ),
+    **{f"{count} classes": _classes(count) for count in (80, 1203, 21_842)},
+}
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    kinds = ("uniform", "peaked", "clis", "classes")
-    parser.add_argument("what", nargs="*", choices=[*kinds, []], default=[])
+    kinds = {
+        "uniform": ["torchvision, uniform", "baseline, uniform"],
+        "peaked": ["torchvision, peaked", "baseline, peaked"],
+        "clis": ["baseline, peaked", "CLIS, peaked"],
+        "classes": ["1203 classes", "80 classes", "21842 classes"],
+    }
+    parser.add_argument("what", nargs="*", help=", ".join(kinds))
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--memory", choices=VARIANTS, help="print the peak of one variant, in MB")
     arguments = parser.parse_args(argv)
-    device = arguments.device
+    if arguments.memory:
+        make = VARIANTS[arguments.memory]
+        print(own_peak_megabytes(lambda: make(arguments.device), arguments.device))
+        return
     for what in arguments.what or kinds:
         if what not in kinds:
             parser.error(f"{what}: one of {', '.join(kinds)}")
         print(f"## {what}", flush=True)
-        std = UNIFORM if what == "uniform" else PEAKED
-        if what in ("uniform", "peaked"):
-            variants = {
-                "torchvision": torchvision_inference(std, device),
-                "baseline": our_inference(std, device, *PLAIN),
-            }
-        elif what == "clis":
-            variants = {
-                "baseline": our_inference(std, device, *PLAIN),
-                "CLIS": our_inference(std, device, "clis.s=0", "clis.t=0", "clis.contrastive=false"),
-            }
-        else:
-            variants = {
-                f"{classes} classes": our_inference(std, device, *PLAIN, classes=classes)
-                for classes in (80, 1203, 21_842)
-            }
-        print_ratios(take_turns(variants, arguments.repeats, device), next(iter(variants)))
+        compare(__file__, VARIANTS, kinds[what], arguments.repeats, arguments.device)
 
 
 if __name__ == "__main__":

@@ -16,21 +16,18 @@ step is forward, backward and SGD with momentum.
 from __future__ import annotations
 
 import argparse
-import functools
 from collections.abc import Callable, Sequence
 
 import torch
 from detectors import (
     PLAIN,
+    compare,
     make_batch,
     make_detector,
     make_peer,
     operator_seconds,
     own_peak_megabytes,
     paper_config,
-    peak_megabytes,
-    print_ratios,
-    take_turns,
 )
 from torch import nn
 
@@ -38,8 +35,10 @@ from clis.engine.optim import make_optimizer
 from clis.engine.train import train_step
 
 CLASSES = 1203
-PAPER_S = {(0, 0): 0.249, (4, 0): 0.275, (8, 0): 0.296, (16, 0): 0.381, (32, 0): 0.416}
-PAPER_T = {(16, 0): 0.381, (16, 1): 0.403, (16, 2): 0.479, (16, 4): 0.531}
+PAPER = {
+    "s": {(0, 0): 0.249, (4, 0): 0.275, (8, 0): 0.296, (16, 0): 0.381, (32, 0): 0.416},
+    "t": {(16, 0): 0.381, (16, 1): 0.403, (16, 2): 0.479, (16, 4): 0.531},
+}
 """Seconds a step on V100s by (s, t): the paper's tables V and VI."""
 DENSE = {
     "aten::mkldnn_convolution", "aten::cudnn_convolution", "aten::convolution_backward", "aten::addmm",
@@ -77,44 +76,22 @@ def parts(s: int, t: int) -> tuple[str, ...]:
     return (f"clis.s={s}", f"clis.t={t}", *(f"clis.{name}={str(on).lower()}" for name, on in flags.items()))
 
 
+def _pair(s: int, t: int) -> str:
+    return f"s={s} t={t}"
+
+
 VARIANTS: dict[str, Callable[[str], Callable[[], object]]] = {
     "torchvision": torchvision_step,
     "baseline": lambda device: our_step(device, *PLAIN),
-    "s=0 t=0": lambda device: our_step(device, *parts(0, 0)),
-    "s=16 t=2": lambda device: our_step(device, *parts(16, 2)),
+    **{
+        _pair(s, t): lambda device, s=s, t=t: our_step(device, *parts(s, t))
+        for s, t in (*PAPER["s"], *PAPER["t"])
+    },
+    **{
+        f"{count} classes": lambda device, count=count: our_step(device, *parts(16, 2), classes=count)
+        for count in (80, 1203, 21_842)
+    },
 }
-
-
-def compare(names: Sequence[str], repeats: int, device: str) -> None:
-    """Time and memory of the variants, relative to the first."""
-    # first, while this process is small: a child's ru_maxrss begins with its parent's
-    peaks = [peak_megabytes(__file__, name, device) for name in names]
-    print_ratios(take_turns({name: VARIANTS[name](device) for name in names}, repeats, device), names[0])
-    for name, peak in zip(names, peaks):
-        print(f"| {name} | peak {peak:.0f} MB | {peak / peaks[0]:.3f} |")
-
-
-def table(rows: dict[str, Callable[[], Callable[[], object]]], repeats: int, device: str) -> None:
-    """Rows that are too large to be in memory together: each takes turns with the first."""
-    (reference, make), *others = rows.items()
-    for name, make_other in others:
-        print_ratios(take_turns({reference: make(), name: make_other()}, repeats, device), reference)
-
-
-def table_of_pairs(
-    pairs: dict[tuple[int, int], float], paper_first: float, repeats: int, device: str
-) -> None:
-    """Rows of s and t, with the paper's ratio of the seconds a step."""
-    table(
-        {
-            f"s={s} t={t} (the paper's: {seconds / paper_first:.2f})": functools.partial(
-                our_step, device, *parts(s, t)
-            )
-            for (s, t), seconds in pairs.items()
-        },
-        repeats,
-        device,
-    )
 
 
 def profile(name: str, device: str, shown: int = 14) -> None:
@@ -133,20 +110,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    kinds: dict[str, Callable[[int, str], None]] = {
-        "baseline": lambda repeats, device: compare(["torchvision", "baseline"], repeats, device),
-        "clis": lambda repeats, device: compare(["s=0 t=0", "s=16 t=2"], repeats, device),
-        "s": lambda repeats, device: table_of_pairs(PAPER_S, PAPER_S[0, 0], repeats, device),
-        "t": lambda repeats, device: table_of_pairs(PAPER_T, PAPER_T[16, 0], repeats, device),
-        "classes": lambda repeats, device: table(
-            {
-                f"{count} classes": functools.partial(our_step, device, *parts(16, 2), classes=count)
-                for count in (80, 1203, 21_842)
-            },
-            repeats,
-            device,
-        ),
-        "profile": lambda repeats, device: [profile(name, device) for name in ("baseline", "s=16 t=2")],
+    kinds = {
+        "baseline": ["torchvision", "baseline"],
+        "clis": ["s=0 t=0", "s=16 t=2"],
+        "s": [_pair(*pair) for pair in PAPER["s"]],
+        "t": [_pair(*pair) for pair in PAPER["t"]],
+        "classes": ["1203 classes", "80 classes", "21842 classes"],
+        "profile": ["baseline", "s=16 t=2"],
     }
     parser.add_argument("what", nargs="*", help=", ".join(kinds))
     parser.add_argument("--repeats", type=int, default=5)
@@ -161,7 +131,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         if what not in kinds:
             parser.error(f"{what}: one of {', '.join(kinds)}")
         print(f"## {what}", flush=True)
-        kinds[what](arguments.repeats, arguments.device)
+        if what == "profile":
+            for name in kinds[what]:
+                profile(name, arguments.device)
+            continue
+        compare(__file__, VARIANTS, kinds[what], arguments.repeats, arguments.device, what not in PAPER)
+        if what in PAPER:
+            first, *_ = PAPER[what].values()
+            ratios = [f"{_pair(*pair)} {seconds / first:.2f}" for pair, seconds in PAPER[what].items()]
+            print(f"the paper's ratios: {', '.join(ratios)}")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -11,6 +16,7 @@ from runs import CONFIG, REPOSITORY, SHORT
 
 from clis.config import load_config
 from clis.engine import study
+from clis.engine.preemption import Preempted
 from clis.engine.study import Study, run_study
 
 BASELINE = "clis={task_specialized: false, objectness: false, s: 0, t: 0, siamese: false, contrastive: false}"
@@ -186,6 +192,48 @@ def test_runs_of_a_row_that_was_edited_are_dropped(tmp_path):
     again.write()
     rows = json.loads((tmp_path / "small" / "study.json").read_text())["rows"]
     assert [len(row["runs"]) for row in rows.values()] == [1, 0]
+
+
+def test_runs_that_another_study_has_are_not_run_again(tmp_path, capsys):
+    (tmp_path / "out" / "other").mkdir(parents=True)
+    path = write_study(tmp_path / "small.yaml", {"a": {}, "b": {"overrides": ["loss.alpha=0.1"]}})
+    loaded, figures = Study.load(path), {"AP": 1.0, "APr": 2.0, "APc": 3.0, "APf": 4.0}
+    run = figures | {"step_seconds": 1.0, "by_images": {"1-2": 1.0}}
+    runs = {row.name: run | {"key": loaded.run(row, 0, []).key} for row in loaded.rows}
+    rows = {"of another name": {"runs": {"5": runs["a"]}}, "b": {"runs": {"0": runs["b"]}}}
+    (tmp_path / "out" / "other" / "study.json").write_text(json.dumps({"overrides": [], "rows": rows}))
+    folder = run_study(path, tmp_path / "out")
+    assert "0 jobs to do" in capsys.readouterr().out
+    rows = json.loads((folder / "study.json").read_text())["rows"]
+    assert {name: row["runs"] for name, row in rows.items()} == {name: {"0": runs[name]} for name in runs}
+
+
+def test_asked_to_stop_it_asks_what_runs(tmp_path):
+    """A job that notes SIGTERM; the study goes once the job has ended, and begins no other."""
+    saves = (
+        "import pathlib, signal, sys, time\n"
+        "def save(*_):\n"
+        "    time.sleep(0.5); pathlib.Path('saved').touch(); sys.exit(75)\n"
+        "signal.signal(signal.SIGTERM, save); pathlib.Path('running').touch(); time.sleep(60)"
+    )
+    code = f"import os, pathlib; os.chdir({str(tmp_path)!r}); exec({saves!r})"
+    jobs = [
+        study.Job(name, [sys.executable, "-c", code], tmp_path / name / "eval.json")
+        for name in ("first", "second")
+    ]
+
+    def stop_when_it_runs():
+        while not (tmp_path / "running").exists():
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    thread = threading.Thread(target=stop_when_it_runs)
+    thread.start()
+    with pytest.raises(Preempted, match="the same command goes on"):
+        list(study._work(jobs, 1, tmp_path / "logs"))
+    thread.join()
+    assert (tmp_path / "saved").exists()
+    assert [file.name for file in (tmp_path / "logs").iterdir()] == ["first.txt"]
 
 
 @pytest.mark.parametrize(

@@ -32,6 +32,7 @@ from clis.engine.evaluate import load_validation
 from clis.engine.log import clock, say
 from clis.engine.lvis_eval import accumulate
 from clis.engine.matching import match
+from clis.engine.preemption import Preempted, StopRequest
 from clis.engine.regions import DETECTOR_RULES, detector_config, detector_overrides
 from clis.engine.streams import read_annotations
 from clis.engine.train import generate_shapes
@@ -153,7 +154,7 @@ def run_study(
     """Runs what is not done yet and writes ``study.json`` and ``table.md`` into out/NAME after every run.
 
     Runs lie in out/runs under a name made of their config, so that equal rows of several studies are one run,
-    and a run that was cut off goes on.
+    and a run that was cut off goes on. What the study.json of another study in `out` has is not run again.
 
     Args:
         rows, seeds: only these; default all of the file.
@@ -165,6 +166,7 @@ def run_study(
 
     Raises:
         ValueError: unknown rows or classification losses; or a run failed, after the others are done.
+        Preempted: asked to stop; what was running has saved its state.
     """
     study, out = Study.load(path), out.resolve()
     unknown = sorted(set(rows) - {row.name for row in study.rows})
@@ -177,7 +179,7 @@ def run_study(
     plan: dict[Path, Job] = {}
     for seed in seeds or study.seeds:
         for row in study.rows:
-            if (not rows or row.name in rows) and not record.has(row, seed):
+            if (not rows or row.name in rows) and not record.has(row, seed) and not record.take(row, seed):
                 _plan(study, row, seed, out, overrides, plan)
     say(f"{study.name}: {len(study.rows)} rows; {len(plan)} jobs to do, {jobs} at once")
     base = load_config(study.base, overrides)
@@ -278,40 +280,47 @@ def _plan_regions(study: Study, run: Run, out: Path, plan: dict[Path, Job]) -> t
 
 
 def _work(jobs: Sequence[Job], at_once: int, logs: Path) -> Iterator[Job]:
-    """Runs the jobs, each when those before it are done, and gives them back as they end."""
+    """Runs the jobs, each when those before it are done, and gives them back as they end.
+
+    Raises:
+        Preempted: on SIGTERM or SIGINT, when the running jobs, asked too, have ended.
+    """
     logs.mkdir(parents=True, exist_ok=True)
     waiting, running, ended = list(jobs), {}, set()
     threads = max(1, (os.cpu_count() or 1) // at_once)
     environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
-    try:
-        while waiting or running:
-            for job in [job for job in waiting if all(id(before) in ended for before in job.after)]:
-                failed = any(before.failed for before in job.after)
-                if failed or job.done.exists():
-                    waiting.remove(job)
-                    job.failed = failed
-                    ended.add(id(job))
-                    yield job
-                elif len(running) < at_once:
-                    waiting.remove(job)
-                    with _log(job, logs).open("ab") as file:
-                        process = subprocess.Popen(
-                            job.command, env=environment, stdout=file, stderr=subprocess.STDOUT
-                        )
-                    running[process] = (job, time.monotonic())
-            for process, (job, began) in list(running.items()):
-                if process.poll() is not None:
-                    del running[process]
-                    job.seconds = time.monotonic() - began
-                    job.failed = process.returncode != 0 or not job.done.exists()
-                    ended.add(id(job))
-                    yield job
-            time.sleep(POLL)
-    finally:
-        for process in running:  # asked to stop, they save and can go on
-            process.terminate()
-        for process in running:
-            process.wait()
+    with StopRequest() as stop:
+        try:
+            while waiting or running:
+                for job in [job for job in waiting if all(id(before) in ended for before in job.after)]:
+                    failed = any(before.failed for before in job.after)
+                    if failed or job.done.exists():
+                        waiting.remove(job)
+                        job.failed = failed
+                        ended.add(id(job))
+                        yield job
+                    elif len(running) < at_once:
+                        waiting.remove(job)
+                        with _log(job, logs).open("ab") as file:
+                            process = subprocess.Popen(
+                                job.command, env=environment, stdout=file, stderr=subprocess.STDOUT
+                            )
+                        running[process] = (job, time.monotonic())
+                for process, (job, began) in list(running.items()):
+                    if process.poll() is not None:
+                        del running[process]
+                        job.seconds = time.monotonic() - began
+                        job.failed = process.returncode != 0 or not job.done.exists()
+                        ended.add(id(job))
+                        yield job
+                if stop.received:
+                    raise Preempted("asked to stop; what was running is saved, the same command goes on")
+                time.sleep(POLL)
+        finally:
+            for process in running:  # asked to stop, they save and can go on
+                process.terminate()
+            for process in running:
+                process.wait()
 
 
 def _log(job: Job, logs: Path) -> Path:
@@ -345,6 +354,16 @@ class Record:
     def has(self, row: Row, seed: int) -> bool:
         """Whether this run is recorded."""
         return str(seed) in self.rows.get(row.name, {})
+
+    def take(self, row: Row, seed: int) -> bool:
+        """Notes this run from the study.json of another study beside this one, if one has it."""
+        for path in sorted(self.path.parent.parent.glob("*/study.json")):
+            for other in json.loads(path.read_text())["rows"].values():
+                for run in other["runs"].values():
+                    if run["key"] == self._key(row, seed):
+                        self.rows.setdefault(row.name, {})[str(seed)] = run
+                        return True
+        return False
 
     def add(self, name: str, seed: int, result: Path) -> str:
         """Notes a finished run by its eval.json, in the file too; its figures in one line."""
