@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import resource
+import re
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -52,23 +53,37 @@ def make_peer(classes: int, device: str, **options: float) -> FasterRCNN:
     assert frozen == {"conv1", "layer1"}, frozen
     assert not any(isinstance(module, nn.BatchNorm2d) for module in peer.modules())
     draw_dense(peer)
+    heads = peer.roi_heads  # as ours begin
+    for layer in (heads.box_head.fc6, heads.box_head.fc7):
+        nn.init.xavier_uniform_(layer.weight)
+    for layer, std in ((heads.box_predictor.cls_score, 0.01), (heads.box_predictor.bbox_pred, 0.001)):
+        nn.init.normal_(layer.weight, std=std)
+    for layer in (heads.box_head.fc6, heads.box_head.fc7, *heads.box_predictor.children()):
+        nn.init.zeros_(layer.bias)
     return peer.to(device)
+
+
+GAINS = {"conv3": 0.25, "inner_blocks": 0.25, "layer_blocks": 0.25, "deltas": 0.2, "bbox_pred": 0.2}
+"""Of convolutions by a part of their name, ours and torchvision's, so that features stay near 1 through all
+blocks and proposals spread around their anchors, as those of a trained detector do."""
 
 
 @torch.no_grad()
 def draw_dense(detector: nn.Module) -> None:
-    """The same backbone and RPN in all detectors, so that their proposals are of the same sizes."""
+    """The same backbone and RPN in ours and torchvision's, so that their proposals are alike."""
     generator = torch.Generator().manual_seed(0)
-    for part, std in ((detector.backbone, None), (detector.rpn, 0.01)):
-        for weight in (p for p in part.parameters() if p.dim() == 4):  # in torchvision's order in both
-            fan_out = len(weight) * weight[0, 0].numel()
-            weight.copy_(torch.randn(weight.shape, generator=generator) * (std or (2 / fan_out) ** 0.5))
+    for part in (detector.backbone, detector.rpn):
+        for name, weight in part.named_parameters():
+            if weight.dim() == 4:  # in the same order in both
+                gain = next((gain for key, gain in GAINS.items() if key in name), 1.0)
+                std = gain * (2 / weight[0].numel()) ** 0.5
+                weight.copy_(torch.randn(weight.shape, generator=generator) * std)
 
 
 def make_batch(s: int, t: int, classes: int, device: str) -> Batch:
     """One image of noise with ten boxes and t pasted ones, and s / 4 mosaics of 448 with a region a tile.
 
-    Sides are 0.05 to 0.4 of the image, and, as the objects of ImageNet, 0.4 to 0.9 of a tile.
+    Sides are 0.05 to 0.4 of the image; of a region, whose image is of one object, 0.4 to 0.9 of its tile.
     """
     generator = torch.Generator().manual_seed(0)
 
@@ -141,12 +156,11 @@ def compare(
         script: the file that prints the peak of one variant with ``--memory NAME``.
         variants: by name, what makes a variant for a device.
     """
-    # first, while this process is small: a child's ru_maxrss begins with its parent's
     peaks = [peak_megabytes(script, name, device) for name in names] if memory else []
     reference, *others = names
     for name in others:  # two at a time, for memory
-        pair = {each: variants[each](device) for each in (reference, name)}
-        print_ratios(take_turns(pair, repeats, device), reference)
+        seconds = take_turns({each: variants[each](device) for each in (reference, name)}, repeats, device)
+        print_ratios(seconds, reference)
     for name, peak in zip(names, peaks):
         print(f"| {name} | peak {peak:.0f} MB | {peak / peaks[0]:.3f} |", flush=True)
 
@@ -164,11 +178,16 @@ def own_peak_megabytes(work: Callable[[], Callable[[], object]], device: str) ->
         for _ in range(2):
             variant()
         return torch.cuda.max_memory_allocated() / 1e6
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = _peak_kilobytes()
     variant = work()
     for _ in range(2):
         variant()
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1e3
+    return (_peak_kilobytes() - before) / 1e3
+
+
+def _peak_kilobytes() -> int:
+    """Of this process (Linux). A child's ru_maxrss would begin with its parent's."""
+    return int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
 
 
 def operator_seconds(variant: Callable[[], object]) -> dict[str, float]:

@@ -3,10 +3,12 @@
     python benchmarks/step.py [baseline] [clis] [s] [t] [classes] [profile] [--repeats 5] [--device cpu]
 
 R50-FPN, random weights, one 800 x 1088 image with ten boxes, 1203 classes, class-specific boxes, float32; a
-step is forward, backward and SGD with momentum.
+step is forward, backward and SGD with momentum. Ours trains batch norm's affine and pools adaptively, as the
+recipe does; torchvision's affine is frozen, and it pools 2 x 2 points a bin. Seconds are of two variants in
+turns; peaks of memory (`--memory`, not for s and t) of a process for each.
 
 * baseline: our Faster R-CNN beside torchvision's with frozen batch norm, stem and layer1, and as many
-  proposals and RoIs; also peak memory, each in a process of its own.
+  proposals and RoIs, as it comes and with its convolutions in channels_last, as ours have them.
 * clis: CLIS with s = 16 and t = 2 beside s = t = 0 (TSS and objectness alone), which the paper has at 0.479
   and 0.249 s: 1.92.
 * s, t: the rows of the paper's tables V and VI. classes: 80, 1203 and 21,842 of them.
@@ -46,9 +48,9 @@ DENSE = {
 }  # fmt: skip
 
 
-def torchvision_step(device: str, classes: int = CLASSES) -> Callable[[], object]:
-    peer = make_peer(classes, device).train()
-    batch = make_batch(0, 0, classes, device)
+def torchvision_step(device: str, memory_format: torch.memory_format) -> Callable[[], object]:
+    peer = make_peer(CLASSES, device).to(memory_format=memory_format).train()
+    batch = make_batch(0, 0, CLASSES, device)
     image, target = batch.images[0].float() / 255, {"boxes": batch.boxes[0], "labels": batch.labels[0] + 1}
     trained = [p for p in peer.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(trained, lr=1e-6, momentum=0.9, weight_decay=1e-4)
@@ -81,7 +83,8 @@ def _pair(s: int, t: int) -> str:
 
 
 VARIANTS: dict[str, Callable[[str], Callable[[], object]]] = {
-    "torchvision": torchvision_step,
+    "torchvision": lambda device: torchvision_step(device, torch.contiguous_format),
+    "torchvision, channels_last": lambda device: torchvision_step(device, torch.channels_last),
     "baseline": lambda device: our_step(device, *PLAIN),
     **{
         _pair(s, t): lambda device, s=s, t=t: our_step(device, *parts(s, t))
@@ -111,7 +114,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     kinds = {
-        "baseline": ["torchvision", "baseline"],
+        "baseline": ["torchvision", "torchvision, channels_last", "baseline"],
         "clis": ["s=0 t=0", "s=16 t=2"],
         "s": [_pair(*pair) for pair in PAPER["s"]],
         "t": [_pair(*pair) for pair in PAPER["t"]],
@@ -135,7 +138,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             for name in kinds[what]:
                 profile(name, arguments.device)
             continue
-        compare(__file__, VARIANTS, kinds[what], arguments.repeats, arguments.device, what not in PAPER)
+        memory = what not in PAPER
+        compare(__file__, VARIANTS, kinds[what], arguments.repeats, arguments.device, memory)
         if what in PAPER:
             first, *_ = PAPER[what].values()
             ratios = [f"{_pair(*pair)} {seconds / first:.2f}" for pair, seconds in PAPER[what].items()]

@@ -13,8 +13,8 @@ from pathlib import Path
 def run_command(main: Callable[[], None]) -> None:
     """Runs a command; what a user can mend is told in one line, without a traceback.
 
-    Exit codes: 0 done, 1 an error of this kind, 75 a training that stopped because it was asked to and can go
-    on, 130 interrupted. With CLIS_DEBUG=1 the traceback is shown.
+    Exit codes: 0 done, 1 an error of this kind, 75 a training or study that was asked to stop and can go on,
+    130 interrupted. With CLIS_DEBUG=1 the traceback is shown.
     """
     from clis.engine.preemption import EXIT_CODE, Preempted
 

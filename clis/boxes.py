@@ -46,17 +46,6 @@ def clip(boxes: Tensor, size: tuple[int, int]) -> Tensor:
     return boxes.clamp(min=0).minimum(limit)
 
 
-def windows(feature: Tensor, images: Tensor, y: Tensor, x: Tensor) -> Tensor:
-    """Windows [n,C,h,w] of maps [B,C,H,W] on rows `images` int64 [n], zero outside the map.
-
-    `y` int64 [n,h] and `x` int64 [n,w] are the cells of each.
-    """
-    height, width = feature.shape[2:]
-    inside = ((y >= 0) & (y < height))[:, :, None] & ((x >= 0) & (x < width))[:, None, :]
-    y, x = y.clamp(0, height - 1)[:, :, None], x.clamp(0, width - 1)[:, None, :]
-    return (feature[images[:, None, None], :, y, x] * inside[..., None]).permute(0, 3, 1, 2)
-
-
 def match(iou: Tensor, positive_iou: float, negative_iou: float, low_quality: bool) -> Tensor:
     """Ground truth of each box, from `iou` [G,N]: an index 0..G-1, `NEGATIVE` or `IGNORED`; int64 [N].
 

@@ -16,6 +16,7 @@ from clis.config import RoIConfig, RPNConfig
 from clis.models.backbone import STRIDES
 from clis.models.roi import RoIPooler, sample_rois, select_detections
 from clis.models.rpn import RPN, make_anchors
+from clis.models.windows import windows
 
 CPU = torch.device("cpu")
 
@@ -188,6 +189,24 @@ def test_predictions_at_anchors_are_those_of_the_maps(size):
     torch.testing.assert_close(*gradients)
     for plain, alone in zip(maps, (torch.cat(x, 1) for x in rpn(features)[:2])):
         torch.testing.assert_close(plain, alone)
+
+
+def test_gradients_of_windows_are_the_same_bits_on_many_threads():
+    """Windows that overlap nearly everywhere; indexing adds their gradients in the order of the threads."""
+    threads = torch.get_num_threads()
+    feature = torch.randn(2, 64, 12, 12, generator=generator()).requires_grad_()
+    images = torch.randint(2, (600,), generator=generator(1))
+    y, x = (torch.randint(12, (600, 1), generator=generator(i)) + torch.arange(-1, 2) for i in (2, 3))
+    weights = torch.randn(600, 64, 3, 3, generator=generator(4))
+    try:
+        torch.set_num_threads(4)
+        gradients = [
+            torch.autograd.grad((windows(feature, images, y, x) * weights).sum(), feature)[0]
+            for _ in range(20)
+        ]
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(gradient, gradients[0]) for gradient in gradients)
 
 
 def test_no_anchor_to_learn_from_leaves_zero_gradients():

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
 import sys
-import threading
+import textwrap
 import time
 from pathlib import Path
 
@@ -16,7 +17,6 @@ from runs import CONFIG, REPOSITORY, SHORT
 
 from clis.config import load_config
 from clis.engine import study
-from clis.engine.preemption import Preempted
 from clis.engine.study import Study, run_study
 
 BASELINE = "clis={task_specialized: false, objectness: false, s: 0, t: 0, siamese: false, contrastive: false}"
@@ -195,43 +195,67 @@ def test_runs_of_a_row_that_was_edited_are_dropped(tmp_path):
 
 
 def test_runs_that_another_study_has_are_not_run_again(tmp_path, capsys):
-    (tmp_path / "out" / "other").mkdir(parents=True)
+    for other in ("other", "damaged", "foreign"):
+        (tmp_path / "out" / other).mkdir(parents=True)
     path = write_study(tmp_path / "small.yaml", {"a": {}, "b": {"overrides": ["loss.alpha=0.1"]}})
     loaded, figures = Study.load(path), {"AP": 1.0, "APr": 2.0, "APc": 3.0, "APf": 4.0}
-    run = figures | {"step_seconds": 1.0, "by_images": {"1-2": 1.0}}
-    runs = {row.name: run | {"key": loaded.run(row, 0, []).key} for row in loaded.rows}
-    rows = {"of another name": {"runs": {"5": runs["a"]}}, "b": {"runs": {"0": runs["b"]}}}
+    runs = {
+        row.name: figures | {"by_images": {"1-2": 1.0}, "key": loaded.run(row, 0, []).key}
+        for row in loaded.rows
+    }
+    rows = {
+        "of another name": {"runs": {"5": runs["a"] | {"step_seconds": 9.0}}},
+        "b": {"runs": {"0": runs["b"] | {"step_seconds": 9.0}}},
+    }
     (tmp_path / "out" / "other" / "study.json").write_text(json.dumps({"overrides": [], "rows": rows}))
+    (tmp_path / "out" / "damaged" / "study.json").write_text('{"rows": {')
+    (tmp_path / "out" / "foreign" / "study.json").write_text('{"rows": ["no study of ours"]}')
     folder = run_study(path, tmp_path / "out")
-    assert "0 jobs to do" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "0 jobs to do" in said
+    assert all(
+        f"{tmp_path / 'out' / name / 'study.json'}: no record" in said for name in ("damaged", "foreign")
+    )
     rows = json.loads((folder / "study.json").read_text())["rows"]
     assert {name: row["runs"] for name, row in rows.items()} == {name: {"0": runs[name]} for name in runs}
+    assert "9.00" not in (folder / "table.md").read_text()  # seconds of another day
 
 
-def test_asked_to_stop_it_asks_what_runs(tmp_path):
-    """A job that notes SIGTERM; the study goes once the job has ended, and begins no other."""
-    saves = (
-        "import pathlib, signal, sys, time\n"
-        "def save(*_):\n"
-        "    time.sleep(0.5); pathlib.Path('saved').touch(); sys.exit(75)\n"
-        "signal.signal(signal.SIGTERM, save); pathlib.Path('running').touch(); time.sleep(60)"
-    )
-    code = f"import os, pathlib; os.chdir({str(tmp_path)!r}); exec({saves!r})"
-    jobs = [
-        study.Job(name, [sys.executable, "-c", code], tmp_path / name / "eval.json")
-        for name in ("first", "second")
-    ]
-
-    def stop_when_it_runs():
-        while not (tmp_path / "running").exists():
-            time.sleep(0.05)
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    thread = threading.Thread(target=stop_when_it_runs)
-    thread.start()
-    with pytest.raises(Preempted, match="the same command goes on"):
-        list(study._work(jobs, 1, tmp_path / "logs"))
-    thread.join()
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_asked_to_stop_it_asks_what_runs(tmp_path, number):
+    """A job that saves at its first signal and dies of the second, as a training; the study's whole group is
+    signalled, as by Ctrl-C in a terminal. The study ends behind the job, and begins no other."""
+    job = """
+        import pathlib, signal, sys, time
+        def save(number, frame):
+            signal.signal(signal.SIGTERM, signal.SIG_DFL), signal.signal(signal.SIGINT, signal.SIG_DFL)
+            time.sleep(1.5)
+            pathlib.Path('saved').touch()
+            sys.exit(75)
+        signal.signal(signal.SIGTERM, save), signal.signal(signal.SIGINT, save)
+        pathlib.Path('running').touch()
+        time.sleep(60)
+    """
+    run = """
+        import sys
+        from pathlib import Path
+        from clis.__main__ import run_command
+        from clis.engine.study import Job, _work
+        jobs = [Job(name, [sys.executable, 'job.py'], Path(name)) for name in ('first', 'second')]
+        run_command(lambda: list(_work(jobs, 1, Path('logs'))))
+    """
+    (tmp_path / "job.py").write_text(textwrap.dedent(job))
+    process = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(run)], cwd=tmp_path, stderr=subprocess.PIPE, text=True,
+        start_new_session=True,
+    )  # fmt: skip
+    until = time.monotonic() + 60
+    while not (tmp_path / "running").exists() and time.monotonic() < until:
+        time.sleep(0.05)
+    os.killpg(process.pid, number)
+    errors = process.communicate(timeout=60)[1]
+    assert process.returncode == 75, errors
+    assert "the same command goes on" in errors
     assert (tmp_path / "saved").exists()
     assert [file.name for file in (tmp_path / "logs").iterdir()] == ["first.txt"]
 

@@ -12,7 +12,7 @@ from clis.distributed import is_main
 from clis.files import written_whole
 
 EXIT_CODE = 75
-"""Of a run that stopped because it was asked to and can go on (sysexits.h: EX_TEMPFAIL)."""
+"""Of a run, or a study, that stopped because it was asked to and can go on (sysexits.h: EX_TEMPFAIL)."""
 MARKER = "preempted.json"
 """In the run folder of such a run, with its step, until it goes on: torchrun hides exit codes."""
 SIGNALS = (signal.SIGTERM, signal.SIGINT)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -292,6 +293,8 @@ def _work(jobs: Sequence[Job], at_once: int, logs: Path) -> Iterator[Job]:
     with StopRequest() as stop:
         try:
             while waiting or running:
+                if stop.received:
+                    raise Preempted("asked to stop; what was running is saved, the same command goes on")
                 for job in [job for job in waiting if all(id(before) in ended for before in job.after)]:
                     failed = any(before.failed for before in job.after)
                     if failed or job.done.exists():
@@ -302,8 +305,14 @@ def _work(jobs: Sequence[Job], at_once: int, logs: Path) -> Iterator[Job]:
                     elif len(running) < at_once:
                         waiting.remove(job)
                         with _log(job, logs).open("ab") as file:
+                            # a session of its own: a terminal's Ctrl-C is for us alone, and reaches a run
+                            # once, as SIGTERM; a second signal would end it unsaved
                             process = subprocess.Popen(
-                                job.command, env=environment, stdout=file, stderr=subprocess.STDOUT
+                                job.command,
+                                env=environment,
+                                stdout=file,
+                                stderr=subprocess.STDOUT,
+                                start_new_session=True,
                             )
                         running[process] = (job, time.monotonic())
                 for process, (job, began) in list(running.items()):
@@ -313,8 +322,6 @@ def _work(jobs: Sequence[Job], at_once: int, logs: Path) -> Iterator[Job]:
                         job.failed = process.returncode != 0 or not job.done.exists()
                         ended.add(id(job))
                         yield job
-                if stop.received:
-                    raise Preempted("asked to stop; what was running is saved, the same command goes on")
                 time.sleep(POLL)
         finally:
             for process in running:  # asked to stop, they save and can go on
@@ -356,14 +363,27 @@ class Record:
         return str(seed) in self.rows.get(row.name, {})
 
     def take(self, row: Row, seed: int) -> bool:
-        """Notes this run from the study.json of another study beside this one, if one has it."""
+        """Notes this run from the study.json of another study beside this one, if one has it.
+
+        Without its seconds a step, which may be of another day and machine.
+        """
+        run = self._others.get(self._key(row, seed))
+        if run is not None:
+            self.rows.setdefault(row.name, {})[str(seed)] = run
+        return run is not None
+
+    @functools.cached_property
+    def _others(self) -> dict[str, dict[str, Any]]:
+        """The runs of the other studies in this folder, by their key."""
+        wanted, runs = (*FIGURES, "key", "by_images"), {}
         for path in sorted(self.path.parent.parent.glob("*/study.json")):
-            for other in json.loads(path.read_text())["rows"].values():
-                for run in other["runs"].values():
-                    if run["key"] == self._key(row, seed):
-                        self.rows.setdefault(row.name, {})[str(seed)] = run
-                        return True
-        return False
+            try:
+                rows = json.loads(path.read_text())["rows"].values()
+                for run in (run for row in rows for run in row["runs"].values()):
+                    runs[run["key"]] = {name: run[name] for name in wanted}
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                say(f"{path}: no record of a study ({type(error).__name__}: {error}); left aside")
+        return runs
 
     def add(self, name: str, seed: int, result: Path) -> str:
         """Notes a finished run by its eval.json, in the file too; its figures in one line."""
@@ -423,7 +443,7 @@ def table(rows: Mapping[str, Mapping[str, Any]]) -> str:
             cells.append(_mean_and_deviation([run[figure] for run in runs]))
         gains = [run["AP"] - first[seed]["AP"] for seed, run in row["runs"].items() if seed in first]
         cells.append(f"{statistics.mean(gains):+.1f}" if number > 0 and gains else "")
-        cells.append(_mean_and_deviation([run["step_seconds"] for run in runs], 2))
+        cells.append(_mean_and_deviation([run["step_seconds"] for run in runs if "step_seconds" in run], 2))
         paper = "" if row["paper"] is None else " / ".join(f"{value:.1f}" for value in row["paper"])
         seconds = row.get("paper_seconds")
         cells.append(paper if seconds is None else f"{paper}; {seconds:.3f} s")

@@ -96,7 +96,7 @@ def build_model(config: Config, categories: Sequence[Any], *, pretrained: bool =
         test_config=config.test,
         categories=categories,
     )
-    # convolutions hand this layout on; on CPUs they then need no copies to and from one of their own
+    # convolutions hand this layout on, and on CPUs need no copies to and from one of their own
     return detector.to(memory_format=torch.channels_last)
 
 

@@ -206,13 +206,18 @@ class Backbone(nn.Module):
 
     def forward(self, images: Sequence[Tensor]) -> list[Tensor]:
         """Features P2-P6, [B, fpn_channels, H/stride, W/stride], of RGB images [3,H,W] in 0..255."""
-        levels = [self.fpn.get_result_from_layer_blocks(x, i) for i, x in enumerate(self.merge(images))]
+        levels = [layer(x) for layer, x in zip(self.last_layers, self.merge(images))]
         return [*levels, F.max_pool2d(levels[-1], 1, 2)]
 
+    @property
+    def last_layers(self) -> nn.ModuleList:
+        """The 3x3 convolution of each of P2-P5, with its norm if there is one."""
+        return self.fpn.layer_blocks
+
     def merge(self, images: Sequence[Tensor]) -> list[Tensor]:
-        """The pyramid's top-down sums, from which one 3x3 convolution a level makes P2-P5."""
+        """The pyramid's top-down sums, from which `last_layers` make P2-P5."""
         features = self.body(self.batch(images))
-        merged = [self.fpn.get_result_from_inner_blocks(x, i) for i, x in enumerate(features)]
+        merged = [lateral(x) for lateral, x in zip(self.fpn.inner_blocks, features)]
         for level in range(len(merged) - 2, -1, -1):
             size = merged[level].shape[2:]
             merged[level] = merged[level] + F.interpolate(merged[level + 1], size=size, mode="nearest")

@@ -124,7 +124,7 @@ class CLISDetector(nn.Module):
         if self.image_classification is not None:
             merged = self.backbone.merge(batch.mosaics)  # P2-P5 follow around the regions alone
             pooled_regions = self.roi_align(
-                merged, batch.regions, batch.region_mosaics, self.backbone.fpn.layer_blocks
+                merged, batch.regions, batch.region_mosaics, self.backbone.last_layers
             )
             image_features = self.image_classification.sub_network(pooled_regions)
             image_logits = self.image_classification.fc_cls(image_features)

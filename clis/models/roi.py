@@ -14,6 +14,7 @@ from clis import boxes as box_ops
 from clis.config import RoIConfig, TestConfig
 from clis.losses import at_least_float32
 from clis.models.backbone import STRIDES
+from clis.models.windows import windows
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,7 @@ class RoIPooler(nn.Module):
         """
         levels = self.levels(boxes)
         rois = torch.cat([images[:, None].to(boxes), boxes], dim=1)
+        size, ratio, aligned = self.config.pool_size, self.config.sampling_ratio, self.config.aligned
         rows, pooled = [], []
         for level, (feature, stride) in enumerate(zip(features[:4], STRIDES)):
             rows.append(torch.nonzero(levels == level).squeeze(1))
@@ -92,7 +94,6 @@ class RoIPooler(nn.Module):
             if last_layers is not None:
                 feature, here = _last_layer_around(here, feature, last_layers[level], stride)
             feature = at_least_float32(feature)
-            size, ratio, aligned = self.config.pool_size, self.config.sampling_ratio, self.config.aligned
             pooled.append(roi_align(feature, here.to(feature.dtype), size, 1 / stride, ratio, aligned))
         return torch.cat(pooled)[torch.cat(rows).argsort()]
 
@@ -100,29 +101,32 @@ class RoIPooler(nn.Module):
 def _last_layer_around(
     rois: Tensor, feature: Tensor, layer: nn.Sequential, stride: int
 ) -> tuple[Tensor, Tensor]:
-    """layer(feature) as far as RoIAlign reads it for rois [n,5], and the rois in what is returned.
+    """layer(feature) where RoIAlign reads it for rois [n,5], and the rois in the coordinates of that.
 
-    That is one window a RoI, all of one size and inside the map, so that they end where the map does. The
-    whole map is returned where it is smaller, or where the layer has a norm, whose statistics are the map's.
+    One window a RoI, all of one size, moved inside the map so that a window ends where the map does: RoIAlign
+    treats its border as the map's. The whole map instead where that is less work, or where the layer has a
+    norm, whose statistics are the map's. Without RoIs the layer is not computed: no gradient from here.
     """
     if len(rois) == 0:
         return feature, rois
-    images, limit = rois[:, 0].long(), rois.new_tensor(feature.shape[:1:-1]).long()
-    # a cell more than the half pixel of `aligned`, the right neighbour of a point, and the least width need
+    # RoIAlign reads from half a cell before the box (`aligned`) to the right neighbour of its last point,
+    # of a box that is one cell wide at least (not `aligned`)
     low = (rois[:, 1:3] / stride).floor().long() - 1
     high = (rois[:, 3:] / stride).ceil().long() + 2
-    size = (high - low).amax(dim=0).minimum(limit)
-    width, height = size.tolist()
+    width, height = (high - low).amax(dim=0).tolist()
+    width, height = min(width, feature.shape[3]), min(height, feature.shape[2])
     if len(layer) > 1 or len(rois) * height * width >= feature[:, 0].numel():
         return layer(feature), rois
-    low = low.clamp(min=0).minimum(limit - size)
-    x, y = (
-        corner[:, None] + torch.arange(-1, side + 1, device=low.device)
-        for corner, side in zip(low.T, (width, height))
+    x = low[:, 0].clamp(0, feature.shape[3] - width)
+    y = low[:, 1].clamp(0, feature.shape[2] - height)
+    columns, rows = (
+        first[:, None] + torch.arange(-1, side + 1, device=rois.device)  # and the convolution's neighbours
+        for first, side in ((x, width), (y, height))
     )
-    windows = F.conv2d(box_ops.windows(feature, images, y, x), layer[0].weight, layer[0].bias)
-    rows = torch.arange(len(rois), device=rois.device)[:, None].to(rois)
-    return windows, torch.cat([rows, rois[:, 1:] - stride * low.repeat(1, 2)], dim=1)
+    inputs = windows(feature, rois[:, 0].long(), rows, columns)
+    index = torch.arange(len(rois), dtype=rois.dtype, device=rois.device)
+    moved = rois[:, 1:] - stride * torch.stack([x, y, x, y], dim=1)
+    return F.conv2d(inputs, layer[0].weight, layer[0].bias), torch.cat([index[:, None], moved], dim=1)
 
 
 @dataclass(frozen=True)

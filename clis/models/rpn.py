@@ -14,6 +14,7 @@ from clis import boxes as box_ops
 from clis.config import RPNConfig
 from clis.losses import at_least_float32, l1_loss, objectness_loss
 from clis.models.backbone import STRIDES
+from clis.models.windows import windows
 
 
 def make_anchors(
@@ -49,7 +50,7 @@ class RPN(nn.Module):
 
     Proposals come from maps of all cells. The losses need a few hundred sampled anchors alone: for these the
     layers run once more, on the 3x3 cells around each, so that training needs no graph for the maps. Loss and
-    gradient are those that the maps would give.
+    gradient are, but for rounding, those that the maps would give.
     """
 
     def __init__(self, channels: int, config: RPNConfig) -> None:
@@ -104,7 +105,7 @@ class RPN(nn.Module):
             rows.append(torch.nonzero((cells >= first) & (cells < first + height * width)).squeeze(1))
             cell = (cells[rows[-1]] - first)[:, None]
             y, x = cell // width + around, cell % width + around
-            patches.append(box_ops.windows(feature, images[rows[-1]], y, x))
+            patches.append(windows(feature, images[rows[-1]], y, x))
             first += height * width
         patches = torch.cat(patches)[torch.cat(rows).argsort()]
         hidden = F.conv2d(patches, self.conv.weight, self.conv.bias).relu_()
@@ -177,10 +178,10 @@ class RPN(nn.Module):
                 matches, self.config.samples, self.config.positive_fraction, generator
             )
             sampled += [positive, negative]
-            is_object += [torch.ones_like(positive), torch.zeros_like(negative)]
+            is_object += [positive >= 0, negative < 0]  # true, false
             images += [torch.full_like(each, image) for each in (positive, negative)]
             targets.append(box_ops.encode(anchors[positive], truth[matches[positive]], box_ops.RPN_STDS))
-        is_object = torch.cat(is_object).bool()
+        is_object = torch.cat(is_object)
         logits, deltas = self.predict_at(features, torch.cat(images), torch.cat(sampled))
         return {
             "rpn_objectness": objectness_loss(logits, is_object, normalizer),
