@@ -3,8 +3,8 @@
     python benchmarks/inference.py [uniform] [peaked] [clis] [classes] [--repeats 5] [--device cpu]
 
 R50-FPN, random weights, one 800 x 1088 image, 1203 classes, class-specific boxes, LVIS's settings: scores
-above 1e-4 (how many is printed), NMS at 0.5 within classes, 300 detections of an image; 1000 proposals. Seconds
-are of two variants in turns; peaks of memory (`--memory`) of a process for each.
+above 1e-4 (how many is printed), NMS at 0.5 within classes, 300 detections of an image; 1000 proposals.
+Seconds are of two variants in turns; peaks of memory (`--memory`) of a process for each.
 
 * uniform: nearly uniform class scores, as early in training: all 1.2 million boxes are above the threshold.
 * peaked: scores as late in training, by a wider last layer; torchvision's as it comes and with its

@@ -37,7 +37,8 @@ def images() -> dict[str, torch.Tensor]:
 
 
 def test_it_gives_the_detectors_detections(checkpoint, program):
-    """Boxes in pixels of the given image, which is resized to a short side of 48 inside; bit for bit."""
+    """Boxes in pixels of the given image, which is resized to a short side of 48 inside; bit for bit
+    the detections of a detector in the program's layout."""
     exported = torch.export.load(program).module()
     detector = load_detector(checkpoint).to(memory_format=torch.contiguous_format)  # the program's
     found_any = False
