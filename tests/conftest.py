@@ -92,6 +92,15 @@ def normalizers_of(batch: Batch) -> Normalizers:
     return Normalizers(len(batch.images), max(1, len(batch.regions)), max(1, len(batch.pair_boxes)))
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """As a reference with OMP_NUM_THREADS=1: another number of threads adds in another order."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def annotation_cache(tmp_path_factory) -> Iterator[Path]:
     """No test finds, or leaves, anything in the user's cache; commands that a test starts inherit this."""

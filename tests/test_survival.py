@@ -380,15 +380,6 @@ def test_a_process_that_fails_ends_although_its_loaders_outlive_signals(data, tm
     assert process.returncode == 0, output
 
 
-@pytest.fixture
-def one_thread():
-    """As the reference: another number of threads adds in another order."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("killed", ["in the evaluation", "behind its file"])
 def test_an_evaluation_that_was_cut_off_is_made_again(killed, data, reference, tmp_path, monkeypatch):
