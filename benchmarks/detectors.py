@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import re
 import statistics
 import subprocess
@@ -140,6 +141,29 @@ def print_ratios(seconds: dict[str, list[float]], reference: str) -> None:
             f"| {statistics.median(ratios):.3f} ({low:.3f} .. {high:.3f}) |",
             flush=True,
         )
+
+
+def parse(
+    doc: str | None,
+    kinds: Mapping[str, Sequence[str]],
+    variants: Mapping[str, Callable[[str], Callable[[], object]]],
+    argv: Sequence[str] | None,
+) -> argparse.Namespace:
+    """The command line: which kinds, how often, where; ``--memory NAME`` prints a peak and ends."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", nargs="*", help=", ".join(kinds))
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--memory", choices=variants, help="print the peak of one variant, in MB")
+    arguments = parser.parse_args(argv)
+    if arguments.memory:
+        make = variants[arguments.memory]
+        print(own_peak_megabytes(lambda: make(arguments.device), arguments.device))
+        parser.exit()
+    if unknown := sorted(set(arguments.what) - set(kinds)):
+        parser.error(f"{unknown[0]}: one of {', '.join(kinds)}")
+    arguments.what = arguments.what or list(kinds)
+    return arguments
 
 
 def compare(

@@ -15,11 +15,10 @@ Seconds are of two variants in turns; peaks of memory (`--memory`) of a process 
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable, Sequence
 
 import torch
-from detectors import PLAIN, compare, make_batch, make_detector, make_peer, own_peak_megabytes
+from detectors import PLAIN, compare, make_batch, make_detector, make_peer, parse
 from torch import Tensor
 
 CLASSES = 1203
@@ -79,30 +78,19 @@ VARIANTS: dict[str, Callable[[str], Callable[[], object]]] = {
 }
 
 
+KINDS = {
+    "uniform": ["torchvision, uniform", "baseline, uniform"],
+    "peaked": ["torchvision, peaked", "torchvision, channels_last, peaked", "baseline, peaked"],
+    "clis": ["baseline, peaked", "CLIS, peaked"],
+    "classes": ["1203 classes", "80 classes", "21842 classes"],
+}
+
+
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    kinds = {
-        "uniform": ["torchvision, uniform", "baseline, uniform"],
-        "peaked": ["torchvision, peaked", "torchvision, channels_last, peaked", "baseline, peaked"],
-        "clis": ["baseline, peaked", "CLIS, peaked"],
-        "classes": ["1203 classes", "80 classes", "21842 classes"],
-    }
-    parser.add_argument("what", nargs="*", help=", ".join(kinds))
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--memory", choices=VARIANTS, help="print the peak of one variant, in MB")
-    arguments = parser.parse_args(argv)
-    if arguments.memory:
-        make = VARIANTS[arguments.memory]
-        print(own_peak_megabytes(lambda: make(arguments.device), arguments.device))
-        return
-    for what in arguments.what or kinds:
-        if what not in kinds:
-            parser.error(f"{what}: one of {', '.join(kinds)}")
+    arguments = parse(__doc__, KINDS, VARIANTS, argv)
+    for what in arguments.what:
         print(f"## {what}", flush=True)
-        compare(__file__, VARIANTS, kinds[what], arguments.repeats, arguments.device)
+        compare(__file__, VARIANTS, KINDS[what], arguments.repeats, arguments.device)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,6 @@ turns; peaks of memory (`--memory`, not for s and t) of a process for each.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable, Sequence
 
 import torch
@@ -28,8 +27,8 @@ from detectors import (
     make_detector,
     make_peer,
     operator_seconds,
-    own_peak_megabytes,
     paper_config,
+    parse,
 )
 from torch import nn
 
@@ -109,37 +108,26 @@ def profile(name: str, device: str, shown: int = 14) -> None:
         print(f"| {key} | {value:.2f} s | {value / total:.1%} |")
 
 
+KINDS = {
+    "baseline": ["torchvision", "torchvision, channels_last", "baseline"],
+    "clis": ["s=0 t=0", "s=16 t=2"],
+    "s": [_pair(*pair) for pair in PAPER["s"]],
+    "t": [_pair(*pair) for pair in PAPER["t"]],
+    "classes": ["1203 classes", "80 classes", "21842 classes"],
+    "profile": ["baseline", "s=16 t=2"],
+}
+
+
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    kinds = {
-        "baseline": ["torchvision", "torchvision, channels_last", "baseline"],
-        "clis": ["s=0 t=0", "s=16 t=2"],
-        "s": [_pair(*pair) for pair in PAPER["s"]],
-        "t": [_pair(*pair) for pair in PAPER["t"]],
-        "classes": ["1203 classes", "80 classes", "21842 classes"],
-        "profile": ["baseline", "s=16 t=2"],
-    }
-    parser.add_argument("what", nargs="*", help=", ".join(kinds))
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--memory", choices=VARIANTS, help="print the peak of one variant, in MB")
-    arguments = parser.parse_args(argv)
-    if arguments.memory:
-        make = VARIANTS[arguments.memory]
-        print(own_peak_megabytes(lambda: make(arguments.device), arguments.device))
-        return
-    for what in arguments.what or kinds:
-        if what not in kinds:
-            parser.error(f"{what}: one of {', '.join(kinds)}")
+    arguments = parse(__doc__, KINDS, VARIANTS, argv)
+    for what in arguments.what:
         print(f"## {what}", flush=True)
         if what == "profile":
-            for name in kinds[what]:
+            for name in KINDS[what]:
                 profile(name, arguments.device)
             continue
         memory = what not in PAPER
-        compare(__file__, VARIANTS, kinds[what], arguments.repeats, arguments.device, memory)
+        compare(__file__, VARIANTS, KINDS[what], arguments.repeats, arguments.device, memory)
         if what in PAPER:
             first, *_ = PAPER[what].values()
             ratios = [f"{_pair(*pair)} {seconds / first:.2f}" for pair, seconds in PAPER[what].items()]
