@@ -33,7 +33,7 @@ from detectors import (
 from torch import nn
 
 from clis.engine.optim import make_optimizer
-from clis.engine.train import train_step
+from clis.engine.train import global_normalizers, train_step
 
 CLASSES = 1203
 PAPER = {
@@ -68,7 +68,8 @@ def our_step(device: str, *overrides: str, classes: int = CLASSES) -> Callable[[
     model = make_detector(classes, *overrides, device=device).train()
     optimizer, scaler = make_optimizer(model, config), torch.amp.GradScaler(device, enabled=False)
     batch = make_batch(config.clis.s, config.clis.t, classes, device)
-    return lambda: train_step(model, model, optimizer, scaler, [batch], 1e-6, config)
+    normalizers = global_normalizers(batch.counts, config)
+    return lambda: train_step(model, model, optimizer, scaler, [batch], normalizers, 1e-6, config)
 
 
 def parts(s: int, t: int) -> tuple[str, ...]:

@@ -62,6 +62,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         "regions", help="make the region file of a config (alone or under torchrun)"
     )
     _add_config(command)
+    command.add_argument(
+        "--scan", type=_positive, nargs="*", metavar="SIZE",
+        help="make no file: show what the detector finds at these shorter sides (default: from a quarter to "
+        "five quarters of test.short_side)",
+    )  # fmt: skip
+    command.add_argument("--images", type=_positive, default=500, help="of a scan, how many are looked at")
+    command.add_argument("--boxes", type=Path, metavar="FILE", help="of a scan, true boxes to compare with")
     command.set_defaults(run=_regions)
 
     command = commands.add_parser(
@@ -181,12 +188,18 @@ def _shapes(arguments: argparse.Namespace) -> None:
 def _regions(arguments: argparse.Namespace) -> None:
     from clis.config import load_config
     from clis.distributed import choose_device, process_group
+    from clis.engine.region_scan import scan_sizes
     from clis.engine.regions import detector_config, find_regions
 
     config = load_config(arguments.config, arguments.overrides)
+    detector = detector_config(config, arguments.overrides)
     device = choose_device(config.train.device)
-    with process_group(device):
-        find_regions(config, device, detector_config(config, arguments.overrides))
+    if arguments.scan is None:
+        with process_group(device):
+            find_regions(config, device, detector)
+        return
+    options = {"sizes": arguments.scan, "images": arguments.images, "boxes": arguments.boxes}
+    scan_sizes(config, device, detector, **options)
 
 
 def _pretrain(arguments: argparse.Namespace) -> None:

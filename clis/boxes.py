@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -11,39 +11,42 @@ from torchvision.ops import nms
 
 NEGATIVE = -1
 IGNORED = -2
+SORTED_WHOLE = 2**14
+"""Scores up to so many are sorted whole by `nms_top_k`."""
 _MAX_LOG_RATIO = math.log(1000 / 16)  # a box grows at most this much (mmdetection, torchvision)
 
 _is_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)  # not in torch 2.4
 
-RPN_STDS = (1.0, 1.0, 1.0, 1.0)
-ROI_STDS = (0.1, 0.1, 0.2, 0.2)
+Stds = tuple[float, float]
+"""What deltas are divided by: those of the centre, and those of the size."""
+RPN_STDS: Stds = (1.0, 1.0)
+ROI_STDS: Stds = (0.1, 0.2)
 
 
-def encode(boxes: Tensor, targets: Tensor, stds: tuple[float, ...]) -> Tensor:
+def encode(boxes: Tensor, targets: Tensor, stds: Stds) -> Tensor:
     """Deltas that move `boxes` [N,4] onto `targets` [N,4]: centre shift by size, log size ratio, over `stds`.
 
     Both need sides above zero. Returns [N,4]. Source: Faster R-CNN's parametrisation, mmdetection's stds.
     """
     size, target_size = boxes[:, 2:] - boxes[:, :2], targets[:, 2:] - targets[:, :2]
     shift = (targets[:, :2] + targets[:, 2:] - boxes[:, :2] - boxes[:, 2:]) / (2 * size)
-    return torch.cat([shift, (target_size / size).log()], dim=1) / boxes.new_tensor(stds)
+    return torch.cat([shift / stds[0], (target_size / size).log() / stds[1]], dim=1)
 
 
-def decode(boxes: Tensor, deltas: Tensor, stds: tuple[float, ...], shrink_limit: float = 0.016) -> Tensor:
+def decode(boxes: Tensor, deltas: Tensor, stds: Stds, shrink_limit: float = 0.016) -> Tensor:
     """The inverse of `encode`: boxes [...,4] moved by deltas [...,4], shrunk to `shrink_limit` at most."""
-    deltas = deltas * boxes.new_tensor(stds)
     size = boxes[..., 2:] - boxes[..., :2]
-    centre = boxes[..., :2] + size / 2 + deltas[..., :2] * size
+    centre = boxes[..., :2] + size / 2 + deltas[..., :2] * stds[0] * size
     least = math.log(shrink_limit) if shrink_limit > 0 else -math.inf
-    half = size * deltas[..., 2:].clamp(least, _MAX_LOG_RATIO).exp() / 2
+    half = size * (deltas[..., 2:] * stds[1]).clamp(least, _MAX_LOG_RATIO).exp() / 2
     return torch.cat([centre - half, centre + half], dim=-1)
 
 
 def clip(boxes: Tensor, size: tuple[int, int]) -> Tensor:
     """Boxes [...,4] inside an image of `size` (height, width)."""
     height, width = size
-    limit = boxes.new_tensor([width, height, width, height])
-    return boxes.clamp(min=0).minimum(limit)
+    x, y = boxes[..., 0::2].clamp(0, width), boxes[..., 1::2].clamp(0, height)
+    return torch.stack([x, y], dim=-1).flatten(-2)
 
 
 def match(iou: Tensor, positive_iou: float, negative_iou: float, low_quality: bool) -> Tensor:
@@ -69,25 +72,56 @@ def match(iou: Tensor, positive_iou: float, negative_iou: float, low_quality: bo
 
 
 def sample(
-    matches: Tensor, samples: int, positive_fraction: float, generator: torch.Generator
-) -> tuple[Tensor, Tensor]:
-    """Indices of randomly chosen positives (up to their fraction), and of negatives up to `samples` in all.
+    matches: Sequence[Tensor], samples: int, positive_fraction: float, seeds: Sequence[int]
+) -> list[tuple[Tensor, Tensor]]:
+    """Randomly chosen positives of each image (up to their fraction), and negatives up to `samples` in all.
 
-    `matches` is int64 [N] as from `match`; `generator` is on the CPU, so that the draw is a function of the
-    item's seed whatever the device.
+    The choice is a function of seed and matches alone, on any device, and the host waits for the device once.
+
+    Args:
+        matches: int64 [N] of each image, as from `match`.
+        seeds: one for each image, at least 0.
+
+    Returns:
+        int64 indices of the positives and of the negatives of each image, in random order.
     """
-    positive = torch.nonzero(matches >= 0).squeeze(1)
-    negative = torch.nonzero(matches == NEGATIVE).squeeze(1)
-    num_positive = min(len(positive), int(samples * positive_fraction))
-    num_negative = min(len(negative), samples - num_positive)
-    return _choose(positive, num_positive, generator), _choose(negative, num_negative, generator)
+    most = int(samples * positive_fraction)
+    drawn, counts = [], []
+    for match_of, seed in zip(matches, seeds):
+        order, total = random_order(len(match_of), seed, match_of.device), len(match_of)
+        positive = order.masked_fill(match_of < 0, -1).topk(min(most, total))
+        negative = order.masked_fill(match_of != NEGATIVE, -1).topk(min(samples, total))
+        drawn.append((positive.indices, negative.indices))
+        counts.append(torch.stack([(each.values >= 0).sum() for each in (positive, negative)]))
+    chosen = []
+    for (positive, negative), (positives, negatives) in zip(drawn, torch.stack(counts).tolist()):
+        chosen.append((positive[:positives], negative[: min(negatives, samples - positives)]))
+    return chosen
 
 
-def _choose(indices: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    if count == len(indices):
-        return indices
-    order = torch.randperm(len(indices), generator=generator)[:count]
-    return indices[order.to(indices.device)]
+def random_order(count: int, seed: int, device: torch.device) -> Tensor:
+    """Different int64 numbers [count] in an order that looks random; a function of seed and place alone.
+
+    A hash instead of a generator, which would draw on the host or differ from device to device. Source of its
+    multiplier: T. Mueller's 32-bit integer hash, chosen there for how evenly input bits change output bits.
+    """
+    key = (seed + 1) * 0x9E3779B97F4A7C15 % 2**64  # spreads the bits of small seeds
+    place = torch.arange(count, device=device)
+    mixed = _mix(_mix(place ^ key % 2**32) ^ key // 2**32)
+    return mixed << 31 | place
+
+
+def _mix(x: Tensor) -> Tensor:
+    """A bijection of int64 numbers in [0, 2**32)."""
+    for _ in range(2):
+        x = ((x >> 16) ^ x) * 0x45D9F3B & 0xFFFFFFFF
+    return (x >> 16) ^ x
+
+
+def rows_by_group(groups: Tensor, num_groups: int) -> tuple[Tensor, ...]:
+    """Rows int64 [n] of each group, from `groups` int64 [N] in 0..num_groups-1; the host waits once."""
+    counts = (groups == torch.arange(num_groups, device=groups.device)[:, None]).sum(dim=1)
+    return groups.argsort(stable=True).split(counts.tolist())
 
 
 def nms_top_k(
@@ -121,17 +155,17 @@ def nms_top_k(
         if export_candidates is not None:
             size = torch.sym_min(size, export_candidates)
         return _nms_of_best(scores, candidates, iou_threshold, k, score_threshold, min_size, size)
-    num_candidates = int((scores > score_threshold).sum())
-    size = min(num_candidates, max(4 * k, 1024))
+    size = min(len(scores), max(4 * k, 1024))
     while True:
         order = _top(scores, size)
         boxes, groups = candidates(order)
-        large = ~(boxes[:, 2:] - boxes[:, :2] < min_size).any(dim=1)  # true for NaN, which is not to hide
-        order, boxes, groups = order[large], boxes[large], groups[large]
-        kept = order[_grouped_nms(boxes, groups, iou_threshold)]
-        if len(kept) >= k or size == num_candidates:
+        # written so that a NaN, which is not to hide, takes part
+        left_out = (scores[order] <= score_threshold) | (boxes[:, 2:] - boxes[:, :2] < min_size).any(dim=1)
+        places = torch.nonzero(~left_out).squeeze(1)
+        kept = order[places[_grouped_nms(boxes[places], groups[places], iou_threshold)]]
+        if len(kept) >= k or size == len(scores) or bool(scores[order[-1]] <= score_threshold):
             return kept[:k]
-        size = min(num_candidates, 2 * size)
+        size = min(len(scores), 2 * size)
 
 
 def _nms_of_best(
@@ -163,11 +197,11 @@ def _nms_of_best(
 
 def _top(scores: Tensor, size: int) -> Tensor:
     """Indices of the `size` highest scores, ties by index, also at the cut."""
-    if size == 0:
-        return torch.zeros(0, dtype=torch.int64, device=scores.device)
-    lowest = scores.topk(size, sorted=False).values.min()
-    inside = torch.nonzero(scores >= lowest).squeeze(1)
-    return inside[scores[inside].sort(descending=True, stable=True).indices[:size]]
+    if len(scores) > SORTED_WHOLE and size > 0:  # sort no more than the best, though the host waits for them
+        lowest = scores.topk(size, sorted=False).values.min()
+        inside = torch.nonzero(~(scores < lowest)).squeeze(1)
+        return inside[scores[inside].sort(descending=True, stable=True).indices[:size]]
+    return scores.sort(descending=True, stable=True).indices[:size]
 
 
 def _grouped_nms(boxes: Tensor, groups: Tensor, iou_threshold: float) -> Tensor:

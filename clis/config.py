@@ -30,7 +30,12 @@ class BackboneConfig:
     norm: Literal["folded", "frozen", "group"] = "folded"
     """``folded``: batch norm with fixed statistics and trainable affine, folded into the convolution;
     ``frozen``: the same with a fixed affine; ``group``: group norm, for training from random weights. Group
-    norm's statistics take in the padding, so images of different sizes in a batch affect each other."""
+    norm's statistics take in the padding, so images of different sizes in a batch affect each other, unless
+    `canvas` is ``square``."""
+    canvas: Literal["batch", "square"] = "batch"
+    """What images are zero-padded to: the largest of their ``batch``, or a ``square`` of the longest side
+    that they may have (`max_size`). On the square, group norm sees an image with the same padding in
+    training, at test and in any batch. Both are rounded up to a multiple of 32."""
     norm_eps: float = 1e-5
     """Added to the variance; torchvision takes 0 for the COCO weights of its detector."""
     stride_in_1x1: bool = False
@@ -133,9 +138,11 @@ class CLISConfig:
     """Of the copy of the instance-classification sub-network and its MLP."""
     temperature: float = 0.2
     """tau of Eq. 1."""
-    pasted_view: Literal["online", "momentum"] = "online"
-    """Whether f_d has a gradient or comes from the momentum copy; the latter has one MLP for both tasks,
-    since the instance task's own would never learn."""
+    pasted_view: Literal["symmetric", "momentum", "online"] = "symmetric"
+    """What is contrasted. ``symmetric``: f_i with the momentum key of the pasted view and f_d with that of
+    the region, the mean of both. ``momentum``: f_i with the key of the pasted view alone; one MLP serves both
+    tasks, since the instance task's own would never learn. ``online``: f_i with f_d, both with a gradient;
+    beside negatives from the lagging copy this is solved without telling instances apart."""
     mask_same_class: bool = False
     """Leave keys of the query's class out of the negatives; Eq. 1 keeps them."""
 
@@ -248,6 +255,13 @@ class RegionsConfig:
     the stored image; an image is ``class/file name``, or ``class.tar:member name``."""
     detector: str | None = None
     """Checkpoint that finds the regions, or a config (then trained first, in its own run folder)."""
+    short_side: tuple[int, ...] = (400,)
+    """The detector looks at images of this shorter side; of several sizes the best-scoring box counts. Not
+    the size at test: image-level objects fill their images, so at that size they are larger than any object
+    that the detector has learned. 400 is half of LVIS's 800 (not measured; `python -m clis regions CONFIG
+    --scan` measures your images)."""
+    max_size: int = 667
+    """Limit of the longer side at the largest `short_side`; a smaller one has its limit in proportion."""
     images_per_batch: int = 1
 
 
@@ -366,6 +380,9 @@ IMAGE_LEVEL_FIELDS = (
     "image_level", "shuffle_block", "mapping", "drop_unmatched", "image_level_share", "label_noise",
     "mosaic_size", "mosaic_scale", "cutout", "cutout_size", "min_region", "paste_size", "paste_max_cover",
 )  # fmt: skip
+
+DETECTOR_RULES = ("category-rank-first", "top-score")
+"""The rules of `regions.rule` that a detector applies."""
 
 # Machine settings: a resumed run may change them without being another run.
 RESUMABLE = (
@@ -698,8 +715,10 @@ def _data_rules(config: Config) -> Iterator[tuple[Any, str]]:
     )
     for name in ("workers", "max_bad_images"):
         yield getattr(data, name) >= 0, f"data.{name}={getattr(data, name)}: at least 0"
+    yield len(config.regions.short_side) > 0, "regions.short_side: at least one size"
     for section, sizes in (
         ("data", (data.max_size,)),
+        ("regions", (*config.regions.short_side, config.regions.max_size)),
         ("test", (config.test.short_side, config.test.max_size)),
     ):
         yield min(sizes) >= 1, f"{section}: image sizes are at least 1"

@@ -14,6 +14,7 @@ from clis.config import Config, config_from_dict, merge_overrides
 from clis.data.annotations import Category
 from clis.data.loader import Batch, Sample, collate
 from clis.data.shapes import ShapesSpec, write_shapes
+from clis.distributed import all_reduce_sum
 from clis.engine import train
 from clis.models import CLISDetector, Normalizers, build_model
 
@@ -90,6 +91,12 @@ def make_batch(images: int = 2, *, seed: int = 0, **options) -> Batch:
 def normalizers_of(batch: Batch) -> Normalizers:
     """Those of one process that takes this batch alone."""
     return Normalizers(len(batch.images), max(1, len(batch.regions)), max(1, len(batch.pair_boxes)))
+
+
+def global_counts(batches: list[Batch]) -> list[int]:
+    """Regions and pairs of the micro-batches of all processes, as `Loop` counts them."""
+    columns = zip((0, 0), *(batch.counts for batch in batches))
+    return all_reduce_sum(torch.tensor([sum(column) for column in columns])).tolist()
 
 
 @pytest.fixture

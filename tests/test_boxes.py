@@ -37,7 +37,7 @@ def test_encode_by_hand():
 @pytest.mark.parametrize("stds", [RPN_STDS, ROI_STDS])
 def test_coder_equals_torchvision(stds):
     boxes, targets = random_boxes(200, seed=0), random_boxes(200, seed=1)
-    reference = BoxCoder(weights=tuple(1 / std for std in stds))
+    reference = BoxCoder(weights=tuple(1 / std for std in stds for _ in range(2)))
     deltas = box_ops.encode(boxes, targets, stds)
     torch.testing.assert_close(deltas, reference.encode_single(targets, boxes))
     # within the limits of growth: theirs has none to shrinkage
@@ -52,8 +52,8 @@ def test_coder_equals_torchvision(stds):
 def test_decode_without_a_limit_to_shrinkage_equals_torchvision(stds):
     boxes = random_boxes(200, seed=0)
     deltas = 30 * torch.randn(200, 4, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
-    assert ((deltas * torch.tensor(stds))[:, 2:] < math.log(0.016)).any()
-    expected = BoxCoder(weights=tuple(1 / std for std in stds)).decode_single(deltas, boxes)
+    assert (deltas[:, 2:] * stds[1] < math.log(0.016)).any()
+    expected = BoxCoder(weights=tuple(1 / std for std in stds for _ in range(2))).decode_single(deltas, boxes)
     torch.testing.assert_close(box_ops.decode(boxes, deltas, stds, shrink_limit=0.0), expected)
 
 
@@ -139,8 +139,8 @@ def test_match_without_truth_or_boxes():
 
 
 def draw(matches, samples, fraction, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    positive, negative = box_ops.sample(torch.tensor(matches), samples, fraction, generator)
+    matches = torch.tensor(matches, dtype=torch.int64)
+    ((positive, negative),) = box_ops.sample([matches], samples, fraction, [seed])
     return positive.tolist(), negative.tolist()
 
 
@@ -170,6 +170,36 @@ def test_sample_is_uniform():
         counts[positive + negative] += 1
     # each is drawn with probability 0.3: 600 of 2000, standard deviation 20.5
     assert ((counts - 600).abs() < 5 * 20.5).all()
+
+
+def test_images_of_a_batch_are_sampled_apart():
+    matches = [torch.tensor([0, NEGATIVE] * 9), torch.zeros(0, dtype=torch.int64), torch.full((5,), NEGATIVE)]
+    together = box_ops.sample(matches, 8, 0.5, [7, 8, 9])
+    for each, seed, (positive, negative) in zip(matches, [7, 8, 9], together):
+        assert draw(each.tolist(), 8, 0.5, seed) == (positive.tolist(), negative.tolist())
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2**31, 2**63 - 1])
+def test_random_order_is_an_order_that_neighbours_do_not_show_in(seed):
+    order = box_ops.random_order(20_000, seed, torch.device("cpu"))
+    assert order.min() >= 0
+    assert len(order.unique()) == 20_000
+    rank = order.argsort().argsort().double()
+    # correlation of independent ranks: 0 with a standard deviation of 0.007
+    for shift in (1, 2, 3, 64):
+        pairs = torch.stack([rank[:-shift], rank[shift:]])
+        assert abs(torch.corrcoef(pairs)[0, 1]) < 0.035
+    other = box_ops.random_order(20_000, seed ^ 1, torch.device("cpu")).argsort().argsort().double()
+    assert abs(torch.corrcoef(torch.stack([rank, other]))[0, 1]) < 0.035
+    # any place is as likely as another to be first: 200 bins of 100 places, the 2,000 first
+    hits = torch.bincount(torch.nonzero(rank < 2000).squeeze(1) // 100, minlength=200).double()
+    assert 1.5**-1 < hits.var() / 9 < 1.5  # binomial: 100 * 0.1 * 0.9
+
+
+def test_rows_by_group():
+    groups = torch.tensor([2, 0, 2, 3, 0])
+    assert [rows.tolist() for rows in box_ops.rows_by_group(groups, 5)] == [[1, 4], [], [0, 2], [3], []]
+    assert [len(rows) for rows in box_ops.rows_by_group(groups[:0], 2)] == [0, 0]
 
 
 # --- NMS ---

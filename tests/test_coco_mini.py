@@ -64,11 +64,13 @@ def test_the_recipe_runs_on_photographs(tmp_path):
         json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
         for folder in (output / "detector", output)
     )
-    assert {"objectness", "image_cls", "contrastive", "queue_filled"} == clis.keys() - detector.keys()
+    contrast = {"contrast_positive", "contrast_other", "contrast_retrieved", "contrast_chance"}
+    queue = {"queue_filled", "queue_concentration"}
+    assert {"objectness", "image_cls", "contrastive", *contrast, *queue} == clis.keys() - detector.keys()
     assert all(np.isfinite(value) for record in (detector, clis) for value in record.values())
 
     index = streams.make_index(config, load_annotations(SHARED / "coco_mini" / "train.json"))
-    regions = load_regions(output / "regions.npy", index, config.regions.rule)
+    regions = load_regions(output / "regions.npy", index, config.regions)
     assert len(regions) == 277  # one image a wnid
     counts = json.loads((output / "regions.json").read_text())["counts"]
     assert sum(counts.values()) == 277

@@ -13,6 +13,7 @@ import pytest
 from image_sets import CATEGORIES, category, found, write_folder, write_tar
 from torch.utils.data import DataLoader
 
+from clis.config import RegionsConfig
 from clis.data.annotations import load_annotations
 from clis.data.image_level import build_index
 from clis.data.images import ImageError, decode_image
@@ -21,6 +22,8 @@ from clis.data.regions import REGION_DTYPE, RegionSource, load_regions, region_s
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 MINI = SHARED / "imagenet_mini"
 needs_mini = pytest.mark.skipif(not MINI.exists(), reason="sample data is not here")
+
+CENTER = RegionsConfig(rule="center")
 
 
 @pytest.mark.parametrize(
@@ -228,19 +231,19 @@ def regions(tmp_path):
     table[0] = ((1, 2, 3, 4), 0.5, RegionSource.RULE)
     table[1] = ((0, 0, 0, 0), 0, RegionSource.UNREADABLE)
     np.save(tmp_path / "regions.npy", table)
-    (tmp_path / "regions.json").write_text(json.dumps(region_sidecar(index, "center", None)))
+    (tmp_path / "regions.json").write_text(json.dumps(region_sidecar(index, CENTER, None)))
     return tmp_path / "regions.npy", index, table
 
 
 def test_regions_of_an_index(regions):
     path, index, table = regions
-    np.testing.assert_array_equal(load_regions(path, index, "center"), table)
+    np.testing.assert_array_equal(load_regions(path, index, CENTER), table)
 
 
 def test_regions_of_another_index(regions):
     path, index, _ = regions
     with pytest.raises(ValueError, match=r"regions\.npy: made for other image-level images than the 2"):
-        load_regions(path, dataclasses.replace(index, digest="other"), "center")
+        load_regions(path, dataclasses.replace(index, digest="other"), CENTER)
 
 
 def test_damaged_regions(regions):
@@ -249,17 +252,17 @@ def test_damaged_regions(regions):
     for damage in (b"", whole[:70], whole[:-1]):
         path.write_bytes(damage)
         with pytest.raises(ValueError, match=r"regions\.npy: damaged .*; remove it to have it made again"):
-            load_regions(path, index, "center")
+            load_regions(path, index, CENTER)
     path.write_bytes(whole)
     path.with_suffix(".json").write_text("[]")
     with pytest.raises(ValueError, match=r"regions\.npy: (damaged|made for other)"):
-        load_regions(path, index, "center")
+        load_regions(path, index, CENTER)
 
 
 def test_regions_of_another_rule(regions):
     path, index, _ = regions
-    with pytest.raises(ValueError, match=r"regions\.npy: made by the rule center, regions.rule is full"):
-        load_regions(path, index, "full")
+    with pytest.raises(ValueError, match=r"regions\.npy: made with regions\.rule=center, this run has full"):
+        load_regions(path, index, RegionsConfig(rule="full"))
 
 
 @pytest.mark.parametrize(
@@ -275,7 +278,7 @@ def test_unusable_regions(regions, row):
     table[1] = row
     np.save(path, table)
     with pytest.raises(ValueError, match=r"regions\.npy: row 1 \(bird/2\.jpg\) is unfinished or has no area"):
-        load_regions(path, index, "center")
+        load_regions(path, index, CENTER)
 
 
 @needs_mini

@@ -7,19 +7,19 @@ import math
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import torch.multiprocessing
 from conftest import tiny_config
 from torch import Tensor
-from torchvision.io import write_png
+from torchvision.io import write_jpeg, write_png
 
-from clis.config import Config
+from clis.config import Config, RegionsConfig
 from clis.data.annotations import Category
 from clis.data.image_level import ImageLevelIndex, build_index
 from clis.data.images import ImageError
 from clis.data.regions import RegionSource, load_regions
+from clis.data.transforms import resize_image, shortest_size
 from clis.engine import regions
 from clis.engine.regions import center_box, make_regions
 from clis.models import ImageDetections
@@ -59,7 +59,11 @@ def numbers_of(index: ImageLevelIndex) -> list[int]:
 
 
 def config_of(*overrides: str) -> Config:
-    return tiny_config("data.workers=0", "regions.images_per_batch=4", "regions.detector=some.pt", *overrides)
+    """At 16 pixels all images have one padded size, so that they keep their order."""
+    return tiny_config(
+        "data.workers=0", "regions.images_per_batch=4", "regions.detector=some.pt", "regions.short_side=16",
+        "regions.max_size=32", *overrides
+    )  # fmt: skip
 
 
 def box_of(number: int) -> list[float]:
@@ -67,7 +71,7 @@ def box_of(number: int) -> list[float]:
 
 
 class Detector:
-    """Finds `box_of` the number in the pixels, with a score that tells number and label."""
+    """Finds `box_of` the number in the pixels, with a score that tells number and label; resizes nothing."""
 
     def __init__(self, broken: dict[int, list[float]] | None = None, interrupt_after: int | None = None):
         self.broken = broken or {}
@@ -75,7 +79,13 @@ class Detector:
         self.asked: list[tuple[int, int]] = []
         self.batches = 0
 
-    def rank_first(self, images: list[Tensor], labels: Tensor) -> list[tuple[Tensor, Tensor]]:
+    def resized_size(self, size: tuple[int, int], short_side: int, max_size: int) -> tuple[int, int]:
+        return size
+
+    def resize(self, image: Tensor, size: tuple[int, int], extent: None) -> Tensor:
+        return image
+
+    def rank_first(self, images: list[Tensor], labels: Tensor, max_size: int) -> list[tuple[Tensor, Tensor]]:
         if self.batches == self.interrupt_after:
             raise KeyboardInterrupt
         self.batches += 1
@@ -89,10 +99,10 @@ class Detector:
         return found
 
 
-class OrderedDetector:
+class OrderedDetector(Detector):
     """Finds two boxes, best first, or none in images with an odd number."""
 
-    def detect(self, images: list[Tensor]) -> list[ImageDetections]:
+    def detect_resized(self, images: list[Tensor], max_size: int) -> list[ImageDetections]:
         found = []
         for image in images:
             number = int(image[0, 0, 0])
@@ -117,7 +127,7 @@ class TestRules:
         names = [CLASSES[number % len(CLASSES)] for number in numbers]
         labels = [[category.name for category in CATEGORIES].index(name) for name in names]
         assert detector.asked == list(zip(numbers, labels))
-        table = load_regions(path, index, RANK_FIRST)
+        table = load_regions(path, index, config_of().regions)
         assert table["box"].tolist() == [box_of(number) for number in numbers]
         assert table["score"].tolist() == [(8 * label + n) / 64 for label, n in zip(labels, numbers)]
         assert (table["source"] == RegionSource.RULE).all()
@@ -126,6 +136,8 @@ class TestRules:
             "index": index.digest,
             "images": NUM_IMAGES,
             "rule": RANK_FIRST,
+            "short_side": [16],
+            "max_size": 32,
             "detector": "some.pt",
             "counts": {"rule": NUM_IMAGES},
         }
@@ -138,7 +150,7 @@ class TestRules:
         """NaN is what `rank_first` gives without an RoI; then no width, no height, corners the other way."""
         path = tmp_path / "regions.npy"
         make_regions(config_of(), index, Detector(broken={5: broken, 20: broken}), path)
-        table, numbers = load_regions(path, index, RANK_FIRST), numbers_of(index)
+        table, numbers = load_regions(path, index, config_of().regions), numbers_of(index)
         for row, number in enumerate(numbers):
             if number in (5, 20):
                 height, width = 20 + number, 30 + 2 * number
@@ -153,7 +165,7 @@ class TestRules:
     def test_top_score_takes_the_first_detection_of_any_class(self, index, tmp_path):
         path = tmp_path / "regions.npy"
         make_regions(config_of("regions.rule=top-score"), index, OrderedDetector(), path)
-        table = load_regions(path, index, "top-score")
+        table = load_regions(path, index, config_of("regions.rule=top-score").regions)
         for row, number in enumerate(numbers_of(index)):
             if number % 2:
                 assert (table["score"][row], table["source"][row]) == (0, RegionSource.FALLBACK)
@@ -166,7 +178,7 @@ class TestRules:
     def test_rules_without_a_detector(self, index, tmp_path, rule):
         path = tmp_path / "regions.npy"
         make_regions(config_of(f"regions.rule={rule}"), index, None, path)
-        table = load_regions(path, index, rule)
+        table = load_regions(path, index, RegionsConfig(rule=rule))
         row = numbers_of(index).index(10)  # 30 high, 50 wide
         # 50 * (0.5 -+ 0.353553), 30 * (0.5 -+ 0.353553)
         expected = {"center": [7.32233, 4.39340, 42.67767, 25.60660], "full": [0, 0, 50, 30]}[rule]
@@ -184,7 +196,7 @@ class TestRules:
         (tmp_path / "boxes.json").write_text(json.dumps(boxes))
         given = ["regions.rule=given", f"regions.boxes={tmp_path}/boxes.json"]
         make_regions(config_of(*given), index, None, tmp_path / "regions.npy")
-        table = load_regions(tmp_path / "regions.npy", index, "given")
+        table = load_regions(tmp_path / "regions.npy", index, RegionsConfig(rule="given"))
         for row, number in enumerate(numbers_of(index)):
             if number in (4, 5):
                 assert (table["score"][row], table["source"][row]) == (0, RegionSource.FALLBACK)
@@ -198,26 +210,26 @@ class TestRules:
         path, given = tmp_path / "boxes.json", ["regions.rule=given", f"regions.boxes={tmp_path}/boxes.json"]
         names = [index.name(row) for row in range(len(index))]
         path.write_text(json.dumps({name: [1, 1, 9, 9] for name in names}))
-        fill, calls = regions._fill, []
+        find, calls = regions._regions_of, []
 
         def interrupted(*arguments):
             calls.append(1)
             if len(calls) == 3:
                 raise KeyboardInterrupt
-            fill(*arguments)
+            return find(*arguments)
 
-        monkeypatch.setattr(regions, "_fill", interrupted)
+        monkeypatch.setattr(regions, "_regions_of", interrupted)
         with pytest.raises(KeyboardInterrupt):
             make_regions(config_of(*given), index, None, tmp_path / "regions.npy")
         path.write_text(json.dumps({name: [2, 2, 8, 8] for name in names}))
         make_regions(config_of(*given), index, None, tmp_path / "regions.npy")
-        table = load_regions(tmp_path / "regions.npy", index, "given")
+        table = load_regions(tmp_path / "regions.npy", index, RegionsConfig(rule="given"))
         assert (table["box"] == [2, 2, 8, 8]).all()
 
     @pytest.mark.parametrize(
         ("text", "message"),
         [
-            (None, r"boxes\.json: no such file; regions\.boxes names it"),
+            (None, r"boxes\.json: no such file of boxes"),
             ("{", r"boxes\.json: not valid JSON"),
             ("[]", r"boxes\.json: \{image: .*\} is needed, not a list"),
             ('{"cat/00.png": [1, 2, 3]}', r"cat/00\.png: \[x1, y1, x2, y2\] is needed, not \[1, 2, 3\]"),
@@ -237,7 +249,7 @@ class TestRules:
             make_regions(config, index, None, tmp_path / "regions.npy")
 
     def test_center_box_has_half_the_area_and_the_images_proportions(self):
-        x1, y1, x2, y2 = center_box(torch.zeros(3, 30, 80, dtype=torch.uint8)).tolist()
+        x1, y1, x2, y2 = center_box((30, 80)).tolist()
         assert (x2 - x1) * (y2 - y1) == pytest.approx(30 * 80 / 2, rel=1e-6)
         assert (x2 - x1) / (y2 - y1) == pytest.approx(80 / 30, rel=1e-6)
         assert (x1 + x2, y1 + y2) == pytest.approx((80, 30))
@@ -260,23 +272,27 @@ class TestInterruption:
             assert path.with_suffix(suffix).read_bytes() == whole.with_suffix(suffix).read_bytes()
         assert len(list(path.parent.iterdir())) == 2
 
-    @pytest.mark.parametrize("change", ["rule", "detector", "images"])
+    @pytest.mark.parametrize("change", ["rule", "detector", "images", "sizes"])
     def test_what_another_rule_began_is_made_anew(self, index, root, tmp_path, change):
         path = tmp_path / "regions.npy"
         with pytest.raises(KeyboardInterrupt):
             make_regions(config_of(), index, Detector(interrupt_after=2), path)
         if change == "rule":
             make_regions(config_of("regions.rule=full"), index, None, path)
-            assert load_regions(path, index, "full")["box"][:, :2].max() == 0
+            assert load_regions(path, index, RegionsConfig(rule="full"))["box"][:, :2].max() == 0
             return
         if change == "images":
             (root / "bird" / "01.png").unlink()
             index = build_index([root], CATEGORIES)
         detector = Detector()
-        other = ["regions.detector=other.pt"] if change == "detector" else []
-        make_regions(config_of(*other), index, detector, path)
+        other = {"detector": ["regions.detector=other.pt"], "sizes": ["regions.short_side=20"]}
+        config = config_of(*other.get(change, []))
+        make_regions(config, index, detector, path)
         assert [number for number, _ in detector.asked] == numbers_of(index)
-        assert len(load_regions(path, index, RANK_FIRST)) == len(index)
+        assert len(load_regions(path, index, config.regions)) == len(index)
+        if change == "sizes":
+            with pytest.raises(ValueError, match=r"regions\.short_side=\[20\], this run has \[400\]"):
+                load_regions(path, index, RegionsConfig())
 
 
 class TestBadInput:
@@ -298,7 +314,7 @@ class TestBadInput:
     def test_or_is_marked_and_left_out(self, damaged, tmp_path):
         path, detector = tmp_path / "regions.npy", Detector()
         make_regions(config_of("data.max_bad_images=2"), damaged, detector, path)
-        table = load_regions(path, damaged, RANK_FIRST)
+        table = load_regions(path, damaged, config_of().regions)
         for row, number in enumerate(numbers_of(damaged)):
             if number in (1, 9):
                 assert table["source"][row] == RegionSource.UNREADABLE
@@ -323,24 +339,101 @@ class TestBadInput:
         renamed = build_index([root], CATEGORIES)
         assert len(renamed) == len(index)
         with pytest.raises(ValueError, match=r"regions\.npy: made for other image-level images than the 21"):
-            load_regions(path, renamed, RANK_FIRST)
+            load_regions(path, renamed, config_of().regions)
+
+
+class Resizing(Detector):
+    """Really resizes; finds the whole image, with a score that is highest at a short side of 64."""
+
+    def __init__(self):
+        super().__init__()
+        self.batches: list[list[tuple[int, ...]]] = []
+        self.sides = []
+
+    def resized_size(self, size: tuple[int, int], short_side: int, max_size: int) -> tuple[int, int]:
+        return shortest_size(size, short_side, max_size)
+
+    def resize(self, image: Tensor, size: tuple[int, int], extent: tuple[float, float] | None) -> Tensor:
+        return resize_image(image, size, extent)
+
+    def rank_first(self, images: list[Tensor], labels: Tensor, max_size: int) -> list[tuple[Tensor, Tensor]]:
+        self.batches.append([tuple(image.shape[1:]) for image in images])
+        self.sides.append(max_size)
+        found = []
+        for image in images:
+            height, width = image.shape[1:]
+            near = -abs(min(height, width) - 64.0)
+            # at the best size the left half, in its pixels
+            box = [0.0, 0, width / 2, height] if near == 0 else [0.0, 0, width, height]
+            found.append((torch.tensor(box), torch.tensor(near)))
+        return found
+
+
+class TestSizes:
+    def photographs(self, folder: Path) -> ImageLevelIndex:
+        """Eight JPEGs, half of them upright."""
+        for number in range(8):
+            path = folder / "cat" / f"{number}.jpg"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            size = (300, 400) if number % 2 else (400, 300)
+            write_jpeg(torch.full((3, *size), 30 * number, dtype=torch.uint8), str(path))
+        return build_index([folder], CATEGORIES)
+
+    def test_the_best_score_over_the_sizes_counts_in_stored_pixels(self, tmp_path):
+        index, detector = self.photographs(tmp_path / "images"), Resizing()
+        config = config_of("regions.short_side=[32,64,96]", "regions.max_size=144")
+        make_regions(config, index, detector, tmp_path / "regions.npy")
+        table = load_regions(tmp_path / "regions.npy", index, config.regions)
+        for row in range(8):
+            height, width = (300, 400) if int(Path(index.name(row)).stem) % 2 else (400, 300)
+            # 64 px of a reduced decoding: exact to a pixel of it
+            assert table["box"][row].tolist() == pytest.approx([0, 0, width / 2, height], rel=0.01)
+            assert table["score"][row] == 0
+        assert set(detector.sides) == {144, 96, 48}  # the limit of the longer side goes with the size
+
+    def test_batches_are_of_one_shape(self, tmp_path):
+        index, detector = self.photographs(tmp_path / "images"), Resizing()
+        config = config_of("regions.short_side=96", "regions.max_size=144")
+        make_regions(config, index, detector, tmp_path / "regions.npy")
+        assert sorted(map(tuple, detector.batches)) == [((96, 128),) * 4, ((128, 96),) * 4]
+
+
+def test_a_record_that_was_cut_off_is_made_again(index, tmp_path):
+    """A machine dies within a record; another one has a row whose bytes are torn."""
+    whole, path = tmp_path / "whole" / "regions.npy", tmp_path / "cut" / "regions.npy"
+    make_regions(config_of(), index, Detector(), whole)
+    with pytest.raises(KeyboardInterrupt):
+        make_regions(config_of(), index, Detector(interrupt_after=3), path)
+    (part,) = (path.parent / "regions.partial").glob("*.bin")
+    data = bytearray(part.read_bytes())
+    size = regions.PART_DTYPE.itemsize
+    assert len(data) == 12 * size
+    data[5 * size - 1] = 77  # the source of the fifth record: no such source
+    part.write_bytes(data[:-7])
+    (path.parent / "regions.partial" / "process_00009.bin").write_bytes(b"\xff" * size)  # no such row
+    detector = Detector()
+    make_regions(config_of(), index, detector, path)
+    assert len(detector.asked) == NUM_IMAGES - 12 + 2
+    for suffix in (".npy", ".json"):
+        assert path.with_suffix(suffix).read_bytes() == whole.with_suffix(suffix).read_bytes()
+    assert len(list(path.parent.iterdir())) == 2
 
 
 def _spawned(rank: int, folder: str) -> None:
-    """Rank 1 takes its time once the table is open, so that rank 0 would be far ahead if it did not wait."""
+    """Rank 1 takes its time once the parts are read, so that rank 0 would be far ahead if it did not wait."""
     torch.set_num_threads(1)
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2
     )
-    load = np.load
+    read = regions.RegionParts.read
 
-    def slow_load(*arguments, **options):
-        table = load(*arguments, **options)
+    def slow_read(parts):
+        table = read(parts)
         time.sleep(1)
         return table
 
     if rank == 1:
-        regions.np.load = slow_load
+        regions.RegionParts.read = slow_read
     index = build_index([Path(folder, "images")], CATEGORIES)
     detector = Detector()
     make_regions(config_of(), index, detector, Path(folder, "two", "regions.npy"))

@@ -15,7 +15,7 @@ from clis import boxes as box_ops
 from clis.config import RoIConfig, RPNConfig
 from clis.models.backbone import STRIDES
 from clis.models.roi import RoIPooler, sample_rois, select_detections
-from clis.models.rpn import RPN, make_anchors
+from clis.models.rpn import RPN, cell_anchors, grid_anchors
 from clis.models.windows import windows
 
 CPU = torch.device("cpu")
@@ -44,9 +44,13 @@ def pyramid(channels, height, width, images=1, seed=0):
 # --- anchors ---
 
 
+def make_anchors(config, stride, height, width):
+    return grid_anchors(cell_anchors(config, stride), height, width, (stride, stride))
+
+
 def test_anchors_by_hand():
     # side 8 * 16 = 128; the ratio 1/2 is sqrt(2) wider and sqrt(2) flatter: 181.02 x 90.51
-    anchors = make_anchors(RPNConfig(), stride=16, height=2, width=3, device=CPU)
+    anchors = make_anchors(RPNConfig(), stride=16, height=2, width=3)
     first = [[-90.51, -45.25, 90.51, 45.25], [-64, -64, 64, 64], [-45.25, -90.51, 45.25, 90.51]]
     assert anchors.shape == (2 * 3 * 3, 4)
     torch.testing.assert_close(anchors[:3], torch.tensor(first), atol=0.01, rtol=0)
@@ -63,7 +67,7 @@ def test_anchors_equal_torchvision():
     shapes = [(-(-96 // s), -(-128 // s)) for s in STRIDES]
     images = ImageList(torch.zeros(1, 3, 96, 128), [(96, 128)])
     expected = AnchorGenerator(sizes, ratios)(images, [torch.zeros(1, 1, *shape) for shape in shapes])[0]
-    ours = torch.cat([make_anchors(RPNConfig(), s, *shape, CPU) for s, shape in zip(STRIDES, shapes)])
+    ours = torch.cat([make_anchors(RPNConfig(), s, *shape) for s, shape in zip(STRIDES, shapes)])
     # theirs are rounded to whole pixels, and their last level strides 96 // 2 = 48, not 64
     last = 3 * shapes[-1][0] * shapes[-1][1]
     torch.testing.assert_close(ours[:-last], expected[:-last], atol=0.5, rtol=0)
@@ -76,15 +80,15 @@ def test_rounded_anchors_on_the_grid_are_torchvisions(size):
     sizes = tuple((8 * stride,) for stride in STRIDES)
     images = ImageList(torch.zeros(1, 3, *size), [size])
     expected = AnchorGenerator(sizes, ((0.5, 1.0, 2.0),) * 5)(images, features)[0]
-    assert torch.equal(torch.cat(RPN(2, config)(features)[2]), expected)
-    nominal = torch.cat(RPN(2, RPNConfig(round_anchors=True))(features)[2])
+    assert torch.equal(torch.cat(RPN(2, config).anchors(features)), expected)
+    nominal = torch.cat(RPN(2, RPNConfig(round_anchors=True)).anchors(features))
     assert not torch.equal(nominal, expected)  # P6 has an odd grid of P5 below it
 
 
 def test_rpn_output_belongs_to_its_anchor():
     torch.manual_seed(0)
     rpn, features = RPN(4, RPNConfig()).double(), pyramid(4, 64, 96, images=2)
-    objectness, deltas, anchors = rpn(features)
+    (objectness, deltas), anchors = rpn(features), rpn.anchors(features)
     for level, feature in enumerate(features):
         hidden = rpn.conv(feature).relu()
         logits, moves = rpn.objectness(hidden), rpn.deltas(hidden)
@@ -95,7 +99,7 @@ def test_rpn_output_belongs_to_its_anchor():
             assert torch.equal(deltas[level][image, row], moves[image, 4 * ratio : 4 * ratio + 4, y, x])
             centre = (anchors[level][row, :2] + anchors[level][row, 2:]) / 2
             expected = torch.tensor([x, y]) * STRIDES[level]
-            torch.testing.assert_close(centre, expected.float(), atol=1e-3, rtol=0)
+            torch.testing.assert_close(centre, expected.double(), atol=1e-3, rtol=0)
 
 
 # --- proposals ---
@@ -105,9 +109,7 @@ def random_levels(config, height, width, seed=0):
     """Random predictions of one image, of every level: leaves logits [1,n], deltas [1,n,4]; anchors [n,4]."""
     random, objectness, deltas, anchors = generator(seed), [], [], []
     for stride in STRIDES:
-        anchors.append(
-            make_anchors(config, stride, math.ceil(height / stride), math.ceil(width / stride), CPU)
-        )
+        anchors.append(make_anchors(config, stride, math.ceil(height / stride), math.ceil(width / stride)))
         shape = (1, len(anchors[-1]))
         objectness.append(torch.randn(shape, generator=random, dtype=torch.float64).requires_grad_())
         move = 0.5 * torch.randn(*shape, 4, generator=random, dtype=torch.float64)
@@ -187,7 +189,7 @@ def test_predictions_at_anchors_are_those_of_the_maps(size):
         gradients.append(torch.autograd.grad(loss, [*features, *rpn.parameters()]))
     torch.testing.assert_close(*wanted)
     torch.testing.assert_close(*gradients)
-    for plain, alone in zip(maps, (torch.cat(x, 1) for x in rpn(features)[:2])):
+    for plain, alone in zip(maps, (torch.cat(x, 1) for x in rpn(features))):
         torch.testing.assert_close(plain, alone)
 
 
@@ -224,7 +226,7 @@ def rpn_losses(config, truth, size, padded, normalizer=1.0, seed=0):
         torch.cat(logits, 1)[images, chosen],
         torch.cat(deltas, 1)[images, chosen],
     )
-    losses = rpn.losses(pyramid(4, *padded), [truth], [size], [generator(seed)], normalizer)
+    losses = rpn.losses(pyramid(4, *padded), anchors, [truth], [size], [seed], normalizer)
     return losses, (logits, deltas, anchors)
 
 
@@ -264,7 +266,7 @@ def test_rpn_losses_equal_plain_formula():
 def test_rpn_samples_the_configured_numbers():
     # the ground truths are six anchors themselves: 6 positives of at most 32 * 0.125 = 4, 28 negatives
     config = RPNConfig(samples=32, positive_fraction=0.125, anchor_scale=4)
-    truth = make_anchors(config, 8, 8, 8, CPU)[100:160:10]
+    truth = make_anchors(config, 8, 8, 8)[100:160:10]
     losses, (logits, deltas, _) = rpn_losses(config, truth, (64, 64), (64, 64))
     sum(losses.values()).backward()
     sampled = torch.cat([x.grad for x in logits], 1)[0]
@@ -320,11 +322,13 @@ def test_rois_by_hand():
         ]
     )
     config = RoIConfig(samples=8, positive_fraction=0.5)
-    rois = sample_rois([proposals], [truth], [labels], config, 5, [generator()])
-    # ground truth comes first and takes part: 4 positives, 1 negative
-    torch.testing.assert_close(rois.boxes, torch.cat([truth, proposals[[0, 2, 1]]]))
-    assert rois.labels.tolist() == [3, 1, 3, 1, 5]
+    rois = sample_rois([proposals], [truth], [labels], config, 5, [0])
+    # ground truth takes part: 4 positives in any order, then 1 negative
+    order = [rois.boxes.tolist().index(box) for box in torch.cat([truth, proposals[[0, 2, 1]]]).tolist()]
+    assert sorted(order) == [0, 1, 2, 3, 4]
+    assert rois.labels[order].tolist() == [3, 1, 3, 1, 5]
     assert rois.images.tolist() == [0] * 5
+    assert rois.positives.tolist() == [0, 1, 2, 3]
     # 10 x 20 to 10 x 10: up by a quarter height / 0.1, log(1/2) / 0.2; 30 x 20 to 40 x 20: left by 5 of 30
     expected = [
         [0, 0, 0, 0],
@@ -332,7 +336,7 @@ def test_rois_by_hand():
         [0, -2.5, 0, -5 * math.log(2)],
         [-5 / 30 / 0.1, 0, 5 * math.log(4 / 3), 0],
     ]
-    torch.testing.assert_close(rois.targets, torch.tensor(expected))
+    torch.testing.assert_close(rois.targets[order[:4]], torch.tensor(expected))
 
 
 def test_roi_sampling_keeps_images_apart():
@@ -341,10 +345,11 @@ def test_roi_sampling_keeps_images_apart():
     truth = [random_boxes(2, 64, 96, random), torch.zeros(0, 4), random_boxes(1, 64, 96, random)]
     labels = [torch.tensor([0, 4]), torch.zeros(0, dtype=torch.int64), torch.tensor([2])]
     config = RoIConfig(samples=20, positive_fraction=0.25)
-    rois = sample_rois(proposals, truth, labels, config, 5, [generator(i) for i in range(3)])
+    rois = sample_rois(proposals, truth, labels, config, 5, [0, 1, 2])
     assert rois.images.tolist() == [0] * 20 + [1] * 20 + [2] * 20
     assert (rois.labels[20:40] == 5).all()  # no object: all background
     positive = torch.nonzero(rois.labels < 5).squeeze(1)
+    assert rois.positives.tolist() == positive.tolist()
     assert len(rois.targets) == len(positive)
     # the deltas of every positive lead to a box of its image and label
     decoded = box_ops.decode(rois.boxes[positive], rois.targets, box_ops.ROI_STDS)
@@ -354,7 +359,7 @@ def test_roi_sampling_keeps_images_apart():
     for image in range(3):
         assert (rois.labels[20 * image : 20 * image + 20] < 5).sum() <= 5
         # alone or in a batch, in any place: the same
-        alone = sample_rois(*([x[image]] for x in (proposals, truth, labels)), config, 5, [generator(image)])
+        alone = sample_rois(*([x[image]] for x in (proposals, truth, labels)), config, 5, [image])
         assert torch.equal(alone.boxes, rois.boxes[rois.images == image])
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import CATEGORIES, make_sample, tiny_config
+from conftest import CATEGORIES, global_counts, make_sample, tiny_config
 from runs import BASELINE, REPOSITORY, SHORT, assert_same_training, records
 
 from clis.__main__ import run_command
@@ -345,7 +345,8 @@ def _one_rank_spoiled(rank: int, folder: str) -> None:
             return output
 
         model.forward = infinite
-    _, norm = train.train_step(network, model, optimizer, scaler, [batch], 0.1, config)
+    normalizers = train.global_normalizers(global_counts([batch]), config)
+    _, norm = train.train_step(network, model, optimizer, scaler, [batch], normalizers, 0.1, config)
     Path(folder, f"norm_{rank}").write_text(str(norm))
     torch.distributed.destroy_process_group()
 

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 import torch.multiprocessing
-from conftest import CATEGORIES, make_sample, tiny_config
+from conftest import CATEGORIES, global_counts, make_sample, normalizers_of, tiny_config
 from runs import BASELINE, CONFIG, REPOSITORY, SHORT, assert_same_state, assert_same_training, records
 from torch import nn
 
@@ -178,7 +178,9 @@ class TestWhatARunSays:
         record = json.loads((finished / "metrics.jsonl").read_text().splitlines()[-1])
         assert set(record) == {
             "step", "lr", "loss", *LossConfig().weights, "gradient_norm", "positive_rois", "pairs",
-            "queue_filled", "images_per_second", "data_time", "compute_time", "peak_memory",
+            "queue_filled", "queue_concentration", "contrast_positive", "contrast_other",
+            "contrast_retrieved", "contrast_chance", "images_per_second", "data_time",
+            "compute_time", "peak_memory",
         }  # fmt: skip
         assert record["queue_filled"] == 2 * sum(4 * r["pairs"] for r in records(finished))  # both views
 
@@ -246,7 +248,8 @@ def run_steps(rank: int, processes: int, accumulation: int, folder: str, loss: s
     for step in range(STEPS):
         items = [{**options, "seed": options["seed"] + 10 * step} for options in mine]
         micro = batches_of([items[i : i + size] for i in range(0, share, size)])
-        outputs, _ = train.train_step(network, model, optimizer, scaler, micro, 0.02, config)
+        normalizers = train.global_normalizers(global_counts(micro), config)
+        outputs, _ = train.train_step(network, model, optimizer, scaler, micro, normalizers, 0.02, config)
         totals.append(summarize_step(outputs, config))
     name = f"{processes}x{accumulation}_{rank}.pt"
     torch.save({"model": model.state_dict(), "totals": totals}, Path(folder, name))
@@ -324,12 +327,15 @@ def test_what_is_not_finite_is_named_and_changes_nothing(spoil, named, tmp_path,
     config = tiny_config("train.images_per_step=1")
     model = build_model(config, CATEGORIES).train()
     optimizer, scaler = make_optimizer(model, config), torch.amp.GradScaler("cpu", enabled=False)
-    train.train_step(model, model, optimizer, scaler, [collate([make_sample(seed=6)])], 0.1, config)
+    first = collate([make_sample(seed=6)])
+    train.train_step(model, model, optimizer, scaler, [first], normalizers_of(first), 0.1, config)
     spoil(model)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     momentum = [state["momentum_buffer"].clone() for state in optimizer.state.values()]
     batches = [collate([make_sample(seed=7)])]
-    outputs, norm = train.train_step(model, model, optimizer, scaler, batches, 0.1, config)
+    outputs, norm = train.train_step(
+        model, model, optimizer, scaler, batches, normalizers_of(batches[0]), 0.1, config
+    )
     assert not math.isfinite(norm)
     assert_same_state(model.state_dict(), before)  # weights, queue and momentum copy
     for state, expected in zip(optimizer.state.values(), momentum):

@@ -132,10 +132,19 @@ class EncodedImage:
         Raises:
             ImageError: the bytes are truncated or corrupt.
         """
-        reduced = self._decode_reduced(size)
-        if reduced is None:
-            return resize_image(self.decode(), size)
-        return resize_image(reduced[0], size, extent=reduced[1])
+        pixels, extent = self.decode_reduced(size)
+        return resize_image(pixels, size, extent)
+
+    def decode_reduced(self, least: tuple[int, int]) -> tuple[Tensor, tuple[float, float] | None]:
+        """The pixels, of a JPEG at 1/2, 1/4 or 1/8 of its size where that is not below `least`.
+
+        Returns:
+            uint8 RGB [3,H,W], and the height and width of it that the image fills; None is all of it.
+
+        Raises:
+            ImageError: the bytes are truncated or corrupt.
+        """
+        return self._decode_reduced(least) or (self.decode(), None)
 
     def _decode(self) -> Tensor:
         if self.data.startswith(_GIF):

@@ -39,6 +39,11 @@ class OnDevice:
     unreadable: tuple[str, ...]
     """One message for each image that could not be read and was replaced."""
 
+    @property
+    def counts(self) -> tuple[int, int]:
+        """Image-level regions and pasted pairs, which the losses are divided by; 0 where there are none."""
+        return 0, 0
+
     def _apply(self: T, function: Callable[[Tensor], Tensor]) -> T:
         changed = {}
         for field in dataclasses.fields(self):
@@ -103,6 +108,10 @@ class Batch(OnDevice):
     image_ids: list[int]
     """B ids of the annotation file, to name images in messages."""
     unreadable: tuple[str, ...] = ()
+
+    @property
+    def counts(self) -> tuple[int, int]:
+        return len(self.regions), len(self.pair_boxes)
 
 
 def collate(samples: Sequence[Sample]) -> Batch:

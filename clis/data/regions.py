@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from clis.config import DETECTOR_RULES, RegionsConfig
 from clis.data.image_level import ImageLevelIndex
 from clis.data.mapped import map_array
 
@@ -32,26 +33,35 @@ REGION_DTYPE = np.dtype([("box", np.float32, 4), ("score", np.float32), ("source
 """One region: xyxy in pixels of the stored image, score in [0, 1], `RegionSource`."""
 
 
-def region_sidecar(index: ImageLevelIndex, rule: str, detector: str | None) -> dict[str, object]:
-    """What the JSON beside a region file says of it: its index, the rule, and what the rule has them from."""
-    return {"index": index.digest, "images": len(index), "rule": rule, "detector": detector}
+def region_recipe(regions: RegionsConfig) -> dict[str, object]:
+    """How a region file of this config is made, by the names of the fields."""
+    recipe: dict[str, object] = {"rule": regions.rule}
+    if regions.rule in DETECTOR_RULES:
+        recipe |= {"short_side": sorted(regions.short_side), "max_size": regions.max_size}
+    return recipe
+
+
+def region_sidecar(index: ImageLevelIndex, regions: RegionsConfig, detector: str | None) -> dict[str, object]:
+    """What the JSON beside a region file says: its index, how it is made, and what the boxes come from."""
+    return {"index": index.digest, "images": len(index), **region_recipe(regions), "detector": detector}
 
 
 def load_regions(
-    path: str | Path, index: ImageLevelIndex, rule: str, *, every_row: bool = False
+    path: str | Path, index: ImageLevelIndex, config: RegionsConfig, *, every_row: bool = False
 ) -> np.ndarray:
     """The regions of the index's images, in its order: `REGION_DTYPE` [n], memory-mapped.
 
     Args:
+        config: how they have to be made (`region_recipe`).
         every_row: look at the rows of a file whose sidecar says that it was completed, too.
 
     Raises:
-        ValueError: the file was made for another index or by another rule, is unfinished, or has a region
-            without area.
+        ValueError: the file was made for another index, by another rule or at other sizes, is unfinished, or
+            has a region without area.
     """
     path = Path(path)
     try:
-        made = {"index": None, "rule": None} | json.loads(path.with_suffix(".json").read_text())
+        made = {"index": None} | json.loads(path.with_suffix(".json").read_text())
         regions = map_array(path)
     except (ValueError, TypeError, EOFError) as error:
         raise ValueError(f"{path}: damaged ({error}); remove it to have it made again") from error
@@ -60,10 +70,12 @@ def load_regions(
             f"{path}: made for other image-level images than the {len(index)} of data.image_level; remove it "
             "to have it made again, or correct data.image_level, data.mapping or data.train"
         )
-    if made["rule"] != rule:
-        raise ValueError(
-            f"{path}: made by the rule {made['rule']}, regions.rule is {rule}; name another regions.file"
-        )
+    for name, wanted in region_recipe(config).items():
+        if made.get(name) != wanted:
+            raise ValueError(
+                f"{path}: made with regions.{name}={made.get(name, 'unknown')}, this run has {wanted}; set "
+                f"regions.{name} to use it, or name another regions.file to have one made"
+            )
     complete = "counts" in made  # written with the last row, by `clis.engine.regions`
     for start in range(0, 0 if complete and not every_row else len(regions), _ROWS):
         bad = start + _unusable(regions[start : start + _ROWS])

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image  # torchvision needs Pillow
 
-from clis.config import Config, data_path, pretrained_backbone
+from clis.config import DETECTOR_RULES, Config, data_path, pretrained_backbone
 from clis.data.annotations import Annotations, check_same_categories, checked_for_training
 from clis.data.image_classes import GROUPS, coverage, describe_coverage, shortened
 from clis.data.image_level import ImageLevelIndex, is_intact
@@ -26,7 +26,7 @@ from clis.data.sampling import RepeatSampler, class_repeat_factors, repeat_facto
 from clis.engine.checkpoint import load_checkpoint
 from clis.engine.log import Progress, say
 from clis.engine.pretrain import SETTINGS as PRETRAINING
-from clis.engine.regions import DETECTOR_RULES, detector_checkpoint, detector_config, read_given_boxes
+from clis.engine.regions import detector_checkpoint, detector_config, read_boxes
 from clis.engine.run_folder import check_owner
 from clis.engine.streams import (
     make_image_level_sampler,
@@ -207,14 +207,14 @@ def _describe_names(val: Annotations, config: Config, report: Report) -> None:
 def _check_regions(config: Config, index: ImageLevelIndex, detector: Config | None, report: Report) -> None:
     path = regions_file(config)
     if path.exists():
-        load_regions(path, index, config.regions.rule, every_row=True)
+        load_regions(path, index, config.regions, every_row=True)
         return
     if config.regions.rule in DETECTOR_RULES:
         checkpoint = detector_checkpoint(config, detector)
         if detector is None:
             load_checkpoint(checkpoint)
     if config.regions.rule == "given":
-        read_given_boxes(config, index)
+        read_boxes(data_path(config, config.regions.boxes), index)
     made_by = config.regions.detector if config.regions.rule in DETECTOR_RULES else config.regions.rule
     report.notes.append(f"{path}: will be made, by {made_by}")
 

@@ -99,23 +99,28 @@ def describe_pretraining(
 
 
 def summarize_step(outputs: Sequence[TrainOutput], config: Config) -> dict[str, float]:
-    """Weighted total and raw losses of the global batch; its counts for each instance-level image."""
+    """Weighted total and raw losses of the global batch, its counts for each instance-level image, and what
+    `similarity_stats` sums, for each pair that has others beside it (left out where none has)."""
     losses = {name: sum(output.losses[name].detach() for output in outputs) for name in outputs[0].losses}
-    stats = {
-        name: sum(output.stats[name].detach().to(losses["box"].device) for output in outputs)
-        for name in outputs[0].stats
-    }
+    stats = {name: sum(output.stats[name].detach() for output in outputs) for name in outputs[0].stats}
     values = torch.stack([value.double() for value in (*losses.values(), *stats.values())])
     values = all_reduce_sum(values).tolist()
     record = {name: value / world_size() for name, value in zip(losses, values)}
     total = sum(config.loss.weights[name] * loss for name, loss in record.items())
-    counts = zip(stats, values[len(losses) :])
-    return {"loss": total} | record | {name: count / config.train.images_per_step for name, count in counts}
+    sums = dict(zip(stats, values[len(losses) :]))
+    contrasted = sums.pop("contrast_pairs", 0)
+    contrast = {name: sums.pop(name) for name in list(sums) if name.startswith("contrast_")}
+    record = {"loss": total} | record
+    record |= {name: count / config.train.images_per_step for name, count in sums.items()}
+    return record | ({name: value / contrasted for name, value in contrast.items()} if contrasted else {})
 
 
 def queue_state(model: CLISDetector) -> dict[str, float]:
-    """How many keys the queue holds, where there is one."""
-    return {} if model.contrastive is None else {"queue_filled": model.contrastive.queue.num_filled()}
+    """How many keys the queue holds and how alike they are (1: all equal), where there is one."""
+    if model.contrastive is None:
+        return {}
+    queue = model.contrastive.queue
+    return {"queue_filled": queue.num_filled(), "queue_concentration": queue.concentration()}
 
 
 def measures(

@@ -26,7 +26,7 @@ class Loop(Generic[B]):
     """Gives each step with its micro-batches; `end_step` saves where it is due, and stops if asked to.
 
     What the processes have to agree on for that (images that cannot be read, a request to stop, the clock)
-    travels in one message a step. A context manager.
+    and what they count of their batches travels in one message a step. A context manager.
     """
 
     def __init__(
@@ -56,6 +56,8 @@ class Loop(Generic[B]):
         self.progress = Progress(label, steps.stop, steps.start)
         self.exits = contextlib.ExitStack()
         self.saving = self.stopping = False
+        self.counts = [0, 0]
+        """Of the step's global batch, as `OnDevice.counts`."""
         self.began = self.loaded = 0.0
         self.times: list[tuple[float, float]] = []  # waiting for data and computing, since the last record
 
@@ -79,7 +81,9 @@ class Loop(Generic[B]):
             batches = bad.load(self.batches, self.accumulation, self.device)
             minutes_over = is_main() and self.schedule.minutes_are_over()
             wishes = [len(bad.new), bad.gone is not None, self.stop.received, minutes_over]
-            new, gone, self.stopping, self.saving = all_reduce_sum(torch.tensor(wishes)).tolist()
+            counts = [sum(column) for column in zip((0, 0), *(batch.counts for batch in batches))]
+            message = all_reduce_sum(torch.tensor([*wishes, *counts])).tolist()
+            new, gone, self.stopping, self.saving, *self.counts = message
             if (reason := bad.verdict(new, gone, step)) is not None:
                 if step > self.steps.start:
                     say(f"{reason}; saving step {step}")  # said first: the disk may be the same

@@ -83,7 +83,7 @@ def gradient_step(
     for number, batch in enumerate(batches, 1):
         # gradients travel between processes once a step, with the last micro-batch
         with gradients_local(network, number < len(batches)):
-            with _autocast(config, device):
+            with autocast(config.train.precision, device):
                 loss = loss_of(batch)
             # An infinite loss may have a finite gradient; as NaN it tells all processes, without a wait.
             loss = loss * torch.where(loss.detach().isfinite(), 1.0, math.nan)
@@ -99,8 +99,8 @@ def gradient_step(
     return norm
 
 
-def _autocast(config: Config, device: torch.device) -> torch.autocast:
-    precision = config.train.precision
+def autocast(precision: str, device: torch.device) -> torch.autocast:
+    """The type that `train.precision` computes in."""
     return torch.autocast(
         device.type,
         getattr(torch, precision if precision != "float32" else "bfloat16"),

@@ -2,40 +2,51 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import json
-from collections import Counter
-from collections.abc import Callable, Sequence
+import os
+import shutil
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from clis import boxes as box_ops
-from clis.config import IMAGE_LEVEL_FIELDS, Config, data_path, load_config, merge_overrides
+from clis.config import (
+    DETECTOR_RULES,
+    IMAGE_LEVEL_FIELDS,
+    Config,
+    RegionsConfig,
+    data_path,
+    load_config,
+    merge_overrides,
+)
 from clis.data.annotations import check_same_categories
 from clis.data.image_level import ImageLevelIndex
-from clis.data.images import ImageError, decode_image
+from clis.data.images import ImageError, open_image
 from clis.data.loader import image_loader
 from clis.data.regions import REGION_DTYPE, RegionSource, region_sidecar
-from clis.distributed import barrier, is_main, rank, world_size
+from clis.data.transforms import shortest_size
+from clis.distributed import agreed, barrier, is_main, rank, world_size
 from clis.engine.bad_images import check_bad_images
 from clis.engine.checkpoint import load_detector
 from clis.engine.log import Progress, say
+from clis.engine.optim import autocast
 from clis.engine.streams import make_index, read_annotations, regions_file
 from clis.files import written_whole
-from clis.models import CLISDetector, ImageDetections
+from clis.models import CLISDetector
+from clis.models.detector import scale_back
 
-DETECTOR_RULES = ("category-rank-first", "top-score")
-"""The rules of `regions.rule` that a detector applies."""
+PART_DTYPE = np.dtype([("row", np.int64), ("region", REGION_DTYPE)])
+"""A row of the index with its region, in the file of a process."""
 
-FLUSH_EVERY = 256
-"""Images after which finished rows are forced to the disk, so that an interrupted run goes on from there."""
-
-Rule = Callable[[list[int], list[Tensor]], list[tuple[Tensor, float]]]
-"""Rows of the index and their images to a box [4] and a score each; the box is NaN where there is none."""
+T = TypeVar("T")
 
 
 def detector_config(config: Config, overrides: Sequence[str] = ()) -> Config | None:
@@ -79,19 +90,25 @@ def _section(override: str) -> str:
 def find_regions(config: Config, device: torch.device, detector: Config | None = None) -> None:
     """Makes the region file of the config, if it is not there, by `detector` or `regions.detector`."""
     path = regions_file(config)
-    if path.exists():
-        say(f"{path} is there already")
+    if agreed(path.exists()):
+        say(f"{path} already exists")
         return
+    index = make_index(config, read_annotations(data_path(config, config.data.train)))
+    by_detector = config.regions.rule in DETECTOR_RULES
+    make_regions(config, index, load_searcher(config, device, detector) if by_detector else None, path)
+
+
+def load_searcher(config: Config, device: torch.device, detector: Config | None = None) -> CLISDetector:
+    """The trained detector that finds the regions of the config: `detector`, or `regions.detector`.
+
+    Raises:
+        FileNotFoundError, ValueError: it is not trained yet, none is named, or it has other classes.
+    """
     annotations = read_annotations(data_path(config, config.data.train))
-    index = make_index(config, annotations)
-    if config.regions.rule not in DETECTOR_RULES:
-        make_regions(config, index, None, path)
-        return
-    detector = detector or detector_config(config)
-    checkpoint = detector_checkpoint(config, detector)
+    checkpoint = detector_checkpoint(config, detector or detector_config(config))
     model = load_detector(checkpoint, device)
     check_same_categories(model.categories, str(checkpoint), annotations.categories, annotations.path)
-    make_regions(config, index, model, path)
+    return model
 
 
 def detector_checkpoint(config: Config, detector: Config | None) -> Path:
@@ -112,8 +129,10 @@ def detector_checkpoint(config: Config, detector: Config | None) -> Path:
 def make_regions(config: Config, index: ImageLevelIndex, detector: CLISDetector | None, path: Path) -> None:
     """Writes `regions.npy`, one `REGION_DTYPE` row an image in the index's order, and its sidecar JSON.
 
-    Every process takes a share of the images. Rows are kept in a partial file beside it, so that an
-    interrupted run goes on where it was. An image without a box gets its centre box, flagged as a fallback.
+    Process r of W takes every W-th image from r on and writes its rows into a file of its own, so that
+    processes on several machines never share one. The files stay in a folder beside `path` until all rows are
+    there, so that an interrupted run goes on where it was, also on another number of processes; then rank 0
+    checks and joins them. An image without a box gets its centre box, flagged as a fallback.
 
     Args:
         detector: finds the boxes for `category-rank-first` and `top-score`; None for the other rules.
@@ -122,50 +141,120 @@ def make_regions(config: Config, index: ImageLevelIndex, detector: CLISDetector 
         FileNotFoundError, ValueError: the boxes of the rule `given` cannot be read.
         ImageError: more images than `data.max_bad_images` cannot be read.
     """
-    sidecar = region_sidecar(index, config.regions.rule, detector_of(config))
-    partial = path.with_name(path.stem + ".partial.npy")
+    sidecar = region_sidecar(index, config.regions, detector_of(config))
+    parts = RegionParts(path.with_name(path.stem + ".partial"), len(index))
     if is_main():
-        _open_partial(partial, sidecar, len(index))
+        parts.open(sidecar)
     barrier()
-    table = np.load(partial, mmap_mode="r+")
-    pending = np.flatnonzero(table["source"] == RegionSource.PENDING)
-    barrier()  # all have the same list before anyone writes a row
-    if len(pending) < len(index):
-        say(f"{len(index) - len(pending)} of {len(index)} regions are there already")
-    mine = pending[rank() :: world_size()]
-    rule = _rule(config, index, detector)
-    loader = image_loader(
-        functools.partial(_read, index), mine, config.regions.images_per_batch, config.data.workers
+    pending = parts.read()["source"] == RegionSource.PENDING
+    if not pending.all():
+        say(f"{(~pending).sum()} of {len(index)} regions already exist")
+    mine = range(len(index))[rank() :: world_size()]
+    mine = [row for row in mine if pending[row]]
+    rule = region_rule(config, index, detector)
+    batches = image_loader(
+        image_reader(config, index), mine, config.regions.images_per_batch, config.data.workers
     )
-    unreadable = []
-    with Progress("regions", len(mine)) as progress:
-        for rows, images in loader:
+    unreadable: list[str] = []
+    with parts.writer(rank()) as write, Progress("regions", len(mine)) as progress:
+        for rows, images in like_shapes(batches, config.regions.images_per_batch, _padded_size):
             unreadable += [image for image in images if isinstance(image, str)]
             check_bad_images(unreadable, config.data.max_bad_images)
-            _fill(table, rows, images, rule)
+            write(rows, _regions_of(rows, images, rule))
             progress.advance(len(rows))
-            if progress.done // FLUSH_EVERY > (progress.done - len(rows)) // FLUSH_EVERY:
-                table.flush()
-    table.flush()
     barrier()
     if is_main():
-        _check_complete(partial)
-        counts = Counter(RegionSource(source).name.lower() for source in np.load(partial)["source"].tolist())
+        table = parts.read()
+        _check_complete(table, index, parts.folder)
+        counts = Counter(RegionSource(source).name.lower() for source in table["source"].tolist())
         with written_whole(path.with_suffix(".json")) as temporary:
             temporary.write_text(json.dumps(sidecar | {"counts": counts}, indent=1) + "\n")
-        partial.replace(path)
-        partial.with_suffix(".json").unlink()
+        with written_whole(path) as temporary:
+            np.save(temporary, table)
+        parts.remove()
         say(f"{path}: {', '.join(f'{count} {name}' for name, count in sorted(counts.items()))}")
     barrier()
 
 
-def _check_complete(partial: Path) -> None:
-    pending = int((np.load(partial, mmap_mode="r")["source"] == RegionSource.PENDING).sum())
-    if pending:
+class RegionParts:
+    """The folder of unfinished regions: a file of `PART_DTYPE` records from each process, and a note.
+
+    A record is appended whole or, where a process dies, cut off at the end; that end is dropped.
+    """
+
+    def __init__(self, folder: Path, length: int) -> None:
+        """`length`: images of the index."""
+        self.folder, self.length = folder, length
+
+    def open(self, sidecar: dict[str, object]) -> None:
+        """Starts over unless the folder has parts of the same index, rule, sizes and detector."""
+        note = self.folder / "regions.json"
+        if note.exists() and json.loads(note.read_text()) == sidecar:
+            return
+        self.remove()
+        with written_whole(note) as temporary:
+            temporary.write_text(json.dumps(sidecar))
+
+    @contextlib.contextmanager
+    def writer(self, process: int) -> Iterator[Callable[[Sequence[int], np.ndarray], None]]:
+        """Gives a function that appends rows of the index with their regions to this process's file."""
+        path = self.folder / f"process_{process:05d}.bin"
+        with path.open("ab") as file:
+            file.truncate(file.tell() // PART_DTYPE.itemsize * PART_DTYPE.itemsize)
+
+            def write(rows: Sequence[int], regions: np.ndarray) -> None:
+                records = np.empty(len(rows), dtype=PART_DTYPE)
+                records["row"], records["region"] = rows, regions
+                file.write(records.tobytes())
+                file.flush()
+
+            yield write
+            os.fsync(file.fileno())
+
+    def read(self) -> np.ndarray:
+        """All rows of the index, `REGION_DTYPE` [n]; those that no part has, or has damaged, are pending."""
+        table = np.zeros(self.length, dtype=REGION_DTYPE)
+        for path in sorted(self.folder.glob("process_*.bin")):
+            records = np.fromfile(path, dtype=PART_DTYPE)
+            row, region = records["row"], records["region"]
+            sound = (row >= 0) & (row < self.length) & np.isfinite(region["box"]).all(axis=1)
+            sound &= (region["source"] > RegionSource.PENDING) & (region["source"] <= max(RegionSource))
+            table[row[sound]] = region[sound]
+        return table
+
+    def remove(self) -> None:
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _check_complete(table: np.ndarray, index: ImageLevelIndex, folder: Path) -> None:
+    """Raises `ValueError` if a row is missing."""
+    pending = np.flatnonzero(table["source"] == RegionSource.PENDING)
+    if len(pending):
         raise ValueError(
-            f"{partial}: {pending} regions are missing, which happens where several machines write to one "
-            "file over a network; the same command on one machine makes the missing ones"
+            f"{folder}: {len(pending)} of {len(table)} regions are missing or damaged, the first of "
+            f"{index.name(int(pending[0]))}; re-run the same command to make them"
         )
+
+
+def like_shapes(
+    batches: Iterable[tuple[list[int], list[T]]], size: int, shape_of: Callable[[T], Any]
+) -> Iterator[tuple[list[int], list[T]]]:
+    """Sorts batches of rows and images into batches of up to `size` images of one shape.
+
+    What has no shape (None) is passed on alone, at once.
+    """
+    waiting: dict[Any, list[tuple[int, T]]] = defaultdict(list)
+    for rows, images in batches:
+        for row, image in zip(rows, images):
+            shape = shape_of(image)
+            alike = waiting[shape]
+            alike.append((row, image))
+            if len(alike) == size or shape is None:
+                yield [row for row, _ in alike], [image for _, image in alike]
+                alike.clear()
+    for alike in waiting.values():
+        if alike:
+            yield [row for row, _ in alike], [image for _, image in alike]
 
 
 def detector_of(config: Config) -> str | None:
@@ -176,70 +265,138 @@ def detector_of(config: Config) -> str | None:
     return config.regions.detector if config.regions.rule in DETECTOR_RULES else None
 
 
-def _open_partial(partial: Path, sidecar: dict[str, object], length: int) -> None:
-    """An all-pending table, unless there is one of the same index, rule and detector to go on with."""
-    note = partial.with_suffix(".json")
-    if partial.exists() and note.exists() and json.loads(note.read_text()) == sidecar:
-        return
-    with written_whole(partial) as temporary:
-        np.save(temporary, np.zeros(length, dtype=REGION_DTYPE))
-    with written_whole(note) as temporary:
-        temporary.write_text(json.dumps(sidecar))
+class ImageOfRow(NamedTuple):
+    """An image-level image, decoded at no more of its size than the search needs."""
+
+    pixels: Tensor
+    """uint8 [3,H,W]."""
+    extent: tuple[float, float] | None
+    """Height and width of `pixels` that the image fills, as from `EncodedImage.decode_reduced`."""
+    size: tuple[int, int]
+    """Height and width as stored."""
+    least: tuple[int, int]
+    """Height and width of the largest size that it is looked at."""
 
 
-def _read(index: ImageLevelIndex, row: int) -> Tensor | str:
-    """The image, or what is wrong with it."""
+Rule = Callable[[list[int], list[ImageOfRow]], list[tuple[Tensor, float]]]
+"""Rows of the index and their images to a box [4] and a score each; NaN where there is none."""
+
+
+def image_reader(config: Config, index: ImageLevelIndex) -> Callable[[int], ImageOfRow | str]:
+    """Reads a row's image for the sizes of the config, or says what is wrong with it."""
+    largest = {"short_side": max(config.regions.short_side), "max_size": config.regions.max_size}
+    return functools.partial(_read, index, functools.partial(shortest_size, **largest))
+
+
+def _padded_size(image: ImageOfRow | str) -> tuple[int, ...] | None:
+    """Equal for images that fill a batch alike; None of an image that cannot be read."""
+    return None if isinstance(image, str) else tuple(-(-side // 32) for side in image.least)
+
+
+def _read(
+    index: ImageLevelIndex, least_of: Callable[[tuple[int, int]], tuple[int, int]], row: int
+) -> ImageOfRow | str:
     try:
-        return decode_image(index.read(row), index.name(row))
+        image = open_image(index.read(row), index.name(row))
+        least = least_of(image.size)
+        return ImageOfRow(*image.decode_reduced(least), image.size, least)
     except ImageError as error:
         return str(error)
 
 
-def _fill(table: np.ndarray, rows: list[int], images: list[Tensor | str], rule: Rule) -> None:
-    """Writes the rows' regions; the source last, since it marks a row as done."""
+def _regions_of(rows: list[int], images: list[ImageOfRow | str], rule: Rule) -> np.ndarray:
+    """The regions of rows of the index, `REGION_DTYPE` [n]."""
+    regions = np.zeros(len(rows), dtype=REGION_DTYPE)
+    regions["source"] = RegionSource.UNREADABLE
     readable = [place for place, image in enumerate(images) if not isinstance(image, str)]
-    found = {}
-    if readable:
-        boxes = rule([rows[place] for place in readable], [images[place] for place in readable])
-        found = dict(zip(readable, boxes))
-    for place, row in enumerate(rows):
-        if place not in found:
-            table[row] = (0.0, 0.0, RegionSource.UNREADABLE)
-            continue
-        box, score = found[place]
+    if not readable:
+        return regions
+    found = rule([rows[place] for place in readable], [images[place] for place in readable])
+    for place, (box, score) in zip(readable, found):
         has_area = bool((box[2:] > box[:2]).all())  # also false for NaN
         if not has_area:
-            box, score = center_box(images[place]), 0.0
+            box, score = center_box(images[place].size), 0.0
         source = RegionSource.RULE if has_area else RegionSource.FALLBACK
-        table[row] = (box.cpu().numpy(), float(score), source)
+        regions[place] = (box.cpu().numpy(), float(score), source)
+    return regions
 
 
-def _rule(config: Config, index: ImageLevelIndex, detector: CLISDetector | None) -> Rule:
+def region_rule(config: Config, index: ImageLevelIndex, detector: CLISDetector | None) -> Rule:
+    """What `regions.rule` finds, at the sizes of the section."""
     name = config.regions.rule
     if name == "center":
-        return lambda rows, images: [(center_box(image), 1.0) for image in images]
+        return lambda rows, images: [(center_box(image.size), 1.0) for image in images]
     if name == "full":
-        return lambda rows, images: [(_full_box(image), 1.0) for image in images]
+        return lambda rows, images: [(_full_box(image.size), 1.0) for image in images]
     if name == "given":
-        boxes, nothing = read_given_boxes(config, index), torch.full((4,), torch.nan)
+        boxes = read_boxes(data_path(config, config.regions.boxes), index)
+        nothing = torch.full((4,), torch.nan)
         return lambda rows, images: [
-            (box_ops.clip(boxes.get(index.name(row), nothing), tuple(image.shape[1:])), 1.0)
+            (box_ops.clip(boxes.get(index.name(row), nothing), image.size), 1.0)
             for row, image in zip(rows, images)
         ]
-    if name == "top-score":
-        return lambda rows, images: [_top_score(found) for found in detector.detect(images)]
-    return lambda rows, images: detector.rank_first(images, torch.from_numpy(index.labels[rows].astype(int)))
+    find = _top_score if name == "top-score" else _rank_first
+    return lambda rows, images: _best_over_sizes(config, detector, images, index.labels[rows], find)
 
 
-def read_given_boxes(config: Config, index: ImageLevelIndex) -> dict[str, Tensor]:
-    """The file of the rule ``given``: a box, float32 [4], xyxy, by the name of its image.
+def _rank_first(
+    detector: CLISDetector, images: list[Tensor], labels: np.ndarray, max_size: int
+) -> list[tuple[Tensor, Tensor]]:
+    return detector.rank_first(images, torch.from_numpy(labels.astype(np.int64)), max_size)
+
+
+def _top_score(
+    detector: CLISDetector, images: list[Tensor], labels: np.ndarray, max_size: int
+) -> list[tuple[Tensor, Tensor]]:
+    """The best detection, whatever its class."""
+    return [
+        (each.boxes[0], each.scores[0])
+        if len(each.boxes)
+        else (each.boxes.new_full((4,), torch.nan), each.scores.new_zeros(()))
+        for each in detector.detect_resized(images, max_size)
+    ]
+
+
+def _best_over_sizes(
+    config: Config,
+    detector: CLISDetector,
+    images: Sequence[ImageOfRow],
+    labels: np.ndarray,
+    find: Callable[[CLISDetector, list[Tensor], np.ndarray, int], list[tuple[Tensor, Tensor]]],
+) -> list[tuple[Tensor, Tensor]]:
+    """The box [4] of each image, in its stored pixels, and score [] that are best over `regions.short_side`.
+
+    Args:
+        find: the rule, for images that have their size: boxes in their pixels, and scores.
+    """
+    best: list[tuple[Tensor, Tensor]] = []
+    for short_side, max_size in search_sizes(config.regions):
+        sizes = [detector.resized_size(image.size, short_side, max_size) for image in images]
+        resized = [detector.resize(image.pixels, size, image.extent) for image, size in zip(images, sizes)]
+        with autocast(config.train.precision, resized[0].device):
+            found = find(detector, resized, labels, max_size)
+        found = [
+            (box * scale_back(small, image.size), score)
+            for (box, score), small, image in zip(found, resized, images)
+        ]
+        best = [max(pair, key=lambda each: float(each[1])) for pair in zip(best, found)] if best else found
+    return best
+
+
+def search_sizes(regions: RegionsConfig) -> list[tuple[int, int]]:
+    """Short side and longest side of each size that the detector looks at, largest first."""
+    largest = max(regions.short_side)
+    return [(side, round(regions.max_size * side / largest)) for side in sorted(regions.short_side)[::-1]]
+
+
+def read_boxes(path: Path, index: ImageLevelIndex) -> dict[str, Tensor]:
+    """A file as `regions.boxes` names one: a box, float32 [4], xyxy, by the name of its image.
 
     Raises:
         FileNotFoundError, ValueError: it is missing, not a JSON file of boxes, or of none of these images.
     """
-    path = data_path(config, config.regions.boxes)
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; regions.boxes names it")
+        raise FileNotFoundError(f"{path}: no such file of boxes")
     try:
         values = json.loads(path.read_bytes())
     except ValueError as error:
@@ -260,17 +417,11 @@ def read_given_boxes(config: Config, index: ImageLevelIndex) -> dict[str, Tensor
     return boxes
 
 
-def center_box(image: Tensor) -> Tensor:
-    """The central box of half the area, sides in the image's proportions; [4]."""
-    full = _full_box(image)
+def center_box(size: tuple[int, int]) -> Tensor:
+    """The central box [4] of half the area of an image of `size`, in its proportions."""
+    full = _full_box(size)
     return full[[2, 3, 2, 3]] * torch.tensor([0.5 - 0.125**0.5] * 2 + [0.5 + 0.125**0.5] * 2)
 
 
-def _full_box(image: Tensor) -> Tensor:
-    return torch.tensor([0, 0, image.shape[2], image.shape[1]], dtype=torch.float32)
-
-
-def _top_score(found: ImageDetections) -> tuple[Tensor, float]:
-    if len(found.boxes) == 0:
-        return torch.full((4,), torch.nan), 0.0
-    return found.boxes[0], float(found.scores[0])
+def _full_box(size: tuple[int, int]) -> Tensor:
+    return torch.tensor([0, 0, size[1], size[0]], dtype=torch.float32)

@@ -64,7 +64,7 @@ def make_streams(config: Config) -> tuple[Annotations, TwoStreamDataset, JointSa
     index = regions = image_level_sampler = None
     if clis.s > 0:
         index = make_index(config, annotations)
-        regions = load_regions(regions_file(config), index, config.regions.rule)
+        regions = load_regions(regions_file(config), index, config.regions)
         image_level_sampler = make_image_level_sampler(config, index)
     factors = repeat_factors(
         annotations.offsets, annotations.labels, len(annotations.categories), data.repeat_threshold

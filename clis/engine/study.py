@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from clis.config import (
+    DETECTOR_RULES,
     IMAGE_LEVEL_FIELDS,
     RESUMABLE,
     Config,
@@ -34,7 +35,7 @@ from clis.engine.log import clock, say
 from clis.engine.lvis_eval import accumulate
 from clis.engine.matching import match
 from clis.engine.preemption import Preempted, StopRequest
-from clis.engine.regions import DETECTOR_RULES, detector_config, detector_overrides
+from clis.engine.regions import detector_config, detector_overrides
 from clis.engine.streams import read_annotations
 from clis.engine.train import generate_shapes
 from clis.files import written_whole
@@ -42,7 +43,7 @@ from clis.losses import find_classification_loss
 
 FIGURES = ("AP", "APr", "APc", "APf")
 TRAIN = "from clis.__main__ import run_command; from clis.engine.train import main; run_command(main)"
-KEY_VERSION = 2
+KEY_VERSION = 3
 """Of `run_key`; another one where a default, or what the code makes of equal settings, has changed."""
 IMAGE_LEVEL_KEYS = {f"data.{name}" for name in IMAGE_LEVEL_FIELDS}
 POLL = 0.5
@@ -232,6 +233,7 @@ def _regions_key(config: Config, detector: Config | None) -> str:
     """As `run_key`, of a region file."""
     regions, data = config.regions, config.data
     key = [regions.rule, regions.boxes, data.train, data.image_level, data.mapping, data.drop_unmatched]
+    key += [sorted(regions.short_side), regions.max_size] if regions.rule in DETECTOR_RULES else []
     key += [data.label_noise, config.train.seed] if data.label_noise > 0 else []
     key += [None if config.data.generate else data.root]
     if detector is not None:

@@ -17,7 +17,6 @@ from clis.data.shapes import ShapesSpec, write_shapes
 from clis.distributed import (
     agreed,
     all_gather_rows,
-    all_reduce_sum,
     barrier,
     choose_device,
     distribute,
@@ -80,7 +79,7 @@ def recipe(config: Config, name: str, overrides: Sequence[str], device: torch.de
 
     if config.data.generate == "shapes":
         stages.append(("embedded benchmark", lambda: generate_shapes(data_path(config, "shapes"))))
-    if config.clis.s > 0 and not regions_file(config).exists():
+    if config.clis.s > 0 and not agreed(regions_file(config).exists()):
         if detector is not None:
             add_training(f"detector for the regions: {config.regions.detector}", detector)
         stages.append(("regions", lambda: find_regions(config, device, detector)))
@@ -146,7 +145,8 @@ def train(config: Config, folder: Path, device: torch.device) -> CLISDetector:
             evaluate(first_step)  # the run was stopped behind the step's checkpoint
         for step, batches in loop:
             rate = learning_rate(step, config.optim, config.train.images_per_step)
-            outputs, norm = train_step(network, model, optimizer, scaler, batches, rate, config)
+            normalizers = global_normalizers(loop.counts, config)
+            outputs, norm = train_step(network, model, optimizer, scaler, batches, normalizers, rate, config)
             loop.computed()
             if not math.isfinite(norm) and not scaler.is_enabled():  # float16 scaling expects some
                 skipped += 1
@@ -170,6 +170,7 @@ def train_step(
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
     batches: Sequence[Batch],
+    normalizers: Normalizers,
     rate: float,
     config: Config,
 ) -> tuple[list[TrainOutput], float]:
@@ -185,7 +186,6 @@ def train_step(
         What `CLISDetector.forward` gave for each micro-batch, and the norm of the gradient before clipping.
     """
     device = batches[0].regions.device
-    normalizers = count_normalizers(batches, config, device)
     outputs = []
 
     def total_loss(batch: Batch) -> Tensor:
@@ -198,16 +198,10 @@ def train_step(
     return outputs, norm
 
 
-def count_normalizers(batches: Sequence[Batch], config: Config, device: torch.device) -> Normalizers:
-    """Images, regions and pairs of the global batch, over the number of processes; at least one of each."""
-    counts = torch.tensor(
-        [sum(len(b.regions) for b in batches), sum(len(b.pair_boxes) for b in batches)],
-        dtype=torch.float64 if device.type == "cpu" else torch.float32,
-        device=device,
-    )
-    regions, pairs = all_reduce_sum(counts).clamp(min=1).tolist()
-    processes = world_size()
-    return Normalizers(config.train.images_per_step / processes, regions / processes, pairs / processes)
+def global_normalizers(counts: Sequence[int], config: Config) -> Normalizers:
+    """What the losses are divided by, from regions and pairs of the global batch; at least one of each."""
+    regions, pairs = (max(1, count) / world_size() for count in counts)
+    return Normalizers(config.train.images_per_step / world_size(), regions, pairs)
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -94,6 +94,7 @@ def build_model(config: Config, categories: Sequence[Any], *, pretrained: bool =
         classification_loss=loss,
         roi_config=model.roi,
         test_config=config.test,
+        max_size=config.data.max_size,
         categories=categories,
     )
     # convolutions hand this layout on, and on CPUs need no copies to and from one of their own

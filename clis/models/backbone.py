@@ -196,6 +196,7 @@ class Backbone(nn.Module):
 
     def __init__(self, config: BackboneConfig) -> None:
         super().__init__()
+        self.square = config.canvas == "square"
         self.normalize = Normalize()
         self.body = ResNet(config)
         self.fpn = FeaturePyramidNetwork(
@@ -204,9 +205,13 @@ class Backbone(nn.Module):
             norm_layer=(lambda channels: make_norm(channels, config)) if config.norm == "group" else None,
         )
 
-    def forward(self, images: Sequence[Tensor]) -> list[Tensor]:
-        """Features P2-P6, [B, fpn_channels, H/stride, W/stride], of RGB images [3,H,W] in 0..255."""
-        levels = [layer(x) for layer, x in zip(self.last_layers, self.merge(images))]
+    def forward(self, images: Sequence[Tensor], max_size: int | None = None) -> list[Tensor]:
+        """Features P2-P6, [B, fpn_channels, H/stride, W/stride], of RGB images [3,H,W] in 0..255.
+
+        Args:
+            max_size: the longest side that such images may have; see `BackboneConfig.canvas`.
+        """
+        levels = [layer(x) for layer, x in zip(self.last_layers, self.merge(images, max_size))]
         return [*levels, F.max_pool2d(levels[-1], 1, 2)]
 
     @property
@@ -214,19 +219,20 @@ class Backbone(nn.Module):
         """The 3x3 convolution of each of P2-P5, with its norm if there is one."""
         return self.fpn.layer_blocks
 
-    def merge(self, images: Sequence[Tensor]) -> list[Tensor]:
+    def merge(self, images: Sequence[Tensor], max_size: int | None = None) -> list[Tensor]:
         """The pyramid's top-down sums, from which `last_layers` make P2-P5."""
-        features = self.body(self.batch(images))
+        features = self.body(self.batch(images, max_size))
         merged = [lateral(x) for lateral, x in zip(self.fpn.inner_blocks, features)]
         for level in range(len(merged) - 2, -1, -1):
             size = merged[level].shape[2:]
             merged[level] = merged[level] + F.interpolate(merged[level + 1], size=size, mode="nearest")
         return merged
 
-    def batch(self, images: Sequence[Tensor]) -> Tensor:
+    def batch(self, images: Sequence[Tensor], max_size: int | None = None) -> Tensor:
         """Normalised images, zero-padded at the right and bottom to a common multiple of 32; [B,3,H,W]."""
-        height = max(image.shape[1] for image in images)
-        width = max(image.shape[2] for image in images)
+        least = max_size if self.square and max_size is not None else 0
+        height = max(least, *(image.shape[1] for image in images))
+        width = max(least, *(image.shape[2] for image in images))
         batch = self.normalize.mean.new_zeros((len(images), 3, -(-height // 32) * 32, -(-width // 32) * 32))
         for row, image in zip(batch, images):
             row[:, : image.shape[1], : image.shape[2]] = self.normalize(image)

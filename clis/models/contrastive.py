@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -10,6 +11,19 @@ from torch import Tensor, nn
 
 from clis.losses import at_least_float32, info_nce
 from clis.models.heads import TwoFC
+
+
+class ContrastiveOutput(NamedTuple):
+    """What one batch of pairs gives."""
+
+    loss: Tensor
+    """L_con, a scalar."""
+    keys: Tensor
+    """[2P,E] of unit length, each pair's pasted view before its region."""
+    labels: Tensor
+    """int64 [2P] of the keys."""
+    stats: dict[str, Tensor]
+    """As from `similarity_stats`."""
 
 
 class KeyQueue(nn.Module):
@@ -38,6 +52,10 @@ class KeyQueue(nn.Module):
     def num_filled(self) -> int:
         return min(int(self.pushed), len(self.keys))
 
+    def concentration(self) -> float:
+        """Length of the mean key: 1 where all keys are equal, near 0 where they are spread evenly."""
+        return float(self.keys.sum(dim=0).norm() / max(self.num_filled(), 1))
+
     @torch.no_grad()
     def push(self, keys: Tensor, labels: Tensor) -> None:
         """Adds keys [n,E] with their labels [n] over the oldest ones; of more than Q the last Q stay."""
@@ -51,8 +69,17 @@ class KeyQueue(nn.Module):
 class ContrastiveRegularization(nn.Module):
     """f_i and f_d of pasted pairs against the queue, and the momentum copy that makes the queue's keys.
 
-    Each task has an MLP (one fc, E outputs). With `pasted_view="momentum"` f_d comes from the momentum copy
-    and both tasks share one MLP, for the instance task's own would get no gradient.
+    Each task has an MLP (one fc, E outputs). Eq. 1 writes the positive of f_i as f_d and does not say which
+    encoder makes it. We read it as a key of the momentum copy, as the negatives are (MoCo, arXiv 1911.05722),
+    and let both tasks ask: the loss is the mean of Eq. 1 for (f_i, key_d) and for (f_d, key_i), so that both
+    MLPs learn. `pasted_view` has the other readings:
+
+    * ``symmetric``: the mean of both, the default;
+    * ``momentum``: (f_i, key_d) alone. Both tasks share one MLP, since the instance task's own would get no
+      gradient;
+    * ``online``: (f_i, f_d), both with a gradient. Every negative comes from the lagging copy and the
+      positive does not, so moving all online features away from the copy solves the loss without telling two
+      instances apart: retrieval stays near chance.
     """
 
     def __init__(
@@ -87,7 +114,7 @@ class ContrastiveRegularization(nn.Module):
         pooled_pasted: Tensor,
         labels: Tensor,
         normalizer: Tensor | float,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> ContrastiveOutput:
         """L_con of P pairs, and their keys for `update`.
 
         Args:
@@ -96,21 +123,25 @@ class ContrastiveRegularization(nn.Module):
             pooled_regions, pooled_pasted: [P, channels, 7, 7], RoIAlign of both views.
             labels: int64 [P].
             normalizer: number of pairs in the global batch.
-
-        Returns:
-            The loss; keys [2P,E], each pair's pasted view before its region; their labels [2P].
         """
         keys = self.make_keys(pooled_pasted, pooled_regions)
-        queries = normalize(self.image_mlp(image_features))
-        if self.pasted_view == "online":
-            positives = normalize(self.instance_mlp(instance_features))
-        else:
-            positives = keys[0::2]
-        mask = self.queue.filled().expand(len(queries), -1)
+        key_d, key_i = keys[0::2], keys[1::2]
+        f_i = normalize(self.image_mlp(image_features))
+        f_d = normalize(self.instance_mlp(instance_features))
+        terms = {
+            "symmetric": ((f_i, key_d), (f_d, key_i)),
+            "momentum": ((f_i, key_d),),
+            "online": ((f_i, f_d),),
+        }[self.pasted_view]
+        mask = self.queue.filled().expand(len(labels), -1)
         if self.mask_same_class:
             mask = mask & (self.queue.labels != labels[:, None])
-        loss = info_nce(queries, positives, self.queue.keys, mask, self.temperature, normalizer)
-        return loss, keys, labels.repeat_interleave(2)
+        loss = sum(
+            info_nce(query, positive, self.queue.keys, mask, self.temperature, normalizer * len(terms))
+            for query, positive in terms
+        )
+        stats = similarity_stats(f_i.detach(), f_d.detach())
+        return ContrastiveOutput(loss, keys, labels.repeat_interleave(2), stats)
 
     @torch.no_grad()
     def make_keys(self, pooled_pasted: Tensor, pooled_regions: Tensor) -> Tensor:
@@ -133,3 +164,32 @@ class ContrastiveRegularization(nn.Module):
 def normalize(features: Tensor) -> Tensor:
     """Unit length, in float32 or wider."""
     return F.normalize(at_least_float32(features), dim=1)
+
+
+@torch.no_grad()
+def similarity_stats(f_i: Tensor, f_d: Tensor) -> dict[str, Tensor]:
+    """Sums over P pairs that show whether L_con tells instances apart; a pair without others counts nothing.
+
+    Args:
+        f_i, f_d: [P,E] of unit length, the online features of both views.
+
+    Returns:
+        contrast_pairs: P, or 0 where there is no other pair.
+        contrast_positive: similarity of f_i and f_d of one pair.
+        contrast_other: mean similarity of f_i to the f_d of the other pairs.
+        contrast_retrieved: pairs whose f_d is the most similar of all to f_i.
+        contrast_chance: that number for features that know nothing, 1 for each batch.
+    """
+    pairs = len(f_i)
+    similarity = f_i @ f_d.T
+    if pairs < 2:
+        similarity = similarity[:0, :0]
+    own = similarity.diagonal()
+    nearest = similarity.argmax(dim=1) if len(own) else own
+    return {
+        "contrast_pairs": own.new_full((), len(own)),
+        "contrast_positive": own.sum(),
+        "contrast_other": (similarity.sum() - own.sum()) / max(pairs - 1, 1),
+        "contrast_retrieved": (nearest == torch.arange(len(own), device=own.device)).sum(),
+        "contrast_chance": own.new_full((), min(len(own), 1)),
+    }

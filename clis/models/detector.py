@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from clis import boxes as box_ops
 from clis.config import TestConfig
-from clis.data.transforms import resize_image, shortest_size
+from clis.data.transforms import resize_image, round_half_up, shortest_size
 from clis.losses import at_least_float32, l1_loss, objectness_loss
 from clis.models.backbone import Backbone
 from clis.models.contrastive import ContrastiveRegularization
@@ -43,7 +43,7 @@ class TrainOutput:
     losses: dict[str, Tensor]
     """Raw, unweighted scalars."""
     stats: dict[str, Tensor]
-    """Counts over the batch, for the log."""
+    """Sums over the batch, for the log: counts, and those of `similarity_stats`."""
     keys: tuple[Tensor, Tensor] | None
     """Keys [2P,E] and labels [2P] for the queue, to be pushed after the optimizer's step."""
 
@@ -67,8 +67,13 @@ class CLISDetector(nn.Module):
         classification_loss: nn.Module,
         roi_config: RoIConfig,
         test_config: TestConfig,
+        max_size: int,
         categories: Sequence[Any],
     ) -> None:
+        """
+        Args:
+            max_size: longest side of the instance-level images in training, in pixels.
+        """
         super().__init__()
         self.backbone = backbone
         self.rpn = rpn
@@ -78,7 +83,7 @@ class CLISDetector(nn.Module):
         self.image_classification = image_classification
         self.contrastive = contrastive
         self.classification_loss = classification_loss
-        self.roi_config, self.test_config = roi_config, test_config
+        self.roi_config, self.test_config, self.max_size = roi_config, test_config, max_size
         self.categories = tuple(categories)
 
     @property
@@ -87,19 +92,18 @@ class CLISDetector(nn.Module):
 
     def forward(self, batch: Batch, normalizers: Normalizers) -> TrainOutput:
         """One training pass over a batch of both streams (Figure 2); a function of batch and seeds."""
-        generators = [torch.Generator().manual_seed(seed) for seed in batch.seeds]
         sizes = [tuple(image.shape[1:]) for image in batch.images]
 
         # instance-level images: proposals and their RoIs
-        features = self.backbone(batch.images)
-        losses = self.rpn.losses(
-            features, batch.boxes, sizes, generators, normalizers.images * self.rpn.config.samples
-        )
+        features = self.backbone(batch.images, self.max_size)
+        anchors = self.rpn.anchors(features)
+        count = normalizers.images * self.rpn.config.samples
+        losses = self.rpn.losses(features, anchors, batch.boxes, sizes, batch.seeds, count)
         with torch.no_grad():  # behind the losses: autocast keeps what it casts, here without a gradient
-            levels = self.rpn(features)
-        proposals = self.rpn.propose(*levels, sizes)
+            maps = self.rpn(features)
+        proposals = self.rpn.propose(*maps, anchors, sizes)
         rois = sample_rois(
-            proposals, batch.boxes, batch.labels, self.roi_config, self.num_classes, generators
+            proposals, batch.boxes, batch.labels, self.roi_config, self.num_classes, batch.seeds
         )
 
         # localization task and instance-classification task; pasted instances are pooled along with the RoIs
@@ -116,7 +120,7 @@ class CLISDetector(nn.Module):
         )
         stats = {
             "positive_rois": (rois.labels < self.num_classes).sum(),
-            "pairs": torch.tensor(len(batch.pair_boxes)),
+            "pairs": rois.labels.new_full((), len(batch.pair_boxes)),
         }
 
         # image-level images: image-classification task on the pre-defined regions
@@ -134,7 +138,7 @@ class CLISDetector(nn.Module):
             # contrastive regularization between the two views of each pair
             if self.contrastive is not None:
                 pairs = batch.pair_regions
-                losses["contrastive"], *keys = self.contrastive(
+                contrast = self.contrastive(
                     image_features[pairs],
                     instance_features[num_rois:],
                     pooled_regions[pairs],
@@ -142,7 +146,10 @@ class CLISDetector(nn.Module):
                     batch.region_labels[pairs],
                     normalizers.pairs,
                 )
-        return TrainOutput(losses, stats, tuple(keys) if keys else None)
+                losses["contrastive"] = contrast.loss
+                stats |= contrast.stats
+                keys = contrast.keys, contrast.labels
+        return TrainOutput(losses, stats, keys)
 
     def _localization_features(self, pooled: Tensor, instance_features: Tensor) -> Tensor:
         """[N,D] of the localization sub-network, computed anew only if it is one of its own."""
@@ -156,9 +163,8 @@ class CLISDetector(nn.Module):
         """L_loc on the positives, for the box of their own class, and L_obj on all RoIs."""
         count = normalizers.images * self.roi_config.samples
         is_object = rois.labels < self.num_classes
-        positive = torch.nonzero(is_object).squeeze(1)
-        deltas = self.localization.deltas(features[positive])
-        own = rois.labels[positive].clamp(max=deltas.shape[1] - 1)
+        deltas = self.localization.deltas(features[rois.positives])
+        own = rois.labels[rois.positives].clamp(max=deltas.shape[1] - 1)
         losses = {"box": l1_loss(deltas[torch.arange(len(own), device=own.device), own], rois.targets, count)}
         if self.localization.fc_objectness is not None:
             logits = self.localization.fc_objectness(features).squeeze(1)
@@ -166,14 +172,19 @@ class CLISDetector(nn.Module):
         return losses
 
     @torch.no_grad()
-    def predict(self, images: Sequence[Tensor]) -> list[tuple[Tensor, Tensor, Tensor]]:
+    def predict(
+        self, images: Sequence[Tensor], max_size: int | None = None
+    ) -> list[tuple[Tensor, Tensor, Tensor]]:
         """Of each image, as it is given: RoIs [n,4], scores [n,C] and box deltas [n, C or 1, 4].
 
         The score is the class probability, times the objectness where there is one (section III-B.5).
+
+        Args:
+            max_size: the longest side that such images may have; see `BackboneConfig.canvas`.
         """
         sizes = [tuple(image.shape[1:]) for image in images]
-        features = self.backbone(images)
-        proposals = self.rpn.propose(*self.rpn(features), sizes)
+        features = self.backbone(images, max_size)
+        proposals = self.rpn.propose(*self.rpn(features), self.rpn.anchors(features), sizes)
         counts = [boxes.shape[0] for boxes in proposals]
         rows = torch.cat(
             [torch.full_like(boxes[:, 0], row, dtype=torch.int64) for row, boxes in enumerate(proposals)]
@@ -193,53 +204,69 @@ class CLISDetector(nn.Module):
 
         Returns the detections of each image, boxes in pixels of the image that was given.
         """
-        resized = self.resize(images)
-        detections = []
-        for image, small, prediction in zip(images, resized, self.predict(resized)):
-            found = select_detections(*prediction, tuple(small.shape[1:]), self.test_config)
-            detections.append(ImageDetections(found.boxes * _scale(small, image), found.scores, found.labels))
-        return detections
+        short_side, max_size = self.test_config.short_side, self.test_config.max_size
+        sizes = [tuple(image.shape[1:]) for image in images]
+        resized = [
+            self.resize(image, self.resized_size(size, short_side, max_size))
+            for image, size in zip(images, sizes)
+        ]
+        return [
+            ImageDetections(found.boxes * scale_back(small, size), found.scores, found.labels)
+            for found, small, size in zip(self.detect_resized(resized, max_size), resized, sizes)
+        ]
 
     @torch.no_grad()
-    def rank_first(self, images: Sequence[Tensor], labels: Tensor) -> list[tuple[Tensor, Tensor]]:
+    def detect_resized(self, images: Sequence[Tensor], max_size: int | None = None) -> list[ImageDetections]:
+        """As `detect`, of images that have their size; boxes are in their pixels."""
+        return [
+            select_detections(*prediction, tuple(image.shape[1:]), self.test_config)
+            for image, prediction in zip(images, self.predict(images, max_size))
+        ]
+
+    @torch.no_grad()
+    def rank_first(
+        self, images: Sequence[Tensor], labels: Tensor, max_size: int | None = None
+    ) -> list[tuple[Tensor, Tensor]]:
         """The box [4] and score [] of each image's own label that rank first over all RoIs (section IV-A.3).
 
         No score threshold and no limit of detections: tail categories score low but rank well. Images and
-        boxes as for `detect`; a box is NaN where the image has no RoI.
+        boxes as for `detect_resized`; a box is NaN where the image has no RoI.
         """
-        resized = self.resize(images)
         found = []
-        for image, small, label, (rois, scores, deltas) in zip(
-            images, resized, labels, self.predict(resized)
-        ):
+        for image, label, (rois, scores, deltas) in zip(images, labels, self.predict(images, max_size)):
             if len(rois) == 0:
                 found.append((rois.new_full((4,), torch.nan), rois.new_zeros(())))
                 continue
             score, first = scores[:, label].max(dim=0)
             own = deltas[first, label.clamp(max=deltas.shape[1] - 1)]
             moved = box_ops.decode(rois[first], own, box_ops.ROI_STDS, self.test_config.shrink_limit)
-            found.append((box_ops.clip(moved, tuple(small.shape[1:])) * _scale(small, image), score))
+            found.append((box_ops.clip(moved, tuple(image.shape[1:])), score))
         return found
 
-    def resize(self, images: Sequence[Tensor]) -> list[Tensor]:
-        """Images, shorter side at `short_side`, longer at most `max_size`, on the model's device, 0..255.
+    def resized_size(self, size: tuple[int, int], short_side: int, max_size: int) -> tuple[int, int]:
+        """Height and width, rounded as `test.resize` says, of an image that is resized from `size`."""
+        to_whole = math.floor if self.test_config.resize == "torchvision" else round_half_up
+        return shortest_size(size, short_side, max_size, to_whole)
+
+    def resize(
+        self, image: Tensor, size: tuple[int, int], extent: tuple[float, float] | None = None
+    ) -> Tensor:
+        """A uint8 image [3,H,W] at another size, on the model's device, 0..255, as `test.resize` says.
 
         uint8, or, with torchvision's resizing, of the model's type.
+
+        Args:
+            extent: height and width of what is resized, where the image was decoded at a part of its size;
+                see `resize_image`. Not with torchvision's resizing.
         """
-        config, like, resized = self.test_config, self.backbone.normalize.mean, []
-        for image in images:
-            size = tuple(image.shape[1:])
-            if config.resize == "torchvision":
-                size = shortest_size(size, config.short_side, config.max_size, math.floor)
-                image = F.interpolate(image.to(like)[None], size=size, mode="bilinear")[0]
-            else:
-                size = shortest_size(size, config.short_side, config.max_size)
-                image = resize_image(image, size, antialias=config.resize == "pillow")
-            resized.append(image.to(like.device))
-        return resized
+        like = self.backbone.normalize.mean
+        image = image.to(like.device, non_blocking=True)
+        if self.test_config.resize == "torchvision":
+            return F.interpolate(image.to(like)[None], size=size, mode="bilinear")[0]
+        return resize_image(image, size, extent, antialias=self.test_config.resize == "pillow")
 
 
-def _scale(resized: Tensor, original: Tensor) -> Tensor:
-    """Factors [4] from pixels of the resized image to pixels of the original."""
-    height, width = (before / after for before, after in zip(original.shape[1:], resized.shape[1:]))
+def scale_back(resized: Tensor, size: tuple[int, int]) -> Tensor:
+    """Factors [4] from pixels of a resized image [3,H,W] to pixels of the image of `size` that it was."""
+    height, width = (before / after for before, after in zip(size, resized.shape[1:]))
     return torch.tensor([width, height, width, height], device=resized.device)

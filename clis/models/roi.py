@@ -27,8 +27,10 @@ class SampledRoIs:
     """int64 [N], row of the batch."""
     labels: Tensor
     """int64 [N], background is C."""
+    positives: Tensor
+    """int64 [P], the rows whose label is not background."""
     targets: Tensor
-    """[P,4] deltas of the positives alone, in the order of `torch.nonzero(labels < C)`."""
+    """[P,4] deltas of the positives."""
 
 
 @torch.no_grad()
@@ -38,21 +40,31 @@ def sample_rois(
     labels: Sequence[Tensor],
     config: RoIConfig,
     num_classes: int,
-    generators: Sequence[torch.Generator],
+    seeds: Sequence[int],
 ) -> SampledRoIs:
-    """Samples RoIs of each image from its proposals [n,4] and ground truth [G,4], which is added to them."""
-    rois, images, roi_labels, targets = [], [], [], []
-    for image, (proposal, truth, label, generator) in enumerate(zip(proposals, boxes, labels, generators)):
-        candidates = torch.cat([truth, proposal])
-        iou = box_iou(truth, candidates)
-        matches = box_ops.match(iou, config.positive_iou, config.positive_iou, low_quality=False)
-        positive, negative = box_ops.sample(matches, config.samples, config.positive_fraction, generator)
-        matched = matches[positive]
-        rois.append(candidates[torch.cat([positive, negative])])
+    """Samples RoIs of each image from its proposals [n,4] and ground truth [G,4], which is added to them.
+
+    Args:
+        seeds: of each image, for the choice of RoIs.
+    """
+    candidates = [torch.cat(pair) for pair in zip(boxes, proposals)]
+    matches = [
+        box_ops.match(box_iou(truth, each), config.positive_iou, config.positive_iou, low_quality=False)
+        for truth, each in zip(boxes, candidates)
+    ]
+    chosen = box_ops.sample(matches, config.samples, config.positive_fraction, seeds)
+    rois, images, roi_labels, targets, positives, count = [], [], [], [], [], 0
+    for image, (candidate, truth, label, match_of, (positive, negative)) in enumerate(
+        zip(candidates, boxes, labels, matches, chosen)
+    ):
+        matched = match_of[positive]
+        rois.append(candidate[torch.cat([positive, negative])])
         images.append(torch.full((len(rois[-1]),), image, device=truth.device))
         roi_labels.append(torch.cat([label[matched], torch.full_like(negative, num_classes)]))
-        targets.append(box_ops.encode(candidates[positive], truth[matched], box_ops.ROI_STDS))
-    return SampledRoIs(torch.cat(rois), torch.cat(images), torch.cat(roi_labels), torch.cat(targets))
+        targets.append(box_ops.encode(candidate[positive], truth[matched], box_ops.ROI_STDS))
+        positives.append(torch.arange(count, count + len(positive), device=truth.device))
+        count += len(rois[-1])
+    return SampledRoIs(*map(torch.cat, (rois, images, roi_labels, positives, targets)))
 
 
 class RoIPooler(nn.Module):
@@ -87,36 +99,60 @@ class RoIPooler(nn.Module):
         levels = self.levels(boxes)
         rois = torch.cat([images[:, None].to(boxes), boxes], dim=1)
         size, ratio, aligned = self.config.pool_size, self.config.sampling_ratio, self.config.aligned
-        rows, pooled = [], []
-        for level, (feature, stride) in enumerate(zip(features[:4], STRIDES)):
-            rows.append(torch.nonzero(levels == level).squeeze(1))
-            here = rois[rows[-1]]
-            if last_layers is not None:
-                feature, here = _last_layer_around(here, feature, last_layers[level], stride)
+        if last_layers is None:
+            rows, sides = box_ops.rows_by_group(levels, 4), [None] * 4
+        else:
+            rows, sides = _rows_and_windows(boxes, levels)
+        pooled = []
+        for level, (feature, stride, row, side) in enumerate(zip(features[:4], STRIDES, rows, sides)):
+            here = rois[row]
+            if side is not None:
+                feature, here = _last_layer_around(here, feature, last_layers[level], stride, side)
             feature = at_least_float32(feature)
             pooled.append(roi_align(feature, here.to(feature.dtype), size, 1 / stride, ratio, aligned))
         return torch.cat(pooled)[torch.cat(rows).argsort()]
 
 
+def _cells(boxes: Tensor, stride: Tensor | int) -> tuple[Tensor, Tensor]:
+    """First cell, and one past the last, int64 [n,2] of x and y, that RoIAlign reads for boxes [n,4].
+
+    It reads from half a cell before the box (`aligned`) to the right neighbour of its last point, of a box
+    that is one cell wide at least (not `aligned`).
+    """
+    return (boxes[:, :2] / stride).floor().long() - 1, (boxes[:, 2:] / stride).ceil().long() + 2
+
+
+def _rows_and_windows(
+    boxes: Tensor, levels: Tensor
+) -> tuple[tuple[Tensor, ...], list[tuple[int, int] | None]]:
+    """The rows of each level, and width and height of a window, in cells, that holds any of its boxes (None
+    where it has none); the host waits once for both."""
+    low, high = _cells(boxes, STRIDES[0] * 2 ** levels[:, None])
+    of_level = levels == torch.arange(4, device=levels.device)[:, None]
+    sides = (
+        (torch.where(of_level[..., None], high - low, 0).amax(dim=1)) if len(boxes) else low.new_zeros(4, 2)
+    )
+    counts, *sides = torch.cat([of_level.sum(dim=1)[:, None], sides], dim=1).T.tolist()
+    rows = levels.argsort(stable=True).split(counts)
+    return rows, [side if count else None for count, *side in zip(counts, *sides)]
+
+
 def _last_layer_around(
-    rois: Tensor, feature: Tensor, layer: nn.Sequential, stride: int
+    rois: Tensor, feature: Tensor, layer: nn.Sequential, stride: int, side: tuple[int, int]
 ) -> tuple[Tensor, Tensor]:
     """layer(feature) where RoIAlign reads it for rois [n,5], and the rois in the coordinates of that.
 
     One window a RoI, all of one size, moved inside the map so that a window ends where the map does: RoIAlign
     treats its border as the map's. The whole map instead where that is less work, or where the layer has a
-    norm, whose statistics are the map's. Without RoIs the layer is not computed: no gradient from here.
+    norm, whose statistics are the map's.
+
+    Args:
+        side: width and height in cells that hold what RoIAlign reads for any of the rois.
     """
-    if len(rois) == 0:
-        return feature, rois
-    # RoIAlign reads from half a cell before the box (`aligned`) to the right neighbour of its last point,
-    # of a box that is one cell wide at least (not `aligned`)
-    low = (rois[:, 1:3] / stride).floor().long() - 1
-    high = (rois[:, 3:] / stride).ceil().long() + 2
-    width, height = (high - low).amax(dim=0).tolist()
-    width, height = min(width, feature.shape[3]), min(height, feature.shape[2])
+    width, height = min(side[0], feature.shape[3]), min(side[1], feature.shape[2])
     if len(layer) > 1 or len(rois) * height * width >= feature[:, 0].numel():
         return layer(feature), rois
+    low, _ = _cells(rois[:, 1:], stride)
     x = low[:, 0].clamp(0, feature.shape[3] - width)
     y = low[:, 1].clamp(0, feature.shape[2] - height)
     columns, rows = (

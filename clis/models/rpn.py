@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -17,32 +18,28 @@ from clis.models.backbone import STRIDES
 from clis.models.windows import windows
 
 
-def make_anchors(
-    config: RPNConfig,
-    stride: int,
-    height: int,
-    width: int,
-    device: torch.device,
-    spacing: tuple[int, int] | None = None,
-) -> Tensor:
+def cell_anchors(config: RPNConfig, stride: int) -> Tensor:
+    """The anchors [A,4] of a cell at the origin; each ratio has the area (anchor_scale * stride)^2 pixels."""
+    side = config.anchor_scale * stride
+    ratios = torch.tensor(config.anchor_ratios)
+    half = torch.stack([side / ratios.sqrt(), side * ratios.sqrt()], dim=1) / 2
+    half = half.round() if config.round_anchors else half
+    return torch.cat([-half, half], dim=1)
+
+
+def grid_anchors(cell: Tensor, height: int, width: int, spacing: tuple[int, int]) -> Tensor:
     """Anchors of one level, [height * width * A, 4], row by row, centred on the cells' top left corners.
 
-    Every ratio (height / width) has the same area, (anchor_scale * stride)^2 pixels. `spacing` is the pixels
-    from row to row and from column to column; None is `stride`.
+    Args:
+        cell: [A,4], as from `cell_anchors`.
+        spacing: pixels from row to row and from column to column.
     """
-    side = config.anchor_scale * stride
-    ratios = torch.tensor(config.anchor_ratios, device=device)
-    half = torch.stack([side / ratios.sqrt(), side * ratios.sqrt()], dim=1) / 2
-    if config.round_anchors:
-        half = half.round()
-    down, right = spacing or (stride, stride)
     y, x = torch.meshgrid(
-        torch.arange(height, device=device) * down,
-        torch.arange(width, device=device) * right,
+        torch.arange(height, device=cell.device) * spacing[0],
+        torch.arange(width, device=cell.device) * spacing[1],
         indexing="ij",
     )
-    centre = torch.stack([x, y], dim=-1).reshape(-1, 1, 2)
-    return torch.cat([centre - half, centre + half], dim=-1).reshape(-1, 4)
+    return (torch.stack([x, y, x, y], dim=-1).reshape(-1, 1, 4) + cell).reshape(-1, 4)
 
 
 class RPN(nn.Module):
@@ -63,9 +60,11 @@ class RPN(nn.Module):
         for layer in (self.conv, self.objectness, self.deltas):
             nn.init.normal_(layer.weight, std=0.01)
             nn.init.zeros_(layer.bias)
+        cells = torch.stack([cell_anchors(config, stride) for stride in STRIDES])
+        self.register_buffer("cell_anchors", cells, persistent=False)
 
-    def forward(self, features: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-        """Of every level: objectness logits [B,n], deltas [B,n,4], anchors [n,4]."""
+    def forward(self, features: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """Of every level: objectness logits [B,n] and deltas [B,n,4]."""
         objectness, deltas = [], []
         for feature in features:
             hidden = self.conv(feature).relu_()
@@ -73,18 +72,18 @@ class RPN(nn.Module):
             deltas.append(
                 at_least_float32(self.deltas(hidden).permute(0, 2, 3, 1).reshape(len(feature), -1, 4))
             )
-        return objectness, deltas, self.anchors(features)
+        return objectness, deltas
 
     def anchors(self, features: Sequence[Tensor]) -> list[Tensor]:
         """Anchors [n,4] of every level."""
         anchors = []
         padded_height, padded_width = (STRIDES[0] * side for side in features[0].shape[2:])
-        for feature, stride in zip(features, STRIDES):
+        for feature, stride, cell in zip(features, STRIDES, self.cell_anchors):
             height, width = feature.shape[2:]
-            spacing = None
+            spacing = (stride, stride)
             if self.config.anchor_spacing == "grid":
                 spacing = (padded_height // height, padded_width // width)
-            anchors.append(make_anchors(self.config, stride, height, width, feature.device, spacing))
+            anchors.append(grid_anchors(cell, height, width, spacing))
         return anchors
 
     def predict_at(
@@ -98,15 +97,14 @@ class RPN(nn.Module):
         """
         num_anchors = len(self.config.anchor_ratios)
         cells, ratios = anchors // num_anchors, anchors % num_anchors
+        sides = [tuple(feature.shape[2:]) for feature in features]
+        first = [0, *itertools.accumulate(height * width for height, width in sides)]
+        levels = sum((cells >= start).long() for start in first[1:-1])
         around = torch.arange(-1, 2, device=cells.device)
-        rows, patches, first = [], [], 0
-        for feature in features:
-            height, width = feature.shape[2:]
-            rows.append(torch.nonzero((cells >= first) & (cells < first + height * width)).squeeze(1))
-            cell = (cells[rows[-1]] - first)[:, None]
-            y, x = cell // width + around, cell % width + around
-            patches.append(windows(feature, images[rows[-1]], y, x))
-            first += height * width
+        rows, patches = box_ops.rows_by_group(levels, len(features)), []
+        for feature, here, start in zip(features, rows, first):
+            cell, width = (cells[here] - start)[:, None], feature.shape[3]
+            patches.append(windows(feature, images[here], cell // width + around, cell % width + around))
         patches = torch.cat(patches)[torch.cat(rows).argsort()]
         hidden = F.conv2d(patches, self.conv.weight, self.conv.bias).relu_()
         row = torch.arange(len(anchors), device=anchors.device)
@@ -157,33 +155,40 @@ class RPN(nn.Module):
     def losses(
         self,
         features: Sequence[Tensor],
+        anchors: Sequence[Tensor],
         boxes: Sequence[Tensor],
         sizes: Sequence[tuple[int, int]],
-        generators: Sequence[torch.Generator],
+        seeds: Sequence[int],
         normalizer: float,
     ) -> dict[str, Tensor]:
         """L_rpn: objectness of sampled anchors and L1 of the positives, for `boxes` [G,4] of each image.
 
         Anchors that are centred outside their image, in the padding, are neither positive nor negative.
+
+        Args:
+            anchors: of every level, as from `anchors`.
+            seeds: of each image, for the choice of anchors.
         """
-        anchors = torch.cat(self.anchors(features))
-        centres = (anchors[:, :2] + anchors[:, 2:]) / 2
-        images, sampled, is_object, targets = [], [], [], []
-        for image, (truth, (height, width), generator) in enumerate(zip(boxes, sizes, generators)):
-            outside = (centres >= centres.new_tensor([width, height])).any(dim=1)
+        anchors = torch.cat(list(anchors))
+        x, y = ((anchors[:, :2] + anchors[:, 2:]) / 2).unbind(dim=1)
+        matches = []
+        for truth, (height, width) in zip(boxes, sizes):
+            outside = (x >= width) | (y >= height)
             iou = box_iou(truth, anchors).masked_fill(outside, -1)  # no box's best anchor is outside
-            matches = box_ops.match(iou, self.config.positive_iou, self.config.negative_iou, low_quality=True)
-            matches = matches.masked_fill(outside, box_ops.IGNORED)
-            positive, negative = box_ops.sample(
-                matches, self.config.samples, self.config.positive_fraction, generator
-            )
+            found = box_ops.match(iou, self.config.positive_iou, self.config.negative_iou, low_quality=True)
+            matches.append(found.masked_fill(outside, box_ops.IGNORED))
+        chosen = box_ops.sample(matches, self.config.samples, self.config.positive_fraction, seeds)
+
+        images, sampled, is_object, targets, positives, count = [], [], [], [], [], 0
+        for image, (truth, match_of, (positive, negative)) in enumerate(zip(boxes, matches, chosen)):
             sampled += [positive, negative]
-            is_object += [positive >= 0, negative < 0]  # true, false
+            is_object += [torch.ones_like(positive), torch.zeros_like(negative)]
             images += [torch.full_like(each, image) for each in (positive, negative)]
-            targets.append(box_ops.encode(anchors[positive], truth[matches[positive]], box_ops.RPN_STDS))
-        is_object = torch.cat(is_object)
+            targets.append(box_ops.encode(anchors[positive], truth[match_of[positive]], box_ops.RPN_STDS))
+            positives.append(torch.arange(count, count + len(positive), device=positive.device))
+            count += len(positive) + len(negative)
         logits, deltas = self.predict_at(features, torch.cat(images), torch.cat(sampled))
         return {
-            "rpn_objectness": objectness_loss(logits, is_object, normalizer),
-            "rpn_box": l1_loss(deltas[is_object], torch.cat(targets), normalizer),
+            "rpn_objectness": objectness_loss(logits, torch.cat(is_object), normalizer),
+            "rpn_box": l1_loss(deltas[torch.cat(positives)], torch.cat(targets), normalizer),
         }
