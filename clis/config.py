@@ -203,7 +203,11 @@ class DataConfig:
     drop_unmatched: bool = False
     """Leave out image-level folders that match no category instead of stopping."""
     drop_invalid: bool = False
-    """Drop boxes without area and clip boxes that leave the image instead of stopping."""
+    """Drop boxes without area or with a side under one pixel (mmdetection), and clip boxes that leave the
+    image, instead of stopping."""
+    empty_images: bool = False
+    """Train on images that no box is left in, too; mmdetection and detectron2 leave them out. Repeat factors
+    are counted on the images that are left."""
     max_bad_images: int = 0
     """Unreadable images that a start of a run may replace by the next of their stream before it stops; each
     counts once a process."""
@@ -305,7 +309,8 @@ class TrainConfig:
     on_nonfinite: Literal["stop", "skip"] = "stop"
     """At a gradient that is NaN or infinite: end the run, or leave the step out without any trace."""
     max_skipped: int = 10
-    """Steps that `on_nonfinite` = ``skip`` may leave out in the whole run."""
+    """Steps that `on_nonfinite` = ``skip`` may leave out in the whole run. With float16, whose scaling leaves
+    out steps of its own accord, so many in a row; one more, or a loss scale below 1, ends the run."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -40,7 +40,7 @@ def document(seed: int = 0, federated: bool = True) -> dict:
     """Some images and boxes, also crowds; the first box has no area, the second leaves its image by far."""
     content, _ = random_case(np.random.default_rng(seed), federated)
     content["annotations"][0]["bbox"] = [3, 3, 0, 5]
-    content["annotations"][1] |= {"bbox": [-30, 3, 50, 5], "iscrowd": 0}
+    content["annotations"][1] |= {"bbox": [-30, 3, 50, 5], "area": 250, "iscrowd": 0}
     return content
 
 
@@ -122,7 +122,7 @@ def test_the_cache_gives_what_the_file_gives(path, reads, monkeypatch, federated
     assert len(reads) == 2
     assert not is_mapped(plain)
     expected, expected_counts = checked_for_training(plain, drop_invalid=True)
-    assert min(expected_counts["dropped"], expected_counts["clipped"]) >= 1
+    assert min(expected_counts["dropped boxes"], expected_counts["clipped boxes"]) >= 1
     for found in (first, second):
         assert_same(found, plain)
     for found, found_counts in zip(training, counts):

@@ -138,9 +138,10 @@ def test_packing_equals_plain_loops(sample):
         ):
             assert [ids[label] for label in labels[offsets[i] : offsets[i + 1]]] == image[key]
     assert checked_for_training(annotations, drop_invalid=False)[1] == {
-        "dropped": 0,
-        "clipped": 0,
-        "crowd": 0,
+        "dropped boxes": 0,
+        "clipped boxes": 0,
+        "crowd boxes": 0,
+        "empty images": 0,
     }
 
 
@@ -260,7 +261,7 @@ def test_boxes_without_area(load, box, reason):
     kept, counts = checked_for_training(annotations, drop_invalid=True)
     assert kept.boxes_of(0).tolist() == [[1, 1, 6, 6], [2, 2, 8, 8]]
     assert kept.annotation_ids.tolist() == [17, 19]
-    assert counts == {"dropped": 1, "clipped": 0, "crowd": 0}
+    assert counts == {"dropped boxes": 1, "clipped boxes": 0, "crowd boxes": 0, "empty images": 0}
 
 
 @pytest.mark.parametrize(
@@ -274,7 +275,7 @@ def test_boxes_without_area(load, box, reason):
 def test_overflow_of_a_pixel_is_clipped_silently(load, box, clipped):
     annotations, counts = checked_for_training(with_boxes(load, box), drop_invalid=False)
     np.testing.assert_array_equal(annotations.boxes_of(0), np.array([clipped], dtype=np.float32))
-    assert counts == {"dropped": 0, "clipped": 0, "crowd": 0}
+    assert counts == {"dropped boxes": 0, "clipped boxes": 0, "crowd boxes": 0, "empty images": 0}
 
 
 def test_larger_overflow_is_an_error_or_clipped(load):
@@ -285,8 +286,35 @@ def test_larger_overflow_is_an_error_or_clipped(load):
         checked_for_training(annotations, drop_invalid=False)
     kept, counts = checked_for_training(annotations, drop_invalid=True)
     assert kept.boxes_of(0).tolist() == [[0, 0, 10, 10], [1, 1, 6, 6]]
-    assert counts == {"dropped": 0, "clipped": 1, "crowd": 0}
+    assert counts == {"dropped boxes": 0, "clipped boxes": 1, "crowd boxes": 0, "empty images": 0}
     assert annotations.bboxes[0].tolist() == [-1.5, 0, 11.5, 10]  # the metric still sees the file's
+
+
+def test_small_boxes_go_with_the_invalid_ones(load):
+    """As in mmdetection: sides under a pixel, and areas that the file says are 0."""
+    annotations = with_boxes(load, [1, 1, 0.9, 5], [1, 1, 5, 1.0], [2, 2, 6, 6])
+    assert checked_for_training(annotations, drop_invalid=False)[1]["dropped boxes"] == 0
+    annotations.areas[2] = 0
+    kept, counts = checked_for_training(annotations, drop_invalid=True)
+    assert kept.annotation_ids.tolist() == [18]
+    assert counts["dropped boxes"] == 2
+
+
+def test_images_that_no_box_is_left_in(load):
+    """The file's only annotations are in image 42; with a box that is dropped, in none of the others."""
+    annotations = with_boxes(load, [1, 1, 5, 5], [3, 3, 4, 4])
+    kept, counts = checked_for_training(annotations, drop_invalid=False, empty_images=False)
+    assert counts["empty images"] == len(annotations) - 1 > 0
+    assert kept.image_ids.tolist() == [42]
+    assert kept.offsets.tolist() == [0, 2]
+    row = annotations.image_ids.tolist().index(42)
+    assert kept.file_names.tolist() == [annotations.file_names[row]]
+    assert kept.image_sizes.tolist() == [annotations.image_sizes[row].tolist()]
+    for name in ("negatives", "not_exhaustive"):
+        offsets, labels = getattr(annotations, name)
+        own_offsets, own_labels = getattr(kept, name)
+        assert own_labels.tolist() == labels[offsets[row] : offsets[row + 1]].tolist()
+        assert own_offsets.tolist() == [0, len(own_labels)]
 
 
 def test_crowds_are_left_out_and_their_boxes_not_judged(load):
@@ -297,7 +325,7 @@ def test_crowds_are_left_out_and_their_boxes_not_judged(load):
     assert kept.offsets.tolist() == [0, 1, 2]
     assert kept.labels_of(1).tolist() == [2]
     assert not kept.crowd.any()
-    assert counts == {"dropped": 0, "clipped": 0, "crowd": 1}
+    assert counts == {"dropped boxes": 0, "clipped boxes": 0, "crowd boxes": 1, "empty images": 0}
 
 
 COORDINATE = st.one_of(
@@ -322,7 +350,7 @@ def test_kept_boxes_lie_in_their_image_with_area(scratch, boxes):
     kept, counts = checked_for_training(load_annotations(scratch), drop_invalid=True)
     x1, y1, x2, y2 = kept.boxes_of(0).T
     assert ((x1 >= 0) & (y1 >= 0) & (x2 <= 200) & (y2 <= 100) & (x2 > x1) & (y2 > y1)).all()
-    assert len(kept.labels) + counts["dropped"] == len(boxes)
+    assert len(kept.labels) + counts["dropped boxes"] == len(boxes)
     again, none = checked_for_training(kept, drop_invalid=False)
-    assert none == {"dropped": 0, "clipped": 0, "crowd": 0}
+    assert none == {"dropped boxes": 0, "clipped boxes": 0, "crowd boxes": 0, "empty images": 0}
     np.testing.assert_array_equal(again.bboxes, kept.bboxes)

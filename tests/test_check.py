@@ -150,8 +150,8 @@ def test_annotations_at_fault(root, field, value, error):
     if field == "bbox":
         report = checked(root, "data.drop_invalid=true")
         assert report.errors == []
-        kind = "1 dropped" if value[2] == 0 else "1 clipped"
-        assert any(f"train.json: boxes {kind}" in warning for warning in report.warnings)
+        kind = "1 dropped boxes" if value[2] == 0 else "1 clipped boxes"
+        assert any(f"train.json: {kind}" in warning for warning in report.warnings)
 
 
 def test_what_is_described_is_what_is_trained_on(root):

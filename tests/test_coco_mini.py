@@ -64,7 +64,7 @@ def test_the_recipe_runs_on_photographs(tmp_path):
         json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
         for folder in (output / "detector", output)
     )
-    contrast = {"contrast_positive", "contrast_other", "contrast_retrieved", "contrast_chance"}
+    contrast = {f"contrast_{name}" for name in ("positive", "other", "queue", "retrieval")}
     queue = {"queue_filled", "queue_concentration"}
     assert {"objectness", "image_cls", "contrastive", *contrast, *queue} == clis.keys() - detector.keys()
     assert all(np.isfinite(value) for record in (detector, clis) for value in record.values())

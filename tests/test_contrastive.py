@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clis.models.contrastive import ContrastiveRegularization, KeyQueue, normalize, similarity_stats
+from clis.engine.describe import ContrastWatch
+from clis.models.contrastive import ContrastiveRegularization, KeyQueue, normalize, similarities
 from clis.models.heads import TwoFC
 
 # --- KeyQueue ---
@@ -248,28 +249,45 @@ def test_similarities_by_hand():
     """Two orthogonal axes; the second pair's views are opposite, so f_i of it is nearest to the first f_d."""
     f_i = torch.tensor([[1.0, 0], [0, 1]])
     f_d = torch.tensor([[0.6, 0.8], [0, -1.0]])
-    stats = {name: value.item() for name, value in similarity_stats(f_i, f_d).items()}
+    mean_key = torch.tensor([0.5, -0.2])
     # similarities 0.6 and -1 of the pairs; 0 and 0.8 of the others
-    assert stats == pytest.approx(
+    assert similarities(f_i, f_d, mean_key) == pytest.approx(
         {
-            "contrast_pairs": 2,
-            "contrast_positive": -0.4,
-            "contrast_other": 0.8,
-            "contrast_retrieved": 1,
-            "contrast_chance": 1,
+            "contrast_positive": -0.2,
+            "contrast_other": 0.4,
+            "contrast_queue": 0.15,
+            "contrast_retrieval": 0.5,
         }
     )
-    for pairs in (0, 1):
-        assert all(value == 0 for value in similarity_stats(f_i[:pairs], f_d[:pairs]).values())
+    assert similarities(f_i[:1], f_d[:1], mean_key) == similarities(f_i[:0], f_d[:0], mean_key) == {}
 
 
-def test_concentration_of_the_queue():
+def test_mean_key_is_of_the_filled_places():
     queue = KeyQueue(6, 2)
-    assert queue.concentration() == 0
-    queue.push(torch.tensor([[1.0, 0], [1, 0]]), torch.zeros(2, dtype=torch.int64))
-    assert queue.concentration() == 1
-    queue.push(torch.tensor([[0, 1.0], [0, 1]]), torch.zeros(2, dtype=torch.int64))
-    assert queue.concentration() == pytest.approx(math.sqrt(0.5))
+    assert queue.mean_key().tolist() == [0, 0]
+    queue.push(torch.tensor([[1.0, 0], [0, 1]]), torch.zeros(2, dtype=torch.int64))
+    assert queue.mean_key().tolist() == [0.5, 0.5]
+    queue.push(torch.tensor([[1.0, 0]] * 5), torch.zeros(5, dtype=torch.int64))
+    torch.testing.assert_close(queue.mean_key(), torch.tensor([5 / 6, 1 / 6]))
+
+
+def test_a_collapsed_contrast_is_told_once_from_step_100_on():
+    def told(*rows):
+        watch = ContrastWatch()
+        looks = [(step, watch.look(step, record(*values))) for step, *values in rows]
+        return [step for step, text in looks if text is not None]
+
+    def record(positive, other):
+        return {"contrast_positive": positive, "contrast_other": other}
+
+    steps = range(20, 401, 20)
+    assert told(*((step, 0.86, 0.83) for step in steps)) == [100]
+    assert told(*((step, 0.83, 0.51) for step in steps)) == []  # learned
+    assert told(*((step, 0.12, 0.11) for step in steps)) == []  # not learned yet, and not alike either
+    assert told((300, 0.9, 0.89)) == [300]  # of a run that goes on
+    # alike at the start, then apart: the mean of 100 steps decides
+    assert told(*((step, 0.9, 0.9 if step < 60 else 0.3) for step in steps)) == []
+    assert ContrastWatch().look(200, {"loss": 1.0}) is None  # a step without two pairs
 
 
 def retrieval(pasted_view):
@@ -315,7 +333,7 @@ def retrieval(pasted_view):
     with torch.no_grad():
         f_i = normalize(contrastive.image_mlp(network(regions)))
         f_d = normalize(contrastive.instance_mlp(network(pasted)))
-    return similarity_stats(f_i, f_d)["contrast_retrieved"].item() / 256
+    return similarities(f_i, f_d, contrastive.queue.mean_key())["contrast_retrieval"]
 
 
 def test_the_default_tells_instances_apart_and_an_online_positive_does_not(one_thread):

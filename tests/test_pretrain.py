@@ -39,6 +39,7 @@ from clis.distributed import distribute
 from clis.engine import evaluate, pretrain, regions, train
 from clis.engine.check import check
 from clis.engine.checkpoint import load_checkpoint, load_detector
+from clis.engine.loop import SkippedSteps
 from clis.engine.optim import make_optimizer
 from clis.engine.preemption import MARKER, Preempted
 from clis.engine.run_folder import claim
@@ -349,7 +350,8 @@ def test_a_step_that_is_not_finite_leaves_no_trace(tmp_path, capsys):
     )
     for state, expected in zip(optimizer.state.values(), momentum):
         assert torch.equal(state["momentum_buffer"], expected)
-    pretrain._check_skipped(1, 6, sums, batches, tmp_path, config)
+    skipped = SkippedSteps(0, scaler, tmp_path, config, "")
+    skipped.check(norm, lambda: pretrain._not_finite(6, sums, batches))
     said = capsys.readouterr().out
     assert (
         "step 7: not finite: the loss, images image 4, image 5, image 6, image 7; left out, 1 of at" in said

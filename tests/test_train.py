@@ -27,9 +27,10 @@ from clis.data.loader import Batch, collate
 from clis.distributed import distribute
 from clis.engine import evaluate, regions, train
 from clis.engine.checkpoint import load_checkpoint, load_detector, load_model
-from clis.engine.describe import one_line, summarize_step
+from clis.engine.describe import contrast_state, one_line, summarize_step
 from clis.engine.detections import Detections
 from clis.engine.log import MetricsLog, Progress
+from clis.engine.loop import SkippedSteps
 from clis.engine.lvis_eval import METRICS
 from clis.engine.optim import learning_rate, make_optimizer, split_batch
 from clis.losses import CLASSIFICATION_LOSSES
@@ -178,8 +179,8 @@ class TestWhatARunSays:
         record = json.loads((finished / "metrics.jsonl").read_text().splitlines()[-1])
         assert set(record) == {
             "step", "lr", "loss", *LossConfig().weights, "gradient_norm", "positive_rois", "pairs",
-            "queue_filled", "queue_concentration", "contrast_positive", "contrast_other",
-            "contrast_retrieved", "contrast_chance", "images_per_second", "data_time",
+            "queue_filled", "queue_concentration", "contrast_positive", "contrast_other", "contrast_queue",
+            "contrast_retrieval", "images_per_second", "data_time",
             "compute_time", "peak_memory",
         }  # fmt: skip
         assert record["queue_filled"] == 2 * sum(4 * r["pairs"] for r in records(finished))  # both views
@@ -250,7 +251,7 @@ def run_steps(rank: int, processes: int, accumulation: int, folder: str, loss: s
         micro = batches_of([items[i : i + size] for i in range(0, share, size)])
         normalizers = train.global_normalizers(global_counts(micro), config)
         outputs, _ = train.train_step(network, model, optimizer, scaler, micro, normalizers, 0.02, config)
-        totals.append(summarize_step(outputs, config))
+        totals.append(summarize_step(outputs, config) | contrast_state(model, outputs))
     name = f"{processes}x{accumulation}_{rank}.pt"
     torch.save({"model": model.state_dict(), "totals": totals}, Path(folder, name))
     if processes > 1:
@@ -342,7 +343,8 @@ def test_what_is_not_finite_is_named_and_changes_nothing(spoil, named, tmp_path,
         assert torch.equal(state["momentum_buffer"], expected)
 
     def check(skipped: int, *overrides: str) -> None:
-        train._check_skipped(skipped, 41, outputs, batches, tmp_path, tiny_config(*overrides))
+        steps = SkippedSteps(skipped - 1, scaler, tmp_path, tiny_config(*overrides), train.NOT_FINITE)
+        steps.check(norm, lambda: train._not_finite(41, outputs, batches))
 
     with pytest.raises(FloatingPointError, match=rf"step 42: not finite: {named}; there is no checkpoint"):
         check(1)
@@ -352,6 +354,37 @@ def test_what_is_not_finite_is_named_and_changes_nothing(spoil, named, tmp_path,
     (tmp_path / "checkpoints" / "step_00000030.pt").touch()
     with pytest.raises(FloatingPointError, match=r"the last good checkpoint is .*step_00000030\.pt"):
         check(3, "train.on_nonfinite=skip", "train.max_skipped=2")
+
+
+@pytest.mark.parametrize(("scale", "allowed", "steps"), [(2.0**16, 3, 4), (4.0, 10, 3)])
+def test_a_loss_that_stays_infinite_ends_a_float16_run(scale, allowed, steps, tmp_path):
+    """Scaling leaves out a few steps and goes on; so many in a row, or a scale below 1, is no overflow."""
+    config = tiny_config("train.images_per_step=1", f"train.max_skipped={allowed}")
+    model = build_model(config, CATEGORIES).train()
+    scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+    optimizer, skipped = make_optimizer(model, config), SkippedSteps(0, scaler, tmp_path, config, "try less")
+    batch = collate([make_sample(seed=7)])
+
+    def step() -> None:
+        outputs, norm = train.train_step(
+            model, model, optimizer, scaler, [batch], normalizers_of(batch), 0.001, config
+        )
+        skipped.check(norm, lambda: train._not_finite(41, outputs, [batch]))
+
+    hook = model.localization.fc_objectness.register_forward_hook(lambda *_: torch.full((16, 1), math.inf))
+    for _ in range(steps - 1):
+        step()
+    hook.remove()
+    step()  # one that is finite: the count in a row starts again
+    assert (skipped.in_a_row, skipped.total) == (0, 0)
+    spoil_loss(model)
+    scaler.update(scale)
+    for _ in range(steps - 1):
+        step()
+    with pytest.raises(
+        FloatingPointError, match=rf"loss objectness on images \[7\]; {steps} such steps in a row"
+    ):
+        step()
 
 
 def test_overrides_of_clis_alone_do_not_reach_the_detector(tmp_path):

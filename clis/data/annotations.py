@@ -134,16 +134,22 @@ def load_annotations(path: str | Path, advance: Advance = lambda count: None) ->
 
 
 def load_training_annotations(
-    path: str | Path, *, drop_invalid: bool, advance: Advance = lambda count: None
+    path: str | Path,
+    *,
+    drop_invalid: bool,
+    empty_images: bool = True,
+    advance: Advance = lambda count: None,
 ) -> tuple[Annotations, dict[str, int]]:
     """What `checked_for_training` makes of `load_annotations`, cached in the same way."""
 
     def build() -> Packed:
-        annotations, counts = checked_for_training(load_annotations(path, advance), drop_invalid=drop_invalid)
+        annotations, counts = checked_for_training(
+            load_annotations(path, advance), drop_invalid=drop_invalid, empty_images=empty_images
+        )
         arrays, values = _packed(annotations)
         return arrays, values | {"counts": counts}
 
-    form = "training-drop-invalid" if drop_invalid else "training"
+    form = "training" + "-drop-invalid" * drop_invalid + "-no-empty" * (not empty_images)
     packed = cached(path, form, build) if _is_big(path) else build()
     return _unpacked(packed, path), packed[1]["counts"]
 
@@ -199,16 +205,20 @@ def check_same_categories(
 
 
 def checked_for_training(
-    annotations: Annotations, *, drop_invalid: bool
+    annotations: Annotations, *, drop_invalid: bool, empty_images: bool = True
 ) -> tuple[Annotations, dict[str, int]]:
     """Annotations that can be learned from: no crowd; every box has area in float32 and lies in its image.
 
     Boxes that leave their image by up to `MAX_OVERFLOW` pixels are clipped. With `drop_invalid`, so are those
-    that leave it further, and boxes that are not finite or have no area (left) are dropped.
+    that leave it further, and boxes are dropped that are not finite, have no area (left), a side under one
+    pixel or an ``area`` of at most 0 (mmdetection 3.3, CocoDataset.parse_data_info).
+
+    Args:
+        empty_images: keep images that no box is left in.
 
     Returns:
-        The annotations (every image stays), and how many boxes were left out as ``crowd``, ``dropped``, and
-        ``clipped`` by more than `MAX_OVERFLOW`.
+        The annotations, and how many ``crowd boxes`` and ``dropped boxes`` were left out, ``clipped boxes``
+        were clipped by more than `MAX_OVERFLOW`, and ``empty images`` were left out.
 
     Raises:
         ValueError: an invalid box and not `drop_invalid`; the message names the first.
@@ -230,15 +240,38 @@ def checked_for_training(
         _refuse(annotations, rows, counted & outside, "leaves the image by more than 1 px", "correct it")
 
     keep = counted & ~infinite & ~empty
+    if drop_invalid:
+        keep &= (annotations.bboxes[:, 2:] >= 1).all(axis=1) & (annotations.areas > 0)
     moved = (corners != clipped).any(axis=1)
     bboxes = annotations.bboxes.copy()
     bboxes[moved] = np.hstack([clipped[:, :2], clipped[:, 2:] - clipped[:, :2]])[moved]
     counts = {
-        "dropped": int((counted & ~keep).sum()),
-        "clipped": int((keep & outside).sum()),
-        "crowd": int(annotations.crowd.sum()),
+        "dropped boxes": int((counted & ~keep).sum()),
+        "clipped boxes": int((keep & outside).sum()),
+        "crowd boxes": int(annotations.crowd.sum()),
     }
-    return _select(replace(annotations, bboxes=bboxes), keep), counts
+    kept = _select(replace(annotations, bboxes=bboxes), keep)
+    has_box = (np.diff(kept.offsets) > 0) | empty_images
+    counts["empty images"] = int((~has_box).sum())
+    return _select_images(kept, has_box) if counts["empty images"] else kept, counts
+
+
+def _select_images(annotations: Annotations, keep: np.ndarray) -> Annotations:
+    """The images where the mask [N] is True; those left out have no annotation."""
+    pairs = {}
+    for name in _PAIRS:
+        offsets, labels = getattr(annotations, name)
+        inside = np.repeat(keep, np.diff(offsets))
+        lengths = np.diff(offsets)[keep]
+        pairs[name] = (np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64), labels[inside])
+    return replace(
+        annotations,
+        image_ids=annotations.image_ids[keep],
+        image_sizes=annotations.image_sizes[keep],
+        file_names=annotations.file_names[keep],
+        offsets=np.concatenate([[0], annotations.offsets[1:][keep]]),
+        **pairs,
+    )
 
 
 def _select(annotations: Annotations, keep: np.ndarray) -> Annotations:

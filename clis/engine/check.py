@@ -162,10 +162,14 @@ def _checked_boxes(train: Annotations, config: Config, report: Report) -> Annota
     """What the run will train on; with boxes that stop it, what is there."""
     counts: dict[str, int] = {}
     with report.catching():
-        train, counts = checked_for_training(train, drop_invalid=config.data.drop_invalid)
+        train, counts = checked_for_training(
+            train, drop_invalid=config.data.drop_invalid, empty_images=config.data.empty_images
+        )
+    if left_out := counts.pop("empty images", 0):
+        report.notes.append(f"{train.path}: {left_out} images without a box are left out (data.empty_images)")
     if any(counts.values()):
         said = ", ".join(f"{count} {what}" for what, count in counts.items() if count)
-        report.warnings.append(f"{train.path}: boxes {said}")
+        report.warnings.append(f"{train.path}: {said}")
     empty = int((np.diff(train.offsets) == 0).sum())
     if empty:
         report.notes.append(f"{train.path}: {empty} images without a box, which train as background")

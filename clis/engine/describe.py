@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import resource
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -11,9 +11,10 @@ from clis.config import Config
 from clis.data.annotations import Annotations
 from clis.data.image_level import ImageLevelIndex
 from clis.data.sampling import JointSampler
-from clis.distributed import all_reduce_sum, world_size
+from clis.distributed import all_gather_rows, all_reduce_sum, world_size
 from clis.engine.optim import learning_rate
 from clis.models import CLISDetector, ImageClassifier, TrainOutput
+from clis.models.contrastive import similarities
 
 
 def describe_run(
@@ -99,28 +100,57 @@ def describe_pretraining(
 
 
 def summarize_step(outputs: Sequence[TrainOutput], config: Config) -> dict[str, float]:
-    """Weighted total and raw losses of the global batch, its counts for each instance-level image, and what
-    `similarity_stats` sums, for each pair that has others beside it (left out where none has)."""
+    """Weighted total and raw losses of the global batch; its counts for each instance-level image."""
     losses = {name: sum(output.losses[name].detach() for output in outputs) for name in outputs[0].losses}
     stats = {name: sum(output.stats[name].detach() for output in outputs) for name in outputs[0].stats}
     values = torch.stack([value.double() for value in (*losses.values(), *stats.values())])
     values = all_reduce_sum(values).tolist()
     record = {name: value / world_size() for name, value in zip(losses, values)}
     total = sum(config.loss.weights[name] * loss for name, loss in record.items())
-    sums = dict(zip(stats, values[len(losses) :]))
-    contrasted = sums.pop("contrast_pairs", 0)
-    contrast = {name: sums.pop(name) for name in list(sums) if name.startswith("contrast_")}
-    record = {"loss": total} | record
-    record |= {name: count / config.train.images_per_step for name, count in sums.items()}
-    return record | ({name: value / contrasted for name, value in contrast.items()} if contrasted else {})
+    counts = zip(stats, values[len(losses) :])
+    return {"loss": total} | record | {name: count / config.train.images_per_step for name, count in counts}
 
 
-def queue_state(model: CLISDetector) -> dict[str, float]:
-    """How many keys the queue holds and how alike they are (1: all equal), where there is one."""
+def contrast_state(model: CLISDetector, outputs: Sequence[TrainOutput]) -> dict[str, float]:
+    """How alike the views of the global batch's pairs are, how many keys the queue holds, and how alike these
+    are (1: all equal); nothing without L_con."""
     if model.contrastive is None:
         return {}
+    f_i, f_d = (all_gather_rows(torch.cat(views)) for views in zip(*(output.views for output in outputs)))
     queue = model.contrastive.queue
-    return {"queue_filled": queue.num_filled(), "queue_concentration": queue.concentration()}
+    mean_key = queue.mean_key()
+    state = {"queue_filled": queue.num_filled(), "queue_concentration": mean_key.norm().item()}
+    return similarities(f_i, f_d, mean_key) | state
+
+
+class ContrastWatch:
+    """Says once, from step 100 on, that L_con does not tell instances apart.
+
+    The sign of it: within a batch, f_i is hardly more similar to its own f_d than to those of other pairs,
+    while all of them are alike. The loss falls nevertheless, by moving away from the queue's keys.
+    """
+
+    FIRST_STEP, ALIKE, APART = 100, 0.7, 0.1
+
+    def __init__(self) -> None:
+        self.records: list[tuple[int, float, float]] = []
+        self.said = False
+
+    def look(self, step: int, record: Mapping[str, float]) -> str | None:
+        """What to say after a record of metrics.jsonl, or None."""
+        if self.said or "contrast_other" not in record:
+            return None
+        self.records.append((step, record["contrast_positive"], record["contrast_other"]))
+        self.records = [each for each in self.records if each[0] > step - self.FIRST_STEP]
+        positive, other = (sum(column) / len(self.records) for column in list(zip(*self.records))[1:])
+        if step < self.FIRST_STEP or other < self.ALIKE or positive - other >= self.APART:
+            return None
+        self.said = True
+        return (
+            f"step {step}: L_con does not tell instances apart: similarity {positive:.2f} of a pair's views, "
+            f"{other:.2f} to other pairs; see clis.pasted_view, loss.beta and the contrast_ fields of "
+            "metrics.jsonl"
+        )
 
 
 def measures(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator
 from pathlib import Path
@@ -118,23 +119,50 @@ class Loop(Generic[B]):
             raise Preempted(f"{folder}: asked to stop; step {done} is saved, the same command goes on")
 
 
-def check_skipped(what: str, advice: str, skipped: int, folder: Path, config: Config) -> None:
-    """Says what was not finite.
+class SkippedSteps:
+    """Steps that changed nothing, since loss or gradient was not finite; says when a run may not go on."""
 
-    Args:
-        what: the step and what of it.
-        advice: settings that may help.
-        skipped: steps of the run that were not finite, with this one.
+    def __init__(
+        self, total: int, scaler: torch.amp.GradScaler, folder: Path, config: Config, advice: str
+    ) -> None:
+        """
+        Args:
+            total: those of the run so far.
+            advice: settings that may help.
+        """
+        self.total, self.in_a_row = total, 0
+        self.scaler, self.folder, self.train, self.advice = scaler, folder, config.train, advice
 
-    Raises:
-        FloatingPointError: the step may not be left out.
-    """
-    if config.train.on_nonfinite == "skip" and skipped <= config.train.max_skipped:
-        print(f"{what}; left out, {skipped} of at most {config.train.max_skipped}", flush=True)
-        return
-    saved = saved_checkpoints(folder / "checkpoints")
-    last = f"the last good checkpoint is {saved[0]}" if saved else "there is no checkpoint yet"
-    raise FloatingPointError(f"{what}; {last}; {advice}, or train.on_nonfinite=skip")
+    def check(self, norm: float, what: Callable[[], str]) -> None:
+        """Takes note of a step.
+
+        float16 scaling expects some that are not finite, lowers its scale and does not count them. A loss
+        that stays so shows in their number in a row, or in a scale below 1.
+
+        Args:
+            norm: of the step's gradient, the same on all processes.
+            what: says which step was not finite, and what of it.
+
+        Raises:
+            FloatingPointError: the step may not be left out.
+        """
+        self.in_a_row = 0 if math.isfinite(norm) else self.in_a_row + 1
+        if self.in_a_row == 0:
+            return
+        if self.scaler.is_enabled():
+            scale = self.scaler.get_scale()
+            if self.in_a_row <= self.train.max_skipped and scale >= 1:
+                return
+            raise self._error(f"{what()}; {self.in_a_row} such steps in a row, loss scale {scale:g}")
+        self.total += 1
+        if self.train.on_nonfinite == "stop" or self.total > self.train.max_skipped:
+            raise self._error(what(), ", or train.on_nonfinite=skip")
+        print(f"{what()}; left out, {self.total} of at most {self.train.max_skipped}", flush=True)
+
+    def _error(self, what: str, more: str = "") -> FloatingPointError:
+        saved = saved_checkpoints(self.folder / "checkpoints")
+        last = f"the last good checkpoint is {saved[0]}" if saved else "there is no checkpoint yet"
+        return FloatingPointError(f"{what}; {last}; {self.advice}{more}")
 
 
 def _iterated(loader: Iterable[B]) -> Generator[B, None, None]:

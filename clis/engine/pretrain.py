@@ -24,7 +24,7 @@ from clis.engine.bad_images import check_bad_images
 from clis.engine.checkpoint import resume, save_checkpoint
 from clis.engine.describe import describe_pretraining, measures
 from clis.engine.log import MetricsLog, Progress, say
-from clis.engine.loop import Loop, check_skipped
+from clis.engine.loop import Loop, SkippedSteps
 from clis.engine.optim import gradient_step, learning_rate, make_optimizer, make_scaler, split_batch
 from clis.engine.preemption import unmark
 from clis.engine.run_folder import claim
@@ -98,7 +98,9 @@ def train_classifier(
     """
     images_per_process, accumulation = split_batch(config, world_size(), "pretrain")
     optimizer, scaler = make_optimizer(model, config), make_scaler(config, device)
-    first_step, skipped = resume(folder, model, optimizer, scaler, config, (*SETTINGS, "train.steps"))
+    first_step, num_skipped = resume(folder, model, optimizer, scaler, config, (*SETTINGS, "train.steps"))
+    advice = "a lower pretrain.lr or an optim.clip_norm may help"
+    skipped = SkippedSteps(num_skipped, scaler, folder, config, advice)
     network = distribute(model, device).train()
     sampler = make_image_level_sampler(config, index, split.trained)
     say(describe_pretraining(config, len(sampler), split.held_out, model, accumulation))
@@ -115,7 +117,7 @@ def train_classifier(
 
     def save(done: int) -> None:
         if is_main():
-            save_checkpoint(folder / "checkpoints", done, model, optimizer, scaler, config, skipped)
+            save_checkpoint(folder / "checkpoints", done, model, optimizer, scaler, config, skipped.total)
             schedule.saved()
         barrier()
 
@@ -124,9 +126,7 @@ def train_classifier(
             rate = learning_rate(step, config.optim, config.train.images_per_step)
             sums, norm = classification_step(network, model, optimizer, scaler, batches, rate, config)
             loop.computed()
-            if not math.isfinite(norm) and not scaler.is_enabled():  # float16 scaling expects some
-                skipped += 1
-                _check_skipped(skipped, step, sums, batches, folder, config)
+            skipped.check(norm, functools.partial(_not_finite, step, sums, batches))
 
             done, text = step + 1, ""
             if schedule.record_due(done):
@@ -240,14 +240,11 @@ def _running_statistics(model: nn.Module) -> list[Tensor]:
     return [value for norm in norms for value in (norm.running_mean, norm.running_var)]
 
 
-def _check_skipped(
-    skipped: int, step: int, sums: Tensor, batches: Sequence[LabelledBatch], folder: Path, config: Config
-) -> None:
-    """Says the loss of which images was not finite; raises as `check_skipped`."""
+def _not_finite(step: int, sums: Tensor, batches: Sequence[LabelledBatch]) -> str:
+    """The loss of which images was not finite in a step."""
     bad = [batch for loss, batch in zip(sums[:, 0].tolist(), batches) if not math.isfinite(loss)]
     images = shortened([name for batch in bad or batches for name in batch.names])
-    what = f"step {step + 1}: not finite: the {'loss' if bad else 'gradient'}, images {images}"
-    check_skipped(what, "a lower pretrain.lr or an optim.clip_norm may help", skipped, folder, config)
+    return f"step {step + 1}: not finite: the {'loss' if bad else 'gradient'}, images {images}"
 
 
 def _percent(share: float | None) -> str:

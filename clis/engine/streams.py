@@ -57,10 +57,12 @@ def make_streams(config: Config) -> tuple[Annotations, TwoStreamDataset, JointSa
     path = data_path(config, data.train)
     with _reading(path) as advance:
         annotations, changes = load_training_annotations(
-            path, drop_invalid=data.drop_invalid, advance=advance
+            path, drop_invalid=data.drop_invalid, empty_images=data.empty_images, advance=advance
         )
     if any(changes.values()):
-        say(f"{annotations.path}: " + ", ".join(f"{count} {what} boxes" for what, count in changes.items()))
+        say(
+            f"{annotations.path}: " + ", ".join(f"{count} {what}" for what, count in changes.items() if count)
+        )
     index = regions = image_level_sampler = None
     if clis.s > 0:
         index = make_index(config, annotations)

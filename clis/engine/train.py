@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import math
 from collections.abc import Callable, Sequence
@@ -26,10 +27,17 @@ from clis.distributed import (
     world_size,
 )
 from clis.engine.checkpoint import resume, save_checkpoint
-from clis.engine.describe import describe_run, measures, one_line, queue_state, summarize_step
+from clis.engine.describe import (
+    ContrastWatch,
+    contrast_state,
+    describe_run,
+    measures,
+    one_line,
+    summarize_step,
+)
 from clis.engine.evaluate import check_validation, evaluate_detector
 from clis.engine.log import MetricsLog, Progress, say
-from clis.engine.loop import Loop, check_skipped
+from clis.engine.loop import Loop, SkippedSteps
 from clis.engine.lvis_eval import format_table
 from clis.engine.optim import gradient_step, learning_rate, make_optimizer, make_scaler, split_batch
 from clis.engine.preemption import unmark
@@ -40,6 +48,9 @@ from clis.engine.schedule import Schedule
 from clis.engine.streams import make_streams, regions_file
 from clis.losses import find_classification_loss
 from clis.models import CLISDetector, Normalizers, TrainOutput, build_model
+
+NOT_FINITE = "a lower optim.lr or loss.beta, a longer optim.warmup_steps or an optim.clip_norm may help"
+"""What to try where a loss or gradient is not finite."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -115,7 +126,8 @@ def train(config: Config, folder: Path, device: torch.device) -> CLISDetector:
     model = build_model(config, annotations.categories).to(device)
     optimizer = make_optimizer(model, config)
     scaler = make_scaler(config, device)
-    first_step, skipped = resume(folder, model, optimizer, scaler, config)
+    first_step, num_skipped = resume(folder, model, optimizer, scaler, config)
+    skipped = SkippedSteps(num_skipped, scaler, folder, config, NOT_FINITE)
     network = distribute(model, device)
     network.train()
     say(describe_run(config, annotations, dataset.index, sampler, model, accumulation))
@@ -125,11 +137,11 @@ def train(config: Config, folder: Path, device: torch.device) -> CLISDetector:
     micro_batches = MicroBatches(sampler, steps, rank(), world_size(), images_per_process)
     loader = train_loader(dataset, micro_batches, config.data.workers, device.type == "cuda")
     log = MetricsLog(folder / "metrics.jsonl", first_step)
-    schedule = Schedule(config, folder)
+    schedule, watch = Schedule(config, folder), ContrastWatch()
 
     def save(done: int) -> None:
         if is_main():
-            save_checkpoint(folder / "checkpoints", done, model, optimizer, scaler, config, skipped)
+            save_checkpoint(folder / "checkpoints", done, model, optimizer, scaler, config, skipped.total)
             schedule.saved()
         barrier()
 
@@ -148,16 +160,17 @@ def train(config: Config, folder: Path, device: torch.device) -> CLISDetector:
             normalizers = global_normalizers(loop.counts, config)
             outputs, norm = train_step(network, model, optimizer, scaler, batches, normalizers, rate, config)
             loop.computed()
-            if not math.isfinite(norm) and not scaler.is_enabled():  # float16 scaling expects some
-                skipped += 1
-                _check_skipped(skipped, step, outputs, batches, folder, config)
+            skipped.check(norm, functools.partial(_not_finite, step, outputs, batches))
 
             done, text = step + 1, ""
             if schedule.record_due(done):
                 record = summarize_step(outputs, config)
                 state = measures(device, norm, rate, *loop.seconds(), config.train.images_per_step)
-                log.write({"step": done, **record, **queue_state(model), **state})
+                contrast = contrast_state(model, outputs)
+                log.write({"step": done, **record, **contrast, **state})
                 text = one_line(record)
+                if (warning := watch.look(done, contrast)) is not None:
+                    say(warning)
             loop.end_step(done, text)
             if schedule.evaluation_due(done):
                 evaluate(done)
@@ -216,24 +229,15 @@ def generate_shapes(folder: Path, spec: ShapesSpec | None = None) -> None:
     barrier()
 
 
-def _check_skipped(
-    skipped: int,
-    step: int,
-    outputs: Sequence[TrainOutput],
-    batches: Sequence[Batch],
-    folder: Path,
-    config: Config,
-) -> None:
-    """Says which loss of which images was not finite; raises as `check_skipped`."""
+def _not_finite(step: int, outputs: Sequence[TrainOutput], batches: Sequence[Batch]) -> str:
+    """Which loss of which images was not finite in a step."""
     parts = []
     for output, batch in zip(outputs, batches):
         bad = [name for name, loss in output.losses.items() if not math.isfinite(loss.item())]
         if bad:
             parts.append(f"loss {', '.join(bad)} on images {batch.image_ids}")
     images = [image_id for batch in batches for image_id in batch.image_ids]
-    what = f"step {step + 1}: not finite: {'; '.join(parts) or f'the gradient, images {images}'}"
-    advice = "a lower optim.lr or loss.beta, a longer optim.warmup_steps or an optim.clip_norm may help"
-    check_skipped(what, advice, skipped, folder, config)
+    return f"step {step + 1}: not finite: {'; '.join(parts) or f'the gradient, images {images}'}"
 
 
 def _update_momentum_copy(model: CLISDetector, outputs: Sequence[TrainOutput]) -> None:

@@ -22,8 +22,8 @@ class ContrastiveOutput(NamedTuple):
     """[2P,E] of unit length, each pair's pasted view before its region."""
     labels: Tensor
     """int64 [2P] of the keys."""
-    stats: dict[str, Tensor]
-    """As from `similarity_stats`."""
+    views: tuple[Tensor, Tensor]
+    """f_i and f_d [P,E] of unit length, without a gradient."""
 
 
 class KeyQueue(nn.Module):
@@ -52,9 +52,9 @@ class KeyQueue(nn.Module):
     def num_filled(self) -> int:
         return min(int(self.pushed), len(self.keys))
 
-    def concentration(self) -> float:
-        """Length of the mean key: 1 where all keys are equal, near 0 where they are spread evenly."""
-        return float(self.keys.sum(dim=0).norm() / max(self.num_filled(), 1))
+    def mean_key(self) -> Tensor:
+        """Mean [E] of the keys, 0 where there is none; its length is 1 where all keys are equal."""
+        return self.keys.sum(dim=0) / self.pushed.clamp(1, len(self.keys))
 
     @torch.no_grad()
     def push(self, keys: Tensor, labels: Tensor) -> None:
@@ -140,8 +140,7 @@ class ContrastiveRegularization(nn.Module):
             info_nce(query, positive, self.queue.keys, mask, self.temperature, normalizer * len(terms))
             for query, positive in terms
         )
-        stats = similarity_stats(f_i.detach(), f_d.detach())
-        return ContrastiveOutput(loss, keys, labels.repeat_interleave(2), stats)
+        return ContrastiveOutput(loss, keys, labels.repeat_interleave(2), (f_i.detach(), f_d.detach()))
 
     @torch.no_grad()
     def make_keys(self, pooled_pasted: Tensor, pooled_regions: Tensor) -> Tensor:
@@ -167,29 +166,28 @@ def normalize(features: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def similarity_stats(f_i: Tensor, f_d: Tensor) -> dict[str, Tensor]:
-    """Sums over P pairs that show whether L_con tells instances apart; a pair without others counts nothing.
+def similarities(f_i: Tensor, f_d: Tensor, mean_key: Tensor) -> dict[str, float]:
+    """What shows whether L_con tells instances apart; nothing of fewer than two pairs.
 
     Args:
-        f_i, f_d: [P,E] of unit length, the online features of both views.
+        f_i, f_d: [P,E] of unit length, both views of the pairs of the global batch.
+        mean_key: [E] of the queue.
 
     Returns:
-        contrast_pairs: P, or 0 where there is no other pair.
-        contrast_positive: similarity of f_i and f_d of one pair.
-        contrast_other: mean similarity of f_i to the f_d of the other pairs.
-        contrast_retrieved: pairs whose f_d is the most similar of all to f_i.
-        contrast_chance: that number for features that know nothing, 1 for each batch.
+        contrast_positive: mean similarity of f_i and f_d of a pair.
+        contrast_other: of f_i to the f_d of the other pairs.
+        contrast_queue: of f_i to the keys of the queue.
+        contrast_retrieval: share of the pairs whose f_d is the most similar of all to f_i; 1 / P is chance.
     """
     pairs = len(f_i)
-    similarity = f_i @ f_d.T
     if pairs < 2:
-        similarity = similarity[:0, :0]
+        return {}
+    similarity = f_i @ f_d.T
     own = similarity.diagonal()
-    nearest = similarity.argmax(dim=1) if len(own) else own
+    nearest = similarity.argmax(dim=1) == torch.arange(pairs, device=f_i.device)
     return {
-        "contrast_pairs": own.new_full((), len(own)),
-        "contrast_positive": own.sum(),
-        "contrast_other": (similarity.sum() - own.sum()) / max(pairs - 1, 1),
-        "contrast_retrieved": (nearest == torch.arange(len(own), device=own.device)).sum(),
-        "contrast_chance": own.new_full((), min(len(own), 1)),
+        "contrast_positive": own.mean().item(),
+        "contrast_other": ((similarity.sum() - own.sum()) / (pairs * (pairs - 1))).item(),
+        "contrast_queue": (f_i @ mean_key).mean().item(),
+        "contrast_retrieval": nearest.double().mean().item(),
     }

@@ -43,9 +43,11 @@ class TrainOutput:
     losses: dict[str, Tensor]
     """Raw, unweighted scalars."""
     stats: dict[str, Tensor]
-    """Sums over the batch, for the log: counts, and those of `similarity_stats`."""
+    """Counts over the batch, for the log."""
     keys: tuple[Tensor, Tensor] | None
     """Keys [2P,E] and labels [2P] for the queue, to be pushed after the optimizer's step."""
+    views: tuple[Tensor, Tensor] | None
+    """f_i and f_d [P,E] of the pairs, for the log."""
 
 
 class CLISDetector(nn.Module):
@@ -124,7 +126,7 @@ class CLISDetector(nn.Module):
         }
 
         # image-level images: image-classification task on the pre-defined regions
-        keys = None
+        keys = views = None
         if self.image_classification is not None:
             merged = self.backbone.merge(batch.mosaics)  # P2-P5 follow around the regions alone
             pooled_regions = self.roi_align(
@@ -147,9 +149,8 @@ class CLISDetector(nn.Module):
                     normalizers.pairs,
                 )
                 losses["contrastive"] = contrast.loss
-                stats |= contrast.stats
-                keys = contrast.keys, contrast.labels
-        return TrainOutput(losses, stats, keys)
+                keys, views = (contrast.keys, contrast.labels), contrast.views
+        return TrainOutput(losses, stats, keys, views)
 
     def _localization_features(self, pooled: Tensor, instance_features: Tensor) -> Tensor:
         """[N,D] of the localization sub-network, computed anew only if it is one of its own."""

@@ -1,0 +1,64 @@
+"""How often a training step makes the host wait for its device, counted by what it calls on the CPU."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+import torch
+from conftest import CATEGORIES, make_batch, normalizers_of, tiny_config
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from clis.engine import train
+from clis.engine.optim import make_optimizer
+from clis.models import build_model
+
+
+class Waits(TorchDispatchMode):
+    """Counts operators whose result's shape or value the host needs, and copies of values to the device.
+
+    `nonzero`, boolean indexing and NMS wait for a size, `item`, `int` and `bool` for a value; `tolist` and
+    the constructors of tensors from Python values are counted by name, since they are not dispatched.
+    """
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+        for owner, name in ((torch.Tensor, "tolist"), (torch.Tensor, "new_tensor"), (torch, "tensor")):
+            monkeypatch.setattr(owner, name, self._counted(name, getattr(owner, name)))
+
+    def _counted(self, name, function):
+        def call(*arguments, **options):
+            self.counts[name] += 1
+            return function(*arguments, **options)
+
+        return call
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        name = str(function)
+        if "nonzero" in name or "nms" in name or "masked_select" in name or "_local_scalar_dense" in name:
+            self.counts[name] += 1
+        if name.startswith("aten.index.") and any(
+            index is not None and index.dtype == torch.bool for index in arguments[1]
+        ):
+            self.counts["boolean index"] += 1
+        return function(*arguments, **(options or {}))
+
+
+@pytest.mark.parametrize("norm", ["folded", "group"])  # the former pools mosaics in windows
+def test_a_step_of_one_image_waits_at_most_twelve_times(norm, monkeypatch):
+    config = tiny_config("train.images_per_step=1", f"model.backbone.norm={norm}")
+    model = build_model(config, CATEGORIES).train()
+    optimizer, scaler = make_optimizer(model, config), torch.amp.GradScaler("cpu", enabled=False)
+    batch = make_batch(1)
+
+    def step() -> None:
+        train.train_step(model, model, optimizer, scaler, [batch], normalizers_of(batch), 1e-4, config)
+
+    step()  # makes the optimizer's buffers
+    waits = Waits(monkeypatch)
+    with waits:
+        step()
+    assert waits.counts["tolist"] == 5  # RPN and RoI sampling, the levels of anchors, RoIs and regions
+    assert waits.counts["tensor"] + waits.counts["new_tensor"] == 0
+    assert sum(waits.counts.values()) <= 12, waits.counts
