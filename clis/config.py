@@ -231,6 +231,9 @@ class DataConfig:
     """Side of the canvas of four image-level images."""
     mosaic_scale: tuple[float, float] = (0.5, 1.5)
     """Random scaling of an image-level image, relative to fit-to-tile."""
+    mosaic_surroundings: float | None = None
+    """Crop an image-level image to its region, sides times this factor, before it is fitted to its tile, so
+    that regions are larger in their mosaics; null, the paper's reading, places the whole image."""
     cutout: float = 0.5
     """Probability of cutout on an image-level image."""
     cutout_size: tuple[float, float] = (0.1, 0.4)
@@ -383,7 +386,8 @@ class Config:
 # Fields of `DataConfig` that matter to the image-level stream and the pasting from it alone.
 IMAGE_LEVEL_FIELDS = (
     "image_level", "shuffle_block", "mapping", "drop_unmatched", "image_level_share", "label_noise",
-    "mosaic_size", "mosaic_scale", "cutout", "cutout_size", "min_region", "paste_size", "paste_max_cover",
+    "mosaic_size", "mosaic_scale", "mosaic_surroundings", "cutout", "cutout_size", "min_region", "paste_size",
+    "paste_max_cover",
 )  # fmt: skip
 
 DETECTOR_RULES = ("category-rank-first", "top-score")
@@ -701,6 +705,10 @@ def _data_rules(config: Config) -> Iterator[tuple[Any, str]]:
     for name in ("mosaic_scale", "cutout_size", "paste_size"):
         low, high = getattr(data, name)
         yield 0 < low <= high, f"data.{name}=[{low:g}, {high:g}]: lower bound above 0, then upper bound"
+    yield (
+        data.mosaic_surroundings is None or 1 <= data.mosaic_surroundings < math.inf,
+        f"data.mosaic_surroundings={data.mosaic_surroundings}: at least 1, or null",
+    )
     yield data.cutout_size[1] <= 1, f"data.cutout_size={list(data.cutout_size)}: at most 1, the whole side"
     yield data.min_region > 0, f"data.min_region={data.min_region}: above 0"
     yield (

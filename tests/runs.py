@@ -17,7 +17,8 @@ SHORT = [
     "data.generate=null", "data.workers=0", "train.device=cpu",
     "model.backbone.width=16", "model.backbone.fpn_channels=16",
     "model.roi.fc_dim=32", "model.roi.samples=16", "data.mosaic_size=64", "data.short_sides=[48]",
-    "data.paste_size=[10,24]", "test.short_side=48", "test.detections=20", "train.images_per_step=4",
+    "data.max_size=64", "data.paste_size=[10,24]", "test.short_side=48", "test.max_size=64",
+    "test.detections=20", "train.images_per_step=4",
     "optim.warmup_steps=2", "train.log_every=1", "train.save_every=2", "train.steps=4", "train.keep_last=5",
 ]  # fmt: skip
 

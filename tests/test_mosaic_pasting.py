@@ -57,6 +57,27 @@ def extent(mask):
     return torch.stack([xs.min(), ys.min(), xs.max() + 1, ys.max() + 1]).float()
 
 
+def test_a_mosaic_of_what_surrounds_the_regions():
+    """100 x 200 with a region of 40 x 20: times 1.5 that is 60 x 30 and fills its tile of 64 by its width."""
+    boxes = [[80, 40, 120, 60], [0, 0, 40, 20], [170, 90, 200, 100], [80, 40, 120, 60]]
+    images = [marked(100, 200, box, color) for box, color in zip(boxes, COLORS)]
+    options = {"scale_range": (1, 1), "flip_probability": 0, "cutout_probability": 0, "min_region": 1}
+    regions = torch.tensor(boxes, dtype=torch.float32)
+    sizes = sizes_of(images)
+    generator = np.random.default_rng(0)
+    placements, *_ = plan_mosaic(sizes, regions, size=SIZE, surroundings=1.5, generator=generator, **options)
+    # the second and third reach beyond their image, so only what is inside is cropped
+    crops = [(70, 35, 130, 65), (0, 0, 50, 25), (162, 87, 200, 100), (70, 35, 130, 65)]
+    assert [placement.crop for placement in placements] == crops
+    assert [max(placement.size) for placement in placements] == [TILE] * 4
+    canvas, moved, kept = mosaic(
+        images, regions, size=SIZE, surroundings=1.5, generator=np.random.default_rng(0), **options
+    )
+    assert kept.all()
+    for color, region in zip(COLORS, moved):
+        torch.testing.assert_close(extent(pixels_of(canvas, color)), region, atol=1.0, rtol=0)
+
+
 @st.composite
 def boxed_sizes(draw, smallest=40, largest=200):
     height, width = draw(st.integers(smallest, largest)), draw(st.integers(smallest, largest))

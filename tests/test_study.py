@@ -271,9 +271,23 @@ def test_shipped_studies_load(path):
     assert len(keys) == len(loaded.rows)
 
 
+def test_rows_may_have_seeds_of_their_own(tmp_path, monkeypatch):
+    """All rows of a seed before the next; seeds that the command names hold for every row."""
+    planned = []
+    monkeypatch.setattr(study, "_plan", lambda _, row, seed, *rest: planned.append((row.name, seed)))
+    rows = {"few": {}, "many": {"overrides": ["clis.t=1"], "seeds": [0, 1, 2]}}
+    path = write_study(tmp_path / "seeds.yaml", rows, seeds=(0, 1))
+    run_study(path, tmp_path)
+    assert planned == [("few", 0), ("many", 0), ("few", 1), ("many", 1), ("many", 2)]
+    planned.clear()
+    run_study(path, tmp_path, seeds=[7])
+    assert planned == [("few", 7), ("many", 7)]
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [
+        ({"base": CONFIG, "seeds": [0], "rows": {"a": {"seeds": 3}}}, "row a: seeds is 3; give a list"),
         ({"base": CONFIG, "seeds": [0]}, "rows is missing"),
         ({"base": CONFIG, "seeds": [0], "rows": {}, "sedes": 1}, "unknown key sedes"),
         ({"base": CONFIG, "seeds": [0], "rows": {"a": {"override": []}}}, "row a: unknown key override"),

@@ -311,7 +311,12 @@ class TwoStreamDataset(Dataset[Sample]):
         mosaics = torch.full((len(opened.sources) // 4, size, size, 3), FILL, dtype=torch.uint8)
         mosaics = mosaics.permute(0, 3, 1, 2)
         for place, (source, placement) in enumerate(zip(opened.sources, plan.placements)):
-            pixels = whole[place] if place in whole else source.decode_resized(placement.size)
+            if place in whole:
+                pixels = whole[place]
+            elif placement.crop is not None:
+                pixels = source.decode()
+            else:
+                pixels = source.decode_resized(placement.size)
             draw_tile(pixels, placement, mosaics[place // 4], place % 4)
         return image, mosaics
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import ceil, floor
 
 import numpy as np
 import torch
@@ -16,8 +17,10 @@ from clis.data.transforms import FILL, random_cutout, resize_image, scaled_size
 class Placement:
     """How one image lies on its tile."""
 
+    crop: tuple[int, int, int, int] | None
+    """Part of the stored image that is placed, xyxy in whole pixels; None is all of it."""
     size: tuple[int, int]
-    """Height and width that the whole image is resized to."""
+    """Height and width that it is resized to."""
     flipped: bool
     top: int
     left: int
@@ -36,6 +39,7 @@ def plan_mosaic(
     cutout_probability: float = 0.5,
     cutout_range: tuple[float, float] = (0.1, 0.4),
     min_region: float,
+    surroundings: float | None = None,
     generator: np.random.Generator,
 ) -> tuple[list[Placement], Tensor, Tensor]:
     """Draw how four images lie on the 2 x 2 tiles of a canvas, each scaled, flipped and cut out on its own.
@@ -52,6 +56,7 @@ def plan_mosaic(
         cutout_probability: chance of a cutout in an image.
         cutout_range: sides of the cutout as fractions of the image's (see `random_cutout`).
         min_region: least width and height, in canvas pixels, of a clipped region that is kept.
+        surroundings: crop each image first to its region with sides so many times as long; None does not.
         generator: source of randomness.
 
     Returns:
@@ -71,12 +76,19 @@ def plan_mosaic(
     tile = size // 2
     placements, placed = [], []
     for index, (stored, region) in enumerate(zip(sizes, regions.tolist())):
+        crop = None
+        if surroundings is not None:
+            crop = _crop_around(region, stored, surroundings)
+            stored = crop[3] - crop[1], crop[2] - crop[0]
+            region = [side - start for side, start in zip(region, crop[:2] * 2)]
         scale = generator.uniform(*scale_range) * tile / max(stored)
         height, width = scaled_size(stored, scale)
         flipped = bool(generator.random() < flip_probability)
         cutout = random_cutout((height, width), generator, cutout_probability, cutout_range)
         top, left = (_random_offset(length, tile, generator) for length in (height, width))
-        placement = Placement(size=(height, width), flipped=flipped, top=top, left=left, cutout=cutout)
+        placement = Placement(
+            crop=crop, size=(height, width), flipped=flipped, top=top, left=left, cutout=cutout
+        )
         placements.append(placement)
         x, y = tile * (index % 2), tile * (index // 2)
         x1, y1, x2, y2 = _region_on_tile(region, stored, placement, tile)
@@ -86,10 +98,22 @@ def plan_mosaic(
     return placements, regions, kept
 
 
+def _crop_around(region: Sequence[float], size: tuple[int, int], factor: float) -> tuple[int, int, int, int]:
+    """The pixels of an image of `size` around a region, xyxy: its sides times `factor`, at least a pixel."""
+    x1, y1, x2, y2 = region
+    spans = []
+    for low, high, length in ((x1, x2, size[1]), (y1, y2, size[0])):
+        centre, half = (low + high) / 2, (high - low) / 2 * factor
+        start = min(max(floor(centre - half), 0), length - 1)
+        spans.append((start, min(max(ceil(centre + half), start + 1), length)))
+    (left, right), (top, bottom) = spans
+    return left, top, right, bottom
+
+
 def _region_on_tile(
     region: Sequence[float], stored: tuple[int, int], placement: Placement, tile: int
 ) -> list[float]:
-    """Where the region of an image of the stored size lies on its tile, clipped; xyxy."""
+    """Where the region of an image, or a part of one, of this size lies on its tile, clipped; xyxy."""
     (height, width), (x1, y1, x2, y2) = placement.size, region
     ratio_y, ratio_x = height / stored[0], width / stored[1]
     x1, y1, x2, y2 = x1 * ratio_x, y1 * ratio_y, x2 * ratio_x, y2 * ratio_y
@@ -108,13 +132,17 @@ def draw_tile(image: Tensor, placement: Placement, canvas: Tensor, index: int) -
     """Write an image on tile `index` of a canvas, uint8 [3, size, size], as it was planned.
 
     Args:
-        image: uint8 [3, H, W], as stored or resized to `placement.size` already; not modified.
+        image: uint8 [3, H, W], as stored or, where nothing is cropped, resized to `placement.size` already;
+            not modified.
     """
     tile = canvas.shape[-1] // 2
     y, x = tile * (index // 2), tile * (index % 2)
     (height, width), top, left = placement.size, y + placement.top, x + placement.left
     y1, y2 = max(top, y), min(top + height, y + tile)
     x1, x2 = max(left, x), min(left + width, x + tile)
+    if placement.crop is not None:
+        crop_x1, crop_y1, crop_x2, crop_y2 = placement.crop
+        image = image[:, crop_y1:crop_y2, crop_x1:crop_x2]
     image = resize_image(image, placement.size)[:, y1 - top : y2 - top]
     if placement.flipped:
         image = image[:, :, left + width - x2 : left + width - x1].flip(-1)

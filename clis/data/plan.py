@@ -68,6 +68,7 @@ def plan_sample(
             cutout_probability=data.cutout,
             cutout_range=data.cutout_size,
             min_region=data.min_region,
+            surroundings=data.mosaic_surroundings,
             generator=generator,
         )
         placements += four

@@ -61,6 +61,8 @@ class Row:
     """The paper's AP, APr, APc, APf in percent, where it has the row."""
     paper_seconds: float | None = None
     """The paper's seconds a step on a V100, where it has them."""
+    seeds: tuple[int, ...] | None = None
+    """Of this row alone; None is the study's."""
 
 
 @dataclass(frozen=True)
@@ -79,14 +81,12 @@ class Study:
         """
         values = read_yaml(path)
         _check_keys(values, {"base", "seeds", "rows"}, {"base", "seeds", "rows"}, str(path))
-        seeds = values["seeds"]
-        if not isinstance(seeds, list) or not all(isinstance(seed, int) for seed in seeds):
-            raise ValueError(f"{path}: seeds is {seeds!r}; give a list of whole numbers")
+        seeds = _read_seeds(values["seeds"], str(path))
         if not isinstance(values["rows"], Mapping):
             raise ValueError(f"{path}: rows is {values['rows']!r}; give a mapping of names to rows")
         rows = tuple(_read_row(str(name), row or {}, path) for name, row in values["rows"].items())
         base = Path(os.path.relpath(path.parent / values["base"]))
-        return cls(path.stem, base, tuple(seeds), rows)
+        return cls(path.stem, base, seeds, rows)
 
     def run(self, row: Row, seed: int, overrides: Sequence[str]) -> Run:
         """One run of the study, with `overrides` that hold for all rows."""
@@ -114,7 +114,8 @@ class Run:
 
 def _read_row(name: str, values: Any, path: Path) -> Row:
     where = f"{path}: row {name}"
-    _check_keys(values, {"overrides", "paper", "paper_seconds"}, set(), where)
+    _check_keys(values, {"overrides", "paper", "paper_seconds", "seeds"}, set(), where)
+    seeds = _read_seeds(values["seeds"], where) if "seeds" in values else None
     overrides, paper = values.get("overrides", []), values.get("paper")
     if not isinstance(overrides, list) or not all(isinstance(each, str) for each in overrides):
         raise ValueError(f"{where}: overrides is {overrides!r}; give a list of key=value")
@@ -125,7 +126,14 @@ def _read_row(name: str, values: Any, path: Path) -> Row:
             )
     if paper is not None and not (isinstance(paper, list) and len(paper) == len(FIGURES)):
         raise ValueError(f"{where}: paper is {paper}; give {', '.join(FIGURES)}")
-    return Row(name, tuple(overrides), None if paper is None else tuple(paper), values.get("paper_seconds"))
+    paper = None if paper is None else tuple(paper)
+    return Row(name, tuple(overrides), paper, values.get("paper_seconds"), seeds)
+
+
+def _read_seeds(seeds: Any, where: str) -> tuple[int, ...]:
+    if not isinstance(seeds, list) or not all(isinstance(seed, int) for seed in seeds):
+        raise ValueError(f"{where}: seeds is {seeds!r}; give a list of whole numbers")
+    return tuple(seeds)
 
 
 @dataclass
@@ -159,7 +167,7 @@ def run_study(
     and a run that was cut off goes on. What the study.json of another study in `out` has is not run again.
 
     Args:
-        rows, seeds: only these; default all of the file.
+        rows, seeds: only these; default all of the file. Seeds that are named hold for every row.
         jobs: processes at once, which share the CPUs.
         overrides: for every row, e.g. the number of steps in a trial.
 
@@ -179,10 +187,11 @@ def run_study(
     folder = out / study.name
     record = Record(study, folder, overrides)
     plan: dict[Path, Job] = {}
-    for seed in seeds or study.seeds:
-        for row in study.rows:
-            if (not rows or row.name in rows) and not record.has(row, seed) and not record.take(row, seed):
-                _plan(study, row, seed, out, overrides, plan)
+    chosen = [row for row in study.rows if not rows or row.name in rows]
+    wanted = [(row, seed) for row in chosen for seed in seeds or row.seeds or study.seeds]
+    for row, seed in sorted(wanted, key=lambda each: each[1]):  # a seed of all rows before the next
+        if not record.has(row, seed) and not record.take(row, seed):
+            _plan(study, row, seed, out, overrides, plan)
     say(f"{study.name}: {len(study.rows)} rows; {len(plan)} jobs to do, {jobs} at once")
     base = load_config(study.base, overrides)
     if plan and base.data.generate == "shapes":  # once, before processes that would all write it

@@ -216,7 +216,6 @@ class CLISDetector(nn.Module):
             for found, small, size in zip(self.detect_resized(resized, max_size), resized, sizes)
         ]
 
-    @torch.no_grad()
     def detect_resized(self, images: Sequence[Tensor], max_size: int | None = None) -> list[ImageDetections]:
         """As `detect`, of images that have their size; boxes are in their pixels."""
         return [
