@@ -20,7 +20,7 @@ from clis.data.image_level import ImageLevelIndex, build_index
 from clis.data.images import ImageError
 from clis.data.regions import RegionSource, load_regions
 from clis.data.transforms import resize_image, shortest_size
-from clis.engine import regions
+from clis.engine import region_scan, regions
 from clis.engine.regions import center_box, make_regions
 from clis.models import ImageDetections
 
@@ -396,6 +396,51 @@ class TestSizes:
         config = config_of("regions.short_side=96", "regions.max_size=144")
         make_regions(config, index, detector, tmp_path / "regions.npy")
         assert sorted(map(tuple, detector.batches)) == [((96, 128),) * 4, ((128, 96),) * 4]
+
+
+class TestScan:
+    @pytest.fixture
+    def scanned(self, tmp_path, monkeypatch):
+        """Scans eight photographs with the detector that likes a short side of 64."""
+        index = TestSizes().photographs(tmp_path / "images")
+        names = {"make_index": index, "read_annotations": None, "load_searcher": Resizing()}
+        for name, value in names.items():
+            monkeypatch.setattr(region_scan, name, lambda *_, value=value: value)
+
+        def scan(*overrides: str, **options) -> None:
+            region_scan.scan_sizes(config_of(*overrides), torch.device("cpu"), **options)
+
+        return scan
+
+    def test_the_size_of_the_highest_score_is_named(self, scanned, tmp_path, capsys):
+        """The truth is the left half, which the detector finds at 64; elsewhere it finds the whole."""
+        boxes = {f"cat/{n}.jpg": [0, 0, 200, 300] if n % 2 else [0, 0, 150, 400] for n in range(8)}
+        (tmp_path / "boxes.json").write_text(json.dumps(boxes))
+        scanned(sizes=[96, 64, 40], images=4, boxes=tmp_path / "boxes.json")
+        said = capsys.readouterr().out
+        assert "4 of 8 images" in said
+        rows = [
+            line.split("|")[1:-1]
+            for line in said.splitlines()
+            if line.startswith("| ") and "short" not in line
+        ]
+        figures = [[float(cell) for cell in row] for row in rows]
+        # 16 of the config's pixels to 32 at most: the limit of the longer side goes with the size
+        assert [row[:3] for row in figures] == [[40, 80, -24], [64, 128, 0], [96, 192, -32]]
+        assert [row[4] for row in figures] == [0.5, pytest.approx(1, abs=0.02), 0.5]
+        assert "highest at regions.short_side=64" in said
+
+    def test_without_sizes_fractions_of_the_tests_are_tried(self, scanned, capsys):
+        scanned("test.short_side=128", "test.max_size=256")
+        said = capsys.readouterr().out
+        assert [f"| {size} |" in said for size in (32, 48, 64, 80, 96, 128, 160)] == [True] * 7
+        assert "IoU" not in said
+
+    def test_what_cannot_be_scanned(self, scanned):
+        with pytest.raises(ValueError, match=r"regions\.rule=full needs no detector"):
+            scanned("regions.rule=full")
+        with pytest.raises(FileNotFoundError, match=r"nowhere\.json: no such file of boxes"):
+            scanned(boxes=Path("nowhere.json"))
 
 
 def test_a_record_that_was_cut_off_is_made_again(index, tmp_path):

@@ -157,7 +157,7 @@ def make_regions(config: Config, index: ImageLevelIndex, detector: CLISDetector 
     )
     unreadable: list[str] = []
     with parts.writer(rank()) as write, Progress("regions", len(mine)) as progress:
-        for rows, images in like_shapes(batches, config.regions.images_per_batch, _padded_size):
+        for rows, images in like_shapes(batches, config.regions.images_per_batch, padded_size):
             unreadable += [image for image in images if isinstance(image, str)]
             check_bad_images(unreadable, config.data.max_bad_images)
             write(rows, _regions_of(rows, images, rule))
@@ -288,7 +288,7 @@ def image_reader(config: Config, index: ImageLevelIndex) -> Callable[[int], Imag
     return functools.partial(_read, index, functools.partial(shortest_size, **largest))
 
 
-def _padded_size(image: ImageOfRow | str) -> tuple[int, ...] | None:
+def padded_size(image: ImageOfRow | str) -> tuple[int, ...] | None:
     """Equal for images that fill a batch alike; None of an image that cannot be read."""
     return None if isinstance(image, str) else tuple(-(-side // 32) for side in image.least)
 
