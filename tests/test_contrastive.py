@@ -277,17 +277,18 @@ def test_a_collapsed_contrast_is_told_once_from_step_100_on():
         looks = [(step, watch.look(step, record(*values))) for step, *values in rows]
         return [step for step, text in looks if text is not None]
 
-    def record(positive, other):
-        return {"contrast_positive": positive, "contrast_other": other}
+    def record(positive, other, queue):
+        return {"contrast_positive": positive, "contrast_other": other, "contrast_queue": queue}
 
     steps = range(20, 401, 20)
-    assert told(*((step, 0.86, 0.83) for step in steps)) == [100]
-    assert told(*((step, 0.83, 0.51) for step in steps)) == []  # learned
-    assert told(*((step, 0.12, 0.11) for step in steps)) == []  # not learned yet, and not alike either
-    assert told((300, 0.9, 0.89)) == [300]  # of a run that goes on
+    assert told(*((step, 0.86, 0.83, -0.4) for step in steps)) == [100]
+    assert told(*((step, 0.83, 0.51, -0.4) for step in steps)) == []  # learned
+    assert told(*((step, 0.12, 0.11, -0.1) for step in steps)) == []  # not learned yet
+    assert told(*((step, 0.75, 0.7, 0.1) for step in steps)) == []  # alike, and the keys with them
+    assert told((300, 0.9, 0.89, -0.2)) == [300]  # of a run that goes on
     # alike at the start, then apart: the mean of 100 steps decides
-    assert told(*((step, 0.9, 0.9 if step < 60 else 0.3) for step in steps)) == []
-    assert ContrastWatch().look(200, {"loss": 1.0}) is None  # a step without two pairs
+    assert told(*((step, 0.9, 0.9 if step < 60 else 0.3, -0.4) for step in steps)) == []
+    assert ContrastWatch().look(200, {"queue_filled": 7}) is None  # a batch without two pairs
 
 
 def retrieval(pasted_view):

@@ -126,29 +126,32 @@ def contrast_state(model: CLISDetector, outputs: Sequence[TrainOutput]) -> dict[
 class ContrastWatch:
     """Says once, from step 100 on, that L_con does not tell instances apart.
 
-    The sign of it: within a batch, f_i is hardly more similar to its own f_d than to those of other pairs,
-    while all of them are alike. The loss falls nevertheless, by moving away from the queue's keys.
+    The sign of it, in the mean of 100 steps: within a batch f_i is hardly more similar to its own f_d than to
+    those of other pairs (by less than `APART`), while it is far more similar to these than to the queue's keys
+    (by `AWAY`). The loss falls by that alone. On the embedded benchmark, at step 100: 0.00 and 1.0 for
+    `pasted_view` ``online``, 0.04 and 0.5 for ``momentum``, 0.0 and below 0.6 for ``symmetric``.
     """
 
-    FIRST_STEP, ALIKE, APART = 100, 0.7, 0.1
+    FIRST_STEP, APART, AWAY = 100, 0.1, 0.8
 
     def __init__(self) -> None:
-        self.records: list[tuple[int, float, float]] = []
+        self.records: list[tuple[int, float, float, float]] = []
         self.said = False
 
     def look(self, step: int, record: Mapping[str, float]) -> str | None:
         """What to say after a record of metrics.jsonl, or None."""
         if self.said or "contrast_other" not in record:
             return None
-        self.records.append((step, record["contrast_positive"], record["contrast_other"]))
-        self.records = [each for each in self.records if each[0] > step - self.FIRST_STEP]
-        positive, other = (sum(column) / len(self.records) for column in list(zip(*self.records))[1:])
-        if step < self.FIRST_STEP or other < self.ALIKE or positive - other >= self.APART:
+        kept = [each for each in self.records if each[0] > step - self.FIRST_STEP]
+        names = ("contrast_positive", "contrast_other", "contrast_queue")
+        self.records = [*kept, (step, *(record[name] for name in names))]
+        positive, other, queue = (sum(column) / len(self.records) for column in list(zip(*self.records))[1:])
+        if step < self.FIRST_STEP or positive - other >= self.APART or other - queue < self.AWAY:
             return None
         self.said = True
         return (
             f"step {step}: L_con does not tell instances apart: similarity {positive:.2f} of a pair's views, "
-            f"{other:.2f} to other pairs; see clis.pasted_view, loss.beta and the contrast_ fields of "
+            f"{other:.2f} to other pairs, {queue:.2f} to the keys; see clis.pasted_view, loss.beta and the contrast_ fields of "
             "metrics.jsonl"
         )
 
