@@ -126,9 +126,9 @@ def contrast_state(model: CLISDetector, outputs: Sequence[TrainOutput]) -> dict[
 class ContrastWatch:
     """Says once, from step 100 on, that L_con does not tell instances apart.
 
-    The sign of it, in the mean of 100 steps: within a batch f_i is hardly more similar to its own f_d than to
-    those of other pairs (by less than `APART`), while it is far more similar to these than to the queue's keys
-    (by `AWAY`). The loss falls by that alone. On the embedded benchmark, at step 100: 0.00 and 1.0 for
+    The sign of it, in the mean of 100 steps: within a batch f_i is hardly more similar to its own f_d than
+    to those of other pairs (by less than `APART`), while it is far more similar to these than to the queue's
+    keys (by `AWAY`). The loss falls by that alone. On the embedded benchmark, at step 100: 0.00 and 1.0 for
     `pasted_view` ``online``, 0.04 and 0.5 for ``momentum``, 0.0 and below 0.6 for ``symmetric``.
     """
 
@@ -151,8 +151,8 @@ class ContrastWatch:
         self.said = True
         return (
             f"step {step}: L_con does not tell instances apart: similarity {positive:.2f} of a pair's views, "
-            f"{other:.2f} to other pairs, {queue:.2f} to the keys; see clis.pasted_view, loss.beta and the contrast_ fields of "
-            "metrics.jsonl"
+            f"{other:.2f} to other pairs, {queue:.2f} to the keys; see clis.pasted_view, loss.beta "
+            "and the contrast_ fields of metrics.jsonl"
         )
 
 
