@@ -8,6 +8,7 @@ import pytest
 import torch
 import torchvision
 from conftest import (
+    MOSAIC,
     NUM_CLASSES,
     make_batch,
     make_model,
@@ -614,6 +615,44 @@ def test_an_image_without_rois():
     ((box, score),) = model.rank_first([image], torch.tensor([1]))
     assert box.isnan().all()
     assert score == 0
+
+
+def test_on_the_square_canvas_group_norm_sees_the_same_padding_in_any_batch():
+    """Images of three shapes: features, and detections, alone as beside the others."""
+    images = [make_sample(seed, size=size).image for seed, size in enumerate([(64, 64), (50, 96), (90, 33)])]
+
+    def largest_difference(canvas: str) -> float:
+        model = make_model(f"model.backbone.canvas={canvas}").eval()
+        small = [model.resize(x, model.resized_size(tuple(x.shape[1:]), 64, 96)) for x in images]
+        together = model.backbone(small, 96)[0]
+        alone = [model.backbone([image], 96)[0][0] for image in small]
+        shared = [
+            (a[:, : b.shape[1], : b.shape[2]] - b[:, : a.shape[1], : a.shape[2]])
+            for a, b in zip(together, alone)
+        ]
+        return max(difference.abs().max().item() for difference in shared)
+
+    assert largest_difference("square") < 1e-10
+    assert largest_difference("batch") > 1e-3
+    model = make_model("model.backbone.canvas=square").eval()
+    for image, found in zip(images, model.detect(images)):
+        (single,) = model.detect([image])
+        torch.testing.assert_close(single.boxes, found.boxes)
+        torch.testing.assert_close(single.scores, found.scores)
+        assert torch.equal(single.labels, found.labels)
+
+
+def test_training_and_test_images_lie_on_the_same_canvas():
+    model, batch = (
+        make_model("model.backbone.canvas=square", "data.max_size=90"),
+        make_batch(1, size=(40, 64)),
+    )
+    seen = []
+    model.backbone.body.register_forward_pre_hook(lambda _, inputs: seen.append(tuple(inputs[0].shape[2:])))
+    model(batch, normalizers_of(batch))
+    model.eval().detect(batch.images)
+    # instance-level images in training and at test; mosaics, all of one size, keep theirs
+    assert seen == [(96, 96), (MOSAIC, MOSAIC), (96, 96)]
 
 
 def test_detections_do_not_depend_on_the_rest_of_the_batch():

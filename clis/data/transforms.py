@@ -72,12 +72,12 @@ def resize_image(
 
 
 def scale_boxes(boxes: Tensor, size: tuple[int, int], new_size: tuple[int, int]) -> Tensor:
-    """Boxes of an image that is resized from `size` to `new_size`, both (height, width).
+    """Boxes [...,4] of an image that is resized from `size` to `new_size`, both (height, width).
 
     Each axis is scaled by the ratio of the actual sizes, which rounding makes differ slightly.
     """
-    ratio_y, ratio_x = new_size[0] / size[0], new_size[1] / size[1]
-    return boxes * boxes.new_tensor([ratio_x, ratio_y, ratio_x, ratio_y])
+    x, y = boxes[..., 0::2] * (new_size[1] / size[1]), boxes[..., 1::2] * (new_size[0] / size[0])
+    return torch.stack([x, y], dim=-1).flatten(-2)
 
 
 def flip_boxes(boxes: Tensor, width: int) -> Tensor:

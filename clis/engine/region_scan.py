@@ -71,11 +71,11 @@ def scan_sizes(
                 found |= dict(zip(batch, rule(batch, loaded)))
                 progress.advance(len(batch))
         rate = len(rows) / (time.monotonic() - began)
-        scores[size] = float(np.mean([float(score) for _, score in found.values()]))
+        scores[size] = float(np.mean([score for _, score in found.values()]))
         cells = [str(size), str(max_size), f"{scores[size]:.4f}", f"{rate:.1f}"]
         if truth is not None:
             overlaps = [
-                box_iou(box[None].cpu(), truth[index.name(row)][None]).item()
+                box_iou(box[None], truth[index.name(row)][None]).item()
                 for row, (box, _) in found.items()
                 if index.name(row) in truth
             ]

@@ -32,7 +32,7 @@ from clis.data.image_level import ImageLevelIndex
 from clis.data.images import ImageError, open_image
 from clis.data.loader import image_loader
 from clis.data.regions import REGION_DTYPE, RegionSource, region_sidecar
-from clis.data.transforms import shortest_size
+from clis.data.transforms import scale_boxes, shortest_size
 from clis.distributed import agreed, barrier, is_main, rank, world_size
 from clis.engine.bad_images import check_bad_images
 from clis.engine.checkpoint import load_detector
@@ -41,7 +41,6 @@ from clis.engine.optim import autocast
 from clis.engine.streams import make_index, read_annotations, regions_file
 from clis.files import written_whole
 from clis.models import CLISDetector
-from clis.models.detector import scale_back
 
 PART_DTYPE = np.dtype([("row", np.int64), ("region", REGION_DTYPE)])
 """A row of the index with its region, in the file of a process."""
@@ -317,7 +316,7 @@ def _regions_of(rows: list[int], images: list[ImageOfRow | str], rule: Rule) -> 
         if not has_area:
             box, score = center_box(images[place].size), 0.0
         source = RegionSource.RULE if has_area else RegionSource.FALLBACK
-        regions[place] = (box.cpu().numpy(), float(score), source)
+        regions[place] = (box.numpy(), score, source)
     return regions
 
 
@@ -363,23 +362,24 @@ def _best_over_sizes(
     images: Sequence[ImageOfRow],
     labels: np.ndarray,
     find: Callable[[CLISDetector, list[Tensor], np.ndarray, int], list[tuple[Tensor, Tensor]]],
-) -> list[tuple[Tensor, Tensor]]:
-    """The box [4] of each image, in its stored pixels, and score [] that are best over `regions.short_side`.
+) -> list[tuple[Tensor, float]]:
+    """The box [4] of each image, in its stored pixels, and score that are best over `regions.short_side`.
 
     Args:
         find: the rule, for images that have their size: boxes in their pixels, and scores.
     """
-    best: list[tuple[Tensor, Tensor]] = []
+    best: list[tuple[Tensor, float]] = []
     for short_side, max_size in search_sizes(config.regions):
         sizes = [detector.resized_size(image.size, short_side, max_size) for image in images]
         resized = [detector.resize(image.pixels, size, image.extent) for image, size in zip(images, sizes)]
         with autocast(config.train.precision, resized[0].device):
             found = find(detector, resized, labels, max_size)
+        boxes, scores = (torch.stack(column).cpu() for column in zip(*found))  # one wait for all
         found = [
-            (box * scale_back(small, image.size), score)
-            for (box, score), small, image in zip(found, resized, images)
+            (scale_boxes(box, size, image.size), float(score))
+            for box, score, size, image in zip(boxes, scores, sizes, images)
         ]
-        best = [max(pair, key=lambda each: float(each[1])) for pair in zip(best, found)] if best else found
+        best = [max(pair, key=lambda each: each[1]) for pair in zip(best, found)] if best else found
     return best
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from clis import boxes as box_ops
 from clis.config import TestConfig
-from clis.data.transforms import resize_image, round_half_up, shortest_size
+from clis.data.transforms import resize_image, round_half_up, scale_boxes, shortest_size
 from clis.losses import at_least_float32, l1_loss, objectness_loss
 from clis.models.backbone import Backbone
 from clis.models.contrastive import ContrastiveRegularization
@@ -212,7 +212,9 @@ class CLISDetector(nn.Module):
             for image, size in zip(images, sizes)
         ]
         return [
-            ImageDetections(found.boxes * scale_back(small, size), found.scores, found.labels)
+            ImageDetections(
+                scale_boxes(found.boxes, tuple(small.shape[1:]), size), found.scores, found.labels
+            )
             for found, small, size in zip(self.detect_resized(resized, max_size), resized, sizes)
         ]
 
@@ -264,9 +266,3 @@ class CLISDetector(nn.Module):
         if self.test_config.resize == "torchvision":
             return F.interpolate(image.to(like)[None], size=size, mode="bilinear")[0]
         return resize_image(image, size, extent, antialias=self.test_config.resize == "pillow")
-
-
-def scale_back(resized: Tensor, size: tuple[int, int]) -> Tensor:
-    """Factors [4] from pixels of a resized image [3,H,W] to pixels of the image of `size` that it was."""
-    height, width = (before / after for before, after in zip(size, resized.shape[1:]))
-    return torch.tensor([width, height, width, height], device=resized.device)
