@@ -44,6 +44,7 @@ def test_the_recipe_runs_on_photographs(tmp_path):
         "train.steps=2", "train.images_per_step=2", "train.device=cpu", "train.log_every=1",
         "data.short_sides=[128]", "data.max_size=200", "data.image_level=[imagenet_mini/folders]",
         "data.workers=0", "test.short_side=128", "test.max_size=200", "test.images_per_batch=8",
+        "regions.short_side=64", "regions.max_size=100",
         f"data.root={SHARED}", f"data.val={small_split(tmp_path / 'val.json')}", f"output={output}",
     ]  # fmt: skip
     config = load_config(CONFIGS / "clis.yaml", arguments)
