@@ -5,9 +5,8 @@
 R50-FPN, random weights, 1203 classes, category-rank-first; FOLDER holds JPEGs, e.g. of ImageNet, or folders
 of them. A turn reads and decodes the images in one loader process and finds their regions:
 
-* as at test: short side 800, longest 1333, one image at a time, decoded whole;
-* as the search: `regions.short_side` 400, `regions.max_size` 667, eight images of one padded size at a time,
-  decoded at no more of their size than that needs;
+* as at test: short side 800, longest 1333, one image at a time;
+* as the search: `regions.short_side` 400, `regions.max_size` 667, eight images of one padded size at a time;
 * the same in bfloat16 (`train.precision`).
 """
 
@@ -20,8 +19,7 @@ from pathlib import Path
 import numpy as np
 from detectors import PLAIN, make_detector, paper_config, print_ratios, take_turns
 
-from clis.data.loader import image_loader
-from clis.engine.regions import image_reader, like_shapes, padded_size, region_rule
+from clis.engine.regions import region_rule, search_batches
 
 CLASSES = 1203
 SEARCH = ("regions.short_side=400", "regions.max_size=667", "regions.images_per_batch=8")
@@ -51,14 +49,12 @@ class Photographs:
 
 
 def search(index: Photographs, device: str, *overrides: str) -> Callable[[], None]:
-    config = paper_config(*PLAIN, *overrides)
+    config = paper_config(*PLAIN, "data.workers=1", *overrides)
     detector = make_detector(CLASSES, *PLAIN, device=device).eval()
     rule = region_rule(config, index, detector)
 
     def run() -> None:
-        size = config.regions.images_per_batch
-        batches = image_loader(image_reader(config, index), range(len(index)), size, workers=1)
-        for rows, images in like_shapes(batches, size, padded_size):
+        for rows, images in search_batches(config, index, range(len(index)), detector):
             rule(rows, images)
 
     return run

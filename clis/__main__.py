@@ -63,12 +63,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     _add_config(command)
     command.add_argument(
-        "--scan", type=_positive, nargs="*", metavar="SIZE",
-        help="make no file: show what the detector finds at these shorter sides (default: from a quarter to "
-        "five quarters of test.short_side)",
+        "--scan", nargs="?", const="", metavar="SIZE,SIZE,...",
+        help="make no file, but show what the detector finds at these shorter sides (default: from a quarter "
+        "to five quarters of test.short_side)",
     )  # fmt: skip
-    command.add_argument("--images", type=_positive, default=500, help="of a scan, how many are looked at")
-    command.add_argument("--boxes", type=Path, metavar="FILE", help="of a scan, true boxes to compare with")
+    command.add_argument("--images", type=_positive, metavar="N", help="scan N images (default: 500)")
+    command.add_argument(
+        "--boxes", type=Path, metavar="FILE", help="report a scan's mean IoU with true boxes"
+    )
     command.set_defaults(run=_regions)
 
     command = commands.add_parser(
@@ -195,11 +197,21 @@ def _regions(arguments: argparse.Namespace) -> None:
     detector = detector_config(config, arguments.overrides)
     device = choose_device(config.train.device)
     if arguments.scan is None:
+        for name in ("images", "boxes"):
+            if getattr(arguments, name) is not None:
+                raise ValueError(f"--{name} is for a scan: add --scan")
         with process_group(device):
             find_regions(config, device, detector)
         return
-    options = {"sizes": arguments.scan, "images": arguments.images, "boxes": arguments.boxes}
-    scan_sizes(config, device, detector, **options)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ValueError("--scan runs on one process: start it without torchrun")
+    sizes = [size.strip() for size in arguments.scan.split(",") if size.strip()]
+    if wrong := [size for size in sizes if not size.isdecimal() or int(size) == 0]:
+        raise ValueError(
+            f"--scan {arguments.scan}: {wrong[0]!r} is not a size; write e.g. --scan 200,400,600"
+        )
+    images = arguments.images or 500
+    scan_sizes(config, device, detector, sizes=list(map(int, sizes)), images=images, boxes=arguments.boxes)
 
 
 def _pretrain(arguments: argparse.Namespace) -> None:

@@ -12,7 +12,7 @@ from torchvision.ops import nms
 NEGATIVE = -1
 IGNORED = -2
 SORTED_WHOLE = 2**14
-"""Scores up to so many are sorted whole by `nms_top_k`."""
+"""Most scores that `nms_top_k` sorts whole."""
 _MAX_LOG_RATIO = math.log(1000 / 16)  # a box grows at most this much (mmdetection, torchvision)
 
 _is_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)  # not in torch 2.4
@@ -74,7 +74,7 @@ def match(iou: Tensor, positive_iou: float, negative_iou: float, low_quality: bo
 def sample(
     matches: Sequence[Tensor], samples: int, positive_fraction: float, seeds: Sequence[int]
 ) -> list[tuple[Tensor, Tensor]]:
-    """Randomly chosen positives of each image (up to their fraction), and negatives up to `samples` in all.
+    """Choose positives of each image at random (up to their fraction), and negatives up to `samples` in all.
 
     The choice is a function of seed and matches alone, on any device, and the host waits for the device once.
 
@@ -100,7 +100,7 @@ def sample(
 
 
 def random_order(count: int, seed: int, device: torch.device) -> Tensor:
-    """Different int64 numbers [count] in an order that looks random; a function of seed and place alone.
+    """Give different int64 numbers [count] in an order that looks random, by seed and place alone.
 
     A hash instead of a generator, which would draw on the host or differ from device to device. Source of its
     multiplier: T. Mueller's 32-bit integer hash, chosen there for how evenly input bits change output bits.
@@ -119,7 +119,7 @@ def _mix(x: Tensor) -> Tensor:
 
 
 def rows_by_group(groups: Tensor, num_groups: int) -> tuple[Tensor, ...]:
-    """Rows int64 [n] of each group, from `groups` int64 [N] in 0..num_groups-1; the host waits once."""
+    """Split the rows of `groups`, int64 [N] in 0..num_groups-1, by group; the host waits once."""
     counts = (groups == torch.arange(num_groups, device=groups.device)[:, None]).sum(dim=1)
     return groups.argsort(stable=True).split(counts.tolist())
 
@@ -159,7 +159,7 @@ def nms_top_k(
     while True:
         order = _top(scores, size)
         boxes, groups = candidates(order)
-        # written so that a NaN, which is not to hide, takes part
+        # written so that a NaN takes part and shows
         left_out = (scores[order] <= score_threshold) | (boxes[:, 2:] - boxes[:, :2] < min_size).any(dim=1)
         places = torch.nonzero(~left_out).squeeze(1)
         kept = order[places[_grouped_nms(boxes[places], groups[places], iou_threshold)]]
@@ -185,7 +185,7 @@ def _nms_of_best(
     order = scores.sort(descending=True, stable=True).indices[:size]
     boxes, groups = candidates(order)
     small = (boxes[:, 2:] - boxes[:, :2] < min_size).any(dim=1)
-    counts = (scores[order] > score_threshold) & ~small
+    counts = ~(scores[order] <= score_threshold) & ~small
     alone = groups.max() + 1 + torch.arange(size, device=boxes.device)
     boxes = torch.cat([boxes, boxes.new_tensor([[0, 0, 1, 1], [0, 0, 1, 1]])])
     groups = torch.cat([torch.where(counts, groups, alone), alone[-1] + groups.new_tensor([1, 2])])

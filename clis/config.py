@@ -34,8 +34,10 @@ class BackboneConfig:
     `canvas` is ``square``."""
     canvas: Literal["batch", "square"] = "batch"
     """What images are zero-padded to: the largest of their ``batch``, or a ``square`` of the longest side
-    that they may have (`max_size`). On the square, group norm sees an image with the same padding in
-    training, at test and in any batch. Both are rounded up to a multiple of 32."""
+    that they may have, `data.max_size` and `test.max_size`, which then have to agree. On the square, group
+    norm sees an instance-level image with the same padding in training, at test and in any batch. The region
+    search has a square of `regions.max_size`; mosaics, all of one size, have none. Both are rounded up to a
+    multiple of 32."""
     norm_eps: float = 1e-5
     """Added to the variance; torchvision takes 0 for the COCO weights of its detector."""
     stride_in_1x1: bool = False
@@ -263,7 +265,7 @@ class RegionsConfig:
     detector: str | None = None
     """Checkpoint that finds the regions, or a config (then trained first, in its own run folder)."""
     short_side: tuple[int, ...] = (400,)
-    """The detector looks at images of this shorter side; of several sizes the best-scoring box counts. Not
+    """Shorter side at which the detector looks at an image; with several, the best-scoring box is taken. Not
     the size at test: image-level objects fill their images, so at that size they are larger than any object
     that the detector has learned. 400 is half of LVIS's 800 (not measured; `python -m clis regions CONFIG
     --scan` measures your images)."""
@@ -728,7 +730,18 @@ def _data_rules(config: Config) -> Iterator[tuple[Any, str]]:
     )
     for name in ("workers", "max_bad_images"):
         yield getattr(data, name) >= 0, f"data.{name}={getattr(data, name)}: at least 0"
-    yield len(config.regions.short_side) > 0, "regions.short_side: at least one size"
+    searched, most = config.regions.short_side, config.regions.max_size
+    yield len(searched) > 0, "regions.short_side: at least one size"
+    yield (
+        most >= max(searched, default=0),
+        f"regions.max_size={most}: at least the largest regions.short_side, {max(searched, default=0)}",
+    )
+    padded = [-(-side // 32) for side in (data.max_size, config.test.max_size)]
+    yield (
+        config.model.backbone.canvas == "batch" or padded[0] == padded[1],
+        f"model.backbone.canvas=square needs equal data.max_size and test.max_size, not {data.max_size} and "
+        f"{config.test.max_size}: images lie on one canvas in training and at test",
+    )
     for section, sizes in (
         ("data", (data.max_size,)),
         ("regions", (*config.regions.short_side, config.regions.max_size)),

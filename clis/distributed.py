@@ -9,11 +9,14 @@ import time
 import uuid
 from collections.abc import Iterator
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+
+T = TypeVar("T")
 
 TIMEOUT = timedelta(hours=3)
 """For a collective: the others wait while rank 0 evaluates, or for the slowest share of the regions."""
@@ -121,6 +124,15 @@ def all_reduce_sum(values: Tensor) -> Tensor:
 def agreed(answer: bool) -> bool:
     """The answer of rank 0, on all ranks."""
     return bool(all_reduce_sum(torch.tensor(int(answer and is_main()))))
+
+
+def from_main(value: T) -> T:
+    """Give the value of rank 0 to all ranks; what the others pass does not matter."""
+    if not dist.is_initialized():
+        return value
+    values = [value]
+    dist.broadcast_object_list(values)
+    return values[0]
 
 
 def all_gather_rows(rows: Tensor) -> Tensor:

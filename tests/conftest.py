@@ -12,7 +12,7 @@ from torch import Tensor
 
 from clis.config import Config, config_from_dict, merge_overrides
 from clis.data.annotations import Category
-from clis.data.loader import Batch, Sample, collate
+from clis.data.loader import Batch, Sample, collate, count_batches
 from clis.data.shapes import ShapesSpec, write_shapes
 from clis.distributed import all_reduce_sum
 from clis.engine import train
@@ -95,8 +95,7 @@ def normalizers_of(batch: Batch) -> Normalizers:
 
 def global_counts(batches: list[Batch]) -> list[int]:
     """Regions and pairs of the micro-batches of all processes, as `Loop` counts them."""
-    columns = zip((0, 0), *(batch.counts for batch in batches))
-    return all_reduce_sum(torch.tensor([sum(column) for column in columns])).tolist()
+    return all_reduce_sum(torch.tensor(count_batches(batches, Batch))).tolist()
 
 
 @pytest.fixture

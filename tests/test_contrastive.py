@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from clis.config import CLISConfig
 from clis.engine.describe import ContrastWatch
 from clis.models.contrastive import ContrastiveRegularization, KeyQueue, normalize, similarities
 from clis.models.heads import TwoFC
@@ -285,7 +286,9 @@ def test_a_collapsed_contrast_is_told_once_from_step_100_on():
     assert told(*((step, 0.83, 0.51, -0.4) for step in steps)) == []  # learned
     assert told(*((step, 0.12, 0.11, -0.1) for step in steps)) == []  # not learned yet
     assert told(*((step, 0.75, 0.7, 0.1) for step in steps)) == []  # alike, and the keys with them
-    assert told((300, 0.9, 0.89, -0.2)) == [300]  # of a run that goes on
+    resumed = range(300, 401, 20)  # sees five records before it says anything
+    assert told(*((step, 0.9, 0.89, -0.2) for step in resumed)) == [380]
+    assert told(*((step, 0.9, 0.89, -0.2) for step in range(1000, 9000, 1000))) == [5000]
     # alike at the start, then apart: the mean of 100 steps decides
     assert told(*((step, 0.9, 0.9 if step < 60 else 0.3, -0.4) for step in steps)) == []
     assert ContrastWatch().look(200, {"queue_filled": 7}) is None  # a batch without two pairs
@@ -338,5 +341,6 @@ def retrieval(pasted_view):
 
 
 def test_the_default_tells_instances_apart_and_an_online_positive_does_not(one_thread):
-    assert retrieval("symmetric") > 0.8
+    assert CLISConfig().pasted_view == "symmetric"
+    assert retrieval(CLISConfig().pasted_view) > 0.8
     assert retrieval("online") < 0.2

@@ -7,13 +7,16 @@ import math
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.multiprocessing
-from conftest import tiny_config
+from conftest import make_model, tiny_config
+from runs import CONFIG, SHORT
 from torch import Tensor
 from torchvision.io import write_jpeg, write_png
 
+from clis.__main__ import main
 from clis.config import Config, RegionsConfig
 from clis.data.annotations import Category
 from clis.data.image_level import ImageLevelIndex, build_index
@@ -21,6 +24,7 @@ from clis.data.images import ImageError
 from clis.data.regions import RegionSource, load_regions
 from clis.data.transforms import resize_image, shortest_size
 from clis.engine import region_scan, regions
+from clis.engine.region_parts import PART_DTYPE, RegionParts
 from clis.engine.regions import center_box, make_regions
 from clis.models import ImageDetections
 
@@ -72,6 +76,8 @@ def box_of(number: int) -> list[float]:
 
 class Detector:
     """Finds `box_of` the number in the pixels, with a score that tells number and label; resizes nothing."""
+
+    test_config = Config().test
 
     def __init__(self, broken: dict[int, list[float]] | None = None, interrupt_after: int | None = None):
         self.broken = broken or {}
@@ -210,7 +216,7 @@ class TestRules:
         path, given = tmp_path / "boxes.json", ["regions.rule=given", f"regions.boxes={tmp_path}/boxes.json"]
         names = [index.name(row) for row in range(len(index))]
         path.write_text(json.dumps({name: [1, 1, 9, 9] for name in names}))
-        find, calls = regions._regions_of, []
+        find, calls = regions.regions_of, []
 
         def interrupted(*arguments):
             calls.append(1)
@@ -218,7 +224,7 @@ class TestRules:
                 raise KeyboardInterrupt
             return find(*arguments)
 
-        monkeypatch.setattr(regions, "_regions_of", interrupted)
+        monkeypatch.setattr(regions, "regions_of", interrupted)
         with pytest.raises(KeyboardInterrupt):
             make_regions(config_of(*given), index, None, tmp_path / "regions.npy")
         path.write_text(json.dumps({name: [2, 2, 8, 8] for name in names}))
@@ -391,6 +397,33 @@ class TestSizes:
             assert table["score"][row] == 0
         assert set(detector.sides) == {144, 96, 48}  # the limit of the longer side goes with the size
 
+    def test_waiting_images_are_few(self):
+        """60 shapes in turn, batches of 4: few images wait, and every image comes once."""
+        given = ((list(range(i, i + 4)), [each % 60 for each in range(i, i + 4)]) for i in range(0, 600, 4))
+        taken, most, done = [], 0, []
+
+        def counted():
+            for rows, images in given:
+                taken.extend(rows)
+                yield rows, images
+
+        for rows, images in regions.like_shapes(counted(), 4, lambda image: image):
+            assert len(set(images)) == 1
+            assert [row % 60 for row in rows] == images
+            done += rows
+            most = max(most, len(taken) - len(done))
+        assert sorted(done) == list(range(600))
+        assert most <= 4 * regions.MOST_WAITING + 4
+
+    @pytest.mark.parametrize(
+        ("resize", "whole"), [("pillow", False), ("opencv", True), ("torchvision", True)]
+    )
+    def test_only_antialiasing_sees_reduced_images(self, tmp_path, resize, whole):
+        index = self.photographs(tmp_path / "images")
+        detector = make_model(f"test.resize={resize}")
+        image = regions.image_reader(config_of(), index, detector)(0)
+        assert (tuple(image.pixels.shape[1:]) == image.size) is whole
+
     def test_batches_are_of_one_shape(self, tmp_path):
         index, detector = self.photographs(tmp_path / "images"), Resizing()
         config = config_of("regions.short_side=96", "regions.max_size=144")
@@ -401,7 +434,7 @@ class TestSizes:
 class TestScan:
     @pytest.fixture
     def scanned(self, tmp_path, monkeypatch):
-        """Scans eight photographs with the detector that likes a short side of 64."""
+        """Scan eight photographs with the detector that likes a short side of 64."""
         index = TestSizes().photographs(tmp_path / "images")
         names = {"make_index": index, "read_annotations": None, "load_searcher": Resizing()}
         for name, value in names.items():
@@ -428,7 +461,7 @@ class TestScan:
         # 16 of the config's pixels to 32 at most: the limit of the longer side goes with the size
         assert [row[:3] for row in figures] == [[40, 80, -24], [64, 128, 0], [96, 192, -32]]
         assert [row[4] for row in figures] == [0.5, pytest.approx(1, abs=0.02), 0.5]
-        assert "highest at regions.short_side=64" in said
+        assert "highest with regions.short_side=64 regions.max_size=128" in said
 
     def test_without_sizes_fractions_of_the_tests_are_tried(self, scanned, capsys):
         scanned("test.short_side=128", "test.max_size=256")
@@ -442,6 +475,71 @@ class TestScan:
         with pytest.raises(FileNotFoundError, match=r"nowhere\.json: no such file of boxes"):
             scanned(boxes=Path("nowhere.json"))
 
+    def test_boxes_of_other_images_than_those_looked_at(self, scanned, tmp_path):
+        (tmp_path / "boxes.json").write_text(json.dumps({"cat/3.jpg": [0, 0, 9, 9]}))
+        with pytest.raises(ValueError, match=r"no box of the 2 images that are looked at; raise --images"):
+            scanned(images=2, boxes=tmp_path / "boxes.json")
+
+    def test_a_miss_counts_as_the_center_box_that_the_search_would_give(
+        self, scanned, tmp_path, monkeypatch, capsys
+    ):
+        """No size finds anything; the center box has half of the image's area."""
+
+        def nothing(self, images, labels, max_size):
+            return [(torch.full((4,), math.nan), torch.tensor(0.0)) for _ in images]
+
+        monkeypatch.setattr(Resizing, "rank_first", nothing)
+        (tmp_path / "boxes.json").write_text(json.dumps({"cat/0.jpg": [0, 0, 300, 400]}))
+        scanned(sizes=[64], boxes=tmp_path / "boxes.json")
+        assert "| 64 | 128 | 0.0000 |" in (said := capsys.readouterr().out)
+        assert "| 0.500 |" in said
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            (["--scan", "64,x"], "'x' is not a size"),
+            (["--scan", "0"], "'0' is not a size"),
+            (["--images", "7"], "--images is for a scan: add --scan"),
+            (["--boxes", "a.json"], "--boxes is for a scan: add --scan"),
+        ],
+    )
+    def test_the_command_line_at_fault(self, arguments, message):
+        with pytest.raises(ValueError, match=message):
+            main(["regions", CONFIG, *arguments])
+
+    def test_the_command(self, finished, data, capsys):
+        detector = f"regions.detector={finished}/detector"
+        main(["regions", CONFIG, *SHORT, f"data.root={data}", detector, "--scan", "24,48", "--images", "10"])
+        assert "10 of 100 images" in (said := capsys.readouterr().out)
+        assert "| 24 |" in said
+        assert "| 48 |" in said
+
+
+def test_a_search_that_two_processes_began_is_finished_by_one(index, tmp_path):
+    """Rows of both are kept; nothing is asked again."""
+    whole, path = tmp_path / "whole" / "regions.npy", tmp_path / "cut" / "regions.npy"
+    make_regions(config_of(), index, Detector(), whole)
+    with pytest.raises(KeyboardInterrupt):
+        make_regions(config_of(), index, Detector(interrupt_after=2), path)
+    (part,) = path.parent.glob("regions.partial-*/process_00000.bin")
+    records = np.fromfile(part, dtype=PART_DTYPE)
+    records[::2].tofile(part.with_name("process_00001.bin"))
+    records[1::2].tofile(part)
+    detector = Detector()
+    make_regions(config_of(), index, detector, path)
+    assert len(detector.asked) == NUM_IMAGES - 8
+    assert path.read_bytes() == whole.read_bytes()
+
+
+def test_a_retrained_detector_does_not_resume_the_search_of_the_old_one(index, tmp_path):
+    path = tmp_path / "regions.npy"
+    with pytest.raises(KeyboardInterrupt):
+        make_regions(config_of(), index, Detector(interrupt_after=2), path, stamp="before")
+    detector = Detector()
+    make_regions(config_of(), index, detector, path, stamp="after")
+    assert len(detector.asked) == NUM_IMAGES
+    assert sorted(p.name for p in path.parent.glob("regions*")) == ["regions.json", "regions.npy"]
+
 
 def test_a_record_that_was_cut_off_is_made_again(index, tmp_path):
     """A machine dies within a record; another one has a row whose bytes are torn."""
@@ -449,13 +547,13 @@ def test_a_record_that_was_cut_off_is_made_again(index, tmp_path):
     make_regions(config_of(), index, Detector(), whole)
     with pytest.raises(KeyboardInterrupt):
         make_regions(config_of(), index, Detector(interrupt_after=3), path)
-    (part,) = (path.parent / "regions.partial").glob("*.bin")
+    (part,) = path.parent.glob("regions.partial-*/*.bin")
     data = bytearray(part.read_bytes())
-    size = regions.PART_DTYPE.itemsize
+    size = PART_DTYPE.itemsize
     assert len(data) == 12 * size
     data[5 * size - 1] = 77  # the source of the fifth record: no such source
     part.write_bytes(data[:-7])
-    (path.parent / "regions.partial" / "process_00009.bin").write_bytes(b"\xff" * size)  # no such row
+    (part.parent / "process_00009.bin").write_bytes(b"\xff" * size)  # no such row
     detector = Detector()
     make_regions(config_of(), index, detector, path)
     assert len(detector.asked) == NUM_IMAGES - 12 + 2
@@ -464,13 +562,24 @@ def test_a_record_that_was_cut_off_is_made_again(index, tmp_path):
     assert len(list(path.parent.iterdir())) == 2
 
 
+def test_unreadable_images_of_an_interrupted_search_still_count(index, root, tmp_path):
+    """Two bad images where one is allowed: the same command fails again, and makes no file."""
+    for name in ("bird/01.png", "dog/09.png"):
+        (root / name).write_bytes((root / name).read_bytes()[:50])
+    damaged, path = build_index([root], CATEGORIES), tmp_path / "regions.npy"
+    for _ in range(2):
+        with pytest.raises(ImageError, match=r"2 unreadable .*max_bad_images=1 are allowed"):
+            make_regions(config_of("data.max_bad_images=1"), damaged, Detector(), path)
+    assert not path.exists()
+
+
 def _spawned(rank: int, folder: str) -> None:
     """Rank 1 takes its time once the parts are read, so that rank 0 would be far ahead if it did not wait."""
     torch.set_num_threads(1)
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2
     )
-    read = regions.RegionParts.read
+    read = RegionParts.read
 
     def slow_read(parts):
         table = read(parts)
@@ -478,7 +587,7 @@ def _spawned(rank: int, folder: str) -> None:
         return table
 
     if rank == 1:
-        regions.RegionParts.read = slow_read
+        RegionParts.read = slow_read
     index = build_index([Path(folder, "images")], CATEGORIES)
     detector = Detector()
     make_regions(config_of(), index, detector, Path(folder, "two", "regions.npy"))

@@ -391,15 +391,16 @@ def test_overrides_of_clis_alone_do_not_reach_the_detector(tmp_path):
     """Nor those of the image-level stream, also in mapping form; a run folder that was asked for holds it."""
     overrides = [
         "clis={s: 8}",
-        "loss.alpha=0.5",
+        "loss.alpha=0.25",
         "train.steps=7",
         f"output={tmp_path}",
         "data.label_noise=0.2",
     ]
     overrides += ["data={flip: 0.25, paste_size: [9, 11], val: other.json}"]
     detector = regions.detector_config(load_config(CONFIG, overrides), overrides)
-    assert (detector.clis.s, detector.loss.alpha, detector.train.steps) == (0, 0.3, 7)
     plain = regions.detector_config(load_config(CONFIG, []))
+    assert plain.loss.alpha != 0.25
+    assert (detector.clis.s, detector.loss.alpha, detector.train.steps) == (0, plain.loss.alpha, 7)
     assert (detector.data.flip, detector.data.val) == (0.25, "other.json")
     assert (detector.data.paste_size, detector.data.label_noise) == (plain.data.paste_size, 0)
     assert detector.output == str(tmp_path / "detector")

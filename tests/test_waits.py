@@ -46,11 +46,13 @@ class Waits(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("norm", ["folded", "group"])  # the former pools mosaics in windows
-def test_a_step_of_one_image_waits_at_most_twelve_times(norm, monkeypatch):
-    config = tiny_config("train.images_per_step=1", f"model.backbone.norm={norm}")
+@pytest.mark.parametrize("images", [1, 2])
+def test_a_step_waits_eight_times_and_twice_for_each_further_image(images, norm, monkeypatch):
+    """For sampling and levels, for NMS of each image's proposals, and for the gradient's norm."""
+    config = tiny_config(f"train.images_per_step={images}", f"model.backbone.norm={norm}")
     model = build_model(config, CATEGORIES).train()
     optimizer, scaler = make_optimizer(model, config), torch.amp.GradScaler("cpu", enabled=False)
-    batch = make_batch(1)
+    batch = make_batch(images)
 
     def step() -> None:
         train.train_step(model, model, optimizer, scaler, [batch], normalizers_of(batch), 1e-4, config)
@@ -61,4 +63,4 @@ def test_a_step_of_one_image_waits_at_most_twelve_times(norm, monkeypatch):
         step()
     assert waits.counts["tolist"] == 5  # RPN and RoI sampling, the levels of anchors, RoIs and regions
     assert waits.counts["tensor"] + waits.counts["new_tensor"] == 0
-    assert sum(waits.counts.values()) <= 12, waits.counts
+    assert sum(waits.counts.values()) == 8 + 2 * (images - 1), waits.counts

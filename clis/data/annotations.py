@@ -221,7 +221,7 @@ def checked_for_training(
         were clipped by more than `MAX_OVERFLOW`, and ``empty images`` were left out.
 
     Raises:
-        ValueError: an invalid box and not `drop_invalid`; the message names the first.
+        ValueError: an invalid box and not `drop_invalid`; the message names the first. No image is left.
     """
     rows = np.repeat(np.arange(len(annotations)), np.diff(annotations.offsets))
     limits = np.tile(annotations.image_sizes[rows, ::-1], 2)
@@ -253,6 +253,11 @@ def checked_for_training(
     kept = _select(replace(annotations, bboxes=bboxes), keep)
     has_box = (np.diff(kept.offsets) > 0) | empty_images
     counts["empty images"] = int((~has_box).sum())
+    if not has_box.any():
+        raise ValueError(
+            f"{annotations.path}: no image has a box left to train on; correct the boxes, or set "
+            "data.empty_images=true to train on background alone"
+        )
     return _select_images(kept, has_box) if counts["empty images"] else kept, counts
 
 

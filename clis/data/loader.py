@@ -7,7 +7,7 @@ import signal
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -39,10 +39,13 @@ class OnDevice:
     unreadable: tuple[str, ...]
     """One message for each image that could not be read and was replaced."""
 
+    COUNTED: ClassVar[tuple[str, ...]] = ()
+    """Fields whose lengths the losses are divided by, summed over all processes and micro-batches."""
+
     @property
-    def counts(self) -> tuple[int, int]:
-        """Image-level regions and pasted pairs, which the losses are divided by; 0 where there are none."""
-        return 0, 0
+    def counts(self) -> tuple[int, ...]:
+        """Lengths of the fields in `COUNTED`."""
+        return tuple(len(getattr(self, name)) for name in self.COUNTED)
 
     def _apply(self: T, function: Callable[[Tensor], Tensor]) -> T:
         changed = {}
@@ -109,9 +112,12 @@ class Batch(OnDevice):
     """B ids of the annotation file, to name images in messages."""
     unreadable: tuple[str, ...] = ()
 
-    @property
-    def counts(self) -> tuple[int, int]:
-        return len(self.regions), len(self.pair_boxes)
+    COUNTED: ClassVar[tuple[str, ...]] = ("regions", "pair_boxes")
+
+
+def count_batches(batches: Sequence[OnDevice], kind: type[OnDevice]) -> list[int]:
+    """Sum the `counts` of this process's micro-batches of a step, which may be none."""
+    return [sum(batch.counts[place] for batch in batches) for place in range(len(kind.COUNTED))]
 
 
 def collate(samples: Sequence[Sample]) -> Batch:
@@ -366,23 +372,23 @@ def train_loader(
     )
 
 
-class ImageDataset(Dataset[Tensor]):
-    """uint8 RGB images [3,H,W] by row, from a reader."""
+class ImageDataset(Dataset[tuple[int, T]]):
+    """Images by row, or what else a reader gives."""
 
-    def __init__(self, read: Callable[[int], Tensor], rows: Sequence[int]) -> None:
+    def __init__(self, read: Callable[[int], T], rows: Sequence[int]) -> None:
         self.read, self.rows = read, rows
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, place: int) -> tuple[int, Tensor]:
+    def __getitem__(self, place: int) -> tuple[int, T]:
         return int(self.rows[place]), self.read(int(self.rows[place]))
 
 
 def image_loader(
-    read: Callable[[int], Tensor], rows: Sequence[int], images_per_batch: int, workers: int
-) -> DataLoader[tuple[list[int], list[Tensor]]]:
-    """Lists of rows with their images, in order."""
+    read: Callable[[int], T], rows: Sequence[int], images_per_batch: int, workers: int
+) -> DataLoader[tuple[list[int], list[T]]]:
+    """Give lists of rows with what `read` makes of them, in order, read by `workers` processes."""
     return DataLoader(
         ImageDataset(read, rows),
         batch_size=images_per_batch,
@@ -406,5 +412,5 @@ def _outlive_signals(worker: int) -> None:
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(GRACE))
 
 
-def _unzip(pairs: Sequence[tuple[int, Tensor]]) -> tuple[list[int], list[Tensor]]:
+def _unzip(pairs: Sequence[tuple[int, T]]) -> tuple[list[int], list[T]]:
     return [row for row, _ in pairs], [image for _, image in pairs]

@@ -112,8 +112,8 @@ def summarize_step(outputs: Sequence[TrainOutput], config: Config) -> dict[str, 
 
 
 def contrast_state(model: CLISDetector, outputs: Sequence[TrainOutput]) -> dict[str, float]:
-    """How alike the views of the global batch's pairs are, how many keys the queue holds, and how alike these
-    are (1: all equal); nothing without L_con."""
+    """Say how alike the views of the global batch's pairs are, how many keys the queue holds, and how alike
+    the keys are (1: all equal); empty without L_con."""
     if model.contrastive is None:
         return {}
     f_i, f_d = (all_gather_rows(torch.cat(views)) for views in zip(*(output.views for output in outputs)))
@@ -126,27 +126,31 @@ def contrast_state(model: CLISDetector, outputs: Sequence[TrainOutput]) -> dict[
 class ContrastWatch:
     """Says once, from step 100 on, that L_con does not tell instances apart.
 
-    The sign of it, in the mean of 100 steps: within a batch f_i is hardly more similar to its own f_d than
-    to those of other pairs (by less than `APART`), while it is far more similar to these than to the queue's
-    keys (by `AWAY`). The loss falls by that alone. On the embedded benchmark, at step 100: 0.00 and 1.0 for
-    `pasted_view` ``online``, 0.04 and 0.5 for ``momentum``, 0.0 and below 0.6 for ``symmetric``.
+    The sign of it, in the mean of 100 steps and at least `LEAST` records: within a batch f_i is hardly more
+    similar to its own f_d than to those of other pairs (by less than `APART`), while it is far more similar
+    to these than to the queue's keys (by `AWAY`). The loss falls by that alone. On the embedded benchmark, at
+    step 100: 0.00 and 1.0 for `pasted_view` ``online``, 0.04 and 0.5 for ``momentum``, 0.0 and below 0.6 for
+    ``symmetric``.
     """
 
-    FIRST_STEP, APART, AWAY = 100, 0.1, 0.8
+    FIRST_STEP, LEAST, APART, AWAY = 100, 5, 0.1, 0.8
 
     def __init__(self) -> None:
         self.records: list[tuple[int, float, float, float]] = []
         self.said = False
 
     def look(self, step: int, record: Mapping[str, float]) -> str | None:
-        """What to say after a record of metrics.jsonl, or None."""
+        """Give the warning that is due after a record of metrics.jsonl, or None."""
         if self.said or "contrast_other" not in record:
             return None
-        kept = [each for each in self.records if each[0] > step - self.FIRST_STEP]
         names = ("contrast_positive", "contrast_other", "contrast_queue")
-        self.records = [*kept, (step, *(record[name] for name in names))]
+        self.records.append((step, *(record[name] for name in names)))
+        recent = [each for each in self.records if each[0] > step - self.FIRST_STEP]
+        self.records = max(recent, self.records[-self.LEAST :], key=len)
         positive, other, queue = (sum(column) / len(self.records) for column in list(zip(*self.records))[1:])
-        if step < self.FIRST_STEP or positive - other >= self.APART or other - queue < self.AWAY:
+        if step < self.FIRST_STEP or len(self.records) < self.LEAST:
+            return None
+        if positive - other >= self.APART or other - queue < self.AWAY:
             return None
         self.said = True
         return (

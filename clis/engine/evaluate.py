@@ -26,7 +26,7 @@ from clis.config import (
 from clis.data.annotations import Annotations, Category, check_same_categories
 from clis.data.images import read_image
 from clis.data.loader import image_loader
-from clis.distributed import choose_device, gather_rows, is_main, process_group, rank, world_size
+from clis.distributed import choose_device, from_main, gather_rows, is_main, process_group, rank, world_size
 from clis.engine import report
 from clis.engine.checkpoint import load_checkpoint, load_model
 from clis.engine.detections import Detections
@@ -106,17 +106,15 @@ def evaluate_detector(detector: CLISDetector, config: Config, folder: Path) -> d
     """
     annotations = load_validation(config, detector.categories)
     detections = run_detector(detector, config, annotations)
-    metrics: list[dict[str, float]] = [{}]
+    metrics: dict[str, float] = {}
     if is_main():
         figures = evaluate(annotations, detections, max_detections=config.test.detections)
         names = [f"AR@{config.test.detections}" if name == "AR@300" else name for name in METRICS]
-        metrics = [{name: figures[name] for name in names}]
+        metrics = {name: figures[name] for name in names}
         with written_whole(folder / "eval.json") as temporary:
             detections.save(folder / "detections.npz")
-            temporary.write_text(json.dumps(metrics[0], indent=1) + "\n")
-    if world_size() > 1:
-        torch.distributed.broadcast_object_list(metrics)
-    return metrics[0]
+            temporary.write_text(json.dumps(metrics, indent=1) + "\n")
+    return from_main(metrics)
 
 
 def load_validation(config: Config, categories: Sequence[Category]) -> Annotations:

@@ -12,7 +12,7 @@ from typing import Generic, TypeVar
 import torch
 
 from clis.config import Config
-from clis.data.loader import OnDevice
+from clis.data.loader import OnDevice, count_batches
 from clis.distributed import all_reduce_sum, barrier, is_main
 from clis.engine.bad_images import BadImages
 from clis.engine.checkpoint import saved_checkpoints
@@ -40,6 +40,7 @@ class Loop(Generic[B]):
         accumulation: int,
         device: torch.device,
         save: Callable[[int], None],
+        kind: type[B],
     ) -> None:
         """
         Args:
@@ -47,9 +48,10 @@ class Loop(Generic[B]):
             steps: those that are left.
             loader: their micro-batches on this process, in order.
             accumulation: micro-batches a step.
-            save: writes the checkpoint behind so many steps; called on all processes.
+            save: writes the checkpoint of a step; called on all processes.
+            kind: class of the micro-batches.
         """
-        self.schedule, self.steps, self.save = schedule, steps, save
+        self.schedule, self.steps, self.save, self.kind = schedule, steps, save, kind
         self.accumulation, self.device = accumulation, device
         self.bad_images = BadImages(config.data.max_bad_images)
         self.batches = _iterated(loader)
@@ -57,7 +59,7 @@ class Loop(Generic[B]):
         self.progress = Progress(label, steps.stop, steps.start)
         self.exits = contextlib.ExitStack()
         self.saving = self.stopping = False
-        self.counts = [0, 0]
+        self.counts: list[int] = []
         """Of the step's global batch, as `OnDevice.counts`."""
         self.began = self.loaded = 0.0
         self.times: list[tuple[float, float]] = []  # waiting for data and computing, since the last record
@@ -82,7 +84,7 @@ class Loop(Generic[B]):
             batches = bad.load(self.batches, self.accumulation, self.device)
             minutes_over = is_main() and self.schedule.minutes_are_over()
             wishes = [len(bad.new), bad.gone is not None, self.stop.received, minutes_over]
-            counts = [sum(column) for column in zip((0, 0), *(batch.counts for batch in batches))]
+            counts = count_batches(batches, self.kind)
             message = all_reduce_sum(torch.tensor([*wishes, *counts])).tolist()
             new, gone, self.stopping, self.saving, *self.counts = message
             if (reason := bad.verdict(new, gone, step)) is not None:

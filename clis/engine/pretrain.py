@@ -121,7 +121,7 @@ def train_classifier(
             schedule.saved()
         barrier()
 
-    with Loop("pretrain", config, schedule, steps, loader, accumulation, device, save) as loop:
+    with Loop("pretrain", config, schedule, steps, loader, accumulation, device, save, LabelledBatch) as loop:
         for step, batches in loop:
             rate = learning_rate(step, config.optim, config.train.images_per_step)
             sums, norm = classification_step(network, model, optimizer, scaler, batches, rate, config)

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import hashlib
 import json
-import os
-import shutil
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -33,17 +30,18 @@ from clis.data.images import ImageError, open_image
 from clis.data.loader import image_loader
 from clis.data.regions import REGION_DTYPE, RegionSource, region_sidecar
 from clis.data.transforms import scale_boxes, shortest_size
-from clis.distributed import agreed, barrier, is_main, rank, world_size
+from clis.distributed import agreed, barrier, from_main, is_main, rank, world_size
 from clis.engine.bad_images import check_bad_images
 from clis.engine.checkpoint import load_detector
 from clis.engine.log import Progress, say
 from clis.engine.optim import autocast
+from clis.engine.region_parts import RegionParts
 from clis.engine.streams import make_index, read_annotations, regions_file
 from clis.files import written_whole
 from clis.models import CLISDetector
 
-PART_DTYPE = np.dtype([("row", np.int64), ("region", REGION_DTYPE)])
-"""A row of the index with its region, in the file of a process."""
+MOST_WAITING = 8
+"""Batches of images that may wait for others of their shape."""
 
 T = TypeVar("T")
 
@@ -87,18 +85,24 @@ def _section(override: str) -> str:
 
 
 def find_regions(config: Config, device: torch.device, detector: Config | None = None) -> None:
-    """Makes the region file of the config, if it is not there, by `detector` or `regions.detector`."""
+    """Make the region file of the config, if it is not there, by `detector` or `regions.detector`."""
     path = regions_file(config)
     if agreed(path.exists()):
+        if is_main():
+            RegionParts(path, 0, {}).remove()  # of a process that died before it could
         say(f"{path} already exists")
         return
     index = make_index(config, read_annotations(data_path(config, config.data.train)))
-    by_detector = config.regions.rule in DETECTOR_RULES
-    make_regions(config, index, load_searcher(config, device, detector) if by_detector else None, path)
+    if config.regions.rule not in DETECTOR_RULES:
+        make_regions(config, index, None, path)
+        return
+    model = load_searcher(config, device, detector)
+    status = detector_checkpoint(config, detector or detector_config(config)).stat()
+    make_regions(config, index, model, path, stamp=f"{status.st_size} {status.st_mtime_ns}")
 
 
 def load_searcher(config: Config, device: torch.device, detector: Config | None = None) -> CLISDetector:
-    """The trained detector that finds the regions of the config: `detector`, or `regions.detector`.
+    """Load the trained detector that finds the regions of the config: `detector`, or `regions.detector`.
 
     Raises:
         FileNotFoundError, ValueError: it is not trained yet, none is named, or it has other classes.
@@ -125,46 +129,44 @@ def detector_checkpoint(config: Config, detector: Config | None) -> Path:
     return Path(source) if Path(source).suffix == ".pt" else Path(source, "checkpoints", "last.pt")
 
 
-def make_regions(config: Config, index: ImageLevelIndex, detector: CLISDetector | None, path: Path) -> None:
-    """Writes `regions.npy`, one `REGION_DTYPE` row an image in the index's order, and its sidecar JSON.
+def make_regions(
+    config: Config, index: ImageLevelIndex, detector: CLISDetector | None, path: Path, stamp: str = ""
+) -> None:
+    """Write `regions.npy`, one `REGION_DTYPE` row an image in the index's order, and its sidecar JSON.
 
-    Process r of W takes every W-th image from r on and writes its rows into a file of its own, so that
-    processes on several machines never share one. The files stay in a folder beside `path` until all rows are
-    there, so that an interrupted run goes on where it was, also on another number of processes; then rank 0
-    checks and joins them. An image without a box gets its centre box, flagged as a fallback.
+    The processes share the images that are left and write what they find as `RegionParts`, so that an
+    interrupted run resumes where it was, also on another number of processes; then rank 0 checks and joins
+    them. An image without a box gets its center box, flagged as a fallback.
 
     Args:
         detector: finds the boxes for `category-rank-first` and `top-score`; None for the other rules.
+        stamp: changes with the detector's weights; parts of another one are not resumed.
 
     Raises:
         FileNotFoundError, ValueError: the boxes of the rule `given` cannot be read.
         ImageError: more images than `data.max_bad_images` cannot be read.
     """
     sidecar = region_sidecar(index, config.regions, detector_of(config))
-    parts = RegionParts(path.with_name(path.stem + ".partial"), len(index))
+    parts = RegionParts(path, len(index), {**sidecar, "stamp": stamp})
     if is_main():
-        parts.open(sidecar)
-    barrier()
-    pending = parts.read()["source"] == RegionSource.PENDING
-    if not pending.all():
-        say(f"{(~pending).sum()} of {len(index)} regions already exist")
-    mine = range(len(index))[rank() :: world_size()]
-    mine = [row for row in mine if pending[row]]
-    rule = region_rule(config, index, detector)
-    batches = image_loader(
-        image_reader(config, index), mine, config.regions.images_per_batch, config.data.workers
-    )
-    unreadable: list[str] = []
+        parts.open(world_size())
+    table = from_main(parts.read() if is_main() else None)
+    pending = np.flatnonzero(table["source"] == RegionSource.PENDING)
+    if len(pending) < len(index):
+        say(f"{len(index) - len(pending)} of {len(index)} regions already exist")
+    met = np.flatnonzero(table["source"] == RegionSource.UNREADABLE)
+    unreadable = [f"{index.name(row)} (found before)" for row in met.tolist()]
+    mine, rule = pending[rank() :: world_size()], region_rule(config, index, detector)
     with parts.writer(rank()) as write, Progress("regions", len(mine)) as progress:
-        for rows, images in like_shapes(batches, config.regions.images_per_batch, padded_size):
+        for rows, images in search_batches(config, index, mine, detector):
             unreadable += [image for image in images if isinstance(image, str)]
             check_bad_images(unreadable, config.data.max_bad_images)
-            write(rows, _regions_of(rows, images, rule))
+            write(rows, regions_of(rows, images, rule))
             progress.advance(len(rows))
     barrier()
     if is_main():
         table = parts.read()
-        _check_complete(table, index, parts.folder)
+        parts.check_complete(table, index)
         counts = Counter(RegionSource(source).name.lower() for source in table["source"].tolist())
         with written_whole(path.with_suffix(".json")) as temporary:
             temporary.write_text(json.dumps(sidecar | {"counts": counts}, indent=1) + "\n")
@@ -175,85 +177,50 @@ def make_regions(config: Config, index: ImageLevelIndex, detector: CLISDetector 
     barrier()
 
 
-class RegionParts:
-    """The folder of unfinished regions: a file of `PART_DTYPE` records from each process, and a note.
+def search_batches(
+    config: Config, index: ImageLevelIndex, rows: Sequence[int], detector: CLISDetector | None
+) -> Iterator[tuple[list[int], list[ImageOfRow | str]]]:
+    """Read the images of rows of the index, in batches of `regions.images_per_batch` of one padded size.
 
-    A record is appended whole or, where a process dies, cut off at the end; that end is dropped.
+    An image that cannot be read is the message that says why, in a batch of its own.
     """
-
-    def __init__(self, folder: Path, length: int) -> None:
-        """`length`: images of the index."""
-        self.folder, self.length = folder, length
-
-    def open(self, sidecar: dict[str, object]) -> None:
-        """Starts over unless the folder has parts of the same index, rule, sizes and detector."""
-        note = self.folder / "regions.json"
-        if note.exists() and json.loads(note.read_text()) == sidecar:
-            return
-        self.remove()
-        with written_whole(note) as temporary:
-            temporary.write_text(json.dumps(sidecar))
-
-    @contextlib.contextmanager
-    def writer(self, process: int) -> Iterator[Callable[[Sequence[int], np.ndarray], None]]:
-        """Gives a function that appends rows of the index with their regions to this process's file."""
-        path = self.folder / f"process_{process:05d}.bin"
-        with path.open("ab") as file:
-            file.truncate(file.tell() // PART_DTYPE.itemsize * PART_DTYPE.itemsize)
-
-            def write(rows: Sequence[int], regions: np.ndarray) -> None:
-                records = np.empty(len(rows), dtype=PART_DTYPE)
-                records["row"], records["region"] = rows, regions
-                file.write(records.tobytes())
-                file.flush()
-
-            yield write
-            os.fsync(file.fileno())
-
-    def read(self) -> np.ndarray:
-        """All rows of the index, `REGION_DTYPE` [n]; those that no part has, or has damaged, are pending."""
-        table = np.zeros(self.length, dtype=REGION_DTYPE)
-        for path in sorted(self.folder.glob("process_*.bin")):
-            records = np.fromfile(path, dtype=PART_DTYPE)
-            row, region = records["row"], records["region"]
-            sound = (row >= 0) & (row < self.length) & np.isfinite(region["box"]).all(axis=1)
-            sound &= (region["source"] > RegionSource.PENDING) & (region["source"] <= max(RegionSource))
-            table[row[sound]] = region[sound]
-        return table
-
-    def remove(self) -> None:
-        shutil.rmtree(self.folder, ignore_errors=True)
+    size = config.regions.images_per_batch
+    batches = image_loader(image_reader(config, index, detector), rows, size, config.data.workers)
+    return like_shapes(map(_own_memory, batches), size, padded_sizes)
 
 
-def _check_complete(table: np.ndarray, index: ImageLevelIndex, folder: Path) -> None:
-    """Raises `ValueError` if a row is missing."""
-    pending = np.flatnonzero(table["source"] == RegionSource.PENDING)
-    if len(pending):
-        raise ValueError(
-            f"{folder}: {len(pending)} of {len(table)} regions are missing or damaged, the first of "
-            f"{index.name(int(pending[0]))}; re-run the same command to make them"
-        )
+def _own_memory(
+    batch: tuple[list[int], list[ImageOfRow | str]],
+) -> tuple[list[int], list[ImageOfRow | str]]:
+    """Copy the pixels: those from a loader process hold a file descriptor each while they wait."""
+    rows, images = batch
+    return rows, [
+        image if isinstance(image, str) else image._replace(pixels=image.pixels.clone()) for image in images
+    ]
 
 
 def like_shapes(
     batches: Iterable[tuple[list[int], list[T]]], size: int, shape_of: Callable[[T], Any]
 ) -> Iterator[tuple[list[int], list[T]]]:
-    """Sorts batches of rows and images into batches of up to `size` images of one shape.
+    """Sort batches of rows and images into batches of up to `size` images of one shape.
 
-    What has no shape (None) is passed on alone, at once.
+    What has no shape (None) is passed on alone, at once. No more than `MOST_WAITING` batches wait: then the
+    fullest goes as it is.
     """
     waiting: dict[Any, list[tuple[int, T]]] = defaultdict(list)
     for rows, images in batches:
-        for row, image in zip(rows, images):
-            shape = shape_of(image)
-            alike = waiting[shape]
-            alike.append((row, image))
-            if len(alike) == size or shape is None:
-                yield [row for row, _ in alike], [image for _, image in alike]
-                alike.clear()
-    for alike in waiting.values():
-        if alike:
-            yield [row for row, _ in alike], [image for _, image in alike]
+        for pair in zip(rows, images):
+            shape = shape_of(pair[1])
+            waiting[shape].append(pair)
+            if len(waiting[shape]) == size or shape is None:
+                yield _unzipped(waiting.pop(shape))
+            elif sum(map(len, waiting.values())) >= MOST_WAITING * size:
+                yield _unzipped(waiting.pop(max(waiting, key=lambda each: len(waiting[each]))))
+    yield from map(_unzipped, waiting.values())
+
+
+def _unzipped(pairs: list[tuple[int, T]]) -> tuple[list[int], list[T]]:
+    return [row for row, _ in pairs], [image for _, image in pairs]
 
 
 def detector_of(config: Config) -> str | None:
@@ -273,38 +240,45 @@ class ImageOfRow(NamedTuple):
     """Height and width of `pixels` that the image fills, as from `EncodedImage.decode_reduced`."""
     size: tuple[int, int]
     """Height and width as stored."""
-    least: tuple[int, int]
-    """Height and width of the largest size that it is looked at."""
+    sizes: list[tuple[int, int]]
+    """Height and width of each size that it is looked at."""
 
 
 Rule = Callable[[list[int], list[ImageOfRow]], list[tuple[Tensor, float]]]
 """Rows of the index and their images to a box [4] and a score each; NaN where there is none."""
 
 
-def image_reader(config: Config, index: ImageLevelIndex) -> Callable[[int], ImageOfRow | str]:
-    """Reads a row's image for the sizes of the config, or says what is wrong with it."""
-    largest = {"short_side": max(config.regions.short_side), "max_size": config.regions.max_size}
-    return functools.partial(_read, index, functools.partial(shortest_size, **largest))
+def image_reader(
+    config: Config, index: ImageLevelIndex, detector: CLISDetector | None
+) -> Callable[[int], ImageOfRow | str]:
+    """Make the function that reads a row's image for the sizes of the config, or says what is wrong with it.
+
+    A detector whose resizing has no antialiasing would see other pixels in an image that was decoded at a
+    part of its size; it gets whole ones.
+    """
+    whole = detector is not None and detector.test_config.resize != "pillow"
+    return functools.partial(_read, index, search_sizes(config.regions), whole)
 
 
-def padded_size(image: ImageOfRow | str) -> tuple[int, ...] | None:
-    """Equal for images that fill a batch alike; None of an image that cannot be read."""
-    return None if isinstance(image, str) else tuple(-(-side // 32) for side in image.least)
-
-
-def _read(
-    index: ImageLevelIndex, least_of: Callable[[tuple[int, int]], tuple[int, int]], row: int
-) -> ImageOfRow | str:
+def _read(index: ImageLevelIndex, searched: list[tuple[int, int]], whole: bool, row: int) -> ImageOfRow | str:
     try:
         image = open_image(index.read(row), index.name(row))
-        least = least_of(image.size)
-        return ImageOfRow(*image.decode_reduced(least), image.size, least)
+        sizes = [shortest_size(image.size, *each) for each in searched]  # the largest first
+        pixels, extent = (image.decode(), None) if whole else image.decode_reduced(sizes[0])
+        return ImageOfRow(pixels, extent, image.size, sizes)
     except ImageError as error:
         return str(error)
 
 
-def _regions_of(rows: list[int], images: list[ImageOfRow | str], rule: Rule) -> np.ndarray:
-    """The regions of rows of the index, `REGION_DTYPE` [n]."""
+def padded_sizes(image: ImageOfRow | str) -> tuple[tuple[int, int], ...] | None:
+    """What is equal for images that fill their batches alike; None of an image that cannot be read."""
+    if isinstance(image, str):
+        return None
+    return tuple((-(-height // 32), -(-width // 32)) for height, width in image.sizes)
+
+
+def regions_of(rows: list[int], images: list[ImageOfRow | str], rule: Rule) -> np.ndarray:
+    """Find the regions of rows of the index, `REGION_DTYPE` [n]."""
     regions = np.zeros(len(rows), dtype=REGION_DTYPE)
     regions["source"] = RegionSource.UNREADABLE
     readable = [place for place, image in enumerate(images) if not isinstance(image, str)]
@@ -312,7 +286,7 @@ def _regions_of(rows: list[int], images: list[ImageOfRow | str], rule: Rule) -> 
         return regions
     found = rule([rows[place] for place in readable], [images[place] for place in readable])
     for place, (box, score) in zip(readable, found):
-        has_area = bool((box[2:] > box[:2]).all())  # also false for NaN
+        has_area = _has_area(box)
         if not has_area:
             box, score = center_box(images[place].size), 0.0
         source = RegionSource.RULE if has_area else RegionSource.FALLBACK
@@ -320,8 +294,12 @@ def _regions_of(rows: list[int], images: list[ImageOfRow | str], rule: Rule) -> 
     return regions
 
 
+def _has_area(box: Tensor) -> bool:
+    return bool((box[2:] > box[:2]).all())  # also false for NaN
+
+
 def region_rule(config: Config, index: ImageLevelIndex, detector: CLISDetector | None) -> Rule:
-    """What `regions.rule` finds, at the sizes of the section."""
+    """Make the function that finds what `regions.rule` says, at the sizes of the section."""
     name = config.regions.rule
     if name == "center":
         return lambda rows, images: [(center_box(image.size), 1.0) for image in images]
@@ -379,12 +357,18 @@ def _best_over_sizes(
             (scale_boxes(box, size, image.size), float(score))
             for box, score, size, image in zip(boxes, scores, sizes, images)
         ]
-        best = [max(pair, key=lambda each: each[1]) for pair in zip(best, found)] if best else found
+        best = [max(pair, key=_rank) for pair in zip(best, found)] if best else found
     return best
 
 
+def _rank(found: tuple[Tensor, float]) -> tuple[bool, float]:
+    """A box before none, then by the score."""
+    box, score = found
+    return _has_area(box), score
+
+
 def search_sizes(regions: RegionsConfig) -> list[tuple[int, int]]:
-    """Short side and longest side of each size that the detector looks at, largest first."""
+    """Give short side and longest side of each size that the detector looks at, largest first."""
     largest = max(regions.short_side)
     return [(side, round(regions.max_size * side / largest)) for side in sorted(regions.short_side)[::-1]]
 
@@ -411,7 +395,7 @@ def read_boxes(path: Path, index: ImageLevelIndex) -> dict[str, Tensor]:
             raise ValueError(f"{path}: {name}: [x1, y1, x2, y2] is needed, not {box!r}") from None
         x1, y1, x2, y2 = boxes[name].tolist()
         if not (x2 > x1 and y2 > y1):
-            raise ValueError(f"{path}: {name}: the box {box} has no area; remove it or mend it")
+            raise ValueError(f"{path}: {name}: the box {box} has no area; remove it or correct it")
     if not any(index.name(row) in boxes for row in range(len(index))):
         raise ValueError(f"{path}: no box of data.image_level's images; they are called e.g. {index.name(0)}")
     return boxes

@@ -152,7 +152,7 @@ def train(config: Config, folder: Path, device: torch.device) -> CLISDetector:
             schedule.evaluated(done, metrics["AP"])
         log.write({"step": done, **metrics})
 
-    with Loop("train", config, schedule, steps, loader, accumulation, device, save) as loop:
+    with Loop("train", config, schedule, steps, loader, accumulation, device, save, Batch) as loop:
         if schedule.evaluation_due(first_step) and agreed(not log.has_evaluation(first_step)):
             evaluate(first_step)  # the run was stopped behind the step's checkpoint
         for step, batches in loop:

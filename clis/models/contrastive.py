@@ -53,7 +53,7 @@ class KeyQueue(nn.Module):
         return min(int(self.pushed), len(self.keys))
 
     def mean_key(self) -> Tensor:
-        """Mean [E] of the keys, 0 where there is none; its length is 1 where all keys are equal."""
+        """Compute the mean [E] of the keys, 0 where there is none; its length is 1 where all are equal."""
         return self.keys.sum(dim=0) / self.pushed.clamp(1, len(self.keys))
 
     @torch.no_grad()
@@ -167,7 +167,7 @@ def normalize(features: Tensor) -> Tensor:
 
 @torch.no_grad()
 def similarities(f_i: Tensor, f_d: Tensor, mean_key: Tensor) -> dict[str, float]:
-    """What shows whether L_con tells instances apart; nothing of fewer than two pairs.
+    """Measure whether L_con tells instances apart; empty for fewer than two pairs.
 
     Args:
         f_i, f_d: [P,E] of unit length, both views of the pairs of the global batch.

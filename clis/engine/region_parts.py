@@ -1,0 +1,93 @@
+"""Regions that are found but not complete yet: a file from each process, so that no two write to one."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from clis.data.image_level import ImageLevelIndex
+from clis.data.regions import REGION_DTYPE, RegionSource
+
+PART_DTYPE = np.dtype([("row", np.int64), ("region", REGION_DTYPE)])
+"""A row of the index with its region, in the file of a process."""
+
+
+class RegionParts:
+    """A folder of files of `PART_DTYPE` records beside a region file, one from each process.
+
+    A record is appended whole or, where a process dies, cut off at the end; that end is dropped. The folder's
+    name has the hash of what the regions are made of, so that others' are never resumed.
+    """
+
+    def __init__(self, path: Path, length: int, recipe: Mapping[str, Any]) -> None:
+        """
+        Args:
+            path: of the region file.
+            length: images of the index.
+            recipe: all that a region depends on.
+        """
+        digest = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:12]
+        self.path, self.length = path, length
+        self.folder = path.with_name(f"{path.stem}.partial-{digest}")
+
+    def open(self, processes: int) -> None:
+        """Make the folder with a file for each process, and remove those of other recipes."""
+        self._remove(keep=self.folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for process in range(processes):  # by one machine: a name that another makes may show late over NFS
+            self._file(process).touch()
+
+    @contextlib.contextmanager
+    def writer(self, process: int) -> Iterator[Callable[[Sequence[int], np.ndarray], None]]:
+        """Give a function that appends rows of the index with their regions to this process's file."""
+        with self._file(process).open("ab") as file:
+            file.truncate(file.tell() // PART_DTYPE.itemsize * PART_DTYPE.itemsize)
+
+            def write(rows: Sequence[int], regions: np.ndarray) -> None:
+                records = np.empty(len(rows), dtype=PART_DTYPE)
+                records["row"], records["region"] = rows, regions
+                file.write(records.tobytes())
+                file.flush()
+
+            yield write
+            os.fsync(file.fileno())
+
+    def read(self) -> np.ndarray:
+        """Read all rows of the index, `REGION_DTYPE` [n]; what no part has, or has damaged, is pending."""
+        table = np.zeros(self.length, dtype=REGION_DTYPE)
+        for path in sorted(self.folder.glob("process_*.bin")):
+            records = np.fromfile(path, dtype=PART_DTYPE)
+            row, region = records["row"], records["region"]
+            sound = (row >= 0) & (row < self.length) & np.isfinite(region["box"]).all(axis=1)
+            sound &= (region["source"] > RegionSource.PENDING) & (region["source"] <= max(RegionSource))
+            table[row[sound]] = region[sound]
+        return table
+
+    def check_complete(self, table: np.ndarray, index: ImageLevelIndex) -> None:
+        """Raise `ValueError` if a row is missing."""
+        pending = np.flatnonzero(table["source"] == RegionSource.PENDING)
+        if len(pending):
+            raise ValueError(
+                f"{self.folder}: {len(pending)} of {len(table)} regions are missing or damaged, the first of "
+                f"{index.name(int(pending[0]))}; re-run the same command to make them"
+            )
+
+    def remove(self) -> None:
+        """Remove the parts of every recipe."""
+        self._remove(keep=None)
+
+    def _file(self, process: int) -> Path:
+        return self.folder / f"process_{process:05d}.bin"
+
+    def _remove(self, keep: Path | None) -> None:
+        for folder in self.path.parent.glob(f"{self.path.stem}.partial-*"):
+            if folder != keep:
+                shutil.rmtree(folder, ignore_errors=True)
