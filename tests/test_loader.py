@@ -166,10 +166,13 @@ class TestMarks:
             inner = filled(truths, height, width, grow=-2) & ~filled(sample.pair_boxes, height, width)
             assert red[inner].all()
 
-    @pytest.mark.parametrize("cutout", [0, 1])
-    def test_regions_hold_their_marks(self, root, cutout):
-        """Without cutout a region ends where its mark ends, to a pixel of blur, or is too small and gone."""
-        dataset = make_dataset(root, f"data.cutout={cutout}")
+    @pytest.mark.parametrize(("cutout", "surroundings"), [(0, "null"), (1, "null"), (0, "1.5"), (0, "1")])
+    def test_regions_hold_their_marks(self, root, cutout, surroundings):
+        """Without cutout a region ends where its mark ends, to a pixel of blur, or is too small and gone.
+
+        Also of images that are cropped to what surrounds their region, those that are pasted among them.
+        """
+        dataset = make_dataset(root, f"data.cutout={cutout}", f"data.mosaic_surroundings={surroundings}")
         tile, num_kept = MOSAIC // 2, 0
         for item in items():
             sample = dataset[item]
