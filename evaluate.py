@@ -1,7 +1,11 @@
-"""Evaluate a checkpoint: ``python evaluate.py runs/shapes/clis/checkpoints/last.pt``."""
+"""Evaluate a checkpoint, ``python evaluate.py CHECKPOINT``, or the result files of any detector,
+``python evaluate.py --annotations FILE --results FILE`` (which is ``python -m clis score``)."""
 
-from clis.__main__ import run_command
-from clis.engine.evaluate import main
+import sys
+
+from clis.cli import run_command
+from clis.commands import run_verb
 
 if __name__ == "__main__":
-    run_command(main)
+    by_files = any(argument.startswith(("--annotations", "--results")) for argument in sys.argv[1:])
+    run_command(lambda: run_verb("score" if by_files else "evaluate", prog="evaluate.py"))

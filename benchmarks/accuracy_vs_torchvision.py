@@ -29,14 +29,15 @@ from torchvision.ops import MultiScaleRoIAlign
 from clis.config import Config, data_path, load_config
 from clis.data.annotations import load_annotations
 from clis.data.loader import MicroBatches, image_loader, train_loader
-from clis.engine.detections import Detections
+from clis.data.shapes import generate_shapes
+from clis.data.streams import make_streams
 from clis.engine.evaluate import read_validation_image
-from clis.engine.log import Progress
-from clis.engine.lvis_eval import evaluate
 from clis.engine.optim import learning_rate
-from clis.engine.streams import make_streams
-from clis.engine.train import generate_shapes, run
+from clis.engine.train import run
+from clis.metric.detections import Detections
+from clis.metric.lvis_eval import evaluate
 from clis.models.backbone import IMAGE_MEAN, IMAGE_STD, STRIDES, Backbone
+from clis.progress import Progress
 
 
 class PeerBackbone(nn.Module):

@@ -121,7 +121,7 @@ def measure_start(arguments: argparse.Namespace) -> Figures:
     import torch
 
     from clis.config import load_config
-    from clis.engine.streams import make_streams
+    from clis.data.streams import make_streams
 
     file = arguments.file.resolve()
     config = load_config(str(arguments.config), [f"data.root={file.parent}", f"data.train={file.name}"])

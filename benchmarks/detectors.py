@@ -19,7 +19,7 @@ from torchvision.models.detection.backbone_utils import _resnet_fpn_extractor
 from torchvision.ops import FrozenBatchNorm2d
 
 from clis.config import Config, config_from_dict, merge_overrides
-from clis.data.loader import Batch
+from clis.data.batch import Batch
 from clis.models import CLISDetector, build_model
 
 SIZE = (800, 1088)

@@ -29,7 +29,7 @@ from torch.utils.data import DataLoader, Dataset
 from clis.data.annotations import Category
 from clis.data.image_level import ImageLevelIndex, open_index, write_index
 from clis.data.image_scan import Container, Listing
-from clis.engine.log import Progress
+from clis.progress import Progress
 
 TARS = 997
 LOOKUPS = 20_000

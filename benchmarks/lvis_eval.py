@@ -27,10 +27,10 @@ from pathlib import Path
 import numpy as np
 
 from clis.data.annotations import load_annotations
-from clis.engine.detections import Detections
-from clis.engine.lvis_eval import accumulate, summarize
-from clis.engine.matching import match
-from clis.engine.official import load_lvis, run_lvis
+from clis.metric.detections import Detections
+from clis.metric.lvis_eval import accumulate, summarize
+from clis.metric.matching import match
+from clis.metric.official import load_lvis, run_lvis
 
 BASE = ("nothing", "imports alone")
 KINDS = {

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from clis.config import Config, load_config
     from clis.data.annotations import load_annotations
     from clis.engine.checkpoint import load_detector
-    from clis.engine.detections import Detections
-    from clis.engine.lvis_eval import evaluate
+    from clis.metric.detections import Detections
+    from clis.metric.lvis_eval import evaluate
     from clis.models import CLISDetector, build_model
 
 __version__ = "0.1.0"
@@ -25,9 +25,9 @@ __version__ = "0.1.0"
 _HOME = {
     "CLISDetector": "clis.models",
     "Config": "clis.config",
-    "Detections": "clis.engine.detections",
+    "Detections": "clis.metric.detections",
     "build_model": "clis.models",
-    "evaluate": "clis.engine.lvis_eval",
+    "evaluate": "clis.metric.lvis_eval",
     "load_annotations": "clis.data.annotations",
     "load_config": "clis.config",
     "load_detector": "clis.engine.checkpoint",

@@ -10,12 +10,12 @@ import torch
 from runs import CONFIG, SHORT
 from torch import Tensor
 
+from clis.commands import run_verb
 from clis.config import Config, config_from_dict, merge_overrides
 from clis.data.annotations import Category
-from clis.data.loader import Batch, Sample, collate, count_batches
+from clis.data.batch import Batch, Sample, collate, count_batches
 from clis.data.shapes import ShapesSpec, write_shapes
 from clis.distributed import all_reduce_sum
-from clis.engine import train
 from clis.models import CLISDetector, Normalizers, build_model
 
 CATEGORIES = tuple(
@@ -131,5 +131,5 @@ def data(tmp_path_factory) -> Path:
 def finished(data, tmp_path_factory) -> Path:
     """The run folder of the whole recipe, in a few steps."""
     folder = tmp_path_factory.mktemp("runs") / "clis"
-    train.main(["--config", CONFIG, *SHORT, f"data.root={data}", f"output={folder}"])
+    run_verb("train", ["--config", CONFIG, *SHORT, f"data.root={data}", f"output={folder}"])
     return folder

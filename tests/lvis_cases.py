@@ -6,7 +6,7 @@ import numpy as np
 from pycocotools import mask as rle
 
 from clis.data.annotations import Annotations, pack_annotations
-from clis.engine.detections import Detections
+from clis.metric.detections import Detections
 
 
 def annotations_of(data: dict) -> Annotations:

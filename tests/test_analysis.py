@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from lvis_cases import annotations_of, detections_of, hand_made, image_record, random_case
 
-from clis.engine import analysis
-from clis.engine.lvis_eval import accumulate, evaluate, summarize
-from clis.engine.matching import match
+from clis.metric import analysis
+from clis.metric.lvis_eval import accumulate, evaluate, summarize
+from clis.metric.matching import match
 
 BOX = [0, 0, 100, 100]
 

@@ -29,8 +29,8 @@ from clis.data.annotations import (
     load_annotations,
     load_training_annotations,
 )
+from clis.data.streams import make_streams, read_annotations
 from clis.distributed import local_main_first
-from clis.engine.streams import make_streams, read_annotations
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 SAMPLES = ["coco_mini/train.json", "lvis/lvis_v0.5_val_100.json"]

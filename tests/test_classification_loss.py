@@ -14,11 +14,11 @@ import yaml
 from conftest import CATEGORIES, tiny_config
 from runs import BASELINE, CONFIG, REPOSITORY, SHORT
 
+from clis.commands import check, run_verb
+from clis.commands.study import run_study
 from clis.config import load_config
-from clis.engine import check, train
 from clis.engine.checkpoint import load_checkpoint, load_detector, save_checkpoint
 from clis.engine.optim import make_optimizer
-from clis.engine.study import run_study
 from clis.losses import CrossEntropy, build_classification_loss, find_classification_loss
 from clis.models import build_model
 
@@ -146,7 +146,7 @@ def test_it_is_told_before_anything_is_made(modules, data):
     wrong = "loss.classification=sound_loss:Wrong"
     told = r"sound_loss\.py has no class Wrong; known: CrossEntropy, Weighted"
     with pytest.raises(ValueError, match=told):
-        train.main(["--config", CONFIG, *SHORT, wrong, f"data.root={data}", "output=run"])
+        run_verb("train", ["--config", CONFIG, *SHORT, wrong, f"data.root={data}", "output=run"])
     study = {"base": CONFIG, "seeds": [0], "rows": {"good": {}, "wrong": {"overrides": [wrong]}}}
     (modules / "losses.yaml").write_text(yaml.safe_dump(study))
     with pytest.raises(ValueError, match=told):

@@ -9,14 +9,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from clis.__main__ import run_command
+from clis.cli import run_command
+from clis.commands import run_verb
 from clis.config import load_config
+from clis.data import streams
 from clis.data.annotations import load_annotations
 from clis.data.images import decode_image
 from clis.data.regions import load_regions
-from clis.engine import streams, train
-from clis.engine.detections import Detections
-from clis.engine.lvis_eval import METRICS
+from clis.metric.detections import Detections
+from clis.metric.lvis_eval import METRICS
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "coco_mini"
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -48,7 +49,7 @@ def test_the_recipe_runs_on_photographs(tmp_path):
         f"data.root={SHARED}", f"data.val={small_split(tmp_path / 'val.json')}", f"output={output}",
     ]  # fmt: skip
     config = load_config(CONFIGS / "clis.yaml", arguments)
-    train.main(["--config", str(CONFIGS / "clis.yaml"), *arguments])
+    run_verb("train", ["--config", str(CONFIGS / "clis.yaml"), *arguments])
 
     for folder in (output, output / "detector"):
         metrics = json.loads((folder / "eval.json").read_text())
@@ -87,7 +88,9 @@ def test_a_wrong_data_folder_names_the_missing_file(tmp_path, monkeypatch, name)
     monkeypatch.setenv("CLIS_DATA", str(tmp_path / "nowhere"))
     missing = re.escape(str(tmp_path / "nowhere" / "coco_mini" / "train.json"))
     with pytest.raises(FileNotFoundError, match=missing):
-        train.main(["--config", str(CONFIGS / f"{name}.yaml"), f"output={tmp_path}", "train.device=cpu"])
+        run_verb(
+            "train", ["--config", str(CONFIGS / f"{name}.yaml"), f"output={tmp_path}", "train.device=cpu"]
+        )
 
 
 def test_the_command_says_so_without_a_traceback(tmp_path, monkeypatch, capsys):
@@ -95,7 +98,7 @@ def test_the_command_says_so_without_a_traceback(tmp_path, monkeypatch, capsys):
     monkeypatch.delenv("CLIS_DEBUG", raising=False)
     arguments = ["--config", str(CONFIGS / "clis.yaml"), f"output={tmp_path / 'run'}", "train.device=cpu"]
     with pytest.raises(SystemExit, match="1"):
-        run_command(lambda: train.main(arguments))
+        run_command(lambda: run_verb("train", arguments))
     told = capsys.readouterr().err
     assert told.startswith("error: ")
     assert str(tmp_path / "coco_mini" / "train.json") in told.splitlines()[0]

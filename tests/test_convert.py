@@ -19,12 +19,12 @@ from torchvision.models.detection.faster_rcnn import FastRCNNPredictor, TwoMLPHe
 
 import clis
 from clis.__main__ import main
+from clis.commands import run_verb
+from clis.commands.convert import BASELINE, convert
+from clis.commands.weight_files import read_weights
 from clis.config import config_from_dict, merge_overrides
 from clis.data.images import read_image
-from clis.engine import evaluate
 from clis.engine.checkpoint import load_checkpoint, load_model
-from clis.engine.convert import BASELINE, convert
-from clis.engine.weights import read_weights
 from clis.models import ImageDetections, build_model
 
 COCO_MINI = Path(__file__).resolve().parents[2] / "shared" / "data" / "coco_mini"
@@ -502,7 +502,7 @@ def test_the_command_evaluation_and_regions(data, tmp_path, capsys):
     assert f"mmdetection, pytorch style, {num_classes} classes" in told
     assert "test.resize: opencv != pillow" in told
 
-    evaluate.main([str(checkpoint)])
+    run_verb("evaluate", [str(checkpoint)])
     metrics = json.loads((tmp_path / "ours" / "eval.json").read_text())
     assert 0 <= metrics["AP"] <= 1
     main(

@@ -12,8 +12,8 @@ from lvis_cases import HAND_MADE_DETECTIONS, detections_of, random_case, with_ma
 from pycocotools import mask as rle
 
 from clis.data import json_lists
-from clis.engine import detections as module
-from clis.engine.detections import Detections
+from clis.metric import detections as module
+from clis.metric.detections import Detections
 
 
 @pytest.mark.parametrize("num", [0, 3])

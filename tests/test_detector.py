@@ -22,17 +22,10 @@ from torchvision.models._utils import IntermediateLayerGetter
 from torchvision.models.detection.roi_heads import RoIHeads, fastrcnn_loss
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
-from clis.data.loader import collate
+from clis.data.batch import collate
 from clis.models import Normalizers, build_model
-from clis.models.backbone import (
-    IMAGE_MEAN,
-    IMAGE_STD,
-    Backbone,
-    FixedBatchNorm,
-    ResNet,
-    conv_norm,
-    load_backbone_weights,
-)
+from clis.models.backbone import IMAGE_MEAN, IMAGE_STD, Backbone, FixedBatchNorm, ResNet, conv_norm
+from clis.models.weights import load_backbone_weights
 
 OFF = (
     "clis.task_specialized=false", "clis.objectness=false", "clis.s=0", "clis.t=0", "clis.siamese=false",

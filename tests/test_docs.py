@@ -16,10 +16,10 @@ import yaml
 from runs import CONFIG, REPOSITORY, SHORT
 
 import clis
+from clis.commands.study import Study
 from clis.config import RESUMABLE, Config, config_to_dict, flatten, load_config
 from clis.data.annotations import Category
 from clis.data.shapes import CLASS_NAMES, ShapesSpec, frequency_order, train_image_counts, val_image_counts
-from clis.engine.study import Study
 
 # The example at the size of a test: a small network from random weights on small images, few steps.
 SMALL = [value for value in SHORT if not value.startswith("data.generate")] + [

@@ -19,12 +19,12 @@ import torch
 import torch.distributed as dist
 from runs import BASELINE, CONFIG, REPOSITORY, SHORT, assert_same_training, records
 
+from clis.commands import run_verb
 from clis.distributed import _own_names
-from clis.engine import evaluate, train
-from clis.engine.detections import Detections
+from clis.metric.detections import Detections
 
 FLOAT64 = (
-    "import sys; from clis.engine import train\n"
+    "import sys; from clis.commands import run_verb; from clis.engine import train\n"
     "build = train.build_model\n"
     "train.build_model = lambda *values: build(*values).double()\n"
     "if sys.argv[1] != '-': # raises in front of this step\n"
@@ -34,7 +34,7 @@ FLOAT64 = (
     "        if left[0] < 0: raise ValueError('taken away')\n"
     "        return step(*values)\n"
     "    train.train_step = limited\n"
-    "train.main(sys.argv[2:])"
+    "run_verb('train', sys.argv[2:])"
 )
 """The command in float64, ended by an error before a step of its own."""
 
@@ -194,7 +194,7 @@ def test_evaluation_on_two_processes_has_each_image_once(finished, data, tmp_pat
     (tmp_path / "val.json").write_text(json.dumps(document))
     common = [str(finished / "checkpoints" / "last.pt"), "test.images_per_batch=1"]
     common += [f"data.val={tmp_path / 'val.json'}"]
-    evaluate.main([*common, f"output={tmp_path / 'one'}"])
+    run_verb("evaluate", [*common, f"output={tmp_path / 'one'}"])
     command = [*torchrun(2), str(REPOSITORY / "evaluate.py"), *common, f"output={tmp_path / 'two'}"]
     subprocess.run(command, check=True, env=environment(), timeout=200)
     one, two = (Detections.load(tmp_path / name / "detections.npz") for name in ("one", "two"))
@@ -210,6 +210,6 @@ def test_two_runs_are_the_same_for_any_number_of_loader_processes(finished, data
         arguments = ["--config", CONFIG, *SHORT, f"data.root={data}", f"output={tmp_path / str(workers)}"]
         arguments += [f"regions.file={finished / 'regions.npy'}", f"data.workers={workers}"]
         torch.manual_seed(workers)  # what others drew before changes nothing
-        train.main([*arguments, "regions.detector=null"])
+        run_verb("train", [*arguments, "regions.detector=null"])
     for workers in (1, 3):
         assert_same_training(tmp_path / str(workers), tmp_path / "0")

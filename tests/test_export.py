@@ -10,8 +10,8 @@ from conftest import tiny_config
 
 from clis.__main__ import main
 from clis.boxes import _nms_of_best, nms_top_k
+from clis.commands.export import CATEGORIES
 from clis.engine.checkpoint import load_detector
-from clis.engine.export import CATEGORIES
 
 SIZE = (50, 70)
 

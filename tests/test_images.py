@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from clis.data.images import ImageError, decode_image, open_image, read_image
-from clis.data.transforms import resize_image
+from clis.resize import resize_image
 
 HEIGHT, WIDTH = 21, 34
 ROWS, COLUMNS = np.mgrid[:HEIGHT, :WIDTH]

@@ -7,11 +7,11 @@ import pytest
 from image_sets import CATEGORIES, write_annotations, write_folder
 from runs import CONFIG
 
+from clis.commands.prepare import prepare_image_level
 from clis.config import load_config
 from clis.data.image_level import build_index, open_index
 from clis.data.label_noise import with_wrong_labels
-from clis.engine.prepare import prepare_image_level
-from clis.engine.streams import make_index, read_annotations
+from clis.data.streams import make_index, read_annotations
 
 
 @pytest.fixture

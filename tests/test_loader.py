@@ -20,22 +20,15 @@ from plain_sample import plain_sample
 from torch import Tensor
 from torchvision.io import write_png
 
+from clis.commands.prepare import prepare_image_level
 from clis.data.annotations import checked_for_training, load_annotations
+from clis.data.batch import Batch, Sample, collate
 from clis.data.image_level import build_index, open_index
 from clis.data.images import ImageError, decode_image, read_image
-from clis.data.loader import (
-    MAX_REPLACEMENTS,
-    Batch,
-    MicroBatches,
-    Sample,
-    TwoStreamDataset,
-    collate,
-    train_loader,
-)
+from clis.data.loader import MAX_REPLACEMENTS, MicroBatches, TwoStreamDataset, train_loader
 from clis.data.mapped import map_array
 from clis.data.regions import REGION_DTYPE, RegionSource
 from clis.data.sampling import BlockSampler, JointSampler, UniformSampler, WorkItem
-from clis.engine.prepare import prepare_image_level
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 GROUND = (20, 20, 20)

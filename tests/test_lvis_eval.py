@@ -12,11 +12,11 @@ import pytest
 from lvis_cases import HAND_MADE_DETECTIONS, annotations_of, detections_of, hand_made, random_case, with_masks
 
 from clis.data.annotations import Annotations
-from clis.engine import lvis_eval, matching
-from clis.engine.detections import Detections
-from clis.engine.lvis_eval import METRICS, Curves, accumulate, evaluate, format_table
-from clis.engine.matching import match
-from clis.engine.official import official_precision
+from clis.metric import lvis_eval, matching
+from clis.metric.detections import Detections
+from clis.metric.lvis_eval import METRICS, Curves, accumulate, evaluate, format_table
+from clis.metric.matching import match
+from clis.metric.official import official_precision
 
 
 def curves_of(annotations: Annotations, detections: Detections, max_detections: int = 300) -> Curves:

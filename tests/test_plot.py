@@ -12,9 +12,9 @@ pytest.importorskip("matplotlib")
 from runs import BASELINE, SHORT
 
 from clis.__main__ import main
-from clis.engine import plot, train
+from clis.commands import plot, run_verb
+from clis.commands.plot import Run
 from clis.engine.evaluate import load_validation
-from clis.engine.plot import Run
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +106,7 @@ def test_runs_that_are_not_finished_or_of_other_data(runs, tmp_path, data, finis
     val = (data / "shapes" / "val.json").read_text()
     (data / "shapes" / "copy.json").write_text(val)
     arguments = ["--config", BASELINE, *SHORT, f"data.root={data}", f"output={tmp_path / 'other'}"]
-    train.main([*arguments, "train.steps=1", "data.val=shapes/copy.json"])
+    run_verb("train", [*arguments, "train.steps=1", "data.val=shapes/copy.json"])
     with pytest.raises(ValueError, match=r"other is of other data than .*; plot them apart"):
         plot.plot([finished, tmp_path / "other"], tmp_path, images=1, score=0.5)
 

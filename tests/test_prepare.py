@@ -23,15 +23,14 @@ from image_sets import CATEGORIES, category, found, tar_of, write_annotations, w
 from torchvision.io import encode_jpeg
 
 from clis.__main__ import main
+from clis.commands.prepare import prepare_image_level
 from clis.config import load_config
-from clis.data import image_level
+from clis.data import image_level, streams
 from clis.data.annotations import Category, load_annotations
 from clis.data.image_classes import MemberLabels, coverage, describe_coverage, in_imagenet22k
 from clis.data.image_level import ImageLevelIndex, build_index, open_index
 from clis.data.image_scan import find_containers, list_images
 from clis.data.images import ImageError, decode_image
-from clis.engine import streams
-from clis.engine.prepare import prepare_image_level
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"

@@ -27,6 +27,9 @@ from torchvision.models._utils import IntermediateLayerGetter
 from torchvision.transforms import v2
 
 from clis.__main__ import main
+from clis.cli import Preempted
+from clis.commands import run_verb
+from clis.commands.check import check
 from clis.config import Config, config_from_dict, load_config, merge_overrides, pretrained_backbone
 from clis.data.annotations import load_annotations
 from clis.data.classification import LabelledBatch, RandomCrops, Split, central_crop
@@ -36,15 +39,15 @@ from clis.data.loader import ReadAhead
 from clis.data.sampling import ImageItem, SingleSampler, UniformSampler
 from clis.data.shapes import ShapesSpec, write_shapes
 from clis.distributed import distribute
-from clis.engine import evaluate, pretrain, regions, train
-from clis.engine.check import check
+from clis.engine import pretrain, regions, train
 from clis.engine.checkpoint import load_checkpoint, load_detector
 from clis.engine.loop import SkippedSteps
 from clis.engine.optim import make_optimizer
-from clis.engine.preemption import MARKER, Preempted
+from clis.engine.preemption import MARKER
 from clis.engine.run_folder import claim
 from clis.models import ImageClassifier, build_model
-from clis.models.backbone import IMAGE_MEAN, IMAGE_STD, ResNet, load_backbone_weights
+from clis.models.backbone import IMAGE_MEAN, IMAGE_STD, ResNet
+from clis.models.weights import load_backbone_weights
 
 # 95 of the 100 images of `data` are trained on, in 12 steps
 PRETRAINING = [
@@ -509,7 +512,7 @@ class TestRecipe:
         arguments = ["--config", CONFIG, *SHORT, *PRETRAINING, f"data.root={data}", f"output={tmp_path}"]
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(train, "build_model", recorded)
-            train.main(arguments)
+            run_verb("train", arguments)
         said = capsys.readouterr().out
         assert (
             f"1/4 detector for the regions: {regions.detector_config(load_config(CONFIG)).output}"[:20]
@@ -527,13 +530,13 @@ class TestRecipe:
         )
 
         (tmp_path / "pretrain" / "backbone.pt").unlink()
-        train.main(arguments)  # a finished run does not need it any more
+        run_verb("train", arguments)  # a finished run does not need it any more
         assert "1/1" in (said := capsys.readouterr().out)
         assert "finished already" in said
         assert not (tmp_path / "pretrain" / "backbone.pt").exists()
         checkpoint = tmp_path / "checkpoints" / "last.pt"
         load_detector(checkpoint)
-        evaluate.main([str(checkpoint)])
+        run_verb("evaluate", [str(checkpoint)])
         again = json.loads((tmp_path / "checkpoints" / "last" / "eval.json").read_text())
         assert again == json.loads((tmp_path / "eval.json").read_text())
 
@@ -552,8 +555,8 @@ class TestRecipe:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(train, "train_step", crash)
             with pytest.raises(KeyboardInterrupt):
-                train.main(arguments)
-        train.main(arguments)
+                run_verb("train", arguments)
+        run_verb("train", arguments)
         assert [record["step"] for record in records(tmp_path)] == [1, 2, 3, 4]
 
     def test_check_knows_it(self, data, tmp_path):

@@ -17,16 +17,17 @@ from torch import Tensor
 from torchvision.io import write_jpeg, write_png
 
 from clis.__main__ import main
+from clis.commands import region_scan
 from clis.config import Config, RegionsConfig
 from clis.data.annotations import Category
 from clis.data.image_level import ImageLevelIndex, build_index
 from clis.data.images import ImageError
 from clis.data.regions import RegionSource, load_regions
-from clis.data.transforms import resize_image, shortest_size
-from clis.engine import region_scan, regions
+from clis.engine import regions
 from clis.engine.region_parts import PART_DTYPE, RegionParts
 from clis.engine.regions import center_box, make_regions
 from clis.models import ImageDetections
+from clis.resize import resize_image, shortest_size
 
 CATEGORIES = [
     Category(id=id_, name=name, frequency="r", image_count=1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -11,9 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from lvis_cases import detections_of, random_case, with_masks
+from runs import REPOSITORY
 
-from clis.engine import evaluate as command
-from clis.engine.lvis_eval import evaluate
+from clis.commands import run_verb
+from clis.metric.lvis_eval import evaluate
 
 
 @pytest.fixture
@@ -29,7 +31,7 @@ def files(tmp_path: Path) -> Path:
 
 
 def run(files: Path, *options: str, results: str = "dt.json") -> None:
-    command.main(["--annotations", str(files / "gt.json"), "--results", str(files / results), *options])
+    run_verb("score", ["--annotations", str(files / "gt.json"), "--results", str(files / results), *options])
 
 
 def test_prints_and_writes_the_figures(files: Path, capsys: pytest.CaptureFixture) -> None:
@@ -114,18 +116,21 @@ def test_contradictions_are_refused(files: Path, options: list[str], message: st
 
 
 @pytest.mark.parametrize(
-    "arguments",
+    ("arguments", "message"),
     [
-        [],
-        ["--results", "r.json"],
-        ["c.pt", "--annotations", "a.json", "--results", "r.json"],
-        ["c.pt", "--errors", "--protocol", "fixed"],
+        ([], "required: checkpoint"),
+        (["--results", "r.json"], "required: --annotations"),
+        (["c.pt", "--annotations", "a.json", "--results", "r.json"], "unrecognized arguments: c.pt"),
+        (["c.pt", "--errors", "--protocol", "fixed"], "unrecognized arguments: --errors --protocol"),
     ],
 )
-def test_one_kind_of_input_is_asked_for(arguments: list[str], capsys: pytest.CaptureFixture) -> None:
+def test_evaluate_takes_a_checkpoint_or_result_files(
+    arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", *arguments])
     with pytest.raises(SystemExit):
-        command.main(arguments)
-    assert "checkpoint" in capsys.readouterr().err.lower()
+        runpy.run_path(str(REPOSITORY / "evaluate.py"), run_name="__main__")
+    assert message in capsys.readouterr().err
 
 
 def test_an_empty_result_list_is_zero(files: Path) -> None:

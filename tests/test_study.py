@@ -15,9 +15,9 @@ import pytest
 import yaml
 from runs import CONFIG, REPOSITORY, SHORT
 
+from clis.commands import study
+from clis.commands.study import Study, run_study
 from clis.config import load_config
-from clis.engine import study
-from clis.engine.study import Study, run_study
 
 BASELINE = "clis={task_specialized: false, objectness: false, s: 0, t: 0, siamese: false, contrastive: false}"
 
@@ -239,8 +239,8 @@ def test_asked_to_stop_it_asks_what_runs(tmp_path, number):
     run = """
         import sys
         from pathlib import Path
-        from clis.__main__ import run_command
-        from clis.engine.study import Job, _work
+        from clis.cli import run_command
+        from clis.commands.study import Job, _work
         jobs = [Job(name, [sys.executable, 'job.py'], Path(name)) for name in ('first', 'second')]
         run_command(lambda: list(_work(jobs, 1, Path('logs'))))
     """

@@ -18,13 +18,14 @@ import torch
 from conftest import CATEGORIES, global_counts, make_sample, tiny_config
 from runs import BASELINE, REPOSITORY, SHORT, assert_same_training, records
 
-from clis.__main__ import run_command
-from clis.data.loader import collate
+from clis.cli import EXIT_CODE, Preempted, run_command
+from clis.commands import run_verb
+from clis.data.batch import collate
 from clis.distributed import distribute
 from clis.engine import train
 from clis.engine.checkpoint import load_checkpoint, load_last_checkpoint, save_checkpoint, saved_checkpoints
 from clis.engine.optim import make_optimizer
-from clis.engine.preemption import EXIT_CODE, MARKER, Preempted
+from clis.engine.preemption import MARKER
 from clis.models import build_model
 
 STEPS = 30
@@ -91,9 +92,9 @@ def test_asked_to_stop_it_finishes_the_step_and_goes_on(number, data, reference,
 def test_a_second_signal_ends_at_once(data, tmp_path):
     """While one process is stuck in a step, here: stopped before it begins, the first changes nothing."""
     script = (
-        "import sys, time; from clis.engine import train\n"
+        "import sys, time; from clis.commands import run_verb; from clis.engine import train\n"
         "def stuck(*_): print('in the step', flush=True); time.sleep(60)\n"
-        "train.train_step = stuck; train.main(sys.argv[1:])"
+        "train.train_step = stuck; run_verb('train', sys.argv[1:])"
     )
     process = start(arguments_of(data, tmp_path), [sys.executable, "-c", script])
     while "in the step" not in process.stdout.readline():
@@ -289,7 +290,7 @@ def test_evaluations_on_the_way_leave_the_training_alone(data, reference, tmp_pa
 def test_saves_by_the_clock(data, tmp_path):
     """So few minutes are over at every step."""
     more = ["train.save_every=1000", "train.save_minutes=1e-9", "train.steps=3", "train.keep_last=10"]
-    train.main(arguments_of(data, tmp_path, *more))
+    run_verb("train", arguments_of(data, tmp_path, *more))
     names = sorted(path.name for path in (tmp_path / "checkpoints").glob("step_*"))
     assert names == [f"step_{step:08d}.pt" for step in (1, 2, 3)]
 
@@ -312,14 +313,14 @@ def test_a_skipped_step_is_counted_over_restarts(data, tmp_path, monkeypatch, ca
     monkeypatch.setattr(train, "train_step", spoiled)
     more = ["train.on_nonfinite=skip", "train.max_skipped=1", "train.steps=4", "train.save_every=1"]
     with pytest.raises(FloatingPointError, match=r"step 3: not finite: .*checkpoint is .*last\.pt"):
-        train.main(arguments_of(data, tmp_path, *more))
+        run_verb("train", arguments_of(data, tmp_path, *more))
     assert "step 2: not finite" in capsys.readouterr().out
     assert load_checkpoint(tmp_path / "checkpoints" / "last.pt")["skipped"] == 1
     calls[:] = [1, 1]
     with pytest.raises(FloatingPointError, match="step 3"):
-        train.main(arguments_of(data, tmp_path, *more))
+        run_verb("train", arguments_of(data, tmp_path, *more))
     monkeypatch.undo()
-    train.main(arguments_of(data, tmp_path, *more))
+    run_verb("train", arguments_of(data, tmp_path, *more))
     assert [record["step"] for record in records(tmp_path)] == [1, 2, 3, 4]
 
 
@@ -370,10 +371,10 @@ def test_exit_codes(capsys):
 def test_a_process_that_fails_ends_although_its_loaders_outlive_signals(data, tmp_path):
     """The error is raised with a batch on its way, and its traceback is kept, as pytest keeps it."""
     script = (
-        "import sys; from clis.engine import train\n"
+        "import sys; from clis.commands import run_verb; from clis.engine import train\n"
         "def fail(*_): raise ValueError('in the step')\n"
         "train.train_step = fail\n"
-        "try: train.main(sys.argv[1:])\n"
+        "try: run_verb('train', sys.argv[1:])\n"
         "except ValueError as error: kept = error"
     )
     process = start(arguments_of(data, tmp_path, "data.workers=2"), [sys.executable, "-c", script])
@@ -395,11 +396,11 @@ def test_an_evaluation_that_was_cut_off_is_made_again(killed, data, reference, t
 
     monkeypatch.setattr(train, "evaluate_detector", cut_off)
     with pytest.raises(KeyboardInterrupt):
-        train.main(arguments)
+        run_verb("train", arguments)
     assert load_checkpoint(tmp_path / "checkpoints" / "last.pt")["step"] == 10
     (tmp_path / "checkpoints" / ".step_00000010.1.tmp.pt").write_bytes(b"of a process that was killed")
     monkeypatch.undo()
-    train.main(arguments)
+    run_verb("train", arguments)
     evaluations = [record["step"] for record in records(tmp_path) if "AP" in record]
     assert evaluations == [10, 20]
     assert [r for r in records(tmp_path) if "AP" not in r] == records(reference)

@@ -21,20 +21,22 @@ from conftest import CATEGORIES, global_counts, make_sample, normalizers_of, tin
 from runs import BASELINE, CONFIG, REPOSITORY, SHORT, assert_same_state, assert_same_training, records
 from torch import nn
 
+from clis.commands import run_verb
 from clis.config import LossConfig, OptimConfig, config_from_dict, load_config, merge_overrides
+from clis.data.batch import Batch, collate
 from clis.data.images import ImageError
-from clis.data.loader import Batch, collate
 from clis.distributed import distribute
-from clis.engine import evaluate, regions, train
+from clis.engine import regions, train
 from clis.engine.checkpoint import load_checkpoint, load_detector, load_model
 from clis.engine.describe import contrast_state, one_line, summarize_step
-from clis.engine.detections import Detections
-from clis.engine.log import MetricsLog, Progress
+from clis.engine.log import MetricsLog
 from clis.engine.loop import SkippedSteps
-from clis.engine.lvis_eval import METRICS
 from clis.engine.optim import learning_rate, make_optimizer, split_batch
 from clis.losses import CLASSIFICATION_LOSSES
+from clis.metric.detections import Detections
+from clis.metric.lvis_eval import METRICS
 from clis.models import CLISDetector, build_model
+from clis.progress import Progress
 
 
 class TestRecipe:
@@ -62,19 +64,20 @@ class TestRecipe:
 
     def test_a_second_call_does_nothing_again(self, finished, data, capsys):
         before = {path: path.stat().st_mtime_ns for path in finished.rglob("*.pt")}
-        train.main(["--config", CONFIG, *SHORT, f"data.root={data}", f"output={finished}"])
+        run_verb("train", ["--config", CONFIG, *SHORT, f"data.root={data}", f"output={finished}"])
         assert "finished already" in capsys.readouterr().out
         assert before == {path: path.stat().st_mtime_ns for path in finished.rglob("*.pt")}
 
     def test_another_config_may_not_have_the_folder(self, finished, data):
         with pytest.raises(ValueError, match=r"belongs to another config: optim.lr: 0.04 != 0.5"):
-            train.main(
-                ["--config", CONFIG, *SHORT, f"data.root={data}", f"output={finished}", "optim.lr=0.5"]
+            run_verb(
+                "train",
+                ["--config", CONFIG, *SHORT, f"data.root={data}", f"output={finished}", "optim.lr=0.5"],
             )
 
     def test_evaluate_needs_only_the_checkpoint(self, finished, capsys):
         checkpoint = finished / "checkpoints" / "last.pt"
-        evaluate.main([str(checkpoint)])
+        run_verb("evaluate", [str(checkpoint)])
         again = json.loads((finished / "checkpoints" / "last" / "eval.json").read_text())
         assert again == json.loads((finished / "eval.json").read_text())
         assert "| APr |" in capsys.readouterr().out.replace("  ", " ")
@@ -93,7 +96,8 @@ class TestRecipe:
 
     def test_missing_regions_without_a_detector(self, data, tmp_path):
         with pytest.raises(ValueError, match=r"regions.npy does not exist.*regions.detector"):
-            train.main(
+            run_verb(
+                "train",
                 [
                     "--config",
                     CONFIG,
@@ -101,7 +105,7 @@ class TestRecipe:
                     f"data.root={data}",
                     f"output={tmp_path}",
                     "regions.detector=null",
-                ]
+                ],
             )
 
 
@@ -112,7 +116,7 @@ class TestResume:
         arguments = ["--config", CONFIG, *SHORT, f"data.root={data}", f"output={tmp_path / 'run'}"]
         arguments += [f"regions.file={finished / 'regions.npy'}"]
         reference = tmp_path / "reference"
-        train.main([*arguments[:-2], f"output={reference}", arguments[-1]])
+        run_verb("train", [*arguments[:-2], f"output={reference}", arguments[-1]])
         step, calls = train.train_step, []
 
         def crash(*values):
@@ -123,9 +127,9 @@ class TestResume:
 
         monkeypatch.setattr(train, "train_step", crash)
         with pytest.raises(KeyboardInterrupt):
-            train.main(arguments)
+            run_verb("train", arguments)
         monkeypatch.undo()
-        train.main(arguments)
+        run_verb("train", arguments)
         assert_same_training(tmp_path / "run", reference)
 
     def test_metrics_of_lost_steps_are_dropped(self, tmp_path):
@@ -138,7 +142,10 @@ class TestResume:
 class TestWhatARunSays:
     def test_its_effective_recipe(self, data, tmp_path, capsys):
         """2 steps of 4 images are 8 of the draws that a pass over the 40 images has with its repetitions."""
-        train.main(["--config", BASELINE, *SHORT, f"data.root={data}", f"output={tmp_path}", "train.steps=2"])
+        run_verb(
+            "train",
+            ["--config", BASELINE, *SHORT, f"data.root={data}", f"output={tmp_path}", "train.steps=2"],
+        )
         said = capsys.readouterr().out
         draws = int(re.search(r"repeat factors ceil, threshold 0.02: a pass is (\d+) images", said)[1])
         for part in (
@@ -188,7 +195,7 @@ class TestWhatARunSays:
     def test_to_tensorboard(self, tmp_path):
         """New records are added; where a resumed run took some back, its own are there instead."""
         accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-        from clis.engine.tensorboard import EventFile
+        from clis.commands.tensorboard import EventFile
 
         def scalars(tag: str) -> list[tuple[int, float]]:
             events = accumulator.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
@@ -427,15 +434,15 @@ class TestBadInput:
 
     def test_a_truncated_image_stops_the_run_by_name(self, damaged, tmp_path):
         with pytest.raises(ImageError, match=r"max_bad_images=0 are allowed.*000001\.jpg"):
-            train.main(self.arguments(damaged, tmp_path / "run"))
+            run_verb("train", self.arguments(damaged, tmp_path / "run"))
 
     def test_or_is_replaced_up_to_a_number(self, damaged, tmp_path, capsys):
-        train.main(self.arguments(damaged, tmp_path / "run", "data.max_bad_images=8"))
+        run_verb("train", self.arguments(damaged, tmp_path / "run", "data.max_bad_images=8"))
         assert "replaced by the next of its stream" in capsys.readouterr().out
 
     def test_missing_annotations(self, tmp_path):
         with pytest.raises((ValueError, OSError), match=r"shapes/train\.json"):
-            train.main(self.arguments(tmp_path, tmp_path / "run"))
+            run_verb("train", self.arguments(tmp_path, tmp_path / "run"))
 
     def test_foreign_and_truncated_checkpoints(self, finished, tmp_path):
         path = finished / "checkpoints" / "last.pt"
@@ -465,14 +472,14 @@ class TestBadInput:
             with pytest.raises(
                 ValueError, match=rf"last.pt was trained with other settings: {override.split('=')[0]}"
             ):
-                evaluate.main([checkpoint, override])
-        evaluate.main([checkpoint, "model.rpn.proposals=20", "test.nms_iou=0.6", f"output={tmp_path}"])
+                run_verb("evaluate", [checkpoint, override])
+        run_verb("evaluate", [checkpoint, "model.rpn.proposals=20", "test.nms_iou=0.6", f"output={tmp_path}"])
 
     def test_a_run_does_not_go_on_from_the_checkpoint_of_another(self, data, tmp_path):
-        train.main(self.arguments(data, tmp_path / "a"))
+        run_verb("train", self.arguments(data, tmp_path / "a"))
         shutil.copytree(tmp_path / "a" / "checkpoints", tmp_path / "b" / "checkpoints")
         with pytest.raises(ValueError, match=r"last\.pt is of another config: optim\.lr: 0\.04 != 0\.01"):
-            train.main(self.arguments(data, tmp_path / "b", "optim.lr=0.01"))
+            run_verb("train", self.arguments(data, tmp_path / "b", "optim.lr=0.01"))
 
     def test_commands_tell_errors_without_a_traceback(self, tmp_path):
         result = subprocess.run(

@@ -8,14 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clis.data.transforms import (
-    flip_boxes,
-    random_cutout,
-    resize_image,
-    scale_boxes,
-    scaled_size,
-    shortest_size,
-)
+from clis.data.transforms import flip_boxes, random_cutout, scaled_size
+from clis.resize import resize_image, scale_boxes, shortest_size
 
 
 def resize(image, boxes, size):

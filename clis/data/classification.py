@@ -12,11 +12,12 @@ from torch.utils.data import Dataset
 from torchvision.transforms import v2
 
 from clis.config import DataConfig, PretrainConfig
+from clis.data.batch import OnDevice
 from clis.data.image_level import ImageLevelIndex
 from clis.data.images import ImageError, decode_image, open_image
-from clis.data.loader import OnDevice, ReadAhead, first_readable
+from clis.data.loader import ReadAhead, first_readable
 from clis.data.sampling import ImageItem
-from clis.data.transforms import round_half_up, shortest_size
+from clis.resize import round_half_up, shortest_size
 
 SHORT_SIDE = 256 / 224
 """Short side of the image of which the central crop is taken, relative to the crop's (torchvision)."""

@@ -228,7 +228,7 @@ def describe_coverage(covered: dict[str, Any]) -> str:
 
     Args:
         covered: from `coverage`; also what a report on classes, folders and members adds to it (see
-            `clis.engine.prepare`).
+            `clis.commands.prepare`).
     """
     groups = covered["groups"]
     lines = [f"{'':10}{'classes':>9}{'with images':>13}{'images a class: min':>21}{'median':>9}{'max':>9}"]

@@ -16,12 +16,12 @@ from typing import Any
 
 import numpy as np
 
+from clis.atomic import atomic_write
 from clis.data.annotations import Category
 from clis.data.image_classes import class_labels, match_classes, printable, shortened
 from clis.data.image_scan import IMAGE_SUFFIXES, Container, Listing, find_containers, list_images
 from clis.data.images import ImageError, read_bytes
 from clis.data.mapped import map_array
-from clis.files import written_whole
 
 FORMAT = 1
 """Of a prepared index; another one is refused."""
@@ -345,7 +345,7 @@ def _refuse_empty(images: int, containers: Sequence[Container]) -> None:
 def _appending(path: Path, dtype: str) -> Iterator[Callable[[np.ndarray], None]]:
     """A function that adds a piece to an .npy file; its header, of fixed length, is right at last."""
     length = 0
-    with written_whole(path) as temporary, temporary.open("wb") as file:
+    with atomic_write(path) as temporary, temporary.open("wb") as file:
 
         def write_start() -> None:
             shape = {"descr": dtype, "fortran_order": False, "shape": (length,)}
@@ -374,7 +374,7 @@ def _mapped(folder: Path, name: str, length: int) -> np.ndarray:
 
 
 def _write_header(folder: Path, header: dict[str, Any]) -> None:
-    with written_whole(folder / HEADER) as temporary:
+    with atomic_write(folder / HEADER) as temporary:
         temporary.write_text(json.dumps(header) + "\n")
 
 

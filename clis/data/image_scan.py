@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from clis.files import written_whole
+from clis.atomic import atomic_write
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif")
 """In any case, also with .gz behind; other files are passed over, and so are hidden ones."""
@@ -266,7 +266,7 @@ def _list_tar(
         *arrays, skipped = (part[field] for field in Listing._fields)
         return Listing(*arrays, int(skipped))
     listing = _scan_tar(container, wanted, by_name)
-    with written_whole(file) as temporary:
+    with atomic_write(file) as temporary:
         np.savez_compressed(temporary, **listing._asdict())
     return listing
 

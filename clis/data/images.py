@@ -24,7 +24,7 @@ from torchvision.io import ImageReadMode
 from torchvision.io import decode_image as torchvision_decode_image
 
 from clis.data.image_scan import MAX_BYTES
-from clis.data.transforms import resize_image
+from clis.resize import resize_image
 
 MAX_PIXELS = 2**27
 """An image that claims more is taken for a decompression bomb: 400 MB as RGB."""

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 import signal
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -16,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from clis.config import CLISConfig, DataConfig
 from clis.data.annotations import Annotations
+from clis.data.batch import OnDevice, Sample, collate
 from clis.data.image_level import ImageLevelIndex
 from clis.data.images import EncodedImage, ImageError, open_image, read_bytes
 from clis.data.mapped import MappedFile
@@ -31,114 +30,6 @@ MAX_REPLACEMENTS = 100
 """Unreadable images in a row after which a stream is taken to be gone."""
 
 T = TypeVar("T")
-
-
-class OnDevice:
-    """A dataclass whose tensors, single or in lists, move together."""
-
-    unreadable: tuple[str, ...]
-    """One message for each image that could not be read and was replaced."""
-
-    COUNTED: ClassVar[tuple[str, ...]] = ()
-    """Fields whose lengths the losses are divided by, summed over all processes and micro-batches."""
-
-    @property
-    def counts(self) -> tuple[int, ...]:
-        """Lengths of the fields in `COUNTED`."""
-        return tuple(len(getattr(self, name)) for name in self.COUNTED)
-
-    def _apply(self: T, function: Callable[[Tensor], Tensor]) -> T:
-        changed = {}
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, Tensor):
-                changed[field.name] = function(value)
-            elif isinstance(value, list) and value and isinstance(value[0], Tensor):
-                changed[field.name] = [function(tensor) for tensor in value]
-        return dataclasses.replace(self, **changed)
-
-    def to(self: T, device: torch.device) -> T:
-        return self._apply(lambda tensor: tensor.to(device, non_blocking=True))
-
-    def pin_memory(self: T) -> T:
-        return self._apply(Tensor.pin_memory)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sample:
-    """One work item as tensors; the fields are those of `Batch` for one image."""
-
-    image: Tensor
-    boxes: Tensor
-    labels: Tensor
-    mosaics: Tensor
-    regions: Tensor
-    region_labels: Tensor
-    region_mosaics: Tensor
-    pair_boxes: Tensor
-    pair_regions: Tensor
-    seed: int
-    image_id: int
-    unreadable: tuple[str, ...]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Batch(OnDevice):
-    """B instance-level images with M mosaics of image-level images, R regions in them and P pasted pairs."""
-
-    images: list[Tensor]
-    """B uint8 [3,H,W], with the pasted instances in them."""
-    boxes: list[Tensor]
-    """B float32 [G,4] xyxy: ground truth, then the pasted boxes."""
-    labels: list[Tensor]
-    """B int64 [G]."""
-    mosaics: Tensor
-    """uint8 [M,3,S,S]."""
-    regions: Tensor
-    """float32 [R,4] xyxy in pixels of their mosaic."""
-    region_labels: Tensor
-    """int64 [R]."""
-    region_mosaics: Tensor
-    """int64 [R], row of `mosaics`."""
-    pair_boxes: Tensor
-    """float32 [P,4], where each pair's crop was pasted."""
-    pair_images: Tensor
-    """int64 [P], row of `images`."""
-    pair_regions: Tensor
-    """int64 [P], row of `regions`: the other view."""
-    seeds: list[int]
-    """B seeds in [0, 2**63) of the items, for anchor and RoI sampling."""
-    image_ids: list[int]
-    """B ids of the annotation file, to name images in messages."""
-    unreadable: tuple[str, ...] = ()
-
-    COUNTED: ClassVar[tuple[str, ...]] = ("regions", "pair_boxes")
-
-
-def count_batches(batches: Sequence[OnDevice], kind: type[OnDevice]) -> list[int]:
-    """Sum the `counts` of this process's micro-batches of a step, which may be none."""
-    return [sum(batch.counts[place] for batch in batches) for place in range(len(kind.COUNTED))]
-
-
-def collate(samples: Sequence[Sample]) -> Batch:
-    """Samples one below the other; rows of mosaics and regions are counted through."""
-    mosaics_before = np.cumsum([0] + [len(sample.mosaics) for sample in samples])
-    regions_before = np.cumsum([0] + [len(sample.regions) for sample in samples])
-    return Batch(
-        images=[sample.image for sample in samples],
-        boxes=[sample.boxes for sample in samples],
-        labels=[sample.labels for sample in samples],
-        mosaics=torch.cat([sample.mosaics for sample in samples]),
-        regions=torch.cat([sample.regions for sample in samples]),
-        region_labels=torch.cat([sample.region_labels for sample in samples]),
-        region_mosaics=torch.cat([s.region_mosaics + int(n) for s, n in zip(samples, mosaics_before)]),
-        pair_boxes=torch.cat([sample.pair_boxes for sample in samples]),
-        pair_images=torch.tensor([i for i, s in enumerate(samples) for _ in s.pair_boxes], dtype=torch.int64),
-        pair_regions=torch.cat([s.pair_regions + int(n) for s, n in zip(samples, regions_before)]),
-        seeds=[sample.seed for sample in samples],
-        image_ids=[sample.image_id for sample in samples],
-        unreadable=tuple(message for sample in samples for message in sample.unreadable),
-    )
 
 
 def first_readable(read: Callable[[int], T], index: int, length: int, unreadable: list[str]) -> tuple[int, T]:
@@ -396,11 +287,6 @@ def image_loader(
         collate_fn=_unzip,
         worker_init_fn=_outlive_signals,
     )
-
-
-def is_lost_loader(error: BaseException) -> bool:
-    """Whether this is what torch raises, anywhere in the main process, when a loader process is killed."""
-    return isinstance(error, RuntimeError) and "DataLoader worker" in str(error)
 
 
 def _outlive_signals(worker: int) -> None:

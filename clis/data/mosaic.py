@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from clis.data.transforms import FILL, random_cutout, resize_image, scaled_size
+from clis.data.transforms import FILL, random_cutout, scaled_size
+from clis.resize import resize_image
 
 
 @dataclass(frozen=True, kw_only=True)

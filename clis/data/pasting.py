@@ -13,7 +13,7 @@ from math import ceil, exp, floor, log, sqrt
 import numpy as np
 from torch import Tensor
 
-from clis.data.transforms import resize_image, round_half_up
+from clis.resize import resize_image, round_half_up
 
 
 @dataclass(frozen=True, kw_only=True)

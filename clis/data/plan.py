@@ -12,7 +12,8 @@ from torch import Tensor
 from clis.config import DataConfig
 from clis.data.mosaic import Placement, plan_mosaic
 from clis.data.pasting import Paste, plan_pastes
-from clis.data.transforms import flip_boxes, scale_boxes, shortest_size
+from clis.data.transforms import flip_boxes
+from clis.resize import scale_boxes, shortest_size
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,6 +19,9 @@ import numpy as np
 import torch
 from torchvision.io import encode_jpeg
 
+from clis.distributed import barrier, is_main
+from clis.progress import Progress
+
 FORMAT = "clis-shapes"
 VERSION = 2
 JPEG_QUALITY = 92
@@ -427,6 +430,15 @@ def write_shapes(
             progress(done, spec.num_images)
     unfinished.write_text(json.dumps(record, indent=2) + "\n")
     os.replace(unfinished, folder / "shapes.json")
+
+
+def generate_shapes(folder: Path, spec: ShapesSpec | None = None) -> None:
+    """Writes the embedded benchmark, by rank 0, if it is not there."""
+    spec = spec or ShapesSpec()
+    if is_main():
+        with Progress(f"write {folder}", spec.num_images) as progress:
+            write_shapes(folder, spec, lambda *_: progress.advance())
+    barrier()
 
 
 def _read_record(folder: Path) -> dict | None:

@@ -6,78 +6,18 @@ exactly. All randomness comes from the `numpy.random.Generator` that is passed i
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
-import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from clis.resize import round_half_up
 
 FILL = 114
 """Gray of every pixel that no image covers: cutout and mosaic."""
 
 
-def round_half_up(x: float) -> int:
-    """Round a non-negative length to whole pixels, at least 1."""
-    return max(int(x + 0.5), 1)
-
-
 def scaled_size(size: tuple[int, int], scale: float) -> tuple[int, int]:
     """Height and width times the scale, in whole pixels."""
     return round_half_up(size[0] * scale), round_half_up(size[1] * scale)
-
-
-def shortest_size(
-    size: tuple[int, int],
-    short_side: float,
-    max_size: float,
-    to_whole: Callable[[float], int] = round_half_up,
-) -> tuple[int, int]:
-    """Height and width with a short side of `short_side` pixels, but a long side of at most `max_size`."""
-    scale = min(short_side / min(size), max_size / max(size))
-    height, width = (max(to_whole(side * scale), 1) for side in size)
-    return height, width
-
-
-def resize_image(
-    image: Tensor,
-    size: tuple[int, int],
-    extent: tuple[float, float] | None = None,
-    antialias: bool = True,
-) -> Tensor:
-    """Resize uint8 [3, H, W] to `size` (height, width), bilinear, with antialiasing as in Pillow.
-
-    Args:
-        extent: height and width of what is resized, from the upper left corner; None is the whole image. An
-            image that was decoded at 1 / k of its size ends somewhere in its last row and column. It is not
-            smaller than `size`.
-        antialias: without, four pixels make one whatever the scale, as in OpenCV.
-
-    Returns:
-        uint8 [3, *size]; `image` itself where nothing is to be done. The order in memory (channels first or
-        last) is kept.
-    """
-    if tuple(extent or image.shape[-2:]) == tuple(size):
-        return image
-    # image[None] would hide from interpolate that the channels come last, which costs twice the time.
-    batch = image.permute(1, 2, 0)[None].permute(0, 3, 1, 2)
-    # With factors, interpolate takes the whole number below each product.
-    factors = extent and [(new + 1e-6) / old for new, old in zip(size, extent)]
-    wanted = {"scale_factor": factors} if extent else {"size": size}
-    if image.device.type == "cpu":
-        return F.interpolate(batch, **wanted, mode="bilinear", antialias=antialias)[0]
-    # elsewhere there is no kernel for uint8
-    resized = F.interpolate(batch.float(), **wanted, mode="bilinear", antialias=antialias)[0]
-    return resized.round().clamp(0, 255).to(torch.uint8)
-
-
-def scale_boxes(boxes: Tensor, size: tuple[int, int], new_size: tuple[int, int]) -> Tensor:
-    """Boxes [...,4] of an image that is resized from `size` to `new_size`, both (height, width).
-
-    Each axis is scaled by the ratio of the actual sizes, which rounding makes differ slightly.
-    """
-    x, y = boxes[..., 0::2] * (new_size[1] / size[1]), boxes[..., 1::2] * (new_size[0] / size[0])
-    return torch.stack([x, y], dim=-1).flatten(-2)
 
 
 def flip_boxes(boxes: Tensor, width: int) -> Tensor:

@@ -7,8 +7,8 @@ from typing import TypeVar
 
 import torch
 
+from clis.data.batch import OnDevice
 from clis.data.images import ImageError
-from clis.data.loader import OnDevice
 
 B = TypeVar("B", bound=OnDevice)
 

@@ -11,14 +11,14 @@ from typing import Any
 
 import torch
 
+from clis.atomic import atomic_write, remove_partial_files
+from clis.cli import is_worker_death
 from clis.config import Config, config_differences, config_from_dict, config_to_dict
 from clis.data.annotations import Category, check_same_categories
-from clis.data.loader import is_lost_loader
 from clis.distributed import is_main
-from clis.engine.log import say
-from clis.files import remove_leftovers, written_whole
 from clis.models import CLISDetector, ImageClassifier, build_model
-from clis.models.backbone import load_state
+from clis.models.weights import load_state
+from clis.progress import say
 
 FORMAT = 1
 
@@ -59,11 +59,11 @@ def save_checkpoint(
         "skipped": skipped,
     }
     try:
-        with written_whole(path) as temporary:
+        with atomic_write(path) as temporary:
             torch.save(state, temporary)
         link(path, folder / "last.pt")
     except (OSError, RuntimeError) as error:  # torch's writer has RuntimeErrors for a full disk
-        if is_lost_loader(error):  # raised wherever the main process happens to be
+        if is_worker_death(error):  # raised wherever the main process happens to be
             raise
         before = saved_checkpoints(folder)
         good = f"the last good one is {before[0]}" if before else "there is none from before"
@@ -78,7 +78,7 @@ def save_checkpoint(
 
 def link(path: Path, name: Path) -> None:
     """Gives a file another name in place of whatever has it."""
-    with written_whole(name) as temporary:
+    with atomic_write(name) as temporary:
         try:
             os.link(path, temporary)
         except OSError:  # a file system without hard links
@@ -153,7 +153,7 @@ def resume(
         ValueError: it was trained by another config or for other categories.
     """
     if is_main():
-        remove_leftovers(folder)
+        remove_partial_files(folder)
     found = load_last_checkpoint(folder / "checkpoints")
     if found is None:
         return 0, 0

@@ -11,14 +11,15 @@ from typing import Generic, TypeVar
 
 import torch
 
+from clis.cli import Preempted
 from clis.config import Config
-from clis.data.loader import OnDevice, count_batches
+from clis.data.batch import OnDevice, count_batches
 from clis.distributed import all_reduce_sum, barrier, is_main
 from clis.engine.bad_images import BadImages
 from clis.engine.checkpoint import saved_checkpoints
-from clis.engine.log import Progress, say
-from clis.engine.preemption import Preempted, StopRequest, mark
+from clis.engine.preemption import StopRequest, mark
 from clis.engine.schedule import Schedule
+from clis.progress import Progress, say
 
 B = TypeVar("B", bound=OnDevice)
 

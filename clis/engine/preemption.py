@@ -8,18 +8,12 @@ import threading
 from pathlib import Path
 from types import FrameType
 
+from clis.atomic import atomic_write
 from clis.distributed import is_main
-from clis.files import written_whole
 
-EXIT_CODE = 75
-"""Of a run, or a study, that stopped because it was asked to and can go on (sysexits.h: EX_TEMPFAIL)."""
 MARKER = "preempted.json"
 """In the run folder of such a run, with its step, until it goes on: torchrun hides exit codes."""
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
-
-
-class Preempted(Exception):
-    """The run was asked to stop, has saved its state and can be called again."""
 
 
 class StopRequest:
@@ -50,7 +44,7 @@ class StopRequest:
 def mark(folder: Path, step: int) -> None:
     """Leaves `MARKER` in the run folder, from rank 0."""
     if is_main():
-        with written_whole(folder / MARKER) as temporary:
+        with atomic_write(folder / MARKER) as temporary:
             temporary.write_text(json.dumps({"step": step}) + "\n")
 
 

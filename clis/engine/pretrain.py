@@ -13,26 +13,27 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from clis.atomic import atomic_write
 from clis.config import Config, data_path, pretrained_backbone
 from clis.data.classification import LabelledBatch, RandomCrops, Split, central_crop, collate_labelled
 from clis.data.image_classes import shortened
 from clis.data.image_level import ImageLevelIndex
 from clis.data.loader import MicroBatches, image_loader, train_loader
 from clis.data.sampling import SingleSampler
+from clis.data.streams import make_image_level_sampler, make_index, read_annotations
 from clis.distributed import all_reduce_sum, barrier, distribute, is_main, rank, world_size
 from clis.engine.bad_images import check_bad_images
 from clis.engine.checkpoint import resume, save_checkpoint
 from clis.engine.describe import describe_pretraining, measures
-from clis.engine.log import MetricsLog, Progress, say
+from clis.engine.log import MetricsLog
 from clis.engine.loop import Loop, SkippedSteps
 from clis.engine.optim import gradient_step, learning_rate, make_optimizer, make_scaler, split_batch
 from clis.engine.preemption import unmark
 from clis.engine.run_folder import claim
 from clis.engine.schedule import Schedule
-from clis.engine.streams import make_image_level_sampler, make_index, read_annotations
-from clis.files import written_whole
 from clis.losses import at_least_float32
 from clis.models import ImageClassifier, build_classifier
+from clis.progress import Progress, say
 
 SETTINGS = (
     "pretrain", "train.seed", "train.precision", "optim.momentum", "optim.weight_decay", "optim.decay_factor",
@@ -74,9 +75,9 @@ def pretrain(config: Config, device: torch.device) -> Path:
     report = held_out_accuracy(model.eval(), config, index, split, device)
     report |= {"trained_images": images, "epochs": config.pretrain.epochs}
     if is_main():
-        with written_whole(path.with_name("pretrain.json")) as temporary:
+        with atomic_write(path.with_name("pretrain.json")) as temporary:
             temporary.write_text(json.dumps(report, indent=1) + "\n")
-        with written_whole(path) as temporary:
+        with atomic_write(path) as temporary:
             torch.save({key: value.cpu() for key, value in model.state_dict().items()}, temporary)
     barrier()
     say(f"{path}: top-1 accuracy {_percent(report['top1'])} on {report['held_out_images']} held-out images")

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from clis import boxes as box_ops
+from clis.atomic import atomic_write
 from clis.config import (
     DETECTOR_RULES,
     IMAGE_LEVEL_FIELDS,
@@ -29,16 +30,15 @@ from clis.data.image_level import ImageLevelIndex
 from clis.data.images import ImageError, open_image
 from clis.data.loader import image_loader
 from clis.data.regions import REGION_DTYPE, RegionSource, region_sidecar
-from clis.data.transforms import scale_boxes, shortest_size
+from clis.data.streams import make_index, read_annotations, regions_file
 from clis.distributed import agreed, barrier, from_main, is_main, rank, world_size
 from clis.engine.bad_images import check_bad_images
 from clis.engine.checkpoint import load_detector
-from clis.engine.log import Progress, say
 from clis.engine.optim import autocast
 from clis.engine.region_parts import RegionParts
-from clis.engine.streams import make_index, read_annotations, regions_file
-from clis.files import written_whole
 from clis.models import CLISDetector
+from clis.progress import Progress, say
+from clis.resize import scale_boxes, shortest_size
 
 MOST_WAITING = 8
 """Batches of images that may wait for others of their shape."""
@@ -168,9 +168,9 @@ def make_regions(
         table = parts.read()
         parts.check_complete(table, index)
         counts = Counter(RegionSource(source).name.lower() for source in table["source"].tolist())
-        with written_whole(path.with_suffix(".json")) as temporary:
+        with atomic_write(path.with_suffix(".json")) as temporary:
             temporary.write_text(json.dumps(sidecar | {"counts": counts}, indent=1) + "\n")
-        with written_whole(path) as temporary:
+        with atomic_write(path) as temporary:
             np.save(temporary, table)
         parts.remove()
         say(f"{path}: {', '.join(f'{count} {name}' for name, count in sorted(counts.items()))}")

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Collection
 from pathlib import Path
 
+from clis.atomic import atomic_write
 from clis.config import Config, config_differences, config_from_dict, config_to_yaml, read_yaml
 from clis.distributed import barrier, is_main
-from clis.files import written_whole
 
 
 def claim(folder: Path, config: Config, within: Collection[str] | None = None) -> None:
@@ -15,7 +15,7 @@ def claim(folder: Path, config: Config, within: Collection[str] | None = None) -
     check_owner(folder, config, within)
     barrier()
     if is_main():
-        with written_whole(folder / "config.yaml") as temporary:
+        with atomic_write(folder / "config.yaml") as temporary:
             temporary.write_text(config_to_yaml(config))
 
 

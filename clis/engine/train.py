@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import functools
 import json
 import math
@@ -12,17 +11,17 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from clis.config import Config, data_path, load_config
-from clis.data.loader import Batch, MicroBatches, train_loader
-from clis.data.shapes import ShapesSpec, write_shapes
+from clis.config import Config, data_path
+from clis.data.batch import Batch
+from clis.data.loader import MicroBatches, train_loader
+from clis.data.shapes import generate_shapes
+from clis.data.streams import make_streams, regions_file
 from clis.distributed import (
     agreed,
     all_gather_rows,
     barrier,
-    choose_device,
     distribute,
     is_main,
-    process_group,
     rank,
     world_size,
 )
@@ -36,41 +35,21 @@ from clis.engine.describe import (
     summarize_step,
 )
 from clis.engine.evaluate import check_validation, evaluate_detector
-from clis.engine.log import MetricsLog, Progress, say
+from clis.engine.log import MetricsLog
 from clis.engine.loop import Loop, SkippedSteps
-from clis.engine.lvis_eval import format_table
 from clis.engine.optim import gradient_step, learning_rate, make_optimizer, make_scaler, split_batch
 from clis.engine.preemption import unmark
 from clis.engine.pretrain import pretrain
 from clis.engine.regions import detector_config, find_regions
 from clis.engine.run_folder import claim
 from clis.engine.schedule import Schedule
-from clis.engine.streams import make_streams, regions_file
 from clis.losses import find_classification_loss
+from clis.metric.lvis_eval import format_table
 from clis.models import CLISDetector, Normalizers, TrainOutput, build_model
+from clis.progress import say
 
 NOT_FINITE = "a lower optim.lr or loss.beta, a longer optim.warmup_steps or an optim.clip_norm may help"
 """What to try where a loss or gradient is not finite."""
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """The command ``train.py --config FILE [key=value ...]``, alone or under torchrun."""
-    parser = argparse.ArgumentParser(
-        prog="train.py",
-        description="Train a detector; what its config needs is made first (benchmark, baseline, regions, "
-        "pre-training).",
-    )
-    parser.add_argument("--config", required=True, help="e.g. configs/shapes/clis.yaml")
-    parser.add_argument(
-        "overrides", nargs="*", metavar="key=value",
-        help="change the config, e.g. train.steps=100 output=runs/short. Those of the model, the "
-        "instance-level data and the training also apply to the detector that finds the regions",
-    )  # fmt: skip
-    arguments = parser.parse_args(argv)
-    config = load_config(arguments.config, arguments.overrides)
-    device = choose_device(config.train.device)
-    with process_group(device):
-        recipe(config, arguments.config, arguments.overrides, device)
 
 
 def recipe(config: Config, name: str, overrides: Sequence[str], device: torch.device) -> None:
@@ -218,15 +197,6 @@ def global_normalizers(counts: Sequence[int], config: Config) -> Normalizers:
 
 
 # ---------------------------------------------------------------------------------------------------------
-
-
-def generate_shapes(folder: Path, spec: ShapesSpec | None = None) -> None:
-    """Writes the embedded benchmark, by rank 0, if it is not there."""
-    spec = spec or ShapesSpec()
-    if is_main():
-        with Progress(f"write {folder}", spec.num_images) as progress:
-            write_shapes(folder, spec, lambda *_: progress.advance())
-    barrier()
 
 
 def _not_finite(step: int, outputs: Sequence[TrainOutput], batches: Sequence[Batch]) -> str:

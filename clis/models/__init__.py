@@ -9,12 +9,13 @@ import torch
 
 from clis.config import Config, data_path, pretrained_backbone
 from clis.losses import build_classification_loss
-from clis.models.backbone import Backbone, ImageClassifier, ResNet, load_backbone_weights
+from clis.models.backbone import Backbone, ImageClassifier, ResNet
 from clis.models.contrastive import ContrastiveRegularization
 from clis.models.detector import CLISDetector, Normalizers, TrainOutput
 from clis.models.heads import ClassificationHead, LocalizationHead, TwoFC
 from clis.models.roi import ImageDetections
 from clis.models.rpn import RPN
+from clis.models.weights import load_backbone_weights
 
 __all__ = [
     "CLISDetector",

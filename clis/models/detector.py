@@ -13,17 +13,17 @@ from torch import Tensor, nn
 
 from clis import boxes as box_ops
 from clis.config import TestConfig
-from clis.data.transforms import resize_image, round_half_up, scale_boxes, shortest_size
 from clis.losses import at_least_float32, l1_loss, objectness_loss
 from clis.models.backbone import Backbone
 from clis.models.contrastive import ContrastiveRegularization
 from clis.models.heads import ClassificationHead, LocalizationHead
 from clis.models.roi import ImageDetections, RoIPooler, SampledRoIs, sample_rois, select_detections
 from clis.models.rpn import RPN
+from clis.resize import resize_image, round_half_up, scale_boxes, shortest_size
 
 if TYPE_CHECKING:
     from clis.config import RoIConfig
-    from clis.data.loader import Batch
+    from clis.data.batch import Batch
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
 import multiprocessing
@@ -15,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from clis.commands.arguments import positive
 from clis.data.annotations import Category
 from clis.data.image_classes import (
     MemberLabels,
@@ -44,11 +46,34 @@ from clis.data.image_scan import (
     part_file,
     remove_other_parts,
 )
-from clis.engine.log import Progress, say
-from clis.engine.streams import read_annotations
+from clis.data.streams import read_annotations
+from clis.progress import Progress, say
 
 PARTS = "parts"
 """Folder in the index with the listings of tars; without it they are scanned again, nothing else."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    kinds = parser.add_subparsers(required=True, metavar="WHAT")
+    command = kinds.add_parser(
+        "image-level", help="index class folders or tars for data.image_level, and say what they cover"
+    )
+    command.add_argument(
+        "roots", nargs="+", type=Path, metavar="ROOT", help="of folders or tars, or a tar of tars"
+    )
+    command.add_argument(
+        "--annotations", type=Path, required=True, help="LVIS or COCO-form file: the categories"
+    )
+    command.add_argument("--out", type=Path, required=True, metavar="INDEX", help="folder to write")
+    command.add_argument("--mapping", type=Path, help="lines of: name, tab, category")
+    command.add_argument("--labels", type=Path, help="of mixed tars, lines of: member name, tab, class")
+    command.add_argument("--strict", action="store_true", help="stop at what matches nothing")
+    command.add_argument("--workers", type=positive, help="processes that scan tars; default: one a CPU")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    options = vars(arguments).copy()
+    prepare_image_level(options.pop("roots"), options.pop("annotations"), options.pop("out"), **options)
 
 
 def prepare_image_level(

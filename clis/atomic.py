@@ -9,7 +9,7 @@ from pathlib import Path
 
 
 @contextlib.contextmanager
-def written_whole(path: str | Path) -> Iterator[Path]:
+def atomic_write(path: str | Path) -> Iterator[Path]:
     """A temporary path in the folder of `path` that takes its place when the block ends without an error.
 
     Makes the folder. The temporary name keeps the suffix, for writers that add one of their own.
@@ -27,8 +27,8 @@ def written_whole(path: str | Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Removes what processes killed within `written_whole` have left in or below a folder of one's own."""
+def remove_partial_files(folder: Path) -> None:
+    """Removes what processes killed within `atomic_write` have left in or below a folder of one's own."""
     for path in folder.rglob(".*.tmp*"):
         path.unlink(missing_ok=True)
 

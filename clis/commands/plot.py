@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -14,13 +15,13 @@ import numpy as np
 from clis.config import Config, config_from_dict, data_path, read_yaml
 from clis.data.annotations import Annotations
 from clis.data.images import read_image
-from clis.engine.analysis import ap_by_image_count
-from clis.engine.detections import Detections
+from clis.data.streams import read_annotations
 from clis.engine.evaluate import load_validation
-from clis.engine.log import say
-from clis.engine.lvis_eval import accumulate
-from clis.engine.matching import match
-from clis.engine.streams import read_annotations
+from clis.metric.analysis import ap_by_image_count
+from clis.metric.detections import Detections
+from clis.metric.lvis_eval import accumulate
+from clis.metric.matching import match
+from clis.progress import say
 
 try:
     import matplotlib
@@ -32,6 +33,17 @@ except ImportError:
 GROUPS = {"AP": "all", "APr": "rare", "APc": "common", "APf": "frequent"}
 SMOOTHED = 20
 """Records of metrics.jsonl that a point of a curve is the mean of."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folders", nargs="+", type=Path, metavar="RUN_FOLDER")
+    parser.add_argument("--out", type=Path, default=Path("runs/plots"), metavar="FOLDER")
+    parser.add_argument("--images", type=int, default=6, help="validation images with boxes")
+    parser.add_argument("--score", type=float, default=0.3, help="minimum score of boxes to draw")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    plot(arguments.folders, arguments.out, images=arguments.images, score=arguments.score)
 
 
 @dataclass(frozen=True)

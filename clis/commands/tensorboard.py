@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import time
 from collections.abc import Sequence
@@ -9,14 +10,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from clis.config import LossConfig
-from clis.engine.log import say
-from clis.engine.lvis_eval import METRICS
+from clis.metric.lvis_eval import METRICS
+from clis.progress import say
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
 POLL = 5.0
 """Seconds between two looks at the runs that are followed."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folders", nargs="+", type=Path, metavar="RUN_FOLDER")
+    parser.add_argument("--follow", action="store_true", help="continue while the runs continue")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    write_events(arguments.folders, arguments.follow)
 
 
 class EventFile:

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import numpy as np
 
+from clis.atomic import atomic_write
 from clis.data.annotations import Annotations, Category
-from clis.engine.detections import Detections
-from clis.engine.log import Progress
-from clis.engine.lvis_eval import Curves, accumulate, defined_mean, summarize
-from clis.engine.matching import AREA_RANGES, IOU_THRESHOLDS, BoxIoU, Matches, match
-from clis.files import written_whole
+from clis.metric.detections import Detections
+from clis.metric.lvis_eval import Curves, accumulate, defined_mean, summarize
+from clis.metric.matching import AREA_RANGES, IOU_THRESHOLDS, BoxIoU, Matches, match
+from clis.progress import Progress
 
 GROUPS = {"all": "rcf", "r": "r", "c": "c", "f": "f"}
 COUNT_BINS = (0, 1, 3, 10, 30, 100, 300, 1000, 3000, 10_000, 30_000, 100_000)
@@ -46,7 +46,7 @@ def write_class_table(
         **{f"AP{name[0]}": precision[..., a].mean(axis=0) for a, name in enumerate(AREA_RANGES) if a},
         "AR": curves.recall[..., 0].mean(axis=0),
     }
-    with written_whole(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+    with atomic_write(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["id", "name", "frequency", "train_images", "images", "instances", *columns])
         for label, category in enumerate(categories):

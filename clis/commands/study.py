@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import functools
 import hashlib
 import json
@@ -15,6 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from clis.atomic import atomic_write
+from clis.cli import Preempted
 from clis.config import (
     DETECTOR_RULES,
     IMAGE_LEVEL_FIELDS,
@@ -28,26 +31,45 @@ from clis.config import (
     merge_overrides,
     read_yaml,
 )
-from clis.engine.analysis import ap_by_image_count
-from clis.engine.detections import Detections
+from clis.data.shapes import generate_shapes
+from clis.data.streams import read_annotations
 from clis.engine.evaluate import load_validation
-from clis.engine.log import clock, say
-from clis.engine.lvis_eval import accumulate
-from clis.engine.matching import match
-from clis.engine.preemption import Preempted, StopRequest
+from clis.engine.preemption import StopRequest
 from clis.engine.regions import detector_config, detector_overrides
-from clis.engine.streams import read_annotations
-from clis.engine.train import generate_shapes
-from clis.files import written_whole
 from clis.losses import find_classification_loss
+from clis.metric.analysis import ap_by_image_count
+from clis.metric.detections import Detections
+from clis.metric.lvis_eval import accumulate
+from clis.metric.matching import match
+from clis.progress import clock, say
 
 FIGURES = ("AP", "APr", "APc", "APf")
-TRAIN = "from clis.__main__ import run_command; from clis.engine.train import main; run_command(main)"
 KEY_VERSION = 3
 """Of `run_key`; another one where a default, or what the code makes of equal settings, has changed."""
 IMAGE_LEVEL_KEYS = {f"data.{name}" for name in IMAGE_LEVEL_FIELDS}
 POLL = 0.5
 """Seconds between two looks at what is running."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", type=Path)
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="for every row")
+    parser.add_argument("--rows", nargs="+", default=(), metavar="NAME", help="run only these rows")
+    parser.add_argument("--seeds", nargs="+", type=int, default=(), help="run only these seeds, of every row")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at once, which share the CPUs")
+    parser.add_argument("--out", type=Path, default=Path("runs/studies"), metavar="FOLDER")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    folder = run_study(
+        arguments.file,
+        arguments.out,
+        rows=arguments.rows,
+        seeds=arguments.seeds,
+        jobs=arguments.jobs,
+        overrides=arguments.overrides,
+    )
+    print((folder / "table.md").read_text() + f"{folder}/study.json, table.md")
 
 
 @dataclass(frozen=True)
@@ -266,7 +288,7 @@ def _plan(
     if run.regions is not None:
         regions, after = _plan_regions(study, run, out, plan)
         more = [f"regions.file={regions}"]
-    command = [sys.executable, "-c", TRAIN, "--config", str(study.base), *run.overrides, *more]
+    command = [sys.executable, "-m", "clis", "train", "--config", str(study.base), *run.overrides, *more]
     command.append(f"output={folder}")
     job = Job(f"training of {row.name}, seed {seed}", command, folder / "eval.json", after)
     plan.setdefault(folder, job).results.append((row.name, seed))
@@ -278,7 +300,7 @@ def _plan_regions(study: Study, run: Run, out: Path, plan: dict[Path, Job]) -> t
     more: list[str] = []
     if run.detector is not None:
         folder = out / "runs" / run_key(run.detector)
-        command = [sys.executable, "-c", TRAIN, "--config", str(run.config.regions.detector)]
+        command = [sys.executable, "-m", "clis", "train", "--config", str(run.config.regions.detector)]
         command += detector_overrides(run.overrides)
         title = f"detector of the regions, seed {run.detector.train.seed}"
         job = Job(title, [*command, f"output={folder}"], folder / "eval.json")
@@ -421,20 +443,20 @@ class Record:
             for row in self.study.rows
         }
         document = {"base": str(self.study.base), "overrides": self.overrides, "rows": rows}
-        with written_whole(self.path) as temporary:
+        with atomic_write(self.path) as temporary:
             temporary.write_text(json.dumps(document, indent=1) + "\n")
-        with written_whole(self.path.with_name("table.md")) as temporary:
+        with atomic_write(self.path.with_name("table.md")) as temporary:
             temporary.write_text(table(rows) + "\n" + table_by_images(rows))
 
     def draw(self) -> None:
         """``figure.png``, if matplotlib is there."""
         try:
-            from clis.engine.plot import study_figure
+            from clis.commands.plot import study_figure
         except ValueError as error:
             say(f"no figure: {error}")
             return
         rows = json.loads(self.path.read_text())["rows"]
-        with written_whole(self.path.with_name("figure.png")) as temporary:
+        with atomic_write(self.path.with_name("figure.png")) as temporary:
             study_figure(rows, self.study.name).savefig(temporary, format="png", dpi=130, bbox_inches="tight")
 
     def _key(self, row: Row, seed: int) -> str:

@@ -1,4 +1,4 @@
-"""The command ``evaluate.py --annotations FILE --results FILE``: the metric on anyone's detections."""
+"""``python -m clis score``, or ``evaluate.py --annotations --results``: the metric on anyone's detections."""
 
 from __future__ import annotations
 
@@ -10,52 +10,57 @@ from pathlib import Path
 
 import numpy as np
 
+from clis.atomic import atomic_write
 from clis.data.annotations import Annotations, check_same_categories
-from clis.engine import analysis
-from clis.engine.detections import Detections
-from clis.engine.log import say
-from clis.engine.lvis_eval import accumulate, summarize
-from clis.engine.masks import ground_truth_masks
-from clis.engine.matching import Matches, match
-from clis.engine.streams import read_annotations
-from clis.files import written_whole
+from clis.data.streams import read_annotations
+from clis.metric import analysis
+from clis.metric.detections import Detections
+from clis.metric.lvis_eval import accumulate, summarize
+from clis.metric.masks import ground_truth_masks
+from clis.metric.matching import Matches, match
+from clis.progress import say
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of the command."""
-    group = parser.add_argument_group("result files of any detector")
-    group.add_argument("--annotations", type=Path, metavar="FILE", help="LVIS or COCO-form JSON")
-    group.add_argument(
-        "--results", type=Path, metavar="FILE", help="LVIS result JSON, or a detections.npz of ours"
+    parser.add_argument(
+        "--annotations", type=Path, required=True, metavar="FILE", help="LVIS or COCO-form JSON"
     )
-    group.add_argument("--masks", action="store_true", help="compare masks (segmentation) instead of boxes")
-    group.add_argument(
+    parser.add_argument(
+        "--results", type=Path, required=True, metavar="FILE",
+        help="LVIS result JSON, or a detections.npz of ours",
+    )  # fmt: skip
+    parser.add_argument("--masks", action="store_true", help="compare masks (segmentation) instead of boxes")
+    parser.add_argument(
         "--protocol", choices=("standard", "fixed", "pooled"), default="standard",
         help="fixed: 10,000 detections a class over the split instead of 300 an image; pooled: these, ranked "
         "over all classes together (arXiv 2102.01066)",
     )  # fmt: skip
-    group.add_argument("--max-detections", type=int, metavar="N", help="an image (default 300)")
-    group.add_argument(
+    parser.add_argument("--max-detections", type=int, metavar="N", help="an image (default 300)")
+    parser.add_argument(
         "--train-annotations", type=Path, metavar="FILE",
         help="take the classes' training-image counts and frequency groups from this file",
     )  # fmt: skip
-    group.add_argument("--out", type=Path, metavar="FILE", help="write the figures as JSON")
-    group.add_argument("--per-class", type=Path, metavar="FILE", help="write a CSV file, one line a class")
-    group.add_argument("--errors", action="store_true", help="AP50 lost to each kind of error (TIDE)")
-    group.add_argument(
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write the figures as JSON")
+    parser.add_argument("--per-class", type=Path, metavar="FILE", help="write a CSV file, one line a class")
+    parser.add_argument("--errors", action="store_true", help="AP50 lost to each kind of error (TIDE)")
+    parser.add_argument(
         "--compare", type=Path, metavar="FILE",
         help="other results: how far --results are above them, with a 95 %% interval (paired bootstrap)",
     )  # fmt: skip
-    group.add_argument(
+    parser.add_argument(
         "--samples", type=int, default=200, metavar="N", help="bootstrap samples (default 200)"
     )
-    group.add_argument(
+    parser.add_argument(
         "--official", action="store_true", help="run the lvis package (COCO form: pycocotools) beside ours"
     )
 
 
-def evaluate_results(arguments: argparse.Namespace) -> dict[str, float]:
-    """Runs the command, prints what was asked for and returns the figures."""
+def run(arguments: argparse.Namespace) -> None:
+    score_results(arguments)
+
+
+def score_results(arguments: argparse.Namespace) -> dict[str, float]:
+    """Print what was asked for and return the figures."""
     _check(arguments)
     limit = 300 if arguments.max_detections is None else arguments.max_detections
     annotations, masks = _ground_truth(arguments)
@@ -68,7 +73,7 @@ def evaluate_results(arguments: argparse.Namespace) -> dict[str, float]:
     say(f"{arguments.results}: {len(detections)} detections, {len(matches.rows)} of them judged")
     say(_column_table({"figure": list(figures), "%": [_percent(value) for value in figures.values()]}))
     if arguments.out is not None:
-        with written_whole(arguments.out) as temporary:
+        with atomic_write(arguments.out) as temporary:
             temporary.write_text(json.dumps(figures, indent=1) + "\n")
     standard = arguments.protocol == "standard"
     if arguments.per_class is not None or standard:
@@ -92,27 +97,6 @@ def evaluate_results(arguments: argparse.Namespace) -> dict[str, float]:
     if arguments.official:
         _say_official(arguments, detections, figures, matches, limit)
     return figures
-
-
-def given(arguments: argparse.Namespace) -> list[str]:
-    """The options of the command that were given."""
-    return (
-        [
-            "--" + name.replace("_", "-")
-            for name in (
-                "masks",
-                "max_detections",
-                "train_annotations",
-                "out",
-                "per_class",
-                "errors",
-                "compare",
-            )
-            if getattr(arguments, name)
-        ]
-        + ["--official"] * arguments.official
-        + ["--protocol"] * (arguments.protocol != "standard")
-    )
 
 
 def _check(arguments: argparse.Namespace) -> None:
@@ -185,7 +169,7 @@ def _say_official(
     matches: Matches,
     limit: int,
 ) -> None:
-    from clis.engine.official import official_precision  # the packages bring matplotlib and OpenCV with them
+    from clis.metric.official import official_precision
 
     with tempfile.TemporaryDirectory() as folder:
         results = arguments.results

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
 from collections.abc import Sequence
@@ -10,14 +11,30 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from clis.atomic import atomic_write
 from clis.config import config_from_dict, config_to_dict, merge_overrides
+from clis.distributed import choose_device
 from clis.engine.checkpoint import load_checkpoint, load_model
-from clis.engine.log import say
-from clis.files import written_whole
 from clis.models import CLISDetector
+from clis.progress import say
 
 CATEGORIES = "categories.json"
 """File in the program's archive: the category of each label."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("out", type=Path, help="the program to write, a .pt2 file")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the section test")
+    parser.add_argument(
+        "--size", type=int, nargs=2, required=True, metavar=("HEIGHT", "WIDTH"), help="of the images"
+    )
+    parser.add_argument("--device", default="cpu", help="where the program will run")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    device = choose_device(arguments.device)
+    export(arguments.checkpoint, arguments.out, tuple(arguments.size), device, arguments.overrides)
 
 
 class OneImage(nn.Module):
@@ -75,6 +92,6 @@ def export(
             f"others; raise test.export_candidates={config.test.export_candidates}"
         )
     categories = json.dumps([dataclasses.asdict(category) for category in detector.categories])
-    with written_whole(out) as temporary:
+    with atomic_write(out) as temporary:
         torch.export.save(program, temporary, extra_files={CATEGORIES: categories})
     say(f"{out}: for uint8 RGB images [3, {size[0]}, {size[1]}] on {device.type}")

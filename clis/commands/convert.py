@@ -6,6 +6,7 @@ convolution; whatever else the source does in its own way is a field of the conf
 
 from __future__ import annotations
 
+import argparse
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,15 +16,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from clis.atomic import atomic_write
+from clis.commands.weight_files import read_weights
 from clis.config import Config, config_differences, config_from_dict, merge_overrides
 from clis.data.annotations import Annotations
+from clis.data.streams import read_annotations
 from clis.engine.checkpoint import detector_state
-from clis.engine.log import say
-from clis.engine.streams import read_annotations
-from clis.engine.weights import read_weights
-from clis.files import written_whole
 from clis.models import build_model
-from clis.models.backbone import BLOCKS, IMAGE_MEAN, IMAGE_STD, load_state
+from clis.models.backbone import BLOCKS, IMAGE_MEAN, IMAGE_STD
+from clis.models.weights import load_state
+from clis.progress import say
 
 CONV1 = "backbone.body.conv1.weight"
 FC_CLS, FC_BOX = "classification.fc_cls", "localization.fc_box"
@@ -33,6 +35,24 @@ SUB_NETWORK, SHARED = "classification.sub_network.", "localization.sub_network."
 BASELINE = "clis={task_specialized: false, objectness: false, s: 0, t: 0, siamese: false, contrastive: false}"
 COCO_TEST = "test={score_threshold: 0.05, detections: 100}"
 """All three's, where the annotations are not LVIS's."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", type=Path, help="its weights: .pth, or detectron2's .pkl")
+    parser.add_argument("out", type=Path, help="the checkpoint to write, a .pt file")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="change the checkpoint's config")
+    parser.add_argument(
+        "--annotations", type=Path, required=True, metavar="FILE", help="LVIS or COCO-form file: the classes"
+    )
+    parser.add_argument(
+        "--style", choices=("pytorch", "caffe"),
+        help="ResNet input convention: RGB with ImageNet's std, or BGR with std 1 and strides in the 1x1 "
+        "convolutions (default: caffe for detectron2, else pytorch)",
+    )  # fmt: skip
+
+
+def run(arguments: argparse.Namespace) -> None:
+    convert(arguments.source, arguments.out, arguments.annotations, arguments.style, arguments.overrides)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,7 +148,7 @@ def convert(
     """Writes the detector in the file `source` as the checkpoint `out`, and says what was assumed.
 
     Args:
-        source: see `clis.engine.weights.read_weights`.
+        source: see `clis.commands.weight_files.read_weights`.
         annotations: LVIS or COCO-form file with the classes of the detector.
         style: of the ResNet, ``pytorch`` (RGB, ImageNet's std) or ``caffe`` (BGR, std 1, strides in the 1x1
             convolutions); None is that of the kind's published weights.
@@ -165,7 +185,7 @@ def convert(
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from None
     load_state(model, state, str(source))
-    with written_whole(out) as temporary:
+    with atomic_write(out) as temporary:
         torch.save(detector_state(model, config), temporary)
     say(f"{source}: {kind.name}, {style} style, {classes.num_classes} classes; other than our defaults:")
     for difference in config_differences(config, Config()):

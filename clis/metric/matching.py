@@ -18,8 +18,8 @@ from typing import Any, Literal
 import numpy as np
 
 from clis.data.annotations import Annotations
-from clis.engine.detections import Detections
-from clis.engine.masks import MaskIoU
+from clis.metric.detections import Detections
+from clis.metric.masks import MaskIoU
 
 IOU_THRESHOLDS = np.linspace(0.5, 0.95, 10)
 AREA_RANGES = {

@@ -17,9 +17,9 @@ from typing import Any, Literal
 import numpy as np
 
 from clis.data.annotations import Annotations, Category, load_annotations, pack_annotations
-from clis.engine.detections import Detections
-from clis.engine.masks import ground_truth_masks
-from clis.engine.matching import (
+from clis.metric.detections import Detections
+from clis.metric.masks import ground_truth_masks
+from clis.metric.matching import (
     AREA_RANGES,
     FIXED_LIMIT,
     IN_ALL_RANGES,

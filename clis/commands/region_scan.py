@@ -16,10 +16,10 @@ from clis.config import DETECTOR_RULES, Config, data_path
 from clis.data.image_level import ImageLevelIndex
 from clis.data.images import ImageError
 from clis.data.regions import REGION_DTYPE
-from clis.engine.log import Progress, say
+from clis.data.streams import make_index, read_annotations
 from clis.engine.regions import load_searcher, read_boxes, region_rule, regions_of, search_batches
-from clis.engine.streams import make_index, read_annotations
 from clis.models import CLISDetector
+from clis.progress import Progress, say
 
 FRACTIONS = (0.25, 0.375, 0.5, 0.625, 0.75, 1.0, 1.25)
 """Of `test.short_side`: the sizes that are tried where none are named."""

@@ -30,7 +30,7 @@ from clis.data.sampling import (
     repeat_factors,
 )
 from clis.distributed import local_main_first
-from clis.engine.log import Progress, say
+from clis.progress import Progress, say
 
 
 def read_annotations(path: str | Path) -> Annotations:

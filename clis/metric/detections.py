@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 from pycocotools import mask as rle
 
+from clis.atomic import atomic_write
 from clis.data.json_lists import NotJSON, read_list
-from clis.files import written_whole
 
 COLUMNS = ("image_id", "category_id", "bbox", "score")
 ROWS = 1 << 16
@@ -74,12 +74,12 @@ class Detections:
             raise ValueError(f"{path}: detections are saved as .npz; use to_json for an LVIS result file")
         if self.masks is not None:
             raise ValueError(f"{path}: an .npz file holds boxes alone; use to_json for masks")
-        with written_whole(path) as temporary:
+        with atomic_write(path) as temporary:
             np.savez(temporary, **{name: getattr(self, name) for name in COLUMNS})
 
     def to_json(self, path: str | Path) -> None:
         """Write an LVIS result file: a list of image_id, category_id, bbox, score and any segmentation."""
-        with written_whole(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
+        with atomic_write(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
             for start in range(0, max(len(self), 1), ROWS):
                 text = json.dumps(self._records(slice(start, start + ROWS)))
                 file.write(("[" if start == 0 else ", ") + text[1:-1])

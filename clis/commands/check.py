@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import functools
 import io
+import os
+import sys
 import time
 import warnings
 from collections import Counter
@@ -15,7 +18,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image  # torchvision needs Pillow
 
-from clis.config import DETECTOR_RULES, Config, data_path, pretrained_backbone
+from clis.commands.arguments import add_config
+from clis.config import DETECTOR_RULES, Config, data_path, load_config, pretrained_backbone
 from clis.data.annotations import Annotations, check_same_categories, checked_for_training
 from clis.data.image_classes import GROUPS, coverage, describe_coverage, shortened
 from clis.data.image_level import ImageLevelIndex, is_intact
@@ -23,25 +27,35 @@ from clis.data.images import ImageError, decode_image, read_bytes, unpacked
 from clis.data.loader import image_loader
 from clis.data.regions import load_regions
 from clis.data.sampling import RepeatSampler, class_repeat_factors, repeat_factors
+from clis.data.streams import make_image_level_sampler, make_index, read_annotations, read_index, regions_file
 from clis.engine.checkpoint import load_checkpoint
-from clis.engine.log import Progress, say
 from clis.engine.pretrain import SETTINGS as PRETRAINING
 from clis.engine.regions import detector_checkpoint, detector_config, read_boxes
 from clis.engine.run_folder import check_owner
-from clis.engine.streams import (
-    make_image_level_sampler,
-    make_index,
-    read_annotations,
-    read_index,
-    regions_file,
-)
 from clis.losses import find_classification_loss
 from clis.models import build_classifier, build_model
+from clis.progress import Progress, say
 
 SHOWN = 5
 """Files named for each kind of finding; `listing` gets all."""
 IMAGES_AT_ONCE = 32
 _ROTATION = 0x0112  # the EXIF tag
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_config(parser)
+    parser.add_argument("--sample", type=int, metavar="N", help="read only N images of each stream")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes that read images")
+    parser.add_argument("--list", type=Path, metavar="FILE", help="write every image that cannot be used")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    config = load_config(arguments.config, arguments.overrides)
+    report = check(config, arguments.overrides, workers=arguments.workers, sample=arguments.sample)
+    report.say()
+    if arguments.list is not None:
+        arguments.list.write_text("".join(f"{line}\n" for line in report.listing))
+    sys.exit(bool(report.errors))
 
 
 @dataclass

@@ -1,0 +1,47 @@
+"""How a command ends: what a user can fix as one line, and an exit code."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+
+EXIT_CODE = 75
+"""Of a run, or a study, that stopped because it was asked to and can resume (sysexits.h: EX_TEMPFAIL)."""
+
+
+class Preempted(Exception):
+    """The run was asked to stop, has saved its state and can be called again."""
+
+
+def is_worker_death(error: BaseException) -> bool:
+    """Whether this is what torch raises, anywhere in the main process, when a loader process is killed."""
+    return isinstance(error, RuntimeError) and "DataLoader worker" in str(error)
+
+
+def run_command(main: Callable[[], None]) -> None:
+    """Run a command; what a user can fix is reported in one line, without a traceback.
+
+    Exit codes: 0 done, 1 an error of this kind, 75 a training or study that was asked to stop and can resume,
+    130 interrupted. With CLIS_DEBUG=1 the traceback is shown.
+    """
+    try:
+        main()
+    except Preempted as stop:
+        print(stop, file=sys.stderr, flush=True)
+        sys.exit(EXIT_CODE)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except (ValueError, OSError, FloatingPointError, RuntimeError) as error:
+        died = is_worker_death(error)
+        if os.environ.get("CLIS_DEBUG") == "1" or (isinstance(error, RuntimeError) and not died):
+            raise
+        text = str(error).rstrip()
+        if died:
+            text = f"a loader process ended ({text}); out of memory? Fewer data.workers need less. The same "
+            text += "command resumes from the last checkpoint"
+        if "Original Traceback" in text:  # from a loader process, whose traceback is in the message
+            text = text.splitlines()[-1].partition(": ")[2]
+        print(f"error: {text}\n(CLIS_DEBUG=1 shows the traceback)", file=sys.stderr)
+        sys.stderr.flush()
+        sys.exit(1)

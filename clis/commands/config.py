@@ -1,0 +1,16 @@
+"""``python -m clis config FILE``: a config as it would run, with all defaults."""
+
+from __future__ import annotations
+
+import argparse
+
+from clis.commands.arguments import add_config
+from clis.config import config_to_yaml, load_config
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_config(parser)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    print(config_to_yaml(load_config(arguments.config, arguments.overrides)), end="")

@@ -1,0 +1,63 @@
+"""``python -m clis evaluate``, or ``evaluate.py``: the metric of a checkpoint, which holds all else."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from clis.config import (
+    Config,
+    config_differences,
+    config_from_dict,
+    config_to_dict,
+    merge_overrides,
+    with_root,
+)
+from clis.distributed import choose_device, process_group
+from clis.engine.checkpoint import load_checkpoint, load_model
+from clis.engine.evaluate import evaluate_detector
+from clis.metric.lvis_eval import format_table
+from clis.progress import say
+
+INFERENCE = ("model.rpn.pre_nms_test", "model.rpn.proposals", "model.rpn.nms_iou")
+"""Model fields that may be overridden at evaluation."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("checkpoint", type=Path, help="e.g. runs/shapes/clis/checkpoints/last.pt")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value",
+        help="change the checkpoint's config, e.g. data.root=/datasets test.score_threshold=0.05; "
+        "output=FOLDER for the results (default: a folder beside the checkpoint, named after it)",
+    )  # fmt: skip
+    parser.epilog = "Result files are judged by --annotations FILE --results FILE (python -m clis score)."
+
+
+def run(arguments: argparse.Namespace) -> None:
+    state = load_checkpoint(arguments.checkpoint)
+    values = config_to_dict(config_from_dict(state["config"], source=str(arguments.checkpoint)))
+    values["output"] = str(arguments.checkpoint.with_suffix(""))
+    config = with_root(config_from_dict(merge_overrides(values, arguments.overrides), source="override"))
+    _check_same_model(config, state, arguments.checkpoint)
+    device = choose_device(config.train.device)
+    with process_group(device):
+        detector = load_model(state, config, str(arguments.checkpoint)).to(device).eval()
+        metrics = evaluate_detector(detector, config, Path(config.output))
+        say(format_table({str(arguments.checkpoint): metrics}))
+        say(f"{config.output}/eval.json, detections.npz")
+
+
+def _check_same_model(config: Config, state: dict[str, Any], checkpoint: Path) -> None:
+    """Raises `ValueError` for an override of what the training has fixed."""
+    trained = config_from_dict(state["config"], source=str(checkpoint))
+    differences = [
+        difference
+        for difference in config_differences(trained, config, ("model", "clis", "loss"))
+        if difference.split(":")[0] not in INFERENCE
+    ]
+    if differences:
+        raise ValueError(
+            f"{checkpoint} was trained with other settings: {'; '.join(differences[:5])}; of model, clis and "
+            f"loss only {', '.join(INFERENCE)} can change after the training"
+        )

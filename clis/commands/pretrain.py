@@ -1,0 +1,28 @@
+"""``python -m clis pretrain CONFIG``: the ResNet of a config as an image classifier."""
+
+from __future__ import annotations
+
+import argparse
+
+from clis.commands.arguments import add_config
+from clis.config import data_path, load_config
+from clis.data.shapes import generate_shapes
+from clis.distributed import choose_device, process_group
+from clis.engine.pretrain import pretrain
+from clis.progress import say
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_config(parser)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    config = load_config(arguments.config, arguments.overrides)
+    if config.pretrain.epochs == 0:
+        raise ValueError("pretrain.epochs is 0: nothing to do; pass e.g. pretrain.epochs=100")
+    device = choose_device(config.train.device)
+    with process_group(device):
+        if config.data.generate == "shapes":
+            generate_shapes(data_path(config, "shapes"))
+        path = pretrain(config, device)
+        say(f"for a detector of this network: pretrain.epochs=0 model.backbone.weights={path.absolute()}")

@@ -1,0 +1,17 @@
+"""``python -m clis shapes FOLDER``: the embedded benchmark alone."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from clis.data.shapes import ShapesSpec, generate_shapes
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--seed", type=int, default=0, help="of the drawing (default: 0, the benchmark)")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    generate_shapes(arguments.folder, ShapesSpec(seed=arguments.seed))
