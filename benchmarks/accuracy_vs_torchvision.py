@@ -26,7 +26,8 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import TwoMLPHead
 from torchvision.ops import MultiScaleRoIAlign
 
-from clis.config import Config, data_path, load_config
+from clis.config import Config, data_path
+from clis.config_files import load_config
 from clis.data.annotations import load_annotations
 from clis.data.loader import MicroBatches, image_loader, train_loader
 from clis.data.shapes import generate_shapes

@@ -120,7 +120,7 @@ def measure_start(arguments: argparse.Namespace) -> Figures:
     """The streams of a training by the baseline from the cache, and workers that read its annotations."""
     import torch
 
-    from clis.config import load_config
+    from clis.config_files import load_config
     from clis.data.streams import make_streams
 
     file = arguments.file.resolve()

@@ -18,7 +18,8 @@ from torchvision.models.detection import FasterRCNN
 from torchvision.models.detection.backbone_utils import _resnet_fpn_extractor
 from torchvision.ops import FrozenBatchNorm2d
 
-from clis.config import Config, config_from_dict, merge_overrides
+from clis.config import Config
+from clis.config_files import config_from_dict, merge_overrides
 from clis.data.batch import Batch
 from clis.models import CLISDetector, build_model
 

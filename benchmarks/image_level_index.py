@@ -26,7 +26,7 @@ from pathlib import Path
 import numpy as np
 from torch.utils.data import DataLoader, Dataset
 
-from clis.data.annotations import Category
+from clis.data.categories import Category
 from clis.data.image_level import ImageLevelIndex, open_index, write_index
 from clis.data.image_scan import Container, Listing
 from clis.progress import Progress

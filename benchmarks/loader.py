@@ -28,7 +28,7 @@ from torchvision.io import decode_image as torchvision_decode_image
 from torchvision.transforms.v2 import functional as v2
 from torchvision.tv_tensors import BoundingBoxes
 
-from clis.config import config_from_dict
+from clis.config_files import config_from_dict
 from clis.data.annotations import checked_for_training, load_annotations
 from clis.data.image_level import build_index
 from clis.data.images import open_image, read_bytes

@@ -21,7 +21,8 @@ from typing import Any
 import torch
 from torchvision.ops import box_convert, box_iou
 
-from clis.config import Config, data_path, load_config
+from clis.config import Config, data_path
+from clis.config_files import load_config
 from clis.engine.train import main as train
 
 CONFIG_FOLDER = Path(__file__).resolve().parents[1] / "configs" / "coco_mini"

@@ -13,7 +13,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from clis.config import Config, load_config
+    from clis.config import Config
+    from clis.config_files import load_config
     from clis.data.annotations import load_annotations
     from clis.engine.checkpoint import load_detector
     from clis.metric.detections import Detections
@@ -29,7 +30,7 @@ _HOME = {
     "build_model": "clis.models",
     "evaluate": "clis.metric.lvis_eval",
     "load_annotations": "clis.data.annotations",
-    "load_config": "clis.config",
+    "load_config": "clis.config_files",
     "load_detector": "clis.engine.checkpoint",
 }
 

@@ -121,7 +121,7 @@ def all_reduce_sum(values: Tensor) -> Tensor:
     return values
 
 
-def agreed(answer: bool) -> bool:
+def broadcast_flag(answer: bool) -> bool:
     """The answer of rank 0, on all ranks."""
     return bool(all_reduce_sum(torch.tensor(int(answer and is_main()))))
 
@@ -165,7 +165,7 @@ def _padded(rows: Tensor) -> tuple[Tensor, list[int]]:
     return padded, counts
 
 
-def distribute(model: nn.Module, device: torch.device) -> nn.Module:
+def wrap_ddp(model: nn.Module, device: torch.device) -> nn.Module:
     """The model in DDP, which leaves its buffers alone."""
     if world_size() == 1:
         return model
@@ -177,7 +177,7 @@ def distribute(model: nn.Module, device: torch.device) -> nn.Module:
 
 
 @contextlib.contextmanager
-def gradients_local(network: nn.Module, local: bool) -> Iterator[None]:
+def no_sync(network: nn.Module, local: bool) -> Iterator[None]:
     """With `local` the gradients of the block do not travel between the processes yet."""
     with network.no_sync() if local and world_size() > 1 else contextlib.nullcontext():
         yield

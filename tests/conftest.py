@@ -11,9 +11,10 @@ from runs import CONFIG, SHORT
 from torch import Tensor
 
 from clis.commands import run_verb
-from clis.config import Config, config_from_dict, merge_overrides
-from clis.data.annotations import Category
+from clis.config import Config
+from clis.config_files import config_from_dict, merge_overrides
 from clis.data.batch import Batch, Sample, collate, count_batches
+from clis.data.categories import Category
 from clis.data.shapes import ShapesSpec, write_shapes
 from clis.distributed import all_reduce_sum
 from clis.models import CLISDetector, Normalizers, build_model

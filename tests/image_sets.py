@@ -8,7 +8,7 @@ import tarfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from clis.data.annotations import Category
+from clis.data.categories import Category
 from clis.data.image_level import ImageLevelIndex
 
 

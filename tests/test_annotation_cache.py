@@ -20,7 +20,7 @@ import torch
 from lvis_cases import random_case
 from runs import REPOSITORY
 
-from clis.config import load_config
+from clis.config_files import load_config
 from clis.data import annotation_cache, annotations, json_lists
 from clis.data.annotation_cache import cache_folder
 from clis.data.annotations import (

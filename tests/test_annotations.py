@@ -10,11 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clis.data.annotations import (
-    check_same_categories,
-    checked_for_training,
-    load_annotations,
-)
+from clis.data.annotations import checked_for_training, load_annotations
+from clis.data.categories import check_same_categories
 from clis.data.records import image_file_name
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"

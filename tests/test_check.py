@@ -18,7 +18,8 @@ from runs import CONFIG, SHORT
 from clis.__main__ import main
 from clis.commands.check import Report, check
 from clis.commands.prepare import prepare_image_level
-from clis.config import Config, load_config
+from clis.config import Config
+from clis.config_files import load_config
 
 NUM_TRAIN = 40  # of the small benchmark, as the numbers below: 20 to validate, 100 image-level
 

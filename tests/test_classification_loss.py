@@ -16,7 +16,7 @@ from runs import BASELINE, CONFIG, REPOSITORY, SHORT
 
 from clis.commands import check, run_verb
 from clis.commands.study import run_study
-from clis.config import load_config
+from clis.config_files import load_config
 from clis.engine.checkpoint import load_checkpoint, load_detector, save_checkpoint
 from clis.engine.optim import make_optimizer
 from clis.losses import CrossEntropy, build_classification_loss, find_classification_loss

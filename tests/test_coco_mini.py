@@ -11,7 +11,7 @@ import pytest
 
 from clis.cli import run_command
 from clis.commands import run_verb
-from clis.config import load_config
+from clis.config_files import load_config
 from clis.data import streams
 from clis.data.annotations import load_annotations
 from clis.data.images import decode_image

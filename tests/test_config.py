@@ -10,15 +10,12 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from clis.config import (
-    RESUMABLE,
-    CLISConfig,
-    Config,
+from clis.config import RESUMABLE, CLISConfig, Config, data_path
+from clis.config_files import (
     config_differences,
     config_from_dict,
     config_to_dict,
     config_to_yaml,
-    data_path,
     load_config,
     merge_overrides,
 )

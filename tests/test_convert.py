@@ -22,7 +22,7 @@ from clis.__main__ import main
 from clis.commands import run_verb
 from clis.commands.convert import BASELINE, convert
 from clis.commands.weight_files import read_weights
-from clis.config import config_from_dict, merge_overrides
+from clis.config_files import config_from_dict, merge_overrides
 from clis.data.images import read_image
 from clis.engine.checkpoint import load_checkpoint, load_model
 from clis.models import ImageDetections, build_model

@@ -17,8 +17,9 @@ from runs import CONFIG, REPOSITORY, SHORT
 
 import clis
 from clis.commands.study import Study
-from clis.config import RESUMABLE, Config, config_to_dict, flatten, load_config
-from clis.data.annotations import Category
+from clis.config import RESUMABLE, Config
+from clis.config_files import config_to_dict, flatten, load_config
+from clis.data.categories import Category
 from clis.data.shapes import CLASS_NAMES, ShapesSpec, frequency_order, train_image_counts, val_image_counts
 
 # The example at the size of a test: a small network from random weights on small images, few steps.

@@ -8,7 +8,7 @@ from image_sets import CATEGORIES, write_annotations, write_folder
 from runs import CONFIG
 
 from clis.commands.prepare import prepare_image_level
-from clis.config import load_config
+from clis.config_files import load_config
 from clis.data.image_level import build_index, open_index
 from clis.data.label_noise import with_wrong_labels
 from clis.data.streams import make_index, read_annotations

@@ -24,9 +24,10 @@ from torchvision.io import encode_jpeg
 
 from clis.__main__ import main
 from clis.commands.prepare import prepare_image_level
-from clis.config import load_config
+from clis.config_files import load_config
 from clis.data import image_level, streams
-from clis.data.annotations import Category, load_annotations
+from clis.data.annotations import load_annotations
+from clis.data.categories import Category
 from clis.data.image_classes import MemberLabels, coverage, describe_coverage, in_imagenet22k
 from clis.data.image_level import ImageLevelIndex, build_index, open_index
 from clis.data.image_scan import find_containers, list_images

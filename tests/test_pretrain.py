@@ -30,7 +30,8 @@ from clis.__main__ import main
 from clis.cli import Preempted
 from clis.commands import run_verb
 from clis.commands.check import check
-from clis.config import Config, config_from_dict, load_config, merge_overrides, pretrained_backbone
+from clis.config import Config, pretrained_backbone
+from clis.config_files import config_from_dict, load_config, merge_overrides
 from clis.data.annotations import load_annotations
 from clis.data.classification import LabelledBatch, RandomCrops, Split, central_crop
 from clis.data.image_level import build_index
@@ -38,13 +39,13 @@ from clis.data.images import ImageError, read_image
 from clis.data.loader import ReadAhead
 from clis.data.sampling import ImageItem, SingleSampler, UniformSampler
 from clis.data.shapes import ShapesSpec, write_shapes
-from clis.distributed import distribute
+from clis.distributed import wrap_ddp
 from clis.engine import pretrain, regions, train
 from clis.engine.checkpoint import load_checkpoint, load_detector
 from clis.engine.loop import SkippedSteps
 from clis.engine.optim import make_optimizer
 from clis.engine.preemption import MARKER
-from clis.engine.run_folder import claim
+from clis.engine.run_folder import claim_run_folder
 from clis.models import ImageClassifier, build_model
 from clis.models.backbone import IMAGE_MEAN, IMAGE_STD, ResNet
 from clis.models.weights import load_backbone_weights
@@ -255,7 +256,7 @@ def run_steps(rank: int, processes: int, accumulation: int, folder: str, norm: s
         )
     config = tiny_config("train.images_per_step=8")
     model = classifier(f"model.backbone.norm={norm}")
-    network = distribute(model, torch.device("cpu")).train()
+    network = wrap_ddp(model, torch.device("cpu")).train()
     optimizer, scaler = make_optimizer(model, config), torch.amp.GradScaler("cpu", enabled=False)
     share = 8 // processes
     size = share // accumulation
@@ -565,7 +566,7 @@ class TestRecipe:
         assert report.errors == []
         assert f"{tmp_path / 'pretrain' / 'backbone.pt'}: will be made, by pre-training" in report.notes
         assert not [note for note in report.notes if "0 image-level" in note]
-        claim(tmp_path / "pretrain", load_config(BASELINE, [*overrides, "pretrain.lr=0.5"]))
+        claim_run_folder(tmp_path / "pretrain", load_config(BASELINE, [*overrides, "pretrain.lr=0.5"]))
         report = check(load_config(BASELINE, overrides), overrides, workers=0, sample=2)
         assert [error.split(":")[0] for error in report.errors] == [
             f"{tmp_path / 'pretrain'} belongs to another config"

@@ -19,7 +19,7 @@ from torchvision.io import write_jpeg, write_png
 from clis.__main__ import main
 from clis.commands import region_scan
 from clis.config import Config, RegionsConfig
-from clis.data.annotations import Category
+from clis.data.categories import Category
 from clis.data.image_level import ImageLevelIndex, build_index
 from clis.data.images import ImageError
 from clis.data.regions import RegionSource, load_regions

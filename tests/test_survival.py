@@ -21,7 +21,7 @@ from runs import BASELINE, REPOSITORY, SHORT, assert_same_training, records
 from clis.cli import EXIT_CODE, Preempted, run_command
 from clis.commands import run_verb
 from clis.data.batch import collate
-from clis.distributed import distribute
+from clis.distributed import wrap_ddp
 from clis.engine import train
 from clis.engine.checkpoint import load_checkpoint, load_last_checkpoint, save_checkpoint, saved_checkpoints
 from clis.engine.optim import make_optimizer
@@ -333,7 +333,7 @@ def _one_rank_spoiled(rank: int, folder: str) -> None:
     config = tiny_config("train.images_per_step=2")
     torch.manual_seed(0)
     model = build_model(config, CATEGORIES)
-    network = distribute(model, torch.device("cpu"))
+    network = wrap_ddp(model, torch.device("cpu"))
     network.train()
     optimizer, scaler = make_optimizer(model, config), torch.amp.GradScaler("cpu", enabled=False)
     batch = collate([make_sample(seed=rank)])

@@ -22,13 +22,14 @@ from runs import BASELINE, CONFIG, REPOSITORY, SHORT, assert_same_state, assert_
 from torch import nn
 
 from clis.commands import run_verb
-from clis.config import LossConfig, OptimConfig, config_from_dict, load_config, merge_overrides
+from clis.config import LossConfig, OptimConfig
+from clis.config_files import config_from_dict, load_config, merge_overrides
 from clis.data.batch import Batch, collate
 from clis.data.images import ImageError
-from clis.distributed import distribute
+from clis.distributed import wrap_ddp
 from clis.engine import regions, train
 from clis.engine.checkpoint import load_checkpoint, load_detector, load_model
-from clis.engine.describe import contrast_state, one_line, summarize_step
+from clis.engine.describe import contrast_state, format_losses, summarize_step
 from clis.engine.log import MetricsLog
 from clis.engine.loop import SkippedSteps
 from clis.engine.optim import learning_rate, make_optimizer, split_batch
@@ -169,7 +170,7 @@ class TestWhatARunSays:
         monkeypatch.setattr(sys, "stdout", screen := Terminal())
         with Progress("train", total=90000, start=10800) as progress:
             progress.began = time.monotonic() - 55.02  # 43,516 s to go, in the middle of a minute
-            progress.advance(100, text=one_line(dict.fromkeys(losses, 12.345)))
+            progress.advance(100, text=format_losses(dict.fromkeys(losses, 12.345)))
             progress.bar.refresh()
         lines = [line.strip() for line in screen.getvalue().split("\r") if line.strip()]
         assert "train 10900/90000 1.82/s 12h05 left loss 12.3 rpn 12.3" in lines[-1]
@@ -245,7 +246,7 @@ def run_steps(rank: int, processes: int, accumulation: int, folder: str, loss: s
         )
     torch.manual_seed(0)
     model = build_model(config, CATEGORIES).double()
-    network = distribute(model, torch.device("cpu"))
+    network = wrap_ddp(model, torch.device("cpu"))
     network.train()
     optimizer = make_optimizer(model, config)
     scaler = torch.amp.GradScaler("cpu", enabled=False)

@@ -19,8 +19,10 @@ import numpy as np
 from PIL import Image  # torchvision needs Pillow
 
 from clis.commands.arguments import add_config
-from clis.config import DETECTOR_RULES, Config, data_path, load_config, pretrained_backbone
-from clis.data.annotations import Annotations, check_same_categories, checked_for_training
+from clis.config import DETECTOR_RULES, Config, data_path, pretrained_backbone
+from clis.config_files import load_config
+from clis.data.annotations import Annotations, checked_for_training
+from clis.data.categories import check_same_categories
 from clis.data.image_classes import GROUPS, coverage, describe_coverage, shortened
 from clis.data.image_level import ImageLevelIndex, is_intact
 from clis.data.images import ImageError, decode_image, read_bytes, unpacked
@@ -31,7 +33,7 @@ from clis.data.streams import make_image_level_sampler, make_index, read_annotat
 from clis.engine.checkpoint import load_checkpoint
 from clis.engine.pretrain import SETTINGS as PRETRAINING
 from clis.engine.regions import detector_checkpoint, detector_config, read_boxes
-from clis.engine.run_folder import check_owner
+from clis.engine.run_folder import check_run_config
 from clis.losses import find_classification_loss
 from clis.models import build_classifier, build_model
 from clis.progress import Progress, say
@@ -121,10 +123,10 @@ def check(
     for each in (config, detector):
         if each is not None:
             with report.catching():
-                check_owner(Path(each.output), each)
+                check_run_config(Path(each.output), each)
             if each.pretrain.epochs > 0:
                 with report.catching():
-                    check_owner(pretrained_backbone(each).parent, each, PRETRAINING)
+                    check_run_config(pretrained_backbone(each).parent, each, PRETRAINING)
     train = val = index = None
     with report.catching():
         train = read_annotations(data_path(config, config.data.train))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from clis.commands.arguments import add_config
-from clis.config import config_to_yaml, load_config
+from clis.config_files import config_to_yaml, load_config
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from clis.atomic import atomic_write
 from clis.commands.weight_files import read_weights
-from clis.config import Config, config_differences, config_from_dict, merge_overrides
+from clis.config import Config
+from clis.config_files import config_differences, config_from_dict, merge_overrides
 from clis.data.annotations import Annotations
 from clis.data.streams import read_annotations
 from clis.engine.checkpoint import detector_state

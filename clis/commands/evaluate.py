@@ -6,13 +6,13 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from clis.config import (
-    Config,
+from clis.config import Config
+from clis.config_files import (
     config_differences,
     config_from_dict,
     config_to_dict,
     merge_overrides,
-    with_root,
+    resolve_data_root,
 )
 from clis.distributed import choose_device, process_group
 from clis.engine.checkpoint import load_checkpoint, load_model
@@ -38,7 +38,9 @@ def run(arguments: argparse.Namespace) -> None:
     state = load_checkpoint(arguments.checkpoint)
     values = config_to_dict(config_from_dict(state["config"], source=str(arguments.checkpoint)))
     values["output"] = str(arguments.checkpoint.with_suffix(""))
-    config = with_root(config_from_dict(merge_overrides(values, arguments.overrides), source="override"))
+    config = resolve_data_root(
+        config_from_dict(merge_overrides(values, arguments.overrides), source="override")
+    )
     _check_same_model(config, state, arguments.checkpoint)
     device = choose_device(config.train.device)
     with process_group(device):

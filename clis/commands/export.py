@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from clis.atomic import atomic_write
-from clis.config import config_from_dict, config_to_dict, merge_overrides
+from clis.config_files import config_from_dict, config_to_dict, merge_overrides
 from clis.distributed import choose_device
 from clis.engine.checkpoint import load_checkpoint, load_model
 from clis.models import CLISDetector

@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from clis.config import Config, config_from_dict, data_path, read_yaml
+from clis.config import Config, data_path
+from clis.config_files import config_from_dict, read_yaml
 from clis.data.annotations import Annotations
 from clis.data.images import read_image
 from clis.data.streams import read_annotations

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from clis.commands.arguments import positive
-from clis.data.annotations import Category
+from clis.data.categories import Category
 from clis.data.image_classes import (
     MemberLabels,
     class_labels,

@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 
 from clis.commands.arguments import add_config
-from clis.config import data_path, load_config
+from clis.config import data_path
+from clis.config_files import load_config
 from clis.data.shapes import generate_shapes
 from clis.distributed import choose_device, process_group
 from clis.engine.pretrain import pretrain

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from clis.commands.arguments import add_config, positive
 from clis.commands.region_scan import scan_sizes
-from clis.config import load_config
+from clis.config_files import load_config
 from clis.distributed import choose_device, process_group
 from clis.engine.regions import detector_config, find_regions
 

@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 
 from clis.atomic import atomic_write
-from clis.data.annotations import Annotations, check_same_categories
+from clis.data.annotations import Annotations
+from clis.data.categories import check_same_categories
 from clis.data.streams import read_annotations
 from clis.metric import analysis
 from clis.metric.detections import Detections

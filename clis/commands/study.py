@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import functools
 import hashlib
 import json
 import os
-import statistics
 import subprocess
 import sys
 import time
@@ -16,34 +14,22 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from clis.atomic import atomic_write
 from clis.cli import Preempted
-from clis.config import (
-    DETECTOR_RULES,
-    IMAGE_LEVEL_FIELDS,
-    RESUMABLE,
-    Config,
-    config_from_dict,
+from clis.commands.study_record import FIGURES, Record
+from clis.config import DETECTOR_RULES, IMAGE_LEVEL_FIELDS, RESUMABLE, Config, data_path
+from clis.config_files import (
     config_to_dict,
-    data_path,
     flatten,
     load_config,
     merge_overrides,
     read_yaml,
 )
 from clis.data.shapes import generate_shapes
-from clis.data.streams import read_annotations
-from clis.engine.evaluate import load_validation
 from clis.engine.preemption import StopRequest
 from clis.engine.regions import detector_config, detector_overrides
 from clis.losses import find_classification_loss
-from clis.metric.analysis import ap_by_image_count
-from clis.metric.detections import Detections
-from clis.metric.lvis_eval import accumulate
-from clis.metric.matching import match
 from clis.progress import clock, say
 
-FIGURES = ("AP", "APr", "APc", "APf")
 KEY_VERSION = 3
 """Of `run_key`; another one where a default, or what the code makes of equal settings, has changed."""
 IMAGE_LEVEL_KEYS = {f"data.{name}" for name in IMAGE_LEVEL_FIELDS}
@@ -365,162 +351,6 @@ def _work(jobs: Sequence[Job], at_once: int, logs: Path) -> Iterator[Job]:
 
 def _log(job: Job, logs: Path) -> Path:
     return logs / f"{job.done.parent.name if job.done.name == 'eval.json' else job.done.stem}.txt"
-
-
-class Record:
-    """``study.json``: the figures of every run of a study, which later calls and other machines add to."""
-
-    def __init__(self, study: Study, folder: Path, overrides: Sequence[str]) -> None:
-        """
-        Raises:
-            ValueError: the file that is there is of other overrides.
-        """
-        self.study, self.path = study, folder / "study.json"
-        self.overrides = list(overrides)
-        self.rows: dict[str, dict[str, dict[str, Any]]] = {}
-        if self.path.exists():
-            kept = json.loads(self.path.read_text())
-            if kept["overrides"] != self.overrides:
-                raise ValueError(
-                    f"{self.path} was made with the overrides {kept['overrides']}, now they are "
-                    f"{self.overrides}; name another --out"
-                )
-            for row in study.rows:  # runs of other settings than the row's present ones go
-                runs = kept["rows"].get(row.name, {}).get("runs", {})
-                self.rows[row.name] = {
-                    seed: run for seed, run in runs.items() if run["key"] == self._key(row, int(seed))
-                }
-
-    def has(self, row: Row, seed: int) -> bool:
-        """Whether this run is recorded."""
-        return str(seed) in self.rows.get(row.name, {})
-
-    def take(self, row: Row, seed: int) -> bool:
-        """Notes this run from the study.json of another study beside this one, if one has it.
-
-        Without its seconds a step, which may be of another day and machine.
-        """
-        run = self._others.get(self._key(row, seed))
-        if run is not None:
-            self.rows.setdefault(row.name, {})[str(seed)] = run
-        return run is not None
-
-    @functools.cached_property
-    def _others(self) -> dict[str, dict[str, Any]]:
-        """The runs of the other studies in this folder, by their key."""
-        wanted, runs = (*FIGURES, "key", "by_images"), {}
-        for path in sorted(self.path.parent.parent.glob("*/study.json")):
-            try:
-                rows = json.loads(path.read_text())["rows"].values()
-                for run in (run for row in rows for run in row["runs"].values()):
-                    runs[run["key"]] = {name: run[name] for name in wanted}
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
-                say(f"{path}: no record of a study ({type(error).__name__}: {error}); left aside")
-        return runs
-
-    def add(self, name: str, seed: int, result: Path) -> str:
-        """Notes a finished run by its eval.json, in the file too; its figures in one line."""
-        row = next(row for row in self.study.rows if row.name == name)
-        figures = json.loads(result.read_text())
-        run = {figure: round(100 * figures[figure], 2) for figure in FIGURES}
-        records = result.with_name("metrics.jsonl").read_text().splitlines()
-        step = [json.loads(line) for line in records]
-        times = sorted(r["data_time"] + r["compute_time"] for r in step if "compute_time" in r)
-        run |= {"key": self._key(row, seed), "step_seconds": round(statistics.median(times), 3)}
-        run |= {"by_images": _ap_by_images(result.parent)}
-        self.rows.setdefault(name, {})[str(seed)] = run
-        self.write()
-        return " ".join(f"{figure} {run[figure]:.1f}" for figure in FIGURES)
-
-    def write(self) -> None:
-        rows = {
-            row.name: {
-                "overrides": list(row.overrides),
-                "paper": row.paper,
-                "paper_seconds": row.paper_seconds,
-                "runs": dict(sorted(self.rows.get(row.name, {}).items())),
-            }
-            for row in self.study.rows
-        }
-        document = {"base": str(self.study.base), "overrides": self.overrides, "rows": rows}
-        with atomic_write(self.path) as temporary:
-            temporary.write_text(json.dumps(document, indent=1) + "\n")
-        with atomic_write(self.path.with_name("table.md")) as temporary:
-            temporary.write_text(table(rows) + "\n" + table_by_images(rows))
-
-    def draw(self) -> None:
-        """``figure.png``, if matplotlib is there."""
-        try:
-            from clis.commands.plot import study_figure
-        except ValueError as error:
-            say(f"no figure: {error}")
-            return
-        rows = json.loads(self.path.read_text())["rows"]
-        with atomic_write(self.path.with_name("figure.png")) as temporary:
-            study_figure(rows, self.study.name).savefig(temporary, format="png", dpi=130, bbox_inches="tight")
-
-    def _key(self, row: Row, seed: int) -> str:
-        return self.study.run(row, seed, self.overrides).key
-
-
-def table(rows: Mapping[str, Mapping[str, Any]]) -> str:
-    """Markdown: mean ± standard deviation over the seeds; mean difference to the first row of the seeds that
-    both have; the paper's row."""
-    head = ["row", "seeds", *FIGURES, "AP to the first", "seconds a step", "paper's " + " / ".join(FIGURES)]
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    first = next(iter(rows.values()))["runs"] if rows else {}
-    for number, (name, row) in enumerate(rows.items()):
-        runs = list(row["runs"].values())
-        cells = [name, str(len(runs))]
-        for figure in FIGURES:
-            cells.append(_mean_and_deviation([run[figure] for run in runs]))
-        gains = [run["AP"] - first[seed]["AP"] for seed, run in row["runs"].items() if seed in first]
-        cells.append(f"{statistics.mean(gains):+.1f}" if number > 0 and gains else "")
-        cells.append(_mean_and_deviation([run["step_seconds"] for run in runs if "step_seconds" in run], 2))
-        paper = "" if row["paper"] is None else " / ".join(f"{value:.1f}" for value in row["paper"])
-        seconds = row.get("paper_seconds")
-        cells.append(paper if seconds is None else f"{paper}; {seconds:.3f} s")
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
-
-
-def table_by_images(rows: Mapping[str, Mapping[str, Any]]) -> str:
-    """Markdown: AP of the classes with so many training images, mean ± standard deviation over the seeds."""
-    bins = sorted(
-        {name for row in rows.values() for run in row["runs"].values() for name in run["by_images"]},
-        key=lambda name: int(name.partition("-")[0]),
-    )
-    lines = ["| AP by training images | " + " | ".join(bins) + " |", "|" + "---|" * (1 + len(bins))]
-    for name, row in rows.items():
-        cells = [
-            _mean_and_deviation(
-                [run["by_images"][each] for run in row["runs"].values() if each in run["by_images"]]
-            )
-            for each in bins
-        ]
-        lines.append("| " + " | ".join([name, *cells]) + " |")
-    return "\n".join(lines) + "\n"
-
-
-def _ap_by_images(folder: Path) -> dict[str, float]:
-    """AP in percent by the first and last number of training images of the bins of `ap_by_image_count`."""
-    config = config_from_dict(read_yaml(folder / "config.yaml"), source=str(folder / "config.yaml"))
-    train = read_annotations(data_path(config, config.data.train))
-    val = load_validation(config, train.categories)
-    detections = Detections.load(folder / "detections.npz")
-    curves = accumulate(match(val, detections, config.test.detections))
-    return {
-        f"{first}-{last}": round(100 * ap, 2)
-        for first, last, _, ap in ap_by_image_count(curves, val.categories)
-    }
-
-
-def _mean_and_deviation(values: Sequence[float], digits: int = 1) -> str:
-    values = [value for value in values if value >= 0]
-    if not values:
-        return ""
-    mean = f"{statistics.mean(values):.{digits}f}"
-    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
 
 
 def _check_keys(values: Any, known: set[str], needed: set[str], where: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from clis.config import load_config
+from clis.config_files import load_config
 from clis.distributed import choose_device, process_group
 from clis.engine.train import recipe
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from clis.data.annotation_cache import cached
+from clis.data.categories import Category
 from clis.data.mapped import MappedFile
 from clis.data.records import Packed, document_parts, lists_of, pack_records
 
@@ -23,20 +24,6 @@ _PAIRS = ("negatives", "not_exhaustive")
 
 Advance = Callable[[int], object]
 """Told the number of bytes after each part of a file that was read."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Category:
-    """One class; its label is its place in `Annotations.categories`."""
-
-    id: int
-    name: str
-    synset: str = ""
-    """WordNet synset as in LVIS, e.g. ``aerosol.n.02``; empty where the file has none."""
-    frequency: str
-    """``r``, ``c`` or ``f``: 1-10, 11-100 or more than 100 training images (LVIS)."""
-    image_count: int
-    """Training images that hold the class."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -185,23 +172,6 @@ def _unpacked(packed: Packed, path: str | Path) -> Annotations:
         **{name: (arrays.pop(f"{name}_offsets"), arrays.pop(f"{name}_labels")) for name in _PAIRS},
         **arrays,
     )
-
-
-def check_same_categories(
-    first: Sequence[Category], first_source: str, second: Sequence[Category], second_source: str
-) -> None:
-    """Raises `ValueError`, naming the sources, unless each label is the same category id and name in both."""
-    if len(first) != len(second):
-        raise ValueError(
-            f"{first_source} has {len(first)} categories, {second_source} has {len(second)}; they must be of "
-            "one data set"
-        )
-    for label, (a, b) in enumerate(zip(first, second)):
-        if (a.id, a.name) != (b.id, b.name):
-            raise ValueError(
-                f"label {label} is category {a.id} ({a.name}) in {first_source} but {b.id} ({b.name}) in "
-                f"{second_source}; they must be of one data set"
-            )
 
 
 def checked_for_training(

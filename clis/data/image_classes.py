@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from clis.data.annotations import Category
+from clis.data.categories import Category
 
 _SYNSETS = Path(__file__).with_name("wnids.tsv")
 GROUPS = {"r": "rare", "c": "common", "f": "frequent", "all": "all"}

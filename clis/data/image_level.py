@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from clis.atomic import atomic_write
-from clis.data.annotations import Category
+from clis.data.categories import Category
 from clis.data.image_classes import class_labels, match_classes, printable, shortened
 from clis.data.image_scan import IMAGE_SUFFIXES, Container, Listing, find_containers, list_images
 from clis.data.images import ImageError, read_bytes

@@ -13,8 +13,9 @@ import torch
 
 from clis.atomic import atomic_write, remove_partial_files
 from clis.cli import is_worker_death
-from clis.config import Config, config_differences, config_from_dict, config_to_dict
-from clis.data.annotations import Category, check_same_categories
+from clis.config import Config
+from clis.config_files import config_differences, config_from_dict, config_to_dict
+from clis.data.categories import Category, check_same_categories
 from clis.distributed import is_main
 from clis.models import CLISDetector, ImageClassifier, build_model
 from clis.models.weights import load_state

@@ -160,7 +160,7 @@ class ContrastWatch:
         )
 
 
-def measures(
+def step_metrics(
     device: torch.device, norm: float, rate: float, data_time: float, compute_time: float, images: int
 ) -> dict[str, float]:
     """What metrics.jsonl has beside losses and counts; times in seconds a step, as rank 0 saw them.
@@ -188,7 +188,7 @@ _SHORT = {
 }  # fmt: skip
 
 
-def one_line(record: dict[str, float]) -> str:
+def format_losses(record: dict[str, float]) -> str:
     """The losses in few letters: with rate and time left, the line fits 100 columns."""
     return " ".join(f"{short} {_four(record[name])}" for name, short in _SHORT.items() if name in record)
 

@@ -17,7 +17,8 @@ from clis.config import (
     Config,
     data_path,
 )
-from clis.data.annotations import Annotations, Category, check_same_categories
+from clis.data.annotations import Annotations
+from clis.data.categories import Category, check_same_categories
 from clis.data.images import read_image
 from clis.data.loader import image_loader
 from clis.data.streams import read_annotations

@@ -17,7 +17,7 @@ from clis.data.batch import OnDevice, count_batches
 from clis.distributed import all_reduce_sum, barrier, is_main
 from clis.engine.bad_images import BadImages
 from clis.engine.checkpoint import saved_checkpoints
-from clis.engine.preemption import StopRequest, mark
+from clis.engine.preemption import StopRequest, write_preempted_marker
 from clis.engine.schedule import Schedule
 from clis.progress import Progress, say
 
@@ -117,7 +117,7 @@ class Loop(Generic[B]):
             self.save(done)
         if self.stopping and done < self.steps.stop:
             folder = self.schedule.folder
-            mark(folder, done)
+            write_preempted_marker(folder, done)
             barrier()
             raise Preempted(f"{folder}: asked to stop; step {done} is saved, the same command goes on")
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from clis.config import Config, OptimConfig
-from clis.distributed import gradients_local
+from clis.distributed import no_sync
 
 B = TypeVar("B")
 
@@ -82,7 +82,7 @@ def gradient_step(
     """
     for number, batch in enumerate(batches, 1):
         # gradients travel between processes once a step, with the last micro-batch
-        with gradients_local(network, number < len(batches)):
+        with no_sync(network, number < len(batches)):
             with autocast(config.train.precision, device):
                 loss = loss_of(batch)
             # An infinite loss may have a finite gradient; as NaN it tells all processes, without a wait.

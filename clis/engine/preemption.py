@@ -41,13 +41,13 @@ class StopRequest:
         self.previous = {}
 
 
-def mark(folder: Path, step: int) -> None:
+def write_preempted_marker(folder: Path, step: int) -> None:
     """Leaves `MARKER` in the run folder, from rank 0."""
     if is_main():
         with atomic_write(folder / MARKER) as temporary:
             temporary.write_text(json.dumps({"step": step}) + "\n")
 
 
-def unmark(folder: Path) -> None:
+def clear_preempted_marker(folder: Path) -> None:
     if is_main():
         (folder / MARKER).unlink(missing_ok=True)

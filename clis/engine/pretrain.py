@@ -21,15 +21,15 @@ from clis.data.image_level import ImageLevelIndex
 from clis.data.loader import MicroBatches, image_loader, train_loader
 from clis.data.sampling import SingleSampler
 from clis.data.streams import make_image_level_sampler, make_index, read_annotations
-from clis.distributed import all_reduce_sum, barrier, distribute, is_main, rank, world_size
+from clis.distributed import all_reduce_sum, barrier, is_main, rank, world_size, wrap_ddp
 from clis.engine.bad_images import check_bad_images
 from clis.engine.checkpoint import resume, save_checkpoint
-from clis.engine.describe import describe_pretraining, measures
+from clis.engine.describe import describe_pretraining, step_metrics
 from clis.engine.log import MetricsLog
 from clis.engine.loop import Loop, SkippedSteps
 from clis.engine.optim import gradient_step, learning_rate, make_optimizer, make_scaler, split_batch
-from clis.engine.preemption import unmark
-from clis.engine.run_folder import claim
+from clis.engine.preemption import clear_preempted_marker
+from clis.engine.run_folder import claim_run_folder
 from clis.engine.schedule import Schedule
 from clis.losses import at_least_float32
 from clis.models import ImageClassifier, build_classifier
@@ -59,7 +59,7 @@ def pretrain(config: Config, device: torch.device) -> Path:
         ImageError: more images than `data.max_bad_images` cannot be read.
     """
     path = pretrained_backbone(config)
-    claim(path.parent, config, SETTINGS)
+    claim_run_folder(path.parent, config, SETTINGS)
     if path.exists():
         say(f"{path} is there already")
         return path
@@ -102,10 +102,10 @@ def train_classifier(
     first_step, num_skipped = resume(folder, model, optimizer, scaler, config, (*SETTINGS, "train.steps"))
     advice = "a lower pretrain.lr or an optim.clip_norm may help"
     skipped = SkippedSteps(num_skipped, scaler, folder, config, advice)
-    network = distribute(model, device).train()
+    network = wrap_ddp(model, device).train()
     sampler = make_image_level_sampler(config, index, split.trained)
     say(describe_pretraining(config, len(sampler), split.held_out, model, accumulation))
-    unmark(folder)
+    clear_preempted_marker(folder)
 
     sampler = SingleSampler(sampler, config.train.images_per_step, config.train.seed)
     steps = range(first_step, config.train.steps)
@@ -132,7 +132,7 @@ def train_classifier(
             done, text = step + 1, ""
             if schedule.record_due(done):
                 loss, top1 = (all_reduce_sum(sums.sum(dim=0)) / config.train.images_per_step).tolist()
-                state = measures(device, norm, rate, *loop.seconds(), config.train.images_per_step)
+                state = step_metrics(device, norm, rate, *loop.seconds(), config.train.images_per_step)
                 log.write({"step": done, "loss": loss, "top1": top1, **state})
                 text = f"loss {loss:.2f} top-1 {_percent(top1)}"
             loop.end_step(done, text)

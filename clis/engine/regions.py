@@ -16,22 +16,15 @@ from torch import Tensor
 
 from clis import boxes as box_ops
 from clis.atomic import atomic_write
-from clis.config import (
-    DETECTOR_RULES,
-    IMAGE_LEVEL_FIELDS,
-    Config,
-    RegionsConfig,
-    data_path,
-    load_config,
-    merge_overrides,
-)
-from clis.data.annotations import check_same_categories
+from clis.config import DETECTOR_RULES, IMAGE_LEVEL_FIELDS, Config, RegionsConfig, data_path
+from clis.config_files import load_config, merge_overrides
+from clis.data.categories import check_same_categories
 from clis.data.image_level import ImageLevelIndex
 from clis.data.images import ImageError, open_image
 from clis.data.loader import image_loader
 from clis.data.regions import REGION_DTYPE, RegionSource, region_sidecar
 from clis.data.streams import make_index, read_annotations, regions_file
-from clis.distributed import agreed, barrier, from_main, is_main, rank, world_size
+from clis.distributed import barrier, broadcast_flag, from_main, is_main, rank, world_size
 from clis.engine.bad_images import check_bad_images
 from clis.engine.checkpoint import load_detector
 from clis.engine.optim import autocast
@@ -87,7 +80,7 @@ def _section(override: str) -> str:
 def find_regions(config: Config, device: torch.device, detector: Config | None = None) -> None:
     """Make the region file of the config, if it is not there, by `detector` or `regions.detector`."""
     path = regions_file(config)
-    if agreed(path.exists()):
+    if broadcast_flag(path.exists()):
         if is_main():
             RegionParts(path, 0, {}).remove()  # of a process that died before it could
         say(f"{path} already exists")

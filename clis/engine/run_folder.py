@@ -6,20 +6,21 @@ from collections.abc import Collection
 from pathlib import Path
 
 from clis.atomic import atomic_write
-from clis.config import Config, config_differences, config_from_dict, config_to_yaml, read_yaml
+from clis.config import Config
+from clis.config_files import config_differences, config_from_dict, config_to_yaml, read_yaml
 from clis.distributed import barrier, is_main
 
 
-def claim(folder: Path, config: Config, within: Collection[str] | None = None) -> None:
-    """Writes config.yaml into a new run folder; arguments and errors as `check_owner`."""
-    check_owner(folder, config, within)
+def claim_run_folder(folder: Path, config: Config, within: Collection[str] | None = None) -> None:
+    """Writes config.yaml into a new run folder; arguments and errors as `check_run_config`."""
+    check_run_config(folder, config, within)
     barrier()
     if is_main():
         with atomic_write(folder / "config.yaml") as temporary:
             temporary.write_text(config_to_yaml(config))
 
 
-def check_owner(folder: Path, config: Config, within: Collection[str] | None = None) -> None:
+def check_run_config(folder: Path, config: Config, within: Collection[str] | None = None) -> None:
     """
     Args:
         within: sections and keys that matter here; None is all of them.

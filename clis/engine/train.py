@@ -17,31 +17,31 @@ from clis.data.loader import MicroBatches, train_loader
 from clis.data.shapes import generate_shapes
 from clis.data.streams import make_streams, regions_file
 from clis.distributed import (
-    agreed,
     all_gather_rows,
     barrier,
-    distribute,
+    broadcast_flag,
     is_main,
     rank,
     world_size,
+    wrap_ddp,
 )
 from clis.engine.checkpoint import resume, save_checkpoint
 from clis.engine.describe import (
     ContrastWatch,
     contrast_state,
     describe_run,
-    measures,
-    one_line,
+    format_losses,
+    step_metrics,
     summarize_step,
 )
 from clis.engine.evaluate import check_validation, evaluate_detector
 from clis.engine.log import MetricsLog
 from clis.engine.loop import Loop, SkippedSteps
 from clis.engine.optim import gradient_step, learning_rate, make_optimizer, make_scaler, split_batch
-from clis.engine.preemption import unmark
+from clis.engine.preemption import clear_preempted_marker
 from clis.engine.pretrain import pretrain
 from clis.engine.regions import detector_config, find_regions
-from clis.engine.run_folder import claim
+from clis.engine.run_folder import claim_run_folder
 from clis.engine.schedule import Schedule
 from clis.losses import find_classification_loss
 from clis.metric.lvis_eval import format_table
@@ -59,7 +59,7 @@ def recipe(config: Config, name: str, overrides: Sequence[str], device: torch.de
     for each in configs:
         find_classification_loss(each.loss.classification)  # a slip is told before anything is made
     for each in configs:
-        claim(Path(each.output), each)
+        claim_run_folder(Path(each.output), each)
     stages: list[tuple[str, Callable[[], None]]] = []
 
     def add_training(title: str, each: Config) -> None:
@@ -69,7 +69,7 @@ def recipe(config: Config, name: str, overrides: Sequence[str], device: torch.de
 
     if config.data.generate == "shapes":
         stages.append(("embedded benchmark", lambda: generate_shapes(data_path(config, "shapes"))))
-    if config.clis.s > 0 and not agreed(regions_file(config).exists()):
+    if config.clis.s > 0 and not broadcast_flag(regions_file(config).exists()):
         if detector is not None:
             add_training(f"detector for the regions: {config.regions.detector}", detector)
         stages.append(("regions", lambda: find_regions(config, device, detector)))
@@ -84,7 +84,7 @@ def recipe(config: Config, name: str, overrides: Sequence[str], device: torch.de
 def run(config: Config, device: torch.device) -> None:
     """Trains and evaluates one detector in its run folder, going on from its last checkpoint."""
     folder = Path(config.output)
-    claim(folder, config)
+    claim_run_folder(folder, config)
     if (folder / "eval.json").exists():
         say(f"{folder} is finished already")
         return
@@ -107,10 +107,10 @@ def train(config: Config, folder: Path, device: torch.device) -> CLISDetector:
     scaler = make_scaler(config, device)
     first_step, num_skipped = resume(folder, model, optimizer, scaler, config)
     skipped = SkippedSteps(num_skipped, scaler, folder, config, NOT_FINITE)
-    network = distribute(model, device)
+    network = wrap_ddp(model, device)
     network.train()
     say(describe_run(config, annotations, dataset.index, sampler, model, accumulation))
-    unmark(folder)
+    clear_preempted_marker(folder)
 
     steps = range(first_step, config.train.steps)
     micro_batches = MicroBatches(sampler, steps, rank(), world_size(), images_per_process)
@@ -132,7 +132,7 @@ def train(config: Config, folder: Path, device: torch.device) -> CLISDetector:
         log.write({"step": done, **metrics})
 
     with Loop("train", config, schedule, steps, loader, accumulation, device, save, Batch) as loop:
-        if schedule.evaluation_due(first_step) and agreed(not log.has_evaluation(first_step)):
+        if schedule.evaluation_due(first_step) and broadcast_flag(not log.has_evaluation(first_step)):
             evaluate(first_step)  # the run was stopped behind the step's checkpoint
         for step, batches in loop:
             rate = learning_rate(step, config.optim, config.train.images_per_step)
@@ -144,10 +144,10 @@ def train(config: Config, folder: Path, device: torch.device) -> CLISDetector:
             done, text = step + 1, ""
             if schedule.record_due(done):
                 record = summarize_step(outputs, config)
-                state = measures(device, norm, rate, *loop.seconds(), config.train.images_per_step)
+                state = step_metrics(device, norm, rate, *loop.seconds(), config.train.images_per_step)
                 contrast = contrast_state(model, outputs)
                 log.write({"step": done, **record, **contrast, **state})
-                text = one_line(record)
+                text = format_losses(record)
                 if (warning := watch.look(done, contrast)) is not None:
                     say(warning)
             loop.end_step(done, text)

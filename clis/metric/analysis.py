@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 
 from clis.atomic import atomic_write
-from clis.data.annotations import Annotations, Category
+from clis.data.annotations import Annotations
+from clis.data.categories import Category
 from clis.metric.detections import Detections
 from clis.metric.lvis_eval import Curves, accumulate, defined_mean, summarize
 from clis.metric.matching import AREA_RANGES, IOU_THRESHOLDS, BoxIoU, Matches, match

@@ -16,7 +16,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from clis.data.annotations import Annotations, Category, load_annotations, pack_annotations
+from clis.data.annotations import Annotations, load_annotations, pack_annotations
+from clis.data.categories import Category
 from clis.metric.detections import Detections
 from clis.metric.masks import ground_truth_masks
 from clis.metric.matching import (

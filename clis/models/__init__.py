@@ -36,7 +36,7 @@ def build_model(config: Config, categories: Sequence[Any], *, pretrained: bool =
 
     Args:
         categories: one object a class; the label is the place in this sequence. The classification loss may
-            read `image_count` and `frequency` of `clis.data.annotations.Category`.
+            read `image_count` and `frequency` of `clis.data.categories.Category`.
         pretrained: load what the backbone starts from: the run's own pre-training (`pretrain.epochs` > 0), or
             `model.backbone.weights`, if the config names any.
 

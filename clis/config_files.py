@@ -1,0 +1,248 @@
+"""Configs as files: YAML with one parent each, `key.path=value` overrides, strict keys and types."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import difflib
+import os
+import types
+import typing
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from clis.config import RESUMABLE, Config
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """Reads a YAML config with its parents and applies `key.path=value` overrides.
+
+    A relative `base` and a relative `regions.detector` in a file are relative to that file; in an override
+    `regions.detector` is relative to the working folder, as is `data.root` everywhere. `data.root` is made
+    absolute, and `output` is filled in.
+
+    Raises:
+        FileNotFoundError: there is no such config, or no such base.
+        ValueError: not a mapping of sections, an unknown key, a value of the wrong type, or settings that
+            contradict each other.
+    """
+    path = Path(path)
+    values = merge_overrides(_read_with_parents(path, ()), overrides)
+    values.setdefault("output", str(_run_folder(path)))
+    return resolve_data_root(config_from_dict(values, source=str(path)))
+
+
+def resolve_data_root(config: Config) -> Config:
+    """The config with `data.root` absolute: as given, else $CLIS_DATA, else ``data``."""
+    root = config.data.root or os.environ.get("CLIS_DATA") or "data"
+    data = dataclasses.replace(config.data, root=str(Path(root).expanduser().resolve()))
+    return dataclasses.replace(config, data=data)
+
+
+def config_from_dict(values: Mapping[str, Any], source: str = "config") -> Config:
+    """Builds a checked `Config` from nested mappings; `source` names them in errors (all `ValueError`)."""
+    try:
+        return _build(Config, values, prefix="")
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from None
+
+
+def config_to_dict(config: Config) -> dict[str, Any]:
+    """The whole configuration as nested plain dicts, lists and scalars."""
+    return _plain(dataclasses.asdict(config))
+
+
+def config_to_yaml(config: Config) -> str:
+    return yaml.safe_dump(config_to_dict(config), sort_keys=False)
+
+
+def config_differences(a: Config, b: Config, within: Collection[str] | None = None) -> list[str]:
+    """Dotted keys, with both values, in which two configs differ beyond what a resumed run may change.
+
+    Args:
+        within: sections and keys that are looked at; None is all of them.
+    """
+    flat_a, flat_b = flatten(config_to_dict(a)), flatten(config_to_dict(b))
+    return [
+        f"{key}: {flat_a[key]} != {flat_b[key]}"
+        for key in flat_a
+        if key not in RESUMABLE
+        and (within is None or any(f"{key}.".startswith(f"{each}.") for each in within))
+        and flat_a[key] != flat_b[key]
+    ]
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one, of dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        dotted = f"{prefix}{key}"
+        flat |= flatten(value, f"{dotted}.") if isinstance(value, Mapping) else {dotted: value}
+    return flat
+
+
+def merge_overrides(values: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """Nested values with `key.path=value` overrides applied; the values are read as YAML.
+
+    A mapping (`data={workers: 0}`) changes the keys that it names and leaves the section's others alone.
+
+    Raises:
+        ValueError: an override of another form, or one that leads through a value.
+    """
+    merged = copy.deepcopy(dict(values))
+    for override in overrides:
+        _apply_override(merged, override)
+    return merged
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in one YAML file, without its parents; an empty file is an empty mapping."""
+    try:
+        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_StrictLoader)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path}: no such config") from None
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path}: not valid YAML: {error}") from None
+    values = {} if values is None else values
+    if not isinstance(values, dict):
+        raise ValueError(
+            f"{path}: a config is a mapping of sections, e.g. `train: {{steps: 100}}`, "
+            f"not a {type(values).__name__}"
+        )
+    return values
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """Refuses a key that is there twice, of which YAML readers silently keep the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key.value in seen:
+                problem = f"{key.value} is there twice; join them"
+                raise yaml.constructor.ConstructorError(problem=problem, problem_mark=key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def _read_with_parents(path: Path, children: tuple[Path, ...]) -> dict[str, Any]:
+    if path.resolve() in children:
+        raise ValueError(f"{children[-1]}: `base: {path.name}` leads back to itself")
+    values = read_yaml(path)
+    regions = values.get("regions")
+    if isinstance(regions, dict) and isinstance(regions.get("detector"), str):
+        regions["detector"] = os.path.relpath(path.parent / regions["detector"])
+    base = values.pop("base", None)
+    if base is None:
+        return values
+    if not isinstance(base, str):
+        raise ValueError(f"{path}: `base:` names one file, not {base!r}")
+    parent = path.parent / base
+    if not parent.is_file():
+        raise FileNotFoundError(f"{path}: `base: {base}` names {parent}, which does not exist")
+    return _merge(_read_with_parents(parent, (*children, path.resolve())), values)
+
+
+def _merge(parent: dict[str, Any], child: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(parent)
+    for key, value in child.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merge(merged[key], value) if both else value
+    return merged
+
+
+def _apply_override(values: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    *sections, name = key.strip().split(".")
+    if not (equals and all(sections) and name):
+        raise ValueError(f"override {override!r}: write it as key.path=value, e.g. train.steps=100")
+    for section in sections:
+        values = values.setdefault(section, {})
+        if not isinstance(values, dict):
+            raise ValueError(f"override {override!r}: {section} is a value, not a section")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        value = text
+    values.update(_merge(values, {name: value}))
+
+
+def _run_folder(path: Path) -> Path:
+    parts = path.with_suffix("").resolve().parts
+    below = parts[len(parts) - parts[::-1].index("configs") :] if "configs" in parts else parts[-1:]
+    return Path("runs", *below)
+
+
+def _build(cls: type, values: Any, prefix: str) -> Any:
+    if not isinstance(values, Mapping):
+        found = "nothing" if values is None else repr(values)
+        raise ValueError(f"{prefix.rstrip('.') or 'config'}: a section of keys is needed, not {found}")
+    hints = typing.get_type_hints(cls)
+    arguments = {}
+    for key, value in values.items():
+        if key not in hints:
+            raise ValueError(f"unknown key {prefix}{key}; {_nearest(str(key), prefix, hints)}")
+        arguments[key] = _convert(value, hints[key], f"{prefix}{key}")
+    return cls(**arguments)
+
+
+def _nearest(key: str, prefix: str, siblings: Mapping[str, Any]) -> str:
+    """What may have been meant: the key in another section, a like one in this section, or any of this."""
+    elsewhere = [dotted for dotted in _known_keys(Config) if dotted.split(".")[-1] == key]
+    like = difflib.get_close_matches(key, siblings, n=1, cutoff=0.6)
+    meant = elsewhere or [f"{prefix}{name}" for name in like]
+    return f"did you mean {' or '.join(meant)}?" if meant else f"known: {', '.join(siblings)}"
+
+
+def _known_keys(cls: type, prefix: str = "") -> Iterator[str]:
+    """Dotted names of all sections and keys."""
+    for key, hint in typing.get_type_hints(cls).items():
+        yield f"{prefix}{key}"
+        if dataclasses.is_dataclass(hint):
+            yield from _known_keys(hint, f"{prefix}{key}.")
+
+
+_TYPE_NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
+
+
+def _convert(value: Any, hint: Any, where: str) -> Any:
+    """`value` as the annotated type, or a `ValueError` that names the key."""
+    if dataclasses.is_dataclass(hint):
+        return _build(hint, value, f"{where}.")
+    origin, options = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        (some,) = (option for option in options if option is not type(None))
+        return None if value is None else _convert(value, some, where)
+    if origin is Literal:
+        if value not in options:
+            raise ValueError(f"{where}: {value!r} is not one of {', '.join(map(repr, options))}")
+        return value
+    if origin is tuple:
+        return _convert_tuple(value, options, where)
+    if hint is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
+        try:  # YAML 1.1 reads 1e-4 as a string
+            return float(value)
+        except ValueError:
+            pass
+    elif isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
+        return value
+    raise ValueError(f"{where}: {_TYPE_NAMES[hint]} is needed, not {value!r}")
+
+
+def _convert_tuple(value: Any, options: tuple[Any, ...], where: str) -> tuple[Any, ...]:
+    if isinstance(value, (str, int, float)):
+        value = (value,)
+    if not isinstance(value, (list, tuple)):
+        raise ValueError(f"{where}: a list is needed, e.g. [a, b], not {value!r}")
+    if options[-1] is not Ellipsis and len(value) != len(options):
+        raise ValueError(f"{where}: {len(options)} values are needed, not {list(value)!r}")
+    return tuple(_convert(item, options[0], where) for item in value)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value

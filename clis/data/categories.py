@@ -1,0 +1,37 @@
+"""The classes of an annotation file."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Category:
+    """One class; its label is its place in `Annotations.categories`."""
+
+    id: int
+    name: str
+    synset: str = ""
+    """WordNet synset as in LVIS, e.g. ``aerosol.n.02``; empty where the file has none."""
+    frequency: str
+    """``r``, ``c`` or ``f``: 1-10, 11-100 or more than 100 training images (LVIS)."""
+    image_count: int
+    """Training images that hold the class."""
+
+
+def check_same_categories(
+    first: Sequence[Category], first_source: str, second: Sequence[Category], second_source: str
+) -> None:
+    """Raises `ValueError`, naming the sources, unless each label is the same category id and name in both."""
+    if len(first) != len(second):
+        raise ValueError(
+            f"{first_source} has {len(first)} categories, {second_source} has {len(second)}; they must be of "
+            "one data set"
+        )
+    for label, (a, b) in enumerate(zip(first, second)):
+        if (a.id, a.name) != (b.id, b.name):
+            raise ValueError(
+                f"label {label} is category {a.id} ({a.name}) in {first_source} but {b.id} ({b.name}) in "
+                f"{second_source}; they must be of one data set"
+            )
