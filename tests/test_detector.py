@@ -615,7 +615,7 @@ def test_on_the_square_canvas_group_norm_sees_the_same_padding_in_any_batch():
     images = [make_sample(seed, size=size).image for seed, size in enumerate([(64, 64), (50, 96), (90, 33)])]
 
     def largest_difference(canvas: str) -> float:
-        model = make_model(f"model.backbone.canvas={canvas}").eval()
+        model = make_model(f"model.backbone.canvas={canvas}", "data.max_size=96").eval()
         small = [model.resize(x, model.resized_size(tuple(x.shape[1:]), 64, 96)) for x in images]
         together = model.backbone(small, 96)[0]
         alone = [model.backbone([image], 96)[0][0] for image in small]
@@ -627,7 +627,7 @@ def test_on_the_square_canvas_group_norm_sees_the_same_padding_in_any_batch():
 
     assert largest_difference("square") < 1e-10
     assert largest_difference("batch") > 1e-3
-    model = make_model("model.backbone.canvas=square").eval()
+    model = make_model("model.backbone.canvas=square", "data.max_size=96").eval()
     for image, found in zip(images, model.detect(images)):
         (single,) = model.detect([image])
         torch.testing.assert_close(single.boxes, found.boxes)
