@@ -604,7 +604,7 @@ class TestBadInput:
             config_from_dict(merge_overrides(values, [override]))
 
     def test_no_epochs(self, data, tmp_path):
-        with pytest.raises(ValueError, match=r"pretrain\.epochs=0 is without pre-training; pass e\.g\."):
+        with pytest.raises(ValueError, match=r"pretrain\.epochs is 0: nothing to do; pass e\.g\."):
             main(arguments_of(data, tmp_path, "pretrain.epochs=0"))
 
     def test_a_batch_that_does_not_divide(self, data, tmp_path):
