@@ -189,7 +189,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             )
             shared = [f"train.steps={STEPS_PER_KILL * arguments.kills}", *arguments.overrides]
             shared += [f"data.root={arguments.out.resolve()}"]
-            if config == "clis.yaml":  # all from the centre: regions of a detector are not the question here
+            if config == "clis.yaml":  # all from the center: regions of a detector are not the question here
                 shared += ["regions.rule=center", "regions.detector=null"]
             commands = [
                 command(config, processes, [*shared, f"output={each.folder}"]) for each in (reference, run)

@@ -43,7 +43,7 @@ GRAY = (FILL, FILL, FILL)
 
 
 def make_dataset(root: Path) -> TwoStreamDataset:
-    """The paper's sizes; the region of every image is the centre of half its area."""
+    """The paper's sizes; the region of every image is the center of half its area."""
     config = config_from_dict(
         {"clis": {"s": S, "t": T}, "data": {"short_sides": [800]}}, source="benchmarks/loader.py"
     )

@@ -1,7 +1,7 @@
 """CLIS: long-tailed object detection with image-level supervision (arXiv 2210.05568), in pure PyTorch.
 
 Conventions of the whole package: boxes are xyxy in absolute pixels of the tensor that they belong to,
-float32; labels are 0..C-1, background is C; images are uint8 RGB [3,H,W] and are normalised in the model.
+float32; labels are 0..C-1, background is C; images are uint8 RGB [3,H,W] and are normalized in the model.
 Letters: B images, M mosaics, N RoIs, R regions, P pairs, C classes, K logits, D features, E embedding, Q
 queue. *Instance-level* and *image-level* are the two streams; a *region* is the pre-defined box of an
 image-level image; a *pair* is a region and its pasted copy.

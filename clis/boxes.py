@@ -18,15 +18,15 @@ _MAX_LOG_RATIO = math.log(1000 / 16)  # a box grows at most this much (mmdetecti
 _is_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)  # not in torch 2.4
 
 Stds = tuple[float, float]
-"""What deltas are divided by: those of the centre, and those of the size."""
+"""What deltas are divided by: those of the center, and those of the size."""
 RPN_STDS: Stds = (1.0, 1.0)
 ROI_STDS: Stds = (0.1, 0.2)
 
 
 def encode(boxes: Tensor, targets: Tensor, stds: Stds) -> Tensor:
-    """Deltas that move `boxes` [N,4] onto `targets` [N,4]: centre shift by size, log size ratio, over `stds`.
+    """Deltas that move `boxes` [N,4] onto `targets` [N,4]: center shift by size, log size ratio, over `stds`.
 
-    Both need sides above zero. Returns [N,4]. Source: Faster R-CNN's parametrisation, mmdetection's stds.
+    Both need sides above zero. Returns [N,4]. Source: Faster R-CNN's parametrization, mmdetection's stds.
     """
     size, target_size = boxes[:, 2:] - boxes[:, :2], targets[:, 2:] - targets[:, :2]
     shift = (targets[:, :2] + targets[:, 2:] - boxes[:, :2] - boxes[:, 2:]) / (2 * size)
@@ -36,10 +36,10 @@ def encode(boxes: Tensor, targets: Tensor, stds: Stds) -> Tensor:
 def decode(boxes: Tensor, deltas: Tensor, stds: Stds, shrink_limit: float = 0.016) -> Tensor:
     """The inverse of `encode`: boxes [...,4] moved by deltas [...,4], shrunk to `shrink_limit` at most."""
     size = boxes[..., 2:] - boxes[..., :2]
-    centre = boxes[..., :2] + size / 2 + deltas[..., :2] * stds[0] * size
+    center = boxes[..., :2] + size / 2 + deltas[..., :2] * stds[0] * size
     least = math.log(shrink_limit) if shrink_limit > 0 else -math.inf
     half = size * (deltas[..., 2:] * stds[1]).clamp(least, _MAX_LOG_RATIO).exp() / 2
-    return torch.cat([centre - half, centre + half], dim=-1)
+    return torch.cat([center - half, center + half], dim=-1)
 
 
 def clip(boxes: Tensor, size: tuple[int, int]) -> Tensor:

@@ -127,7 +127,7 @@ class CLISConfig:
     queue_size: int = 115712
     """Q, keys held in the dictionary."""
     queue_init: Literal["empty", "noise"] = "empty"
-    """An empty queue masks its unfilled places; ``noise`` starts from normalised Gaussian keys (MoCo)."""
+    """An empty queue masks its unfilled places; ``noise`` starts from normalized Gaussian keys (MoCo)."""
     momentum: float = 0.999
     """Of the copy of the instance-classification sub-network and its MLP."""
     temperature: float = 0.2
@@ -189,7 +189,7 @@ class DataConfig:
     one folder that `python -m clis prepare image-level` wrote, which opens at once; it has its own mapping,
     and `mapping` and `drop_unmatched` do not matter."""
     shuffle_block: int | None = None
-    """Shuffle the image-level images in blocks of so many neighbours of their index, for shards of mixed
+    """Shuffle the image-level images in blocks of so many neighbors of their index, for shards of mixed
     classes that are too many for random access; null shuffles over all. Class folders and class tars need
     null: a block of theirs is of one class."""
     mapping: str | None = None

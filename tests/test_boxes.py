@@ -24,7 +24,7 @@ def random_boxes(count, seed, extent=500.0, dtype=torch.float64):
 
 
 def test_encode_by_hand():
-    # 10 x 20 centred on (5, 10) moves to 10 x 40 centred on (10, 20): half a side on, twice as tall
+    # 10 x 20 centered on (5, 10) moves to 10 x 40 centered on (10, 20): half a side on, twice as tall
     box, target = torch.tensor([[0.0, 0, 10, 20]]), torch.tensor([[5.0, 0, 15, 40]])
     torch.testing.assert_close(
         box_ops.encode(box, target, RPN_STDS), torch.tensor([[0.5, 0.5, 0, math.log(2)]])
@@ -180,7 +180,7 @@ def test_images_of_a_batch_are_sampled_apart():
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2**31, 2**63 - 1])
-def test_random_order_is_an_order_that_neighbours_do_not_show_in(seed):
+def test_random_order_is_an_order_that_neighbors_do_not_show_in(seed):
     order = box_ops.random_order(20_000, seed, torch.device("cpu"))
     assert order.min() >= 0
     assert len(order.unique()) == 20_000
@@ -244,7 +244,7 @@ def detector_like(num_rois, num_classes, seed, extent=500.0):
 @pytest.mark.parametrize("levels", [1, 2, 40, None])
 @pytest.mark.parametrize("k", [1, 300, 1000])
 def test_lazy_nms_is_exact_under_ties(levels, k):
-    # near-uniform scores, as of a fresh classifier, quantised to `levels` different values
+    # near-uniform scores, as of a fresh classifier, quantized to `levels` different values
     boxes, groups, generator = detector_like(num_rois=60, num_classes=100, seed=k)
     scores = torch.rand(len(boxes), generator=generator)
     scores = 0.01 + 1e-6 * (scores if levels is None else (scores * levels).floor())

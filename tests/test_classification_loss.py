@@ -69,7 +69,7 @@ def modules(tmp_path, monkeypatch) -> Path:
         "lacking_loss": LACKING,
         "broken_loss": "import not_installed_anywhere",
         "typo_loss": "class Focal(:\n",
-        "failing_loss": "raise RuntimeError('no licence')",
+        "failing_loss": "raise RuntimeError('no license')",
     }.items():
         (tmp_path / f"{name}.py").write_text(text)
     monkeypatch.chdir(tmp_path)
@@ -111,7 +111,7 @@ def test_the_loss_is_given_the_categories_with_their_training_images(modules):
             r"importing broken_loss fails with ModuleNotFoundError: No module named 'not_installed_anywhere'",
         ),
         ("typo_loss:Focal", r"importing typo_loss fails with SyntaxError: .*typo_loss\.py, line 1"),
-        ("failing_loss:Focal", r"importing failing_loss fails with RuntimeError: no licence"),
+        ("failing_loss:Focal", r"importing failing_loss fails with RuntimeError: no license"),
         ("sound_loss:Weigthed", r"FOLDER/sound_loss\.py has no class Weigthed; did you mean Weighted\?"),
         ("broken:X", r"there is no module broken"),
         ("lacking_loss:function", r"function in FOLDER/lacking_loss\.py is no class of nn\.Module with num_"),

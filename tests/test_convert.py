@@ -47,7 +47,7 @@ def annotation_file(path: Path, ids: list[int]) -> Path:
 
 
 def smooth_image(height: int, width: int, seed: int) -> Tensor:
-    """Colour blobs of several sizes: features that differ from place to place."""
+    """Color blobs of several sizes: features that differ from place to place."""
     generator = torch.Generator().manual_seed(seed)
     image = torch.zeros(1, 3, height, width)
     for cells in (3, 8, 24):

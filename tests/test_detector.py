@@ -115,7 +115,7 @@ def test_backbone_equals_torchvision(name, tmp_path):
         torch.testing.assert_close(p.grad, references[parameter_name].grad, msg=parameter_name)
 
 
-def test_images_are_normalised_and_padded():
+def test_images_are_normalized_and_padded():
     backbone = Backbone(tiny_config().model.backbone)
     images = [torch.full((3, 40, 64), 128, dtype=torch.uint8), torch.zeros(3, 33, 10, dtype=torch.uint8)]
     batch = backbone.batch(images)
@@ -123,7 +123,7 @@ def test_images_are_normalised_and_padded():
     for channel, (mean, std) in enumerate(zip(IMAGE_MEAN, IMAGE_STD)):
         torch.testing.assert_close(batch[0, channel, :40], torch.full((40, 64), (128 - mean) / std))
         torch.testing.assert_close(batch[1, channel, :33, :10], torch.full((33, 10), -mean / std))
-    # what is left is the mean colour
+    # what is left is the mean color
     assert not batch[0, :, 40:].any()
     assert not batch[1, :, 33:].any()
     assert not batch[1, :, :, 10:].any()
@@ -405,7 +405,7 @@ def test_odd_batches_train_every_parameter(samples, queue_init):
 
 
 def test_region_losses_equal_torchvisions_up_to_the_recipe():
-    """What differs: L1 against smooth L1 with beta 1/9, and whether too few RoIs change the normaliser."""
+    """What differs: L1 against smooth L1 with beta 1/9, and whether too few RoIs change the normalizer."""
     model = make_model(*OFF, "model.roi.samples=1000", "model.roi.positive_fraction=1")
     batch = make_batch(2)
     generator = torch.Generator().manual_seed(0)
@@ -454,7 +454,7 @@ def test_losses_are_a_function_of_batch_and_seeds():
 
 
 def test_losses_of_a_batch_are_the_sum_over_its_items():
-    # images of one size, whose padding is alike: neither order nor neighbours nor micro-batches matter
+    # images of one size, whose padding is alike: neither order nor neighbors nor micro-batches matter
     model, samples = make_model("clis.queue_init=noise"), [make_sample(seed) for seed in range(3)]
     normalizers = Normalizers(3, 12, 6)
     together = losses_of(model, collate(samples), normalizers)

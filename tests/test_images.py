@@ -49,9 +49,9 @@ def chunk(kind, body):
     return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
 
 
-def png(width, height, pixels, *, depth=8, colour=2, interlaced=0):
+def png(width, height, pixels, *, depth=8, color=2, interlaced=0):
     """A PNG with right checksums of whatever zlib stream."""
-    header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, interlaced)
+    header = struct.pack(">IIBBBBB", width, height, depth, color, 0, 0, interlaced)
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
 
 
@@ -183,7 +183,7 @@ LARGE = (301, 403)  # no multiple of 8: at 1/8 the last row and column are fille
 JPEGS = {
     "baseline": ("RGB", {"quality": 92}),
     "progressive": ("RGB", {"quality": 92, "progressive": True}),
-    "full colour": ("RGB", {"quality": 92, "subsampling": 0}),
+    "full color": ("RGB", {"quality": 92, "subsampling": 0}),
     "gray": ("L", {"quality": 92}),
     "CMYK": ("CMYK", {"quality": 92}),
 }

@@ -41,7 +41,7 @@ INSTANCES = (
     (90, 50, [(4, 6, 30, 40), (10, 50, 45, 85)]),
     (64, 64, []),
 )
-# image-level images in the order of the index: class folder, height, width, xyxy and colour of the mark
+# image-level images in the order of the index: class folder, height, width, xyxy and color of the mark
 SOURCES = (
     ("cold", 40, 60, (10, 5, 45, 30), (0, 250, 0)),
     ("cold", 50, 50, (0, 0, 30, 50), (0, 0, 250)),
@@ -50,16 +50,16 @@ SOURCES = (
     ("warm", 45, 45, (9, 9, 40, 40), (250, 250, 0)),
     ("warm", 64, 48, (8, 10, 48, 50), (0, 250, 250)),
 )
-COLOURS = tuple(colour for *_, colour in SOURCES)
+COLOURS = tuple(color for *_, color in SOURCES)
 LABELS = tuple(CLASSES.index(name) for name, *_ in SOURCES)
 
 
-def write_image(path: Path, height: int, width: int, boxes: list[tuple], colour: tuple) -> None:
-    """A dark image with rectangles of one colour."""
+def write_image(path: Path, height: int, width: int, boxes: list[tuple], color: tuple) -> None:
+    """A dark image with rectangles of one color."""
     path.parent.mkdir(parents=True, exist_ok=True)
     image = torch.tensor(GROUND, dtype=torch.uint8)[:, None, None].repeat(1, height, width)
     for x1, y1, x2, y2 in boxes:
-        image[:, y1:y2, x1:x2] = torch.tensor(colour, dtype=torch.uint8)[:, None, None]
+        image[:, y1:y2, x1:x2] = torch.tensor(color, dtype=torch.uint8)[:, None, None]
     write_png(image, str(path))
 
 
@@ -77,8 +77,8 @@ def write_data(root: Path) -> Path:
     categories = [{"id": label + 1, "name": name} for label, name in enumerate(CLASSES)]
     document = {"images": images, "annotations": annotations, "categories": categories}
     (root / "train.json").write_text(json.dumps(document))
-    for i, (name, height, width, box, colour) in enumerate(SOURCES):
-        write_image(root / "folders" / name / f"{i}.png", height, width, [box], colour)
+    for i, (name, height, width, box, color) in enumerate(SOURCES):
+        write_image(root / "folders" / name / f"{i}.png", height, width, [box], color)
     return root
 
 
@@ -107,9 +107,9 @@ def items(count: int = 24, s: int = 8) -> list[WorkItem]:
     return sampler.items(0)
 
 
-def is_colour(image: Tensor, colour: tuple[int, int, int], tolerance: int = 90) -> Tensor:
-    """bool [H,W]: this colour; what differs from it by 250 in a channel is not, nor is gray or the ground."""
-    return ((image.int() - torch.tensor(colour)[:, None, None]).abs() <= tolerance).all(dim=0)
+def is_color(image: Tensor, color: tuple[int, int, int], tolerance: int = 90) -> Tensor:
+    """bool [H,W]: this color; what differs from it by 250 in a channel is not, nor is gray or the ground."""
+    return ((image.int() - torch.tensor(color)[:, None, None]).abs() <= tolerance).all(dim=0)
 
 
 def extent(mask: Tensor) -> Tensor:
@@ -119,7 +119,7 @@ def extent(mask: Tensor) -> Tensor:
 
 
 def filled(boxes: Tensor, height: int, width: int, grow: float = 0.0) -> Tensor:
-    """bool [H,W]: pixels whose centre lies in one of the boxes, grown by so many pixels."""
+    """bool [H,W]: pixels whose center lies in one of the boxes, grown by so many pixels."""
     x, y = torch.arange(width) + 0.5, torch.arange(height)[:, None] + 0.5
     inside = torch.zeros(height, width, dtype=torch.bool)
     for x1, y1, x2, y2 in boxes.tolist():
@@ -153,7 +153,7 @@ class TestMarks:
             truths = sample.boxes[: len(sample.boxes) - len(sample.pair_boxes)]
             assert len(truths) == len(INSTANCES[item.instance][2])
             assert sample.labels[: len(truths)].tolist() == [0] * len(truths)
-            red = is_colour(sample.image, RED, tolerance=110)
+            red = is_color(sample.image, RED, tolerance=110)
             assert not (red & ~filled(truths, height, width, grow=1)).any()
             # all red but for the edge, which resizing blurs, and for what was pasted over it
             inner = filled(truths, height, width, grow=-2) & ~filled(sample.pair_boxes, height, width)
@@ -169,17 +169,17 @@ class TestMarks:
         tile, num_kept = MOSAIC // 2, 0
         for item in items():
             sample = dataset[item]
-            centres = (sample.regions[:, :2] + sample.regions[:, 2:]) / 2
+            centers = (sample.regions[:, :2] + sample.regions[:, 2:]) / 2
             places = [
                 4 * int(mosaic) + 2 * int(y // tile) + int(x // tile)
-                for mosaic, (x, y) in zip(sample.region_mosaics, centres)
+                for mosaic, (x, y) in zip(sample.region_mosaics, centers)
             ]
             assert places == sorted(set(places))
             num_kept += len(places)
             for place, source in enumerate(item.image_level):
                 top, left = tile * (place % 4 // 2), tile * (place % 2)
                 view = sample.mosaics[place // 4][:, top : top + tile, left : left + tile]
-                mark = is_colour(view, COLOURS[source])
+                mark = is_color(view, COLOURS[source])
                 if place not in places:
                     shown = extent(mark) if mark.any() else torch.zeros(4)
                     assert cutout or (shown[2:] - shown[:2]).min() < 6 + 1
@@ -207,14 +207,14 @@ class TestMarks:
             assert torch.equal(sample.labels[len(sample.labels) - pairs :], own_labels)
             for place, (box, region) in enumerate(zip(sample.pair_boxes, sample.pair_regions)):
                 x, y = ((sample.regions[region, :2] + sample.regions[region, 2:]) / 2).long().tolist()
-                colour = sample.mosaics[sample.region_mosaics[region], :, y, x].tolist()
-                source = COLOURS.index(tuple(colour))
+                color = sample.mosaics[sample.region_mosaics[region], :, y, x].tolist()
+                source = COLOURS.index(tuple(color))
                 assert source in item.image_level
                 assert LABELS[source] == own_labels[place]
                 later = filled(sample.pair_boxes[place + 1 :], height, width)
                 own = filled(box[None], height, width) & ~later
                 assert own.any()
-                assert is_colour(sample.image, tuple(colour), tolerance=0)[own].all()
+                assert is_color(sample.image, tuple(color), tolerance=0)[own].all()
         assert num_pairs > 24  # of at most 48
 
     def test_pairs_only_come_from_kept_regions(self, root):
@@ -249,7 +249,7 @@ def difference(a: Tensor, b: Tensor) -> Tensor:
 
 
 def write_photographs(root: Path, seed: int = 0) -> Path:
-    """JPEGs much larger than their targets, with smooth colours and one box each: instances and folders."""
+    """JPEGs much larger than their targets, with smooth colors and one box each: instances and folders."""
     generator = np.random.default_rng(seed)
     images, annotations = [], []
     for i in range(9):

@@ -40,7 +40,7 @@ def test_cross_entropy_equals_formula():
 
 
 def test_cross_entropy_scores_leave_out_background_only():
-    # odds 1 : 2 : 3 and 4 for the background, which is not renormalised away
+    # odds 1 : 2 : 3 and 4 for the background, which is not renormalized away
     logits = torch.tensor([[1.0, 2, 3, 4]]).log()
     torch.testing.assert_close(CrossEntropy(range(3)).scores(logits), torch.tensor([[0.1, 0.2, 0.3]]))
 

@@ -40,7 +40,7 @@ def paste(image, boxes, sources, **options):
 
 
 def marked(height, width, box, color):
-    """A black image with a rectangle of one colour on the box (whole pixels)."""
+    """A black image with a rectangle of one color on the box (whole pixels)."""
     image = torch.full((3, height, width), BLACK, dtype=torch.uint8)
     x1, y1, x2, y2 = box
     image[:, y1:y2, x1:x2] = color[:, None, None]
@@ -48,7 +48,7 @@ def marked(height, width, box, color):
 
 
 def pixels_of(image, color):
-    """Where each channel is on the colour's side of the middle."""
+    """Where each channel is on the color's side of the middle."""
     return ((image >= 128) == (color >= 128)[:, None, None]).all(dim=0)
 
 

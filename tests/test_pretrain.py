@@ -33,7 +33,7 @@ from clis.commands.check import check
 from clis.config import Config, pretrained_backbone
 from clis.config_files import config_from_dict, load_config, merge_overrides
 from clis.data.annotations import load_annotations
-from clis.data.classification import LabelledBatch, RandomCrops, Split, central_crop
+from clis.data.classification import LabeledBatch, RandomCrops, Split, central_crop
 from clis.data.image_level import build_index
 from clis.data.images import ImageError, read_image
 from clis.data.loader import ReadAhead
@@ -68,7 +68,7 @@ def classifier(*overrides: str, seed: int = 0) -> ImageClassifier:
     return ImageClassifier(tiny_config(*overrides).model.backbone, CATEGORIES).double()
 
 
-def labelled(seeds: range, size: int = 32) -> LabelledBatch:
+def labeled(seeds: range, size: int = 32) -> LabeledBatch:
     """Random pixels, of which each image is a function of its seed."""
     images = [
         torch.randint(256, (3, size, size), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
@@ -76,7 +76,7 @@ def labelled(seeds: range, size: int = 32) -> LabelledBatch:
     ]
     names = [f"image {seed}" for seed in seeds]
     labels = torch.tensor([seed % 3 for seed in seeds])
-    return LabelledBatch(images=torch.stack(images), labels=labels, names=names, unreadable=())
+    return LabeledBatch(images=torch.stack(images), labels=labels, names=names, unreadable=())
 
 
 # --- images -----------------------------------------------------------------------------------------------
@@ -176,7 +176,7 @@ def test_what_comes_out_is_a_torchvision_resnet(name, tmp_path):
     optimizer = make_optimizer(model, config)
     for step in (0, 1):
         pretrain.classification_step(
-            model.train(), model, optimizer, scaler, [labelled(range(2 * step, 2 * step + 2))], 0.01, config
+            model.train(), model, optimizer, scaler, [labeled(range(2 * step, 2 * step + 2))], 0.01, config
         )
     path = tmp_path / "backbone.pt"
     torch.save(model.state_dict(), path)
@@ -184,16 +184,16 @@ def test_what_comes_out_is_a_torchvision_resnet(name, tmp_path):
     network = getattr(torchvision.models, name)(num_classes=3).double().eval()
     network.load_state_dict(torch.load(path))
     assert network.bn1.running_mean.abs().max() > 0
-    batch = labelled(range(4, 7))
+    batch = labeled(range(4, 7))
     mean, std = (torch.tensor(value, dtype=torch.float64)[:, None, None] for value in (IMAGE_MEAN, IMAGE_STD))
-    normalised = (batch.images - mean) / std
-    torch.testing.assert_close(model.eval()(batch.images), network(normalised))
+    normalized = (batch.images - mean) / std
+    torch.testing.assert_close(model.eval()(batch.images), network(normalized))
 
     body = ResNet(config.model.backbone).double()
     load_backbone_weights(body, name, path)
     layers = {f"layer{i}": str(i) for i in (1, 2, 3, 4)}
-    expected = IntermediateLayerGetter(network, layers)(normalised).values()
-    for level, reference in zip(body(normalised), expected):
+    expected = IntermediateLayerGetter(network, layers)(normalized).values()
+    for level, reference in zip(body(normalized), expected):
         torch.testing.assert_close(level, reference)
 
 
@@ -202,7 +202,7 @@ def test_with_group_norm_the_detector_has_its_features(tmp_path):
     torch.save(model.state_dict(), path)
     config = tiny_config(f"model.backbone.weights={path}")
     detector = build_model(config, CATEGORIES).double()
-    images = labelled(range(2)).images
+    images = labeled(range(2)).images
     pooled = detector.backbone.body(detector.backbone.batch(list(images)))[-1].mean(dim=(2, 3))
     torch.testing.assert_close(model.fc(pooled), model(images))
 
@@ -263,7 +263,7 @@ def run_steps(rank: int, processes: int, accumulation: int, folder: str, norm: s
     losses, stem = [], []
     for step in range(3):
         first = 8 * step + rank * share
-        micro = [labelled(range(first + i, first + i + size)) for i in range(0, share, size)]
+        micro = [labeled(range(first + i, first + i + size)) for i in range(0, share, size)]
         sums, _ = pretrain.classification_step(network, model, optimizer, scaler, micro, 0.05, config)
         losses.append(sums.sum(dim=0))
         stem.append(model.bn1.running_mean.clone() if norm == "folded" else None)
@@ -294,7 +294,7 @@ def test_processes_and_accumulation_are_the_same_mathematics(tmp_path):
 
 
 def test_batch_norm_is_of_the_images_that_are_taken_at_once(tmp_path):
-    """2 micro-batches x 4 = 2 processes x 4 in weights and losses; 1 x 8 is another normalisation.
+    """2 micro-batches x 4 = 2 processes x 4 in weights and losses; 1 x 8 is another normalization.
 
     The running statistics of two processes are the mean of both: after one step from 0, those of the stem are
     a tenth of the mean of what it gives for each half of the images.
@@ -310,7 +310,7 @@ def test_batch_norm_is_of_the_images_that_are_taken_at_once(tmp_path):
     assert (one["losses"] - other["losses"]).abs().max() > 1e-3
     assert_same_state(two["model"], torch.load(tmp_path / "2x1_1.pt")["model"])
     model = classifier("model.backbone.norm=folded")
-    halves = [model.conv1(model.normalize(labelled(range(i, i + 4)).images)).mean((0, 2, 3)) for i in (0, 4)]
+    halves = [model.conv1(model.normalize(labeled(range(i, i + 4)).images)).mean((0, 2, 3)) for i in (0, 4)]
     torch.testing.assert_close(two["stem"], 0.1 * (halves[0] + halves[1]).detach() / 2)
 
 
@@ -321,7 +321,7 @@ def test_a_step_is_sgd_on_the_mean_cross_entropy():
     optimizer, scaler = make_optimizer(ours, config), torch.amp.GradScaler("cpu", enabled=False)
     expected = torch.optim.SGD(reference.parameters(), lr=0.05, momentum=0.8, weight_decay=0.01)
     for step in range(2):
-        batch = labelled(range(4 * step, 4 * step + 4))
+        batch = labeled(range(4 * step, 4 * step + 4))
         sums, norm = pretrain.classification_step(ours, ours, optimizer, scaler, [batch], 0.05, config)
         logits = reference(batch.images)
         loss = nn.functional.cross_entropy(logits, batch.labels)
@@ -339,11 +339,11 @@ def test_a_step_that_is_not_finite_leaves_no_trace(tmp_path, capsys):
     config = tiny_config("train.images_per_step=4", "train.on_nonfinite=skip")
     model = classifier("model.backbone.norm=folded").train()
     optimizer, scaler = make_optimizer(model, config), torch.amp.GradScaler("cpu", enabled=False)
-    pretrain.classification_step(model, model, optimizer, scaler, [labelled(range(4))], 0.05, config)
+    pretrain.classification_step(model, model, optimizer, scaler, [labeled(range(4))], 0.05, config)
     model.conv1.weight.data[0, 0, 0, 0] = math.inf
     before = {name: value.clone() for name, value in model.state_dict().items()}
     momentum = [state["momentum_buffer"].clone() for state in optimizer.state.values()]
-    batches = [labelled(range(4, 6)), labelled(range(6, 8))]
+    batches = [labeled(range(4, 6)), labeled(range(6, 8))]
     sums, norm = pretrain.classification_step(model, model, optimizer, scaler, batches, 0.05, config)
     assert not math.isfinite(norm)
     counters = {name for name in before if name.endswith("num_batches_tracked")}

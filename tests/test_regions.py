@@ -153,7 +153,7 @@ class TestRules:
     @pytest.mark.parametrize(
         "broken", [[math.nan] * 4, [3.0, 2.0, 3.0, 9.0], [3.0, 9.0, 8.0, 9.0], [8.0, 2.0, 3.0, 9.0]]
     )
-    def test_a_box_without_area_becomes_the_centre_box(self, index, tmp_path, broken):
+    def test_a_box_without_area_becomes_the_center_box(self, index, tmp_path, broken):
         """NaN is what `rank_first` gives without an RoI; then no width, no height, corners the other way."""
         path = tmp_path / "regions.npy"
         make_regions(config_of(), index, Detector(broken={5: broken, 20: broken}), path)

@@ -97,9 +97,9 @@ def test_rpn_output_belongs_to_its_anchor():
             row = (y * width + x) * 3 + ratio
             assert objectness[level][image, row] == logits[image, ratio, y, x]
             assert torch.equal(deltas[level][image, row], moves[image, 4 * ratio : 4 * ratio + 4, y, x])
-            centre = (anchors[level][row, :2] + anchors[level][row, 2:]) / 2
+            center = (anchors[level][row, :2] + anchors[level][row, 2:]) / 2
             expected = torch.tensor([x, y]) * STRIDES[level]
-            torch.testing.assert_close(centre, expected.double(), atol=1e-3, rtol=0)
+            torch.testing.assert_close(center, expected.double(), atol=1e-3, rtol=0)
 
 
 # --- proposals ---
@@ -160,7 +160,7 @@ def test_proposals_shrink_as_far_as_the_limit():
         config = RPNConfig(shrink_limit=limit, nms_iou=1.0, proposals=10_000)
         found = RPN(4, config).eval().propose(objectness, shrunk, anchors, [(64, 64)])[0]
         widest = (found[:, 2:] - found[:, :2]).max().item()
-        # of P5's anchors of 256 px; P6's one of 512 is centred on the corner, half of it outside
+        # of P5's anchors of 256 px; P6's one of 512 is centered on the corner, half of it outside
         assert widest == pytest.approx(256 * math.sqrt(2) * max(limit, math.exp(-9)), rel=1e-3)
 
 
@@ -231,7 +231,7 @@ def rpn_losses(config, truth, size, padded, normalizer=1.0, seed=0):
 
 
 def inside(anchors, height, width):
-    """Whether the centre is in the image."""
+    """Whether the center is in the image."""
     x, y = (anchors[:, 0] + anchors[:, 2]) / 2, (anchors[:, 1] + anchors[:, 3]) / 2
     return (x < width) & (y < height)
 

@@ -70,7 +70,7 @@ N, CLASSES, WINDOW = 10_000, 50, 16
 
 
 def affine(position, n, key):
-    """The failing control: a valid permutation, but neighbours keep one distance throughout."""
+    """The failing control: a valid permutation, but neighbors keep one distance throughout."""
     a = 2 * (mix(key) % n) + 1  # odd; and n = 10,000 = 2^4 * 5^4, so step off the multiples of 5
     a += 2 * (a % 5 == 0)
     return (a * position + mix(key, 1)) % n
@@ -90,7 +90,7 @@ def equal_class_pairs(draw, keys=1500):
     return histogram
 
 
-def neighbour_distances(draw, keys=300):
+def neighbor_distances(draw, keys=300):
     """Chi-square a key of the distances of consecutive draws (modulo n, in 10 bins); mean over the keys."""
     total = 0.0
     for key in range(keys):
@@ -112,8 +112,8 @@ def test_class_mix_of_consecutive_draws_is_that_of_a_random_permutation():
 
 def test_distances_of_consecutive_draws_are_spread():
     # A chi-square with 9 degrees has mean 9; all 99 distances in one bin give 99^2 / 9.9 - 99 = 891.
-    assert neighbour_distances(permuted) == pytest.approx(9, abs=1)
-    assert neighbour_distances(affine) > 400
+    assert neighbor_distances(permuted) == pytest.approx(9, abs=1)
+    assert neighbor_distances(affine) > 400
 
 
 def test_consecutive_keys_give_unrelated_orders():

@@ -130,7 +130,7 @@ R_HEART, MOON_GAP, MOON_BITE = 0.82, 0.62, 0.72
 
 
 def moon_area() -> float:
-    """Unit disk less its lens with a disk of radius 0.72 whose centre is 0.62 away."""
+    """Unit disk less its lens with a disk of radius 0.72 whose center is 0.62 away."""
     d, r = MOON_GAP, MOON_BITE
     sector = math.acos((d * d + 1 - r * r) / (2 * d)) + r * r * math.acos((d * d + r * r - 1) / (2 * d * r))
     kite = 0.5 * math.sqrt((1 + r - d) * (d + r - 1) * (d - r + 1) * (d + r + 1))
@@ -141,7 +141,7 @@ AREAS = {  # in units of half the side, from the textbook formulas
     "triangle": 3 * math.sqrt(3) / 4 * 1.25**2,
     "square": 1.76**2,
     "pentagon": 2.5 * math.sin(math.radians(72)) * 1.08**2,
-    "star": 5 * 1.2 * 0.6 * math.sin(math.radians(36)),  # ten triangles from the centre
+    "star": 5 * 1.2 * 0.6 * math.sin(math.radians(36)),  # ten triangles from the center
     "cross": 2 * (2 * 0.8) - 0.8**2,  # two bars less what they share
     "ring": math.pi * (1 - 0.38**2),
     "heart": 2 * R_HEART**2 + math.pi * R_HEART**2 / 2,  # the square and two half disks
@@ -157,17 +157,17 @@ def test_outlines_have_their_area(outline):
     assert alpha.sum() / 60**2 == pytest.approx(AREAS[outline], rel=0.01)
 
 
-# Share of the second colour on a disk: half; a disk of radius 0.34 in each unit cell; outside of radius 0.8.
+# Share of the second color on a disk: half; a disk of radius 0.34 in each unit cell; outside of radius 0.8.
 SHARES = {"stripes": 0.5, "dots": math.pi * 0.34**2, "checks": 0.5, "rim": 1 - 0.8**2}
 
 
 @pytest.mark.parametrize("texture", SHARES)
-def test_textures_mix_two_distinct_colours(texture):
+def test_textures_mix_two_distinct_colors(texture):
     for seed in range(5):
-        alpha, colour = draw_object(
+        alpha, color = draw_object(
             np.random.default_rng(seed), label_of(f"{texture}_disk"), 120, np.zeros((1, 3))
         )
-        pixels = colour[:, alpha == 1]
+        pixels = color[:, alpha == 1]
         channel = pixels[np.ptp(pixels, axis=1).argmax()]
         low, high = pixels[:, channel.argmin()], pixels[:, channel.argmax()]
         assert np.linalg.norm(high - low) > 0.35
@@ -175,9 +175,9 @@ def test_textures_mix_two_distinct_colours(texture):
         assert min(abs(share - SHARES[texture]), abs(1 - share - SHARES[texture])) < 0.04
 
 
-def test_plain_objects_have_one_colour():
-    alpha, colour = draw_object(np.random.default_rng(0), label_of("plain_heart"), 40, PALETTE)
-    assert (np.ptp(colour[:, alpha > 0], axis=1) == 0).all()
+def test_plain_objects_have_one_color():
+    alpha, color = draw_object(np.random.default_rng(0), label_of("plain_heart"), 40, PALETTE)
+    assert (np.ptp(color[:, alpha > 0], axis=1) == 0).all()
 
 
 @given(
@@ -252,7 +252,7 @@ def test_file_i_is_a_function_of_seed_split_and_i(written):
     assert val["images"][i]["file_name"] == "val/000008.jpg"
     decoded = read_image(str(written / "val/000008.jpg")).numpy()
     assert decoded.shape == (3, 48, 48)
-    assert np.abs(decoded.astype(int) - scene.image).mean() < 12  # JPEG blurs colours, as little as this
+    assert np.abs(decoded.astype(int) - scene.image).mean() < 12  # JPEG blurs colors, as little as this
     xywh = np.array([a["bbox"] for a in drawn])
     assert (xywh[:, :2] == scene.boxes[:, :2]).all()
     assert (xywh[:, 2:] == scene.boxes[:, 2:] - scene.boxes[:, :2]).all()

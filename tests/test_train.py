@@ -426,7 +426,7 @@ class TestBadInput:
         victim = sorted((tmp_path / "shapes" / "train").glob("*.jpg"))[0]
         victim.write_bytes(victim.read_bytes()[:400])
         annotations = json.loads((tmp_path / "shapes" / "train.json").read_text())
-        # every image is the damaged one or its neighbour, so that each step meets it
+        # every image is the damaged one or its neighbor, so that each step meets it
         keep = {image["id"] for image in annotations["images"][:2]}
         annotations["images"] = annotations["images"][:2]
         annotations["annotations"] = [a for a in annotations["annotations"] if a["image_id"] in keep]

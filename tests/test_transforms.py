@@ -180,7 +180,7 @@ def test_resize_of_either_order_in_memory(order):
 def test_resize_of_an_extent_that_ends_within_a_pixel(length, share, new):
     """A ramp of 4 a pixel, resized by a factor f, is one of 4 / f that starts at the same edge.
 
-    Its value at position x is 4 x - 2, and pixel i of the result is centred at (i + 0.5) / f. Away from the
+    Its value at position x is 4 x - 2, and pixel i of the result is centered at (i + 0.5) / f. Away from the
     edges, where there is less to average, that is what it must be, but for rounding.
     """
     extent = length - 1 + share
@@ -189,9 +189,9 @@ def test_resize_of_an_extent_that_ends_within_a_pixel(length, share, new):
     resized = resize_image(ramp, (20, new), extent=(20, extent))
     assert resized.shape == (3, 20, new)
     factor = new / extent
-    centres = (torch.arange(new) + 0.5) / factor
-    inner = (centres > 1 / factor) & (centres < extent - 1 / factor - 1)
-    torch.testing.assert_close(resized[0, 0, inner].float(), 4 * centres[inner] - 2, atol=1.01, rtol=0)
+    centers = (torch.arange(new) + 0.5) / factor
+    inner = (centers > 1 / factor) & (centers < extent - 1 / factor - 1)
+    torch.testing.assert_close(resized[0, 0, inner].float(), 4 * centers[inner] - 2, atol=1.01, rtol=0)
 
 
 def test_images_without_boxes():

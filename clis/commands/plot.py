@@ -146,9 +146,9 @@ def ap_against_images(runs: Sequence[Run], annotations: Annotations) -> Figure:
         defined = class_ap >= 0
         points = ax.scatter(counts[defined].clip(min=1), 100 * class_ap[defined], s=8, alpha=0.35)
         bins = [row for row in ap_by_image_count(curves, annotations.categories) if row[3] >= 0]
-        centres = [math.sqrt(max(first, 1) * max(last, 1)) for first, last, _, _ in bins]
-        colour = points.get_facecolor()[0, :3]
-        ax.plot(centres, [100 * row[3] for row in bins], marker="o", color=colour, label=run.name)
+        centers = [math.sqrt(max(first, 1) * max(last, 1)) for first, last, _, _ in bins]
+        color = points.get_facecolor()[0, :3]
+        ax.plot(centers, [100 * row[3] for row in bins], marker="o", color=color, label=run.name)
     ax.set(xscale="log", xlabel="training images of the class", ylabel="AP")
     ax.legend(fontsize=8)
     return figure
@@ -202,9 +202,7 @@ def study_figure(rows: Mapping[str, Mapping[str, Any]], title: str) -> Figure:
     return figure
 
 
-def _draw_gain(
-    ax: Axes, runs: Mapping[str, Any], first: Mapping[str, Any], colour: tuple[float, ...]
-) -> None:
+def _draw_gain(ax: Axes, runs: Mapping[str, Any], first: Mapping[str, Any], color: tuple[float, ...]) -> None:
     """How far the runs are above those of the same seeds in the first row."""
     seeds = [seed for seed in runs if seed in first]
     if not seeds:
@@ -214,10 +212,10 @@ def _draw_gain(
         [[runs[seed]["by_images"][name] - first[seed]["by_images"][name] for name in bins] for seed in seeds]
     )
     ends = [[max(int(end), 1) for end in name.split("-")] for name in bins]
-    centres, mean, spread = [math.sqrt(low * high) for low, high in ends], gains.mean(axis=0), _spread(gains)
-    ax.plot(centres, mean, marker="o", color=colour)
+    centers, mean, spread = [math.sqrt(low * high) for low, high in ends], gains.mean(axis=0), _spread(gains)
+    ax.plot(centers, mean, marker="o", color=color)
     if spread is not None:
-        ax.fill_between(centres, mean - spread, mean + spread, color=colour, alpha=0.15)
+        ax.fill_between(centers, mean - spread, mean + spread, color=color, alpha=0.15)
 
 
 def _spread(values: np.ndarray) -> np.ndarray | None:
@@ -246,16 +244,16 @@ def _draw(
     scores: np.ndarray | None,
     annotations: Annotations,
 ) -> None:
-    """An image with its boxes, one colour a class in all of them."""
+    """An image with its boxes, one color a class in all of them."""
     ax.imshow(pixels)
-    colours = matplotlib.colormaps["tab20"]
+    colors = matplotlib.colormaps["tab20"]
     for place, ((x1, y1, x2, y2), label) in enumerate(zip(boxes.tolist(), labels.tolist())):
-        colour = colours(label % 20)
-        ax.add_patch(matplotlib.patches.Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, ec=colour, lw=1.2))
+        color = colors(label % 20)
+        ax.add_patch(matplotlib.patches.Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, ec=color, lw=1.2))
         text = annotations.categories[label].name
         text += "" if scores is None else f" {scores[place]:.2f}"
         ax.text(x1, y1, text, fontsize=5, color="white", va="bottom",
-                bbox={"facecolor": colour, "edgecolor": "none", "pad": 0.6})  # fmt: skip
+                bbox={"facecolor": color, "edgecolor": "none", "pad": 0.6})  # fmt: skip
     ax.set_axis_off()
 
 

@@ -125,11 +125,11 @@ def prepare_image_level(
         _scan(containers, members is None, parts, workers or _cpus())
         report = {"unmatched": unmatched}
         with Progress("index", len(containers)) as progress:
-            labelled = _labelled(containers, found, members, parts, strict, report, progress.advance)
+            labeled = _labeled(containers, found, members, parts, strict, report, progress.advance)
             write_index(
                 out,
                 containers,
-                labelled,
+                labeled,
                 categories,
                 {"made_of": made_of, "report": report, "mixed": members is not None},
             )
@@ -262,7 +262,7 @@ def _outcomes(
             pool.shutdown(cancel_futures=True)
 
 
-def _labelled(
+def _labeled(
     containers: Sequence[Container],
     found: Sequence[int],
     members: MemberLabels | None,

@@ -49,7 +49,7 @@ class Split:
         return -(-(place + 1) * self.images // self.held_out) - 1
 
 
-class LabelledImage(NamedTuple):
+class LabeledImage(NamedTuple):
     image: Tensor
     label: int
     name: str
@@ -57,7 +57,7 @@ class LabelledImage(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class LabelledBatch(OnDevice):
+class LabeledBatch(OnDevice):
     images: Tensor
     """uint8 [B,3,S,S]."""
     labels: Tensor
@@ -67,8 +67,8 @@ class LabelledBatch(OnDevice):
     unreadable: tuple[str, ...]
 
 
-def collate_labelled(samples: Sequence[LabelledImage]) -> LabelledBatch:
-    return LabelledBatch(
+def collate_labeled(samples: Sequence[LabeledImage]) -> LabeledBatch:
+    return LabeledBatch(
         images=torch.stack([sample.image for sample in samples]),
         labels=torch.tensor([sample.label for sample in samples]),
         names=[sample.name for sample in samples],
@@ -76,7 +76,7 @@ def collate_labelled(samples: Sequence[LabelledImage]) -> LabelledBatch:
     )
 
 
-class RandomCrops(Dataset[LabelledImage]):
+class RandomCrops(Dataset[LabeledImage]):
     """Maps an `ImageItem` to a random crop of its image, a pure function of the item and the files."""
 
     def __init__(
@@ -91,14 +91,14 @@ class RandomCrops(Dataset[LabelledImage]):
         )
         self.read_ahead = ReadAhead(data.shuffle_block)
 
-    def __getitem__(self, item: ImageItem) -> LabelledImage:
+    def __getitem__(self, item: ImageItem) -> LabeledImage:
         unreadable: list[str] = []
         place, image = first_readable(self._read, item.image, self.split.trained, unreadable)
         row = self.split.trained_row(place)
         with torch.random.fork_rng(devices=[]):  # the transforms draw from torch's CPU generator
             torch.random.default_generator.manual_seed(item.seed)
             image = self.augment(image)
-        return LabelledImage(image, int(self.index.labels[row]), self.index.name(row), tuple(unreadable))
+        return LabeledImage(image, int(self.index.labels[row]), self.index.name(row), tuple(unreadable))
 
     def _read(self, place: int) -> Tensor:
         row = self.split.trained_row(place)

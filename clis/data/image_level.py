@@ -71,7 +71,7 @@ class ImageLevelIndex:
     digest: str
     """SHA-256 of the labels and the locations below the roots; it ties a region file to its index."""
     mixed: bool = False
-    """Whether it is of tars of mixed classes, in their order, so that blocks of neighbours make sense."""
+    """Whether it is of tars of mixed classes, in their order, so that blocks of neighbors make sense."""
     folder: Path | None = None
     """Where it was opened from; None for one in memory."""
 
@@ -213,16 +213,16 @@ def build_index(
 def write_index(
     folder: Path,
     containers: Sequence[Container],
-    labelled: Iterable[tuple[int | np.ndarray, Listing]],
+    labeled: Iterable[tuple[int | np.ndarray, Listing]],
     categories: Sequence[Category],
     notes: dict[str, Any],
 ) -> None:
     """Writes an index that `open_index` opens: an ``.npy`` file an array, in pieces, and at last `HEADER`.
 
     Args:
-        labelled: of each container its images, and one label for all or one each (int32 [k]).
+        labeled: of each container its images, and one label for all or one each (int32 [k]).
         notes: more for the header: ``report`` with ``unmatched``, ``mixed``, and whatever the caller keeps.
-            It is read when all of `labelled` is, which may complete it.
+            It is read when all of `labeled` is, which may complete it.
 
     Raises:
         ValueError: there is no image.
@@ -234,7 +234,7 @@ def write_index(
             name: stack.enter_context(_appending(folder / f"{name}.npy", dtype))
             for name, dtype in _COLUMNS.items()
         }
-        for chunk in _columns(labelled):
+        for chunk in _columns(labeled):
             if "labels" in chunk:
                 counts += np.bincount(chunk["labels"], minlength=len(categories))
             for name, array in chunk.items():
@@ -317,11 +317,11 @@ def is_intact(index: ImageLevelIndex) -> bool:
     return index.digest == _digest(index.containers, {name: getattr(index, name) for name in _COLUMNS})
 
 
-def _columns(labelled: Iterable[tuple[int | np.ndarray, Listing]]) -> Iterator[dict[str, np.ndarray]]:
+def _columns(labeled: Iterable[tuple[int | np.ndarray, Listing]]) -> Iterator[dict[str, np.ndarray]]:
     """Pieces of the arrays `_COLUMNS`, one a container."""
     end = 0
     yield {"name_offsets": np.zeros(1, dtype=np.int64)}
-    for place, (labels, listing) in enumerate(labelled):
+    for place, (labels, listing) in enumerate(labeled):
         offsets = end + np.cumsum(listing.lengths)
         yield {
             "labels": np.broadcast_to(np.int32(labels), len(listing.lengths)),

@@ -298,8 +298,8 @@ def _check_png(data: bytes) -> None:
 
 def _png_scans(data: bytes) -> list[tuple[int, int]]:
     """Rows, and bytes of a row with its filter, of each pass over the image."""
-    width, height, depth, colour, _, _, interlaced = struct.unpack_from(">IIBBBBB", data, 16)
-    bits = depth * _PNG_CHANNELS.get(colour, 0)
+    width, height, depth, color, _, _, interlaced = struct.unpack_from(">IIBBBBB", data, 16)
+    bits = depth * _PNG_CHANNELS.get(color, 0)
     scans = []
     for x, y, step_x, step_y in _PNG_PASSES if interlaced else ((0, 0, 1, 1),):
         columns, rows = -(-(width - x) // step_x), -(-(height - y) // step_y)

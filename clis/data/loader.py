@@ -49,7 +49,7 @@ def first_readable(read: Callable[[int], T], index: int, length: int, unreadable
 
 
 class ReadAhead:
-    """Has a block of neighbours of an index read in one go, when the first image of it is drawn."""
+    """Has a block of neighbors of an index read in one go, when the first image of it is drawn."""
 
     def __init__(self, block: int | None) -> None:
         """`block`: images that are drawn together (`data.shuffle_block`); None does nothing."""

@@ -46,7 +46,7 @@ def plan_mosaic(
     """Draw how four images lie on the 2 x 2 tiles of a canvas, each scaled, flipped and cut out on its own.
 
     An image larger than its tile is cropped at random, a smaller one lies at a random place in it. Its region
-    follows it, clipped to the tile so that it never reaches into the neighbour; cutout leaves it as it is.
+    follows it, clipped to the tile so that it never reaches into the neighbor; cutout leaves it as it is.
 
     Args:
         sizes: height and width of four images, for the tiles in reading order.
@@ -104,9 +104,9 @@ def _crop_around(region: Sequence[float], size: tuple[int, int], factor: float) 
     x1, y1, x2, y2 = region
     spans = []
     for low, high, length in ((x1, x2, size[1]), (y1, y2, size[0])):
-        centre, half = (low + high) / 2, (high - low) / 2 * factor
-        start = min(max(floor(centre - half), 0), length - 1)
-        spans.append((start, min(max(ceil(centre + half), start + 1), length)))
+        center, half = (low + high) / 2, (high - low) / 2 * factor
+        start = min(max(floor(center - half), 0), length - 1)
+        spans.append((start, min(max(ceil(center + half), start + 1), length)))
     (left, right), (top, bottom) = spans
     return left, top, right, bottom
 

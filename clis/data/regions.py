@@ -24,7 +24,7 @@ class RegionSource(enum.IntEnum):
     RULE = 1
     """The rule of the region file gave it."""
     FALLBACK = 2
-    """The rule gave none: the centre box."""
+    """The rule gave none: the center box."""
     UNREADABLE = 3
     """The image could not be read; the box is empty."""
 

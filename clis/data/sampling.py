@@ -240,7 +240,7 @@ class PartSampler:
 
 
 class BlockSampler:
-    """Shuffled stream in two levels: blocks of neighbours in random order, and in each its images.
+    """Shuffled stream in two levels: blocks of neighbors in random order, and in each its images.
 
     For shards of mixed classes on a disk that random access would starve: a block is read through while its
     images are drawn. An epoch holds every one of n images exactly once; O(1) memory. The last block may be

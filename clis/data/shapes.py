@@ -155,7 +155,7 @@ def _fraction(x: np.ndarray) -> np.ndarray:
     return x - np.floor(x)  # several times as fast as x % 1
 
 
-# Textures: where the second colour shows, from shifted coordinates and the depth below the outline.
+# Textures: where the second color shows, from shifted coordinates and the depth below the outline.
 TEXTURES: dict[str, Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]] = {
     "plain": lambda x, y, depth: np.zeros(x.shape, bool),
     "stripes": lambda x, y, depth: _fraction(y / 0.55) < 0.5,
@@ -258,8 +258,8 @@ def draw_scene(
     masks = np.zeros((len(labels), image_size, image_size), bool)
     boxes = np.zeros((len(labels), 4), np.int64)
     for k in range(len(labels)):
-        alpha, colour = _place_object(rng, labels[k], sides[k], palette, masks[:k].any(0), boxes[:k])
-        image += alpha * (colour - image)
+        alpha, color = _place_object(rng, labels[k], sides[k], palette, masks[:k].any(0), boxes[:k])
+        image += alpha * (color - image)
         masks[k] = alpha >= 0.5
         boxes[k] = _tight_box(masks[k])
     return Scene(image=np.rint(255 * image.clip(0, 1)).astype(np.uint8), boxes=boxes, masks=masks)
@@ -268,10 +268,10 @@ def draw_scene(
 def draw_object(
     rng: np.random.Generator, label: int, side: float, palette: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Draw one object with a random tilt, texture phase and two colours unlike `palette`, [K, 3] in 0..1.
+    """Draw one object with a random tilt, texture phase and two colors unlike `palette`, [K, 3] in 0..1.
 
     `side` in pixels is that of the square in which the upright outline is drawn. Returns the coverage, [h, w]
-    in 0..1 and trimmed to the object, and its colour, [3, h, w] in 0..1.
+    in 0..1 and trimmed to the object, and its color, [3, h, w] in 0..1.
     """
     texture, outline = CLASSES[label]
     pixels = int(np.ceil(1.5 * side)) + 1
@@ -284,11 +284,11 @@ def draw_object(
     inside = depth > 0
     alpha = _average(inside)
     share = _average(inside & TEXTURES[texture](x + shift_x, y + shift_y, depth)) / np.maximum(alpha, 1e-6)
-    first = _contrasting_colour(rng, palette)
-    second = _contrasting_colour(rng, np.vstack([palette, first]))
+    first = _contrasting_color(rng, palette)
+    second = _contrasting_color(rng, np.vstack([palette, first]))
     x1, y1, x2, y2 = _tight_box(alpha > 0)
-    colour = first[:, None, None] + (second - first)[:, None, None] * share
-    return alpha[y1:y2, x1:x2], colour[:, y1:y2, x1:x2]
+    color = first[:, None, None] + (second - first)[:, None, None] * share
+    return alpha[y1:y2, x1:x2], color[:, y1:y2, x1:x2]
 
 
 def _average(samples: np.ndarray) -> np.ndarray:
@@ -302,8 +302,8 @@ def _tight_box(mask: np.ndarray) -> tuple[int, int, int, int]:
     return columns[0], rows[0], columns[-1] + 1, rows[-1] + 1
 
 
-def _contrasting_colour(rng: np.random.Generator, others: np.ndarray, contrast: float = 0.6) -> np.ndarray:
-    """Draw a colour that differs from all `others` [K, 3]; brightness counts twice, as JPEG blurs chroma."""
+def _contrasting_color(rng: np.random.Generator, others: np.ndarray, contrast: float = 0.6) -> np.ndarray:
+    """Draw a color that differs from all `others` [K, 3]; brightness counts twice, as JPEG blurs chroma."""
     candidates = rng.uniform(0, 1, (64, 3))
     difference = candidates[:, None] - others
     brightness = np.abs(difference @ np.array([0.299, 0.587, 0.114]))
@@ -323,16 +323,16 @@ def _place_object(
     """Draw an object where there is room, shrinking it until there is: `draw_object` on the full canvas."""
     size = len(occupied)
     while True:
-        patch, patch_colour = draw_object(rng, label, side, palette)
+        patch, patch_color = draw_object(rng, label, side, palette)
         height, width = patch.shape
         for _ in range(40 if max(height, width) <= size else 0):
             top, left = rng.integers(0, size - height + 1), rng.integers(0, size - width + 1)
             window = np.s_[..., top : top + height, left : left + width]
             box = np.array([left, top, left + width, top + height])
             if not (occupied[window] & (patch > 0)).any() and not _covers(box, boxes):
-                alpha, colour = np.zeros((size, size)), np.zeros((3, size, size))
-                alpha[window], colour[window] = patch, patch_colour
-                return alpha, colour
+                alpha, color = np.zeros((size, size)), np.zeros((3, size, size))
+                alpha[window], color[window] = patch, patch_color
+                return alpha, color
         side *= 0.9
 
 
@@ -344,11 +344,11 @@ def _covers(box: np.ndarray, boxes: np.ndarray, share: float = 0.15) -> bool:
 
 
 def draw_gradient(rng: np.random.Generator, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Draw the backdrop of a scene: a two-colour gradient with faint blobs and lines.
+    """Draw the backdrop of a scene: a two-color gradient with faint blobs and lines.
 
-    Returns the image, float64 [3, size, size] in 0..1, and its two main colours, [2, 3].
+    Returns the image, float64 [3, size, size] in 0..1, and its two main colors, [2, 3].
     """
-    palette = _related_colours(rng)
+    palette = _related_colors(rng)
     across = _ramp(rng, size)
     mix = (across - across.min()) / np.ptp(across)
     image = palette[0][:, None, None] + (palette[1] - palette[0])[:, None, None] * mix
@@ -360,11 +360,11 @@ def draw_gradient(rng: np.random.Generator, size: int) -> tuple[np.ndarray, np.n
 
 
 def draw_studio(rng: np.random.Generator, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Draw the backdrop of an image-level image: one colour, waves or noise, with a few larger blobs.
+    """Draw the backdrop of an image-level image: one color, waves or noise, with a few larger blobs.
 
     Returns as `draw_gradient`.
     """
-    palette = _related_colours(rng)
+    palette = _related_colors(rng)
     style = rng.integers(3)
     if style == 0:
         mix = np.zeros((size, size))
@@ -378,8 +378,8 @@ def draw_studio(rng: np.random.Generator, size: int) -> tuple[np.ndarray, np.nda
     return image, palette
 
 
-def _related_colours(rng: np.random.Generator) -> np.ndarray:
-    """Two colours of a backdrop, [2, 3], near enough that an object can differ from both."""
+def _related_colors(rng: np.random.Generator) -> np.ndarray:
+    """Two colors of a backdrop, [2, 3], near enough that an object can differ from both."""
     first = rng.uniform(0.1, 0.9, 3)
     return np.stack([first, (first + rng.normal(0, 0.15, 3)).clip(0, 1)])
 

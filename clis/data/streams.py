@@ -111,7 +111,7 @@ def make_image_level_sampler(config: Config, index: ImageLevelIndex, images: int
         images: how many of the index the stream has; None is all.
 
     Raises:
-        ValueError: blocks of an index whose neighbours are of one class.
+        ValueError: blocks of an index whose neighbors are of one class.
     """
     block, share, seed = config.data.shuffle_block, config.data.image_level_share, config.train.seed
     images = len(index) if images is None else images

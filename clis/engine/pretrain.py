@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from clis.atomic import atomic_write
 from clis.config import Config, data_path, pretrained_backbone
-from clis.data.classification import LabelledBatch, RandomCrops, Split, central_crop, collate_labelled
+from clis.data.classification import LabeledBatch, RandomCrops, Split, central_crop, collate_labeled
 from clis.data.image_classes import shortened
 from clis.data.image_level import ImageLevelIndex
 from clis.data.loader import MicroBatches, image_loader, train_loader
@@ -112,7 +112,7 @@ def train_classifier(
     micro_batches = MicroBatches(sampler, steps, rank(), world_size(), images_per_process)
     dataset = RandomCrops(config.data, config.pretrain, index, split)
     pin = device.type == "cuda"
-    loader = train_loader(dataset, micro_batches, config.data.workers, pin, collate_labelled)
+    loader = train_loader(dataset, micro_batches, config.data.workers, pin, collate_labeled)
     log = MetricsLog(folder / "metrics.jsonl", first_step)
     schedule = Schedule(config, folder)
 
@@ -122,7 +122,7 @@ def train_classifier(
             schedule.saved()
         barrier()
 
-    with Loop("pretrain", config, schedule, steps, loader, accumulation, device, save, LabelledBatch) as loop:
+    with Loop("pretrain", config, schedule, steps, loader, accumulation, device, save, LabeledBatch) as loop:
         for step, batches in loop:
             rate = learning_rate(step, config.optim, config.train.images_per_step)
             sums, norm = classification_step(network, model, optimizer, scaler, batches, rate, config)
@@ -143,7 +143,7 @@ def classification_step(
     model: ImageClassifier,
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
-    batches: Sequence[LabelledBatch],
+    batches: Sequence[LabeledBatch],
     rate: float,
     config: Config,
 ) -> tuple[Tensor, float]:
@@ -162,7 +162,7 @@ def classification_step(
     statistics = _running_statistics(model)
     before = [value.clone() for value in statistics]
 
-    def mean_loss(batch: LabelledBatch) -> Tensor:
+    def mean_loss(batch: LabeledBatch) -> Tensor:
         logits = at_least_float32(network(batch.images))
         loss = F.cross_entropy(logits, batch.labels, reduction="sum")
         right = (logits.argmax(dim=1) == batch.labels).sum()
@@ -241,7 +241,7 @@ def _running_statistics(model: nn.Module) -> list[Tensor]:
     return [value for norm in norms for value in (norm.running_mean, norm.running_var)]
 
 
-def _not_finite(step: int, sums: Tensor, batches: Sequence[LabelledBatch]) -> str:
+def _not_finite(step: int, sums: Tensor, batches: Sequence[LabeledBatch]) -> str:
     """The loss of which images was not finite in a step."""
     bad = [batch for loss, batch in zip(sums[:, 0].tolist(), batches) if not math.isfinite(loss)]
     images = shortened([name for batch in bad or batches for name in batch.names])

@@ -1,4 +1,4 @@
-"""Pre-defined regions: where the instance that an image-level image is labelled with lies (IV-A.3)."""
+"""Pre-defined regions: where the instance that an image-level image is labeled with lies (IV-A.3)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Losses of the localization task, as sums over a normaliser."""
+"""Losses of the localization task, as sums over a normalizer."""
 
 from __future__ import annotations
 

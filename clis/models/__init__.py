@@ -29,7 +29,7 @@ __all__ = [
 
 
 def build_model(config: Config, categories: Sequence[Any], *, pretrained: bool = True) -> CLISDetector:
-    """A detector for C categories, initialised from torch's global generator.
+    """A detector for C categories, initialized from torch's global generator.
 
     Sub-networks are shared by aliasing: without TSS the localization sub-network *is* the classification one;
     siamese, image classification *is* instance classification.

@@ -137,7 +137,7 @@ class ResNet(nn.Module):
                 channels = width * block.expansion
             setattr(self, f"layer{stage + 1}", nn.Sequential(*blocks))
             self.channels.append(channels)
-        self._initialise()
+        self._initialize()
         for layer in self._layers()[: 5 - config.trainable_layers]:
             layer.requires_grad_(False)
 
@@ -145,7 +145,7 @@ class ResNet(nn.Module):
         stem = nn.ModuleList([self.conv1, self.bn1])
         return [stem, self.layer1, self.layer2, self.layer3, self.layer4]
 
-    def _initialise(self) -> None:
+    def _initialize(self) -> None:
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -191,7 +191,7 @@ class ImageClassifier(ResNet):
 
 
 class Backbone(nn.Module):
-    """Normalise, pad and batch images; ResNet; FPN (arXiv 1612.03144) with P6 a subsampled P5."""
+    """Normalize, pad and batch images; ResNet; FPN (arXiv 1612.03144) with P6 a subsampled P5."""
 
     def __init__(self, config: BackboneConfig) -> None:
         super().__init__()
@@ -228,7 +228,7 @@ class Backbone(nn.Module):
         return merged
 
     def batch(self, images: Sequence[Tensor], max_size: int | None = None) -> Tensor:
-        """Normalised images, zero-padded at the right and bottom to a common multiple of 32; [B,3,H,W]."""
+        """Normalized images, zero-padded at the right and bottom to a common multiple of 32; [B,3,H,W]."""
         least = max_size if self.square and max_size is not None else 0
         height = max(least, *(image.shape[1] for image in images))
         width = max(least, *(image.shape[2] for image in images))

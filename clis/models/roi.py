@@ -116,7 +116,7 @@ class RoIPooler(nn.Module):
 def _cells(boxes: Tensor, stride: Tensor | int) -> tuple[Tensor, Tensor]:
     """First cell, and one past the last, int64 [n,2] of x and y, that RoIAlign reads for boxes [n,4].
 
-    It reads from half a cell before the box (`aligned`) to the right neighbour of its last point, of a box
+    It reads from half a cell before the box (`aligned`) to the right neighbor of its last point, of a box
     that is one cell wide at least (not `aligned`).
     """
     return (boxes[:, :2] / stride).floor().long() - 1, (boxes[:, 2:] / stride).ceil().long() + 2
@@ -156,7 +156,7 @@ def _last_layer_around(
     x = low[:, 0].clamp(0, feature.shape[3] - width)
     y = low[:, 1].clamp(0, feature.shape[2] - height)
     columns, rows = (
-        first[:, None] + torch.arange(-1, side + 1, device=rois.device)  # and the convolution's neighbours
+        first[:, None] + torch.arange(-1, side + 1, device=rois.device)  # and the convolution's neighbors
         for first, side in ((x, width), (y, height))
     )
     inputs = windows(feature, rois[:, 0].long(), rows, columns)

@@ -28,7 +28,7 @@ def cell_anchors(config: RPNConfig, stride: int) -> Tensor:
 
 
 def grid_anchors(cell: Tensor, height: int, width: int, spacing: tuple[int, int]) -> Tensor:
-    """Anchors of one level, [height * width * A, 4], row by row, centred on the cells' top left corners.
+    """Anchors of one level, [height * width * A, 4], row by row, centered on the cells' top left corners.
 
     Args:
         cell: [A,4], as from `cell_anchors`.
@@ -163,7 +163,7 @@ class RPN(nn.Module):
     ) -> dict[str, Tensor]:
         """L_rpn: objectness of sampled anchors and L1 of the positives, for `boxes` [G,4] of each image.
 
-        Anchors that are centred outside their image, in the padding, are neither positive nor negative.
+        Anchors that are centered outside their image, in the padding, are neither positive nor negative.
 
         Args:
             anchors: of every level, as from `anchors`.
