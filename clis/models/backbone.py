@@ -36,6 +36,9 @@ class FixedBatchNorm(nn.Module):
     for it; the gradient still reaches `weight` and `bias`. Names as in torchvision, whose state dicts load.
     """
 
+    running_mean: Tensor
+    running_var: Tensor
+
     def __init__(self, channels: int, eps: float = 1e-5) -> None:
         super().__init__()
         self.eps = eps
@@ -121,6 +124,11 @@ def _shortened(x: Tensor, downsample: nn.Sequential | None) -> Tensor:
 class ResNet(nn.Module):
     """Residual network with torchvision's parameter names; returns C2-C5 (strides 4-32)."""
 
+    layer1: nn.Sequential
+    layer2: nn.Sequential
+    layer3: nn.Sequential
+    layer4: nn.Sequential
+
     def __init__(self, config: BackboneConfig) -> None:
         super().__init__()
         block = Bottleneck if config.name in BOTTLENECK else BasicBlock
@@ -162,6 +170,9 @@ class ResNet(nn.Module):
 
 class Normalize(nn.Module):
     """RGB in 0..255 to the mean 0 and standard deviation 1 of ImageNet; of the type of its buffers."""
+
+    mean: Tensor
+    std: Tensor
 
     def __init__(self) -> None:
         super().__init__()

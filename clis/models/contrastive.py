@@ -33,6 +33,10 @@ class KeyQueue(nn.Module):
     full of random keys that belong to no class (label -1).
     """
 
+    keys: Tensor
+    labels: Tensor
+    pushed: Tensor
+
     def __init__(self, size: int, embedding_dim: int, init: str = "empty") -> None:
         super().__init__()
         noise = init == "noise"
@@ -136,11 +140,13 @@ class ContrastiveRegularization(nn.Module):
         mask = self.queue.filled().expand(len(labels), -1)
         if self.mask_same_class:
             mask = mask & (self.queue.labels != labels[:, None])
-        loss = sum(
+        losses = [
             info_nce(query, positive, self.queue.keys, mask, self.temperature, normalizer * len(terms))
             for query, positive in terms
+        ]
+        return ContrastiveOutput(
+            torch.stack(losses).sum(), keys, labels.repeat_interleave(2), (f_i.detach(), f_d.detach())
         )
-        return ContrastiveOutput(loss, keys, labels.repeat_interleave(2), (f_i.detach(), f_d.detach()))
 
     @torch.no_grad()
     def make_keys(self, pooled_pasted: Tensor, pooled_regions: Tensor) -> Tensor:

@@ -50,6 +50,8 @@ class RPN(nn.Module):
     gradient are, but for rounding, those that the maps would give.
     """
 
+    cell_anchors: Tensor
+
     def __init__(self, channels: int, config: RPNConfig) -> None:
         super().__init__()
         self.config = config
@@ -105,8 +107,8 @@ class RPN(nn.Module):
         for feature, here, start in zip(features, rows, first):
             cell, width = (cells[here] - start)[:, None], feature.shape[3]
             patches.append(windows(feature, images[here], cell // width + around, cell % width + around))
-        patches = torch.cat(patches)[torch.cat(rows).argsort()]
-        hidden = F.conv2d(patches, self.conv.weight, self.conv.bias).relu_()
+        inputs = torch.cat(patches)[torch.cat(rows).argsort()]
+        hidden = F.conv2d(inputs, self.conv.weight, self.conv.bias).relu_()
         row = torch.arange(len(anchors), device=anchors.device)
         logits = self.objectness(hidden).flatten(1)[row, ratios]
         deltas = self.deltas(hidden).reshape(-1, num_anchors, 4)[row, ratios]
@@ -169,12 +171,12 @@ class RPN(nn.Module):
             anchors: of every level, as from `anchors`.
             seeds: of each image, for the choice of anchors.
         """
-        anchors = torch.cat(list(anchors))
-        x, y = ((anchors[:, :2] + anchors[:, 2:]) / 2).unbind(dim=1)
+        every = torch.cat(list(anchors))
+        x, y = ((every[:, :2] + every[:, 2:]) / 2).unbind(dim=1)
         matches = []
         for truth, (height, width) in zip(boxes, sizes):
             outside = (x >= width) | (y >= height)
-            iou = box_iou(truth, anchors).masked_fill(outside, -1)  # no box's best anchor is outside
+            iou = box_iou(truth, every).masked_fill(outside, -1)  # no box's best anchor is outside
             found = box_ops.match(iou, self.config.positive_iou, self.config.negative_iou, low_quality=True)
             matches.append(found.masked_fill(outside, box_ops.IGNORED))
         chosen = box_ops.sample(matches, self.config.samples, self.config.positive_fraction, seeds)
@@ -184,7 +186,7 @@ class RPN(nn.Module):
             sampled += [positive, negative]
             is_object += [torch.ones_like(positive), torch.zeros_like(negative)]
             images += [torch.full_like(each, image) for each in (positive, negative)]
-            targets.append(box_ops.encode(anchors[positive], truth[match_of[positive]], box_ops.RPN_STDS))
+            targets.append(box_ops.encode(every[positive], truth[match_of[positive]], box_ops.RPN_STDS))
             positives.append(torch.arange(count, count + len(positive), device=positive.device))
             count += len(positive) + len(negative)
         logits, deltas = self.predict_at(features, torch.cat(images), torch.cat(sampled))
