@@ -28,7 +28,7 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
 
 
 def remove_partial_files(folder: Path) -> None:
-    """Removes what processes killed within `atomic_write` have left in or below a folder of one's own."""
+    """Remove the temporary files that killed processes left in or below a run folder."""
     for path in folder.rglob(".*.tmp*"):
         path.unlink(missing_ok=True)
 

@@ -70,7 +70,7 @@ class RPNConfig:
     proposals: int = 1000
     """Proposals kept an image."""
     min_size: float = 0.0
-    """Proposals need sides above so many pixels (torchvision: 0.001)."""
+    """Minimum side of a proposal in pixels, exclusive (torchvision: 0.001)."""
     shrink_limit: float = 0.016
     """A proposal keeps at least this share of its anchor's sides (mmdetection: 16 / 1000); 0 is no limit
     (torchvision, detectron2)."""
@@ -189,7 +189,7 @@ class DataConfig:
     one folder that `python -m clis prepare image-level` wrote, which opens at once; it has its own mapping,
     and `mapping` and `drop_unmatched` do not matter."""
     shuffle_block: int | None = None
-    """Shuffle the image-level images in blocks of so many neighbors of their index, for shards of mixed
+    """Shuffle the image-level images in blocks of this many neighbors of their index, for shards of mixed
     classes that are too many for random access; null shuffles over all. Class folders and class tars need
     null: a block of theirs is of one class."""
     mapping: str | None = None
@@ -306,8 +306,8 @@ class TrainConfig:
     on_nonfinite: Literal["stop", "skip"] = "stop"
     """At a gradient that is NaN or infinite: end the run, or leave the step out without any trace."""
     max_skipped: int = 10
-    """Steps that `on_nonfinite` = ``skip`` may leave out in the whole run. With float16, whose scaling leaves
-    out steps of its own accord, so many in a row; one more, or a loss scale below 1, ends the run."""
+    """Most steps that `on_nonfinite` = ``skip`` may leave out in the whole run. With float16, whose scaling
+    leaves out steps by itself, most of them in a row. One more, or a loss scale below 1, ends the run."""
 
 
 @dataclass(frozen=True, kw_only=True)

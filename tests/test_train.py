@@ -366,7 +366,7 @@ def test_what_is_not_finite_is_named_and_changes_nothing(spoil, named, tmp_path,
 
 @pytest.mark.parametrize(("scale", "allowed", "steps"), [(2.0**16, 3, 4), (4.0, 10, 3)])
 def test_a_loss_that_stays_infinite_ends_a_float16_run(scale, allowed, steps, tmp_path):
-    """Scaling leaves out a few steps and goes on; so many in a row, or a scale below 1, is no overflow."""
+    """Scaling leaves out a few steps and continues; too many in a row, or a scale below 1, ends the run."""
     config = tiny_config("train.images_per_step=1", f"train.max_skipped={allowed}")
     model = build_model(config, CATEGORIES).train()
     scaler = torch.amp.GradScaler("cpu", init_scale=scale)

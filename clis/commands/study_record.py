@@ -144,7 +144,7 @@ def table(rows: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def table_by_images(rows: Mapping[str, Mapping[str, Any]]) -> str:
-    """Markdown: AP of the classes with so many training images, mean ± standard deviation over the seeds."""
+    """Give Markdown: AP by a class's number of training images, mean ± standard deviation over the seeds."""
     bins = sorted(
         {name for row in rows.values() for run in row["runs"].values() for name in run["by_images"]},
         key=lambda name: int(name.partition("-")[0]),

@@ -57,7 +57,7 @@ def plan_mosaic(
         cutout_probability: chance of a cutout in an image.
         cutout_range: sides of the cutout as fractions of the image's (see `random_cutout`).
         min_region: least width and height, in canvas pixels, of a clipped region that is kept.
-        surroundings: crop each image first to its region with sides so many times as long; None does not.
+        surroundings: crop each image first to its region, sides times this factor; None places the whole.
         generator: source of randomness.
 
     Returns:

@@ -40,7 +40,7 @@ class RegionParts:
 
     def open(self, processes: int) -> None:
         """Make the folder with a file for each process, and remove those of other recipes."""
-        self._remove(keep=self.folder)
+        remove_parts(self.path, keep=self.folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         for process in range(processes):  # by one machine: a name that another makes may show late over NFS
             self._file(process).touch()
@@ -80,14 +80,12 @@ class RegionParts:
                 f"{index.name(int(pending[0]))}; re-run the same command to make them"
             )
 
-    def remove(self) -> None:
-        """Remove the parts of every recipe."""
-        self._remove(keep=None)
-
     def _file(self, process: int) -> Path:
         return self.folder / f"process_{process:05d}.bin"
 
-    def _remove(self, keep: Path | None) -> None:
-        for folder in self.path.parent.glob(f"{self.path.stem}.partial-*"):
-            if folder != keep:
-                shutil.rmtree(folder, ignore_errors=True)
+
+def remove_parts(path: Path, keep: Path | None = None) -> None:
+    """Remove the parts of every recipe beside the region file `path`, but for the folder `keep`."""
+    for folder in path.parent.glob(f"{path.stem}.partial-*"):
+        if folder != keep:
+            shutil.rmtree(folder, ignore_errors=True)

@@ -28,7 +28,7 @@ from clis.distributed import barrier, broadcast_flag, from_main, is_main, rank, 
 from clis.engine.bad_images import check_bad_images
 from clis.engine.checkpoint import load_detector
 from clis.engine.optim import autocast
-from clis.engine.region_parts import RegionParts
+from clis.engine.region_parts import RegionParts, remove_parts
 from clis.models import CLISDetector
 from clis.progress import Progress, say
 from clis.resize import scale_boxes, shortest_size
@@ -82,7 +82,7 @@ def find_regions(config: Config, device: torch.device, detector: Config | None =
     path = regions_file(config)
     if broadcast_flag(path.exists()):
         if is_main():
-            RegionParts(path, 0, {}).remove()  # of a process that died before it could
+            remove_parts(path)  # of a process that died before it could
         say(f"{path} already exists")
         return
     index = make_index(config, read_annotations(data_path(config, config.data.train)))
@@ -125,7 +125,7 @@ def detector_checkpoint(config: Config, detector: Config | None) -> Path:
 def make_regions(
     config: Config, index: ImageLevelIndex, detector: CLISDetector | None, path: Path, stamp: str = ""
 ) -> None:
-    """Write `regions.npy`, one `REGION_DTYPE` row an image in the index's order, and its sidecar JSON.
+    """Write `regions.npy`, one `REGION_DTYPE` row per image in the index's order, and its sidecar JSON.
 
     The processes share the images that are left and write what they find as `RegionParts`, so that an
     interrupted run resumes where it was, also on another number of processes; then rank 0 checks and joins
@@ -165,7 +165,7 @@ def make_regions(
             temporary.write_text(json.dumps(sidecar | {"counts": counts}, indent=1) + "\n")
         with atomic_write(path) as temporary:
             np.save(temporary, table)
-        parts.remove()
+        remove_parts(path)
         say(f"{path}: {', '.join(f'{count} {name}' for name, count in sorted(counts.items()))}")
     barrier()
 

@@ -1,4 +1,4 @@
-"""Losses as sums over a normalizer; the classification loss is chosen by name, or a class of one's own."""
+"""Losses as sums over a normalizer; the classification loss is chosen by name, or the user's own class."""
 
 from clis.losses.box import l1_loss, objectness_loss
 from clis.losses.classification import (

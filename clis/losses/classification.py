@@ -1,4 +1,4 @@
-"""The classification loss that a config names: one of ours, or a class in a module of one's own."""
+"""The classification loss that a config names: one of ours, or a class in the user's module."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def find_classification_loss(name: str) -> type[nn.Module]:
 def build_classification_loss(name: str, categories: Sequence[Any]) -> nn.Module:
     """The loss that `loss.classification` names, for C categories.
 
-    It is tried on no rows, so that what is wrong with it is told before the training and not behind it.
+    It is tried on no rows, so that errors surface before training.
 
     Raises:
         ValueError: as `find_classification_loss`; or it cannot be built, or gives what it must not.

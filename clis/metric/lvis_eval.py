@@ -130,7 +130,7 @@ def accumulate(matches: Matches, image_weights: np.ndarray | None = None, num_ar
 
     Args:
         image_weights: int64 [N] by rank of the image id: how often each image counts; default once.
-        num_areas: only the first so many of `AREA_RANGES`.
+        num_areas: how many of `AREA_RANGES`, from the first.
     """
     shape = (num_areas, T, matches.num_classes)
     precision, recall = np.full((*shape, len(RECALLS)), -1.0), np.full(shape, -1.0)
