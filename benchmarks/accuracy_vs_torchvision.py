@@ -34,6 +34,7 @@ from clis.data.shapes import generate_shapes
 from clis.data.streams import make_streams
 from clis.engine.evaluate import read_validation_image
 from clis.engine.optim import learning_rate
+from clis.engine.run_folder import regions_file
 from clis.engine.train import run
 from clis.metric.detections import Detections
 from clis.metric.lvis_eval import evaluate
@@ -105,7 +106,7 @@ def make_peer(config: Config, num_classes: int) -> FasterRCNN:
 
 def train_peer(config: Config) -> FasterRCNN:
     """The loop of `clis.engine.train.train` around torchvision's detector, on one process."""
-    annotations, dataset, sampler = make_streams(config)
+    annotations, dataset, sampler = make_streams(config, regions_file(config))
     torch.manual_seed(config.train.seed)
     peer = make_peer(config, len(annotations.categories)).train()
     optimizer = torch.optim.SGD(

@@ -122,11 +122,12 @@ def measure_start(arguments: argparse.Namespace) -> Figures:
 
     from clis.config_files import load_config
     from clis.data.streams import make_streams
+    from clis.engine.run_folder import regions_file
 
     file = arguments.file.resolve()
     config = load_config(str(arguments.config), [f"data.root={file.parent}", f"data.train={file.name}"])
     before, began, cpu_began = private_megabytes(), time.perf_counter(), time.process_time()
-    _, dataset, sampler = make_streams(config)
+    _, dataset, sampler = make_streams(config, regions_file(config))
     seconds, cpu_seconds = time.perf_counter() - began, time.process_time() - cpu_began
     after = private_megabytes()
     torch.set_num_threads(1)

@@ -400,11 +400,6 @@ def data_path(config: Config, relative: str) -> Path:
     return Path(config.data.root or "data") / relative
 
 
-def pretrained_backbone(config: Config) -> Path:
-    """Where the weights are that `pretrain.epochs` > 0 makes, or will be."""
-    return Path(config.output, "pretrain", "backbone.pt")
-
-
 def _check(config: Config) -> None:
     """Raises `ValueError` for settings that contradict each other or cannot work.
 

@@ -31,6 +31,7 @@ from clis.data.annotations import (
 )
 from clis.data.streams import make_streams, read_annotations
 from clis.distributed import local_main_first
+from clis.engine.run_folder import regions_file
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 SAMPLES = ["coco_mini/train.json", "lvis/lvis_v0.5_val_100.json"]
@@ -412,7 +413,7 @@ def test_the_streams_of_a_run_are_mapped(path, reads, capsys):
         [f"data.root={path.parent}", "data.train=train.json"],
     )
     for _ in range(2):
-        found, dataset, _ = make_streams(config)
+        found, dataset, _ = make_streams(config, regions_file(config))
         assert is_mapped(found)
         assert dataset.annotations is found
     assert len(reads) == 1

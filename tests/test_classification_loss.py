@@ -19,6 +19,7 @@ from clis.commands.study import run_study
 from clis.config_files import load_config
 from clis.engine.checkpoint import load_checkpoint, load_detector, save_checkpoint
 from clis.engine.optim import make_optimizer
+from clis.engine.run_folder import RunFolder
 from clis.losses import CrossEntropy, build_classification_loss, find_classification_loss
 from clis.models import build_model
 
@@ -172,7 +173,7 @@ def test_a_checkpoint_imports_its_loss_with_the_detector_and_not_before(modules)
     config = tiny_config("loss.classification=sound_loss:Weighted")
     model = build_model(config, CATEGORIES)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
-    path = save_checkpoint(modules, 1, model, make_optimizer(model, config), scaler, config)
+    path = save_checkpoint(RunFolder(modules), 1, model, make_optimizer(model, config), scaler, config)
     del sys.modules["sound_loss"]
     (modules / "sound_loss.py").unlink()
     assert load_checkpoint(path)["config"]["loss"]["classification"] == "sound_loss:Weighted"

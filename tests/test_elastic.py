@@ -142,17 +142,17 @@ def test_two_nodes_of_which_one_fails_leaves_and_comes_back(data, tmp_path):
         alone = first.says("1 process(es)")
         second.kill()
         wait_for(lambda: first.says("1 process(es)") == alone + 1)
-        asked = first.says("asked to stop")
+        asked = first.says("stopped on request")
         second = Node("127.0.0.2", port, tmp_path, "again", arguments)
         wait_for(lambda: first.says("2 process(es)") == 3)
         assert first.process.wait(timeout=200) == 0
         assert second.process.wait(timeout=60) == 0
-        assert first.says("asked to stop") == asked + 1
+        assert first.says("stopped on request") == asked + 1
     finally:
         for node in (first, second):
             node.kill()
-    saved = re.findall(r"asked to stop; step (\d+) is saved", first.log.read_text())[-1]
-    assert first.says(f"going on from step {saved}\n") == 1
+    saved = re.findall(r"stopped on request; step (\d+) saved", first.log.read_text())[-1]
+    assert first.says(f"resuming from step {saved}\n") == 1
     assert [record["step"] for record in records(run)] == list(range(1, steps + 1))
     assert (run / "eval.json").exists()
 

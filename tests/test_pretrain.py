@@ -30,7 +30,7 @@ from clis.__main__ import main
 from clis.cli import Preempted
 from clis.commands import run_verb
 from clis.commands.check import check
-from clis.config import Config, pretrained_backbone
+from clis.config import Config
 from clis.config_files import config_from_dict, load_config, merge_overrides
 from clis.data.annotations import load_annotations
 from clis.data.classification import LabeledBatch, RandomCrops, Split, central_crop
@@ -42,10 +42,10 @@ from clis.data.shapes import ShapesSpec, write_shapes
 from clis.distributed import wrap_ddp
 from clis.engine import pretrain, regions, train
 from clis.engine.checkpoint import load_checkpoint, load_detector
-from clis.engine.loop import SkippedSteps
 from clis.engine.optim import make_optimizer
-from clis.engine.preemption import MARKER
-from clis.engine.run_folder import claim_run_folder
+from clis.engine.run_folder import RunFolder
+from clis.engine.skipped import SkippedSteps
+from clis.engine.train import starting_weights
 from clis.models import ImageClassifier, build_model
 from clis.models.backbone import IMAGE_MEAN, IMAGE_STD, ResNet
 from clis.models.weights import load_backbone_weights
@@ -354,7 +354,7 @@ def test_a_step_that_is_not_finite_leaves_no_trace(tmp_path, capsys):
     )
     for state, expected in zip(optimizer.state.values(), momentum):
         assert torch.equal(state["momentum_buffer"], expected)
-    skipped = SkippedSteps(0, scaler, tmp_path, config, "")
+    skipped = SkippedSteps(0, scaler, RunFolder(tmp_path), config.train, "")
     skipped.check(norm, lambda: pretrain._not_finite(6, sums, batches))
     said = capsys.readouterr().out
     assert (
@@ -447,11 +447,11 @@ def test_a_resumed_run_is_the_uninterrupted_one(norm, how, data, pretrained, tmp
         main(arguments)
     saved = load_checkpoint(folder / "checkpoints" / "last.pt")["step"]
     assert saved == (4 if how == "killed" else 7)
-    assert (folder / MARKER).exists() == (how == "asked")
+    assert RunFolder(folder).preempted.exists() == (how == "asked")
     assert not (folder / "backbone.pt").exists()
     monkeypatch.undo()
     main(arguments)
-    assert not (folder / MARKER).exists()
+    assert not RunFolder(folder).preempted.exists()
     assert_same_pretraining(folder, reference)
 
 
@@ -480,7 +480,7 @@ def test_the_command_says_how_to_use_what_it_made(data, pretrained, tmp_path, ca
     before = path.stat().st_mtime_ns
     main(arguments_of(data, pretrained.parent))
     said = capsys.readouterr().out
-    assert "is there already" in said
+    assert "already exists" in said
     assert path.stat().st_mtime_ns == before
     use = said.split()[-1]
     assert use == f"model.backbone.weights={path}"
@@ -533,7 +533,7 @@ class TestRecipe:
         (tmp_path / "pretrain" / "backbone.pt").unlink()
         run_verb("train", arguments)  # a finished run does not need it any more
         assert "1/1" in (said := capsys.readouterr().out)
-        assert "finished already" in said
+        assert "is already finished" in said
         assert not (tmp_path / "pretrain" / "backbone.pt").exists()
         checkpoint = tmp_path / "checkpoints" / "last.pt"
         load_detector(checkpoint)
@@ -566,7 +566,7 @@ class TestRecipe:
         assert report.errors == []
         assert f"{tmp_path / 'pretrain' / 'backbone.pt'}: will be made, by pre-training" in report.notes
         assert not [note for note in report.notes if "0 image-level" in note]
-        claim_run_folder(tmp_path / "pretrain", load_config(BASELINE, [*overrides, "pretrain.lr=0.5"]))
+        RunFolder(tmp_path).pretraining.claim(load_config(BASELINE, [*overrides, "pretrain.lr=0.5"]))
         report = check(load_config(BASELINE, overrides), overrides, workers=0, sample=2)
         assert [error.split(":")[0] for error in report.errors] == [
             f"{tmp_path / 'pretrain'} belongs to another config"
@@ -648,9 +648,7 @@ class TestBadInput:
         with pytest.raises(
             FileNotFoundError, match=r"backbone\.pt: the backbone is not pre-trained yet; train\.py"
         ):
-            build_model(config, CATEGORIES)
-        build_model(config, CATEGORIES, pretrained=False)
-        assert pretrained_backbone(config) == tmp_path / "pretrain" / "backbone.pt"
+            starting_weights(config, RunFolder(tmp_path))
 
     def test_images_that_cannot_be_read(self, data, tmp_path, capsys):
         """Two of those that are trained on and one that is held out, every twentieth: rows 0, 1 and 19."""

@@ -257,7 +257,7 @@ def test_asked_to_stop_it_asks_what_runs(tmp_path, number):
     os.killpg(process.pid, number)
     errors = process.communicate(timeout=60)[1]
     assert process.returncode == 75, errors
-    assert "the same command goes on" in errors
+    assert "re-run the same command to resume" in errors
     assert (tmp_path / "saved").exists()
     assert [file.name for file in (tmp_path / "logs").iterdir()] == ["first.txt"]
 

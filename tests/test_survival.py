@@ -23,9 +23,9 @@ from clis.commands import run_verb
 from clis.data.batch import collate
 from clis.distributed import wrap_ddp
 from clis.engine import train
-from clis.engine.checkpoint import load_checkpoint, load_last_checkpoint, save_checkpoint, saved_checkpoints
+from clis.engine.checkpoint import load_checkpoint, load_last_checkpoint, save_checkpoint
 from clis.engine.optim import make_optimizer
-from clis.engine.preemption import MARKER
+from clis.engine.run_folder import RunFolder
 from clis.models import build_model
 
 STEPS = 30
@@ -79,13 +79,13 @@ def test_asked_to_stop_it_finishes_the_step_and_goes_on(number, data, reference,
     output, _ = process.communicate(timeout=120)
     assert process.returncode == EXIT_CODE, output
     assert "Traceback" not in output
-    step = json.loads((tmp_path / MARKER).read_text())["step"]
+    step = json.loads(RunFolder(tmp_path).preempted.read_text())["step"]
     assert 5 <= step < STEPS
     assert load_checkpoint(tmp_path / "checkpoints" / "last.pt")["step"] == step == len(records(tmp_path))
     process = start(arguments)
     output, _ = process.communicate(timeout=300)
-    assert f"going on from step {step}" in output
-    assert not (tmp_path / MARKER).exists()
+    assert f"resuming from step {step}" in output
+    assert not RunFolder(tmp_path).preempted.exists()
     assert_same_training(tmp_path, reference)
 
 
@@ -112,7 +112,7 @@ def test_under_torchrun_both_processes_stop_at_the_same_step(data, tmp_path):
     process.send_signal(signal.SIGTERM)  # torchrun passes it on
     process.communicate(timeout=120)
     assert process.returncode != 0
-    step = json.loads((tmp_path / MARKER).read_text())["step"]  # torchrun hides the exit code
+    step = json.loads(RunFolder(tmp_path).preempted.read_text())["step"]  # torchrun hides the exit code
     assert load_checkpoint(tmp_path / "checkpoints" / "last.pt")["step"] == step < STEPS
     process = start(arguments_of(data, tmp_path), TORCHRUN)
     output, _ = process.communicate(timeout=300)
@@ -148,7 +148,7 @@ def test_a_killed_process_is_started_again_by_torchrun(data, tmp_path):
     os.kill(victim, signal.SIGKILL)
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 0, output
-    assert "going on from step" in output
+    assert "resuming from step" in output
     assert [record["step"] for record in records(tmp_path)] == list(range(1, 61))
     assert (tmp_path / "eval.json").exists()
 
@@ -183,31 +183,33 @@ def test_images_that_go_away_leave_a_checkpoint_to_go_on_from(workers, data, ref
     told = output[output.index("error: ") :]
     assert "could not be read; the last: " in told
     assert "No such file or directory" in told
-    assert f"the same command goes on from step {step}\n" in told
+    assert "; restore the images and re-run the same command to resume\n" in told
+    assert f"; saving step {step}\n" in output
     (root / "elsewhere").rename(root / "shapes" / "train")
     output, _ = start(arguments).communicate(timeout=120)
-    assert f"going on from step {step}" in output
+    assert f"resuming from step {step}" in output
     assert_same_training(tmp_path / "run", reference)
 
 
 class TestCheckpoints:
     @pytest.fixture
-    def folder(self, tmp_path) -> Path:
+    def folder(self, tmp_path) -> RunFolder:
         """Two checkpoints of a small model, of steps 1 and 2."""
         self.config = tiny_config("train.keep_last=2")
         self.model = build_model(self.config, [])
+        folder = RunFolder(tmp_path)
         for step in (1, 2):
-            self.save(tmp_path, step)
-        return tmp_path
+            self.save(folder, step)
+        return folder
 
-    def save(self, folder: Path, step: int) -> Path:
+    def save(self, folder: RunFolder, step: int) -> Path:
         scaler = torch.amp.GradScaler("cpu", enabled=False)
         return save_checkpoint(
             folder, step, self.model, make_optimizer(self.model, self.config), scaler, self.config
         )
 
     def test_a_damaged_one_gives_way_to_the_one_before(self, folder, capsys):
-        path = folder / "step_00000002.pt"
+        path = folder.checkpoint(2)
         path.write_bytes(path.read_bytes()[:-1000])  # last.pt is the same file
         state, used = load_last_checkpoint(folder)
         assert (state["step"], used.name) == (1, "step_00000001.pt")
@@ -215,15 +217,15 @@ class TestCheckpoints:
         assert "last.pt: not a readable checkpoint" in said
 
     def test_without_any_readable_one_nothing_starts_over_in_silence(self, folder):
-        for path in folder.glob("*.pt"):
+        for path in folder.checkpoints.glob("*.pt"):
             path.write_bytes(b"")
         with pytest.raises(ValueError, match=r"last\.pt: not a readable .*; remove .* to start"):
             load_last_checkpoint(folder)
-        assert load_last_checkpoint(folder / "none") is None
+        assert load_last_checkpoint(RunFolder(folder.path / "none")) is None
 
     def test_old_ones_go_and_names_are_in_order(self, folder):
         self.save(folder, 10)
-        assert [path.name for path in saved_checkpoints(folder)] == ["last.pt", "step_00000002.pt"]
+        assert [path.name for path in folder.saved_checkpoints()] == ["last.pt", "step_00000002.pt"]
 
     def test_a_full_disk_is_told_and_loses_nothing(self, folder):
         """A limit on the size of files stands in for it."""
@@ -235,7 +237,7 @@ class TestCheckpoints:
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         assert load_last_checkpoint(folder)[0]["step"] == 2
-        assert len(list(folder.iterdir())) == 3  # no half file is left
+        assert len(list(folder.checkpoints.iterdir())) == 3  # no half file is left
 
     def test_a_read_only_folder_is_told(self, folder, monkeypatch):
         def denied(*_: object) -> None:

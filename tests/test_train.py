@@ -31,8 +31,9 @@ from clis.engine import regions, train
 from clis.engine.checkpoint import load_checkpoint, load_detector, load_model
 from clis.engine.describe import contrast_state, format_losses, summarize_step
 from clis.engine.log import MetricsLog
-from clis.engine.loop import SkippedSteps
 from clis.engine.optim import learning_rate, make_optimizer, split_batch
+from clis.engine.run_folder import RunFolder
+from clis.engine.skipped import SkippedSteps
 from clis.losses import CLASSIFICATION_LOSSES
 from clis.metric.detections import Detections
 from clis.metric.lvis_eval import METRICS
@@ -66,7 +67,7 @@ class TestRecipe:
     def test_a_second_call_does_nothing_again(self, finished, data, capsys):
         before = {path: path.stat().st_mtime_ns for path in finished.rglob("*.pt")}
         run_verb("train", ["--config", CONFIG, *SHORT, f"data.root={data}", f"output={finished}"])
-        assert "finished already" in capsys.readouterr().out
+        assert "is already finished" in capsys.readouterr().out
         assert before == {path: path.stat().st_mtime_ns for path in finished.rglob("*.pt")}
 
     def test_another_config_may_not_have_the_folder(self, finished, data):
@@ -351,7 +352,8 @@ def test_what_is_not_finite_is_named_and_changes_nothing(spoil, named, tmp_path,
         assert torch.equal(state["momentum_buffer"], expected)
 
     def check(skipped: int, *overrides: str) -> None:
-        steps = SkippedSteps(skipped - 1, scaler, tmp_path, tiny_config(*overrides), train.NOT_FINITE)
+        config = tiny_config(*overrides).train
+        steps = SkippedSteps(skipped - 1, scaler, RunFolder(tmp_path), config, train.ADVICE)
         steps.check(norm, lambda: train._not_finite(41, outputs, batches))
 
     with pytest.raises(FloatingPointError, match=rf"step 42: not finite: {named}; there is no checkpoint"):
@@ -370,7 +372,8 @@ def test_a_loss_that_stays_infinite_ends_a_float16_run(scale, allowed, steps, tm
     config = tiny_config("train.images_per_step=1", f"train.max_skipped={allowed}")
     model = build_model(config, CATEGORIES).train()
     scaler = torch.amp.GradScaler("cpu", init_scale=scale)
-    optimizer, skipped = make_optimizer(model, config), SkippedSteps(0, scaler, tmp_path, config, "try less")
+    optimizer = make_optimizer(model, config)
+    skipped = SkippedSteps(0, scaler, RunFolder(tmp_path), config.train, "try less")
     batch = collate([make_sample(seed=7)])
 
     def step() -> None:

@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image  # torchvision needs Pillow
 
 from clis.commands.arguments import add_config
-from clis.config import DETECTOR_RULES, Config, data_path, pretrained_backbone
+from clis.config import DETECTOR_RULES, Config, data_path
 from clis.config_files import load_config
 from clis.data.annotations import Annotations, checked_for_training
 from clis.data.categories import check_same_categories
@@ -29,11 +29,12 @@ from clis.data.images import ImageError, decode_image, read_bytes, unpacked
 from clis.data.loader import image_loader
 from clis.data.regions import load_regions
 from clis.data.sampling import RepeatSampler, class_repeat_factors, repeat_factors
-from clis.data.streams import make_image_level_sampler, make_index, read_annotations, read_index, regions_file
+from clis.data.streams import make_image_level_sampler, make_index, read_annotations, read_index
 from clis.engine.checkpoint import load_checkpoint
 from clis.engine.pretrain import SETTINGS as PRETRAINING
 from clis.engine.regions import detector_checkpoint, detector_config, read_boxes
-from clis.engine.run_folder import check_run_config
+from clis.engine.run_folder import RunFolder, regions_file
+from clis.engine.train import starting_weights
 from clis.losses import find_classification_loss
 from clis.models import build_classifier, build_model
 from clis.progress import Progress, say
@@ -123,10 +124,10 @@ def check(
     for each in (config, detector):
         if each is not None:
             with report.catching():
-                check_run_config(Path(each.output), each)
+                RunFolder(each.output).check(each)
             if each.pretrain.epochs > 0:
                 with report.catching():
-                    check_run_config(pretrained_backbone(each).parent, each, PRETRAINING)
+                    RunFolder(each.output).pretraining.check(each, PRETRAINING)
     train = val = index = None
     with report.catching():
         train = read_annotations(data_path(config, config.data.train))
@@ -137,7 +138,10 @@ def check(
         _describe_names(val, config, report)
         if train is not None:
             check_same_categories(train.categories, train.path, val.categories, val.path)
-    if (config.clis.s > 0 or _pretraining_is_due(config)) and train is not None:
+    if (
+        config.clis.s > 0
+        or (config.pretrain.epochs > 0 and not RunFolder(config.output).pretraining.backbone.exists())
+    ) and train is not None:
         with report.catching():
             index = read_index(config, train)
             report.notes.append(describe_coverage(coverage(train.categories, index.image_counts)))
@@ -240,21 +244,20 @@ def _check_regions(config: Config, index: ImageLevelIndex, detector: Config | No
 
 
 def _check_model(config: Config, train: Annotations, report: Report) -> None:
-    """Builds it, which reads the backbone's weights and tries the classification loss."""
-    backbone, build = config.model.backbone, build_model
-    if _pretraining_is_due(config):
-        report.notes.append(f"{pretrained_backbone(config)}: will be made, by pre-training")
-        build_model(config, train.categories, pretrained=False)
-        build = build_classifier
+    """Build it, which reads the backbone's weights and tries the classification loss."""
+    folder = RunFolder(config.output)
+    if config.pretrain.epochs > 0 and folder.pretraining.backbone.exists():
+        build_model(config, train.categories, pretrained=starting_weights(config, folder))
+        return
+    backbone = config.model.backbone
     path = None if backbone.weights is None else data_path(config, backbone.weights)
     to_download = path is not None and backbone.download and not path.exists()
     if to_download:
         report.notes.append(f"{path}: will be downloaded at the start")
-    build(config, train.categories, pretrained=not to_download)
-
-
-def _pretraining_is_due(config: Config) -> bool:
-    return config.pretrain.epochs > 0 and not pretrained_backbone(config).exists()
+    if config.pretrain.epochs > 0:
+        report.notes.append(f"{folder.pretraining.backbone}: will be made, by pre-training")
+        build_classifier(config, train.categories, pretrained=not to_download)
+    build_model(config, train.categories, pretrained=config.pretrain.epochs == 0 and not to_download)
 
 
 # --- images -----------------------------------------------------------------------------------------------

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import json
-from pathlib import Path
 
+from clis.engine.run_folder import RunFolder
 from clis.metric.lvis_eval import format_table
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("folders", nargs="+", type=Path, metavar="RUN_FOLDER")
+    parser.add_argument("folders", nargs="+", type=RunFolder, metavar="RUN_FOLDER")
 
 
 def run(arguments: argparse.Namespace) -> None:
-    print(format_table({str(f): json.loads((f / "eval.json").read_text()) for f in arguments.folders}))
+    print(format_table({str(folder): folder.read_result() for folder in arguments.folders}))

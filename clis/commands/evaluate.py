@@ -17,6 +17,7 @@ from clis.config_files import (
 from clis.distributed import choose_device, process_group
 from clis.engine.checkpoint import load_checkpoint, load_model
 from clis.engine.evaluate import evaluate_detector
+from clis.engine.run_folder import RunFolder
 from clis.metric.lvis_eval import format_table
 from clis.progress import say
 
@@ -45,9 +46,10 @@ def run(arguments: argparse.Namespace) -> None:
     device = choose_device(config.train.device)
     with process_group(device):
         detector = load_model(state, config, str(arguments.checkpoint)).to(device).eval()
-        metrics = evaluate_detector(detector, config, Path(config.output))
+        folder = RunFolder(config.output)
+        metrics = evaluate_detector(detector, config, folder)
         say(format_table({str(arguments.checkpoint): metrics}))
-        say(f"{config.output}/eval.json, detections.npz")
+        say(f"{folder.result}, {folder.detections.name}")
 
 
 def _check_same_model(config: Config, state: dict[str, Any], checkpoint: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,11 +12,11 @@ from typing import Any
 import numpy as np
 
 from clis.config import Config, data_path
-from clis.config_files import config_from_dict, read_yaml
 from clis.data.annotations import Annotations
 from clis.data.images import read_image
 from clis.data.streams import read_annotations
 from clis.engine.evaluate import load_validation
+from clis.engine.run_folder import RunFolder
 from clis.metric.analysis import ap_by_image_count
 from clis.metric.detections import Detections
 from clis.metric.lvis_eval import accumulate
@@ -63,15 +62,16 @@ class Run:
         Raises:
             FileNotFoundError: the run is not there, or not finished.
         """
-        for name in ("config.yaml", "metrics.jsonl", "eval.json", "detections.npz"):
-            if not (folder / name).exists():
-                raise FileNotFoundError(f"{folder / name}: missing; name folders of finished runs")
+        run = RunFolder(folder)
+        for path in (run.config, run.metrics, run.result, run.detections):
+            if not path.exists():
+                raise FileNotFoundError(f"{path}: no such file; name folders of finished runs")
         return cls(
             name=str(folder),
-            config=config_from_dict(read_yaml(folder / "config.yaml"), source=str(folder / "config.yaml")),
-            records=[json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()],
-            figures=json.loads((folder / "eval.json").read_text()),
-            detections=Detections.load(folder / "detections.npz"),
+            config=run.read_config(),
+            records=run.read_metrics(),
+            figures=run.read_result(),
+            detections=Detections.load(run.detections),
         )
 
 

@@ -27,6 +27,7 @@ from clis.config_files import (
 from clis.data.shapes import generate_shapes
 from clis.engine.preemption import StopRequest
 from clis.engine.regions import detector_config, detector_overrides
+from clis.engine.run_folder import RunFolder
 from clis.losses import find_classification_loss
 from clis.progress import clock, say
 
@@ -210,7 +211,7 @@ def run_study(
             continue
         for row, seed in job.results:
             try:
-                say(f"{row}, seed {seed}: {record.add(row, seed, job.done)}")
+                say(f"{row}, seed {seed}: {record.add(row, seed, RunFolder(job.done.parent))}")
             except (OSError, ValueError, KeyError) as error:  # a damaged run stops no other
                 job.failed = True
                 say(f"FAILED {row}, seed {seed}: {job.done.parent} cannot be read: {error}")
@@ -276,7 +277,7 @@ def _plan(
         more = [f"regions.file={regions}"]
     command = [sys.executable, "-m", "clis", "train", "--config", str(study.base), *run.overrides, *more]
     command.append(f"output={folder}")
-    job = Job(f"training of {row.name}, seed {seed}", command, folder / "eval.json", after)
+    job = Job(f"training of {row.name}, seed {seed}", command, RunFolder(folder).result, after)
     plan.setdefault(folder, job).results.append((row.name, seed))
 
 
@@ -289,7 +290,7 @@ def _plan_regions(study: Study, run: Run, out: Path, plan: dict[Path, Job]) -> t
         command = [sys.executable, "-m", "clis", "train", "--config", str(run.config.regions.detector)]
         command += detector_overrides(run.overrides)
         title = f"detector of the regions, seed {run.detector.train.seed}"
-        job = Job(title, [*command, f"output={folder}"], folder / "eval.json")
+        job = Job(title, [*command, f"output={folder}"], RunFolder(folder).result)
         after.append(plan.setdefault(folder, job))
         more = [f"regions.detector={folder}"]
     file = out / "regions" / f"{run.regions}.npy"
@@ -313,7 +314,9 @@ def _work(jobs: Sequence[Job], at_once: int, logs: Path) -> Iterator[Job]:
         try:
             while waiting or running:
                 if stop.received:
-                    raise Preempted("asked to stop; what was running is saved, the same command goes on")
+                    raise Preempted(
+                        "stopped on request; what was running is saved, re-run the same command to resume"
+                    )
                 for job in [job for job in waiting if all(id(before) in ended for before in job.after)]:
                     failed = any(before.failed for before in job.after)
                     if failed or job.done.exists():
@@ -350,7 +353,7 @@ def _work(jobs: Sequence[Job], at_once: int, logs: Path) -> Iterator[Job]:
 
 
 def _log(job: Job, logs: Path) -> Path:
-    return logs / f"{job.done.parent.name if job.done.name == 'eval.json' else job.done.stem}.txt"
+    return logs / f"{job.done.stem if job.done.suffix == '.npy' else job.done.parent.name}.txt"
 
 
 def _check_keys(values: Any, known: set[str], needed: set[str], where: str) -> None:

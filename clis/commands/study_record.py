@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from clis.atomic import atomic_write
 from clis.config import data_path
-from clis.config_files import config_from_dict, read_yaml
 from clis.data.streams import read_annotations
 from clis.engine.evaluate import load_validation
+from clis.engine.run_folder import RunFolder
 from clis.metric.analysis import ap_by_image_count
 from clis.metric.detections import Detections
 from clis.metric.lvis_eval import accumulate
@@ -77,16 +77,15 @@ class Record:
                 say(f"{path}: no record of a study ({type(error).__name__}: {error}); left aside")
         return runs
 
-    def add(self, name: str, seed: int, result: Path) -> str:
-        """Notes a finished run by its eval.json, in the file too; its figures in one line."""
+    def add(self, name: str, seed: int, folder: RunFolder) -> str:
+        """Note a finished run, in the file too; give its figures in one line."""
         row = next(row for row in self.study.rows if row.name == name)
-        figures = json.loads(result.read_text())
+        figures = folder.read_result()
         run = {figure: round(100 * figures[figure], 2) for figure in FIGURES}
-        records = result.with_name("metrics.jsonl").read_text().splitlines()
-        step = [json.loads(line) for line in records]
-        times = sorted(r["data_time"] + r["compute_time"] for r in step if "compute_time" in r)
+        records = [record for record in folder.read_metrics() if "compute_time" in record]
+        times = [record["data_time"] + record["compute_time"] for record in records]
         run |= {"key": self._key(row, seed), "step_seconds": round(statistics.median(times), 3)}
-        run |= {"by_images": _ap_by_images(result.parent)}
+        run |= {"by_images": _ap_by_images(folder)}
         self.rows.setdefault(name, {})[str(seed)] = run
         self.write()
         return " ".join(f"{figure} {run[figure]:.1f}" for figure in FIGURES)
@@ -161,12 +160,12 @@ def table_by_images(rows: Mapping[str, Mapping[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _ap_by_images(folder: Path) -> dict[str, float]:
+def _ap_by_images(folder: RunFolder) -> dict[str, float]:
     """AP in percent by the first and last number of training images of the bins of `ap_by_image_count`."""
-    config = config_from_dict(read_yaml(folder / "config.yaml"), source=str(folder / "config.yaml"))
+    config = folder.read_config()
     train = read_annotations(data_path(config, config.data.train))
     val = load_validation(config, train.categories)
-    detections = Detections.load(folder / "detections.npz")
+    detections = Detections.load(folder.detections)
     curves = accumulate(match(val, detections, config.test.detections))
     return {
         f"{first}-{last}": round(100 * ap, 2)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from clis.config import LossConfig
+from clis.engine.run_folder import RunFolder
 from clis.metric.lvis_eval import METRICS
 from clis.progress import say
 
@@ -38,7 +39,8 @@ class EventFile:
             FileNotFoundError: the folder has no metrics.jsonl.
             ValueError: TensorBoard is not installed.
         """
-        self.metrics, self.folder = folder / "metrics.jsonl", folder / "tensorboard"
+        run = RunFolder(folder)
+        self.metrics, self.folder = run.metrics, run.tensorboard
         if not self.metrics.exists():
             raise FileNotFoundError(f"{self.metrics}: no such file; name run folders, e.g. runs/shapes/clis")
         self.writer: SummaryWriter | None = None

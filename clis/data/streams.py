@@ -47,8 +47,11 @@ def _reading(path: str | Path) -> Iterator[Advance]:
         yield (lambda count: progress.advance(count >> 20)) if size >= CACHED_BYTES else (lambda count: None)
 
 
-def make_streams(config: Config) -> tuple[Annotations, TwoStreamDataset, JointSampler]:
-    """The two streams of training data, and which images each step draws from them.
+def make_streams(config: Config, regions_file: Path) -> tuple[Annotations, TwoStreamDataset, JointSampler]:
+    """Open the two streams of training data, and draw which images each step has of them.
+
+    Args:
+        regions_file: of the image-level images; not read without any (`clis.s` = 0).
 
     Raises:
         FileNotFoundError, ValueError: a file is missing or wrong; see the readers in `clis.data`.
@@ -66,7 +69,7 @@ def make_streams(config: Config) -> tuple[Annotations, TwoStreamDataset, JointSa
     index = regions = image_level_sampler = None
     if clis.s > 0:
         index = make_index(config, annotations)
-        regions = load_regions(regions_file(config), index, config.regions)
+        regions = load_regions(regions_file, index, config.regions)
         image_level_sampler = make_image_level_sampler(config, index)
     factors = repeat_factors(
         annotations.offsets, annotations.labels, len(annotations.categories), data.repeat_threshold
@@ -125,8 +128,3 @@ def make_image_level_sampler(config: Config, index: ImageLevelIndex, images: int
             "--labels); a block of these images would be of one class: set it to null"
         )
     return BlockSampler(images, block, seed)
-
-
-def regions_file(config: Config) -> Path:
-    """Where the regions of this config are, or will be."""
-    return Path(config.regions.file or Path(config.output, "regions.npy"))

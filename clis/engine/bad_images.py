@@ -57,20 +57,22 @@ class BadImages:
             print(f"replaced by the next of its stream: {message}", flush=True)
         return loaded
 
-    def verdict(self, new: int, gone: int, step: int) -> ImageError | None:
-        """Why the run cannot go on with this step, or None.
+    def verdict(self, new: int, gone: int) -> ImageError | None:
+        """Give the error that ends the run before this step, or None.
 
         Args:
             new: images in `new`, of all processes.
             gone: processes that have no batches.
         """
         self.total += new
-        again = f"the same command goes on from step {step}"
+        again = "re-run the same command to resume"
         if self.gone is not None:  # from a loader process, whose traceback is in the message
             what = str(self.gone).rstrip().splitlines()[-1].removeprefix("clis.data.images.ImageError: ")
-            return ImageError(f"{what}; with the images back {again}")
+            error = ImageError(f"{what}; restore the images and {again}")
+            error.__cause__ = self.gone
+            return error
         if gone:
-            return ImageError(f"another process could not read its images; with the images back {again}")
+            return ImageError(f"another process could not read its images; restore them and {again}")
         if self.total > self.allowed:
             last = self.new[-1] if self.new else "named by another process"
             return ImageError(

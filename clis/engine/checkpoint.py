@@ -17,15 +17,12 @@ from clis.config import Config
 from clis.config_files import config_differences, config_from_dict, config_to_dict
 from clis.data.categories import Category, check_same_categories
 from clis.distributed import is_main
+from clis.engine.run_folder import RunFolder
 from clis.models import CLISDetector, ImageClassifier, build_model
 from clis.models.weights import load_state
 from clis.progress import say
 
 FORMAT = 1
-
-
-def checkpoint_name(step: int) -> str:
-    return f"step_{step:08d}.pt"
 
 
 def detector_state(model: CLISDetector, config: Config, step: int = 0) -> dict[str, Any]:
@@ -40,7 +37,7 @@ def detector_state(model: CLISDetector, config: Config, step: int = 0) -> dict[s
 
 
 def save_checkpoint(
-    folder: Path,
+    folder: RunFolder,
     step: int,
     model: CLISDetector | ImageClassifier,
     optimizer: torch.optim.Optimizer,
@@ -48,12 +45,12 @@ def save_checkpoint(
     config: Config,
     skipped: int = 0,
 ) -> Path:
-    """Writes ``step_00000600.pt`` and ``last.pt`` into `folder` and removes all but the last `keep_last`.
+    """Write ``step_00000600.pt`` and ``last.pt`` of a run and remove all but the last `keep_last`.
 
     Raises:
         OSError: it could not be written (a full disk, a read-only folder); the checkpoints before are whole.
     """
-    path = folder / checkpoint_name(step)
+    path = folder.checkpoint(step)
     state = detector_state(model, config, step) | {
         "optimizer": optimizer.state_dict(),
         "scaler": scaler.state_dict(),
@@ -62,23 +59,23 @@ def save_checkpoint(
     try:
         with atomic_write(path) as temporary:
             torch.save(state, temporary)
-        link(path, folder / "last.pt")
+        link(path, folder.last)
     except (OSError, RuntimeError) as error:  # torch's writer has RuntimeErrors for a full disk
         if is_worker_death(error):  # raised wherever the main process happens to be
             raise
-        before = saved_checkpoints(folder)
+        before = folder.saved_checkpoints()
         good = f"the last good one is {before[0]}" if before else "there is none from before"
         raise OSError(
             f"{path}: the checkpoint could not be written ({str(error).splitlines()[0]}); {good}. Make room "
-            "or allow writing there, and start the run again"
+            "or allow writing there, then re-run the same command"
         ) from error
-    for old in sorted(folder.glob("step_*.pt"))[: -config.train.keep_last]:
+    for old in sorted(folder.checkpoints.glob("step_*.pt"))[: -config.train.keep_last]:
         old.unlink()
     return path
 
 
 def link(path: Path, name: Path) -> None:
-    """Gives a file another name in place of whatever has it."""
+    """Give a file another name, in place of whatever has it."""
     with atomic_write(name) as temporary:
         try:
             os.link(path, temporary)
@@ -86,13 +83,15 @@ def link(path: Path, name: Path) -> None:
             shutil.copyfile(path, temporary)
 
 
-def saved_checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints to go on from, last first: ``last.pt``, then those of other steps."""
-    last = folder / "last.pt"
-    steps = sorted(folder.glob("step_*.pt"), reverse=True)
-    if not last.exists():
-        return steps
-    return [last, *(path for path in steps if not path.samefile(last))]
+def mark_best(folder: RunFolder, step: int, ap: float) -> None:
+    """Make the checkpoint of this step ``best.pt`` unless an earlier evaluation has at least its AP."""
+    earlier = [
+        RunFolder(path).read_result()["AP"]
+        for path in folder.evaluations.glob("step_*")
+        if path < folder.evaluation(step).path and RunFolder(path).result.exists()
+    ]
+    if ap > max(earlier, default=-1.0):
+        link(folder.checkpoint(step), folder.best)
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -115,37 +114,35 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     return state
 
 
-def load_last_checkpoint(folder: Path) -> tuple[dict[str, Any], Path] | None:
-    """The last readable checkpoint of a run and its path; None where there is none at all.
+def load_last_checkpoint(folder: RunFolder) -> tuple[dict[str, Any], Path] | None:
+    """Load the last readable checkpoint of a run; give it with its path, or None where there is none at all.
 
     One that is damaged is named, and the one before it used.
 
     Raises:
         ValueError: there are some, and none is readable.
     """
-    paths = saved_checkpoints(folder)
     problems = []
-    for path in paths:
+    for path in folder.saved_checkpoints():
         try:
             return load_checkpoint(path), path
         except ValueError as error:
             problems.append(str(error))
             say(f"WARNING: {error}; trying the checkpoint before it")
     if problems:
-        raise ValueError(f"{'; '.join(problems)}; remove {folder} to start from the beginning")
+        raise ValueError(f"{'; '.join(problems)}; remove {folder.checkpoints} to start from scratch")
     return None
 
 
 def resume(
-    folder: Path,
+    folder: RunFolder,
     model: CLISDetector | ImageClassifier,
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
     config: Config,
     within: Collection[str] | None = None,
 ) -> tuple[int, int]:
-    """Loads the last readable checkpoint of a run folder, if there is one: the step to go on with, and the
-    steps skipped.
+    """Load the last readable checkpoint of a run folder, if there is one; give its step and skipped steps.
 
     Args:
         within: sections and keys of the config that matter here; None is all of them.
@@ -154,8 +151,8 @@ def resume(
         ValueError: it was trained by another config or for other categories.
     """
     if is_main():
-        remove_partial_files(folder)
-    found = load_last_checkpoint(folder / "checkpoints")
+        remove_partial_files(folder.path)
+    found = load_last_checkpoint(folder)
     if found is None:
         return 0, 0
     state, path = found
@@ -167,7 +164,7 @@ def resume(
     load_state(model, state["model"], str(path))
     optimizer.load_state_dict(state["optimizer"])
     scaler.load_state_dict(state["scaler"])
-    say(f"{path}: going on from step {state['step']}")
+    say(f"{path}: resuming from step {state['step']}")
     return state["step"], state.get("skipped", 0)
 
 

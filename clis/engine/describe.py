@@ -161,13 +161,15 @@ class ContrastWatch:
 
 
 def step_metrics(
-    device: torch.device, norm: float, rate: float, data_time: float, compute_time: float, images: int
+    device: torch.device, norm: float, rate: float, seconds: Sequence[tuple[float, float]], images: int
 ) -> dict[str, float]:
-    """What metrics.jsonl has beside losses and counts; times in seconds a step, as rank 0 saw them.
+    """Give what metrics.jsonl has beside losses and counts; times are means in seconds, as rank 0 saw them.
 
     Args:
-        images: in a step.
+        seconds: of each step since the last record, waiting for data and computing.
+        images: per step.
     """
+    data_time, compute_time = (sum(column) / len(seconds) for column in zip(*seconds))
     if device.type == "cuda":
         peak = torch.cuda.max_memory_allocated(device)
     else:

@@ -23,14 +23,15 @@ from clis.data.images import read_image
 from clis.data.loader import image_loader
 from clis.data.streams import read_annotations
 from clis.distributed import from_main, gather_rows, is_main, rank, world_size
+from clis.engine.run_folder import RunFolder
 from clis.metric.detections import Detections
 from clis.metric.lvis_eval import METRICS, evaluate
 from clis.models import CLISDetector
 from clis.progress import Progress
 
 
-def evaluate_detector(detector: CLISDetector, config: Config, folder: Path) -> dict[str, float]:
-    """Evaluates on `data.val`; rank 0 writes eval.json and detections.npz into `folder`.
+def evaluate_detector(detector: CLISDetector, config: Config, folder: RunFolder) -> dict[str, float]:
+    """Evaluate a detector on `data.val`; rank 0 writes eval.json and detections.npz into `folder`.
 
     Returns:
         The metrics of `METRICS` as fractions, -1 where undefined, AR at `test.detections`; the same on all
@@ -43,8 +44,8 @@ def evaluate_detector(detector: CLISDetector, config: Config, folder: Path) -> d
         figures = evaluate(annotations, detections, max_detections=config.test.detections)
         names = [f"AR@{config.test.detections}" if name == "AR@300" else name for name in METRICS]
         metrics = {name: figures[name] for name in names}
-        with atomic_write(folder / "eval.json") as temporary:
-            detections.save(folder / "detections.npz")
+        with atomic_write(folder.result) as temporary:
+            detections.save(folder.detections)
             temporary.write_text(json.dumps(metrics, indent=1) + "\n")
     return from_main(metrics)
 

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import signal
 import threading
-from pathlib import Path
 from types import FrameType
+from typing import Any
 
-from clis.atomic import atomic_write
-from clis.distributed import is_main
+from clis.cli import Preempted
+from clis.distributed import barrier
+from clis.engine.run_folder import RunFolder
 
-MARKER = "preempted.json"
-"""In the run folder of such a run, with its step, until it goes on: torchrun hides exit codes."""
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
@@ -21,7 +19,7 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.received = False
-        self.previous: dict[signal.Signals, object] = {}
+        self.previous: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():  # the only one that may set handlers
@@ -41,13 +39,8 @@ class StopRequest:
         self.previous = {}
 
 
-def write_preempted_marker(folder: Path, step: int) -> None:
-    """Leaves `MARKER` in the run folder, from rank 0."""
-    if is_main():
-        with atomic_write(folder / MARKER) as temporary:
-            temporary.write_text(json.dumps({"step": step}) + "\n")
-
-
-def clear_preempted_marker(folder: Path) -> None:
-    if is_main():
-        (folder / MARKER).unlink(missing_ok=True)
+def stop(folder: RunFolder, step: int) -> Preempted:
+    """Note in the run folder that it stops on request, with `step` saved; give the exception to raise."""
+    folder.mark_preempted(step)
+    barrier()
+    return Preempted(f"{folder}: stopped on request; step {step} saved, re-run the same command to resume")

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import json
 import math
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clis.atomic import atomic_write
-from clis.config import Config, data_path, pretrained_backbone
+from clis.config import Config, data_path
 from clis.data.classification import LabeledBatch, RandomCrops, Split, central_crop, collate_labeled
 from clis.data.image_classes import shortened
 from clis.data.image_level import ImageLevelIndex
@@ -25,12 +26,13 @@ from clis.distributed import all_reduce_sum, barrier, is_main, rank, world_size,
 from clis.engine.bad_images import check_bad_images
 from clis.engine.checkpoint import resume, save_checkpoint
 from clis.engine.describe import describe_pretraining, step_metrics
+from clis.engine.feed import Feed
 from clis.engine.log import MetricsLog
-from clis.engine.loop import Loop, SkippedSteps
 from clis.engine.optim import gradient_step, learning_rate, make_optimizer, make_scaler, split_batch
-from clis.engine.preemption import clear_preempted_marker
-from clis.engine.run_folder import claim_run_folder
-from clis.engine.schedule import Schedule
+from clis.engine.preemption import StopRequest, stop
+from clis.engine.run_folder import RunFolder
+from clis.engine.schedule import SaveClock, due_after
+from clis.engine.skipped import SkippedSteps
 from clis.losses import at_least_float32
 from clis.models import ImageClassifier, build_classifier
 from clis.progress import Progress, say
@@ -44,9 +46,12 @@ SETTINGS = (
 )  # fmt: skip
 """What of a config makes another pre-training."""
 
+ADVICE = "a lower pretrain.lr or an optim.clip_norm may help"
+"""What to try where a loss or gradient is not finite."""
+
 
 def pretrain(config: Config, device: torch.device) -> Path:
-    """Makes `pretrained_backbone(config)`, if it is not there, going on from the last checkpoint beside it.
+    """Make the ``backbone.pt`` of a config in the folder ``pretrain`` of its run, resuming there, if needed.
 
     It is a ResNet state dict in torchvision's form, with the classifier; ``pretrain.json`` beside it has the
     top-1 accuracy on the images that were held out.
@@ -58,10 +63,11 @@ def pretrain(config: Config, device: torch.device) -> Path:
         FileNotFoundError, ValueError: files are missing or wrong, or the folder is of other settings.
         ImageError: more images than `data.max_bad_images` cannot be read.
     """
-    path = pretrained_backbone(config)
-    claim_run_folder(path.parent, config, SETTINGS)
+    folder = RunFolder(config.output).pretraining
+    folder.claim(config, SETTINGS)
+    path = folder.backbone
     if path.exists():
-        say(f"{path} is there already")
+        say(f"{path} already exists")
         return path
     annotations = read_annotations(data_path(config, config.data.train))
     index = make_index(config, annotations)
@@ -71,11 +77,11 @@ def pretrain(config: Config, device: torch.device) -> Path:
     images = len(make_image_level_sampler(config, index, split.trained))
     torch.manual_seed(config.train.seed)
     model = build_classifier(config, annotations.categories).to(device)
-    train_classifier(model, _as_stage(config, images), path.parent, index, split, device)
+    train_classifier(model, _as_stage(config, images), folder, index, split, device)
     report = held_out_accuracy(model.eval(), config, index, split, device)
     report |= {"trained_images": images, "epochs": config.pretrain.epochs}
     if is_main():
-        with atomic_write(path.with_name("pretrain.json")) as temporary:
+        with atomic_write(folder.accuracy) as temporary:
             temporary.write_text(json.dumps(report, indent=1) + "\n")
         with atomic_write(path) as temporary:
             torch.save({key: value.cpu() for key, value in model.state_dict().items()}, temporary)
@@ -87,12 +93,12 @@ def pretrain(config: Config, device: torch.device) -> Path:
 def train_classifier(
     model: ImageClassifier,
     config: Config,
-    folder: Path,
+    folder: RunFolder,
     index: ImageLevelIndex,
     split: Split,
     device: torch.device,
 ) -> None:
-    """Trains for `train.steps` steps, or goes on where the last checkpoint left off, as `clis.engine.train`.
+    """Train for `train.steps` steps, or resume from the last checkpoint, as `clis.engine.train`.
 
     Args:
         config: with `train` and `optim` as they are in pre-training.
@@ -100,12 +106,11 @@ def train_classifier(
     images_per_process, accumulation = split_batch(config, world_size(), "pretrain")
     optimizer, scaler = make_optimizer(model, config), make_scaler(config, device)
     first_step, num_skipped = resume(folder, model, optimizer, scaler, config, (*SETTINGS, "train.steps"))
-    advice = "a lower pretrain.lr or an optim.clip_norm may help"
-    skipped = SkippedSteps(num_skipped, scaler, folder, config, advice)
+    skipped = SkippedSteps(num_skipped, scaler, folder, config.train, ADVICE)
     network = wrap_ddp(model, device).train()
     sampler = make_image_level_sampler(config, index, split.trained)
     say(describe_pretraining(config, len(sampler), split.held_out, model, accumulation))
-    clear_preempted_marker(folder)
+    folder.clear_preempted()
 
     sampler = SingleSampler(sampler, config.train.images_per_step, config.train.seed)
     steps = range(first_step, config.train.steps)
@@ -113,29 +118,47 @@ def train_classifier(
     dataset = RandomCrops(config.data, config.pretrain, index, split)
     pin = device.type == "cuda"
     loader = train_loader(dataset, micro_batches, config.data.workers, pin, collate_labeled)
-    log = MetricsLog(folder / "metrics.jsonl", first_step)
-    schedule = Schedule(config, folder)
+    log = MetricsLog(folder.metrics, first_step)
+    clock, seconds = SaveClock(config.train.save_minutes), []
 
-    def save(done: int) -> None:
+    def save(step: int) -> None:
         if is_main():
-            save_checkpoint(folder / "checkpoints", done, model, optimizer, scaler, config, skipped.total)
-            schedule.saved()
+            save_checkpoint(folder, step, model, optimizer, scaler, config, skipped.total)
+        clock.restart()
         barrier()
 
-    with Loop("pretrain", config, schedule, steps, loader, accumulation, device, save, LabeledBatch) as loop:
-        for step, batches in loop:
+    with (
+        Feed(loader, LabeledBatch, accumulation, device, config.data.max_bad_images) as feed,
+        StopRequest() as request,
+        Progress("pretrain", steps.stop, steps.start) as progress,
+    ):
+        for step in steps:
+            given = feed.take(request.received, clock.is_over())
+            if given.error is not None:
+                if step > first_step:
+                    say(f"{given.error}; saving step {step}")
+                    save(step)
+                raise given.error
+
+            began = time.monotonic()
             rate = learning_rate(step, config.optim, config.train.images_per_step)
-            sums, norm = classification_step(network, model, optimizer, scaler, batches, rate, config)
-            loop.computed()
-            skipped.check(norm, functools.partial(_not_finite, step, sums, batches))
+            sums, norm = classification_step(network, model, optimizer, scaler, given.batches, rate, config)
+            seconds.append((given.seconds, time.monotonic() - began))
+            skipped.check(norm, functools.partial(_not_finite, step, sums, given.batches))
 
             done, text = step + 1, ""
-            if schedule.record_due(done):
+            due = due_after(done, config.train)
+            if due.record:
                 loss, top1 = (all_reduce_sum(sums.sum(dim=0)) / config.train.images_per_step).tolist()
-                state = step_metrics(device, norm, rate, *loop.seconds(), config.train.images_per_step)
+                state = step_metrics(device, norm, rate, seconds, config.train.images_per_step)
+                seconds.clear()
                 log.write({"step": done, "loss": loss, "top1": top1, **state})
                 text = f"loss {loss:.2f} top-1 {_percent(top1)}"
-            loop.end_step(done, text)
+            progress.advance(text=text)
+            if due.checkpoint or given.save or given.stop:
+                save(done)
+            if given.stop and done < config.train.steps:
+                raise stop(folder, done)
 
 
 def classification_step(

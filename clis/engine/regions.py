@@ -23,12 +23,13 @@ from clis.data.image_level import ImageLevelIndex
 from clis.data.images import ImageError, open_image
 from clis.data.loader import image_loader
 from clis.data.regions import REGION_DTYPE, RegionSource, region_sidecar
-from clis.data.streams import make_index, read_annotations, regions_file
+from clis.data.streams import make_index, read_annotations
 from clis.distributed import barrier, broadcast_flag, from_main, is_main, rank, world_size
 from clis.engine.bad_images import check_bad_images
 from clis.engine.checkpoint import load_detector
 from clis.engine.optim import autocast
 from clis.engine.region_parts import RegionParts, remove_parts
+from clis.engine.run_folder import RunFolder, regions_file
 from clis.models import CLISDetector
 from clis.progress import Progress, say
 from clis.resize import scale_boxes, shortest_size
@@ -52,7 +53,7 @@ def detector_config(config: Config, overrides: Sequence[str] = ()) -> Config | N
         return None
     passed = detector_overrides(overrides)
     if any(_section(override) == "output" for override in overrides):
-        passed.append(f"output={Path(config.output, 'detector')}")
+        passed.append(f"output={RunFolder(config.output).detector}")
     return load_config(source, passed)
 
 
@@ -119,7 +120,7 @@ def detector_checkpoint(config: Config, detector: Config | None) -> Path:
             f"{regions_file(config)} does not exist, and the rule {config.regions.rule} makes it with a "
             "detector: name a checkpoint, a run folder or a config in regions.detector"
         )
-    return Path(source) if Path(source).suffix == ".pt" else Path(source, "checkpoints", "last.pt")
+    return Path(source) if Path(source).suffix == ".pt" else RunFolder(source).last
 
 
 def make_regions(

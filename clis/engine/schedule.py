@@ -1,53 +1,46 @@
-"""When a run saves and evaluates, and which of its checkpoints is the best."""
+"""What is due after a step: a pure function of the step, and a clock."""
 
 from __future__ import annotations
 
-import json
 import time
-from pathlib import Path
+from dataclasses import dataclass
 
-from clis.config import Config
-from clis.engine.checkpoint import checkpoint_name, link
+from clis.config import TrainConfig
 
 
-class Schedule:
-    """The steps at which something is due, from the config and the clock, in the run folder `folder`."""
+@dataclass(frozen=True)
+class Due:
+    """What a training does after a step."""
 
-    def __init__(self, config: Config, folder: Path) -> None:
-        self.train, self.folder = config.train, folder
-        self.last_save = time.monotonic()
+    record: bool
+    """Write a line of metrics.jsonl."""
+    checkpoint: bool
+    """Also before every evaluation: a run that is asked to stop may not have the time for one."""
+    evaluation: bool
+    """On the way; the evaluation after the last step is not part of the training."""
 
-    def evaluation_due(self, done: int) -> bool:
-        """Behind so many steps; that of the last step is no part of the training."""
-        every = self.train.eval_every
-        return every is not None and done % every == 0 and 0 < done < self.train.steps
 
-    def evaluation_folder(self, done: int) -> Path:
-        return self.folder / "evaluations" / f"step_{done:08d}"
+def due_after(done: int, train: TrainConfig) -> Due:
+    """Give what is due after `done` steps."""
+    last, every = done == train.steps, train.eval_every
+    evaluation = every is not None and done % every == 0 and 0 < done < train.steps
+    return Due(
+        record=last or done % train.log_every == 0,
+        checkpoint=last or done % train.save_every == 0 or evaluation,
+        evaluation=evaluation,
+    )
 
-    def checkpoint_due(self, done: int) -> bool:
-        """Also in front of every evaluation: a run that is asked to stop may not have its time left."""
-        saved = done % self.train.save_every == 0 or done == self.train.steps
-        return saved or self.evaluation_due(done)
 
-    def record_due(self, done: int) -> bool:
-        return done % self.train.log_every == 0 or done == self.train.steps
+class SaveClock:
+    """Whether the last checkpoint is older than `train.save_minutes`, by this process's clock."""
 
-    def minutes_are_over(self) -> bool:
-        """By this process's clock: one has to ask for all."""
-        minutes = self.train.save_minutes
-        return minutes is not None and time.monotonic() - self.last_save >= 60 * minutes
+    def __init__(self, minutes: float | None) -> None:
+        self.minutes = minutes
+        self.restart()
 
-    def saved(self) -> None:
-        self.last_save = time.monotonic()
+    def restart(self) -> None:
+        """Start from now: a checkpoint was written."""
+        self.began = time.monotonic()
 
-    def evaluated(self, done: int, ap: float) -> None:
-        """Makes the checkpoint of this step ``best.pt`` if no evaluation before it has its AP."""
-        before = [
-            json.loads(path.read_text())["AP"]
-            for path in (self.folder / "evaluations").glob("step_*/eval.json")
-            if int(path.parent.name.removeprefix("step_")) < done
-        ]
-        if ap > max(before, default=-1.0):
-            checkpoints = self.folder / "checkpoints"
-            link(checkpoints / checkpoint_name(done), checkpoints / "best.pt")
+    def is_over(self) -> bool:
+        return self.minutes is not None and time.monotonic() - self.began >= 60 * self.minutes

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import functools
-import json
 import math
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from clis.config import Config, data_path
 from clis.data.batch import Batch
 from clis.data.loader import MicroBatches, train_loader
 from clis.data.shapes import generate_shapes
-from clis.data.streams import make_streams, regions_file
+from clis.data.streams import make_streams
 from clis.distributed import (
     all_gather_rows,
     barrier,
@@ -25,7 +25,7 @@ from clis.distributed import (
     world_size,
     wrap_ddp,
 )
-from clis.engine.checkpoint import resume, save_checkpoint
+from clis.engine.checkpoint import mark_best, resume, save_checkpoint
 from clis.engine.describe import (
     ContrastWatch,
     contrast_state,
@@ -35,35 +35,36 @@ from clis.engine.describe import (
     summarize_step,
 )
 from clis.engine.evaluate import check_validation, evaluate_detector
+from clis.engine.feed import Feed
 from clis.engine.log import MetricsLog
-from clis.engine.loop import Loop, SkippedSteps
 from clis.engine.optim import gradient_step, learning_rate, make_optimizer, make_scaler, split_batch
-from clis.engine.preemption import clear_preempted_marker
+from clis.engine.preemption import StopRequest, stop
 from clis.engine.pretrain import pretrain
 from clis.engine.regions import detector_config, find_regions
-from clis.engine.run_folder import claim_run_folder
-from clis.engine.schedule import Schedule
+from clis.engine.run_folder import RunFolder, regions_file
+from clis.engine.schedule import SaveClock, due_after
+from clis.engine.skipped import SkippedSteps
 from clis.losses import find_classification_loss
 from clis.metric.lvis_eval import format_table
 from clis.models import CLISDetector, Normalizers, TrainOutput, build_model
-from clis.progress import say
+from clis.progress import Progress, say
 
-NOT_FINITE = "a lower optim.lr or loss.beta, a longer optim.warmup_steps or an optim.clip_norm may help"
+ADVICE = "a lower optim.lr or loss.beta, a longer optim.warmup_steps or an optim.clip_norm may help"
 """What to try where a loss or gradient is not finite."""
 
 
 def recipe(config: Config, name: str, overrides: Sequence[str], device: torch.device) -> None:
-    """Runs the stages that the config needs, leaving out what is done; then prints the comparison."""
+    """Run the stages that the config needs and that are not done yet; then print the comparison."""
     detector = detector_config(config, overrides)
     configs = [config] if detector is None else [detector, config]
     for each in configs:
-        find_classification_loss(each.loss.classification)  # a slip is told before anything is made
+        find_classification_loss(each.loss.classification)  # a typo is reported before any work starts
     for each in configs:
-        claim_run_folder(Path(each.output), each)
-    stages: list[tuple[str, Callable[[], None]]] = []
+        RunFolder(each.output).claim(each)
+    stages: list[tuple[str, Callable[[], object]]] = []
 
     def add_training(title: str, each: Config) -> None:
-        if each.pretrain.epochs > 0 and not Path(each.output, "eval.json").exists():
+        if each.pretrain.epochs > 0 and not RunFolder(each.output).result.exists():
             stages.append(("pre-training as an image classifier", lambda: pretrain(each, device)))
         stages.append((title, lambda: run(each, device)))
 
@@ -82,76 +83,98 @@ def recipe(config: Config, name: str, overrides: Sequence[str], device: torch.de
 
 
 def run(config: Config, device: torch.device) -> None:
-    """Trains and evaluates one detector in its run folder, going on from its last checkpoint."""
-    folder = Path(config.output)
-    claim_run_folder(folder, config)
-    if (folder / "eval.json").exists():
-        say(f"{folder} is finished already")
+    """Train and evaluate one detector in its run folder, or resume it there."""
+    folder = RunFolder(config.output)
+    folder.claim(config)
+    if folder.result.exists():
+        say(f"{folder} is already finished")
         return
     detector = train(config, folder, device)
     evaluate_detector(detector.eval(), config, folder)
 
 
-def train(config: Config, folder: Path, device: torch.device) -> CLISDetector:
-    """Trains a detector for `train.steps` steps, or goes on where its last checkpoint left off.
+def train(config: Config, folder: RunFolder, device: torch.device) -> CLISDetector:
+    """Train a detector for `train.steps` steps, or resume where its last checkpoint left off.
 
     Every random choice is a function of (seed, step, place in the global batch), so a resumed run equals the
     uninterrupted one (bit for bit on the CPU), and another number of processes sees the same images.
     """
-    annotations, dataset, sampler = make_streams(config)
+    annotations, dataset, sampler = make_streams(config, regions_file(config))
     check_validation(config, annotations.categories)
     images_per_process, accumulation = split_batch(config, world_size())
     torch.manual_seed(config.train.seed)
-    model = build_model(config, annotations.categories).to(device)
+    model = build_model(config, annotations.categories, pretrained=starting_weights(config, folder)).to(
+        device
+    )
     optimizer = make_optimizer(model, config)
     scaler = make_scaler(config, device)
     first_step, num_skipped = resume(folder, model, optimizer, scaler, config)
-    skipped = SkippedSteps(num_skipped, scaler, folder, config, NOT_FINITE)
-    network = wrap_ddp(model, device)
-    network.train()
+    skipped = SkippedSteps(num_skipped, scaler, folder, config.train, ADVICE)
+    network = wrap_ddp(model, device).train()
     say(describe_run(config, annotations, dataset.index, sampler, model, accumulation))
-    clear_preempted_marker(folder)
+    folder.clear_preempted()
 
     steps = range(first_step, config.train.steps)
     micro_batches = MicroBatches(sampler, steps, rank(), world_size(), images_per_process)
     loader = train_loader(dataset, micro_batches, config.data.workers, device.type == "cuda")
-    log = MetricsLog(folder / "metrics.jsonl", first_step)
-    schedule, watch = Schedule(config, folder), ContrastWatch()
+    log = MetricsLog(folder.metrics, first_step)
+    watch, clock, seconds = ContrastWatch(), SaveClock(config.train.save_minutes), []
 
-    def save(done: int) -> None:
+    def save(step: int) -> None:
         if is_main():
-            save_checkpoint(folder / "checkpoints", done, model, optimizer, scaler, config, skipped.total)
-            schedule.saved()
+            save_checkpoint(folder, step, model, optimizer, scaler, config, skipped.total)
+        clock.restart()
         barrier()
 
-    def evaluate(done: int) -> None:
-        metrics = evaluate_detector(model.eval(), config, schedule.evaluation_folder(done))
+    def evaluate(step: int) -> None:
+        metrics = evaluate_detector(model.eval(), config, folder.evaluation(step))
         network.train()
         if is_main():
-            schedule.evaluated(done, metrics["AP"])
-        log.write({"step": done, **metrics})
+            mark_best(folder, step, metrics["AP"])
+        log.write({"step": step, **metrics})
 
-    with Loop("train", config, schedule, steps, loader, accumulation, device, save, Batch) as loop:
-        if schedule.evaluation_due(first_step) and broadcast_flag(not log.has_evaluation(first_step)):
-            evaluate(first_step)  # the run was stopped behind the step's checkpoint
-        for step, batches in loop:
+    with (
+        Feed(loader, Batch, accumulation, device, config.data.max_bad_images) as feed,
+        StopRequest() as request,
+        Progress("train", steps.stop, steps.start) as progress,
+    ):
+        if due_after(first_step, config.train).evaluation and broadcast_flag(
+            not log.has_evaluation(first_step)
+        ):
+            evaluate(first_step)  # the run was stopped after the checkpoint of this step
+        for step in steps:
+            given = feed.take(request.received, clock.is_over())
+            if given.error is not None:
+                if step > first_step:
+                    say(f"{given.error}; saving step {step}")  # said first: the disk may be the same
+                    save(step)
+                raise given.error
+
+            began = time.monotonic()
             rate = learning_rate(step, config.optim, config.train.images_per_step)
-            normalizers = global_normalizers(loop.counts, config)
-            outputs, norm = train_step(network, model, optimizer, scaler, batches, normalizers, rate, config)
-            loop.computed()
-            skipped.check(norm, functools.partial(_not_finite, step, outputs, batches))
+            normalizers = global_normalizers(given.counts, config)
+            outputs, norm = train_step(
+                network, model, optimizer, scaler, given.batches, normalizers, rate, config
+            )
+            seconds.append((given.seconds, time.monotonic() - began))
+            skipped.check(norm, functools.partial(_not_finite, step, outputs, given.batches))
 
             done, text = step + 1, ""
-            if schedule.record_due(done):
-                record = summarize_step(outputs, config)
-                state = step_metrics(device, norm, rate, *loop.seconds(), config.train.images_per_step)
-                contrast = contrast_state(model, outputs)
+            due = due_after(done, config.train)
+            if due.record:
+                record, contrast = summarize_step(outputs, config), contrast_state(model, outputs)
+                state = step_metrics(device, norm, rate, seconds, config.train.images_per_step)
+                seconds.clear()
                 log.write({"step": done, **record, **contrast, **state})
                 text = format_losses(record)
                 if (warning := watch.look(done, contrast)) is not None:
                     say(warning)
-            loop.end_step(done, text)
-            if schedule.evaluation_due(done):
+            progress.advance(text=text)
+            if due.checkpoint or given.save or given.stop:
+                save(done)
+            if given.stop and done < config.train.steps:
+                raise stop(folder, done)
+            if due.evaluation:
                 evaluate(done)
     return model
 
@@ -166,7 +189,7 @@ def train_step(
     rate: float,
     config: Config,
 ) -> tuple[list[TrainOutput], float]:
-    """One step on this process's micro-batches: Eq. 2 and SGD, then momentum copy and queue.
+    """Make one step on this process's micro-batches: Eq. 2 and SGD, then momentum copy and queue.
 
     A gradient that is NaN or infinite changes nothing, on all processes alike (see `gradient_step`).
 
@@ -191,16 +214,26 @@ def train_step(
 
 
 def global_normalizers(counts: Sequence[int], config: Config) -> Normalizers:
-    """What the losses are divided by, from regions and pairs of the global batch; at least one of each."""
+    """Give what the losses are divided by: regions and pairs of the global batch, at least one of each."""
     regions, pairs = (max(1, count) / world_size() for count in counts)
     return Normalizers(config.train.images_per_step / world_size(), regions, pairs)
+
+
+def starting_weights(config: Config, folder: RunFolder) -> bool | Path:
+    """Give what the backbone starts from: `model.backbone.weights`, or what this run's pre-training made."""
+    if config.pretrain.epochs == 0:
+        return True
+    path = folder.pretraining.backbone
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: the backbone is not pre-trained yet; run train.py on the config")
+    return path
 
 
 # ---------------------------------------------------------------------------------------------------------
 
 
 def _not_finite(step: int, outputs: Sequence[TrainOutput], batches: Sequence[Batch]) -> str:
-    """Which loss of which images was not finite in a step."""
+    """Say which loss of which images was not finite in a step."""
     parts = []
     for output, batch in zip(outputs, batches):
         bad = [name for name, loss in output.losses.items() if not math.isfinite(loss.item())]
@@ -211,7 +244,7 @@ def _not_finite(step: int, outputs: Sequence[TrainOutput], batches: Sequence[Bat
 
 
 def _update_momentum_copy(model: CLISDetector, outputs: Sequence[TrainOutput]) -> None:
-    """After the step: move the momentum copy and push all ranks' keys in the order of the global batch."""
+    """Move the momentum copy after the step and push all ranks' keys in the order of the global batch."""
     if model.contrastive is None:
         return
     keys = all_gather_rows(torch.cat([output.keys[0] for output in outputs]))
@@ -220,11 +253,7 @@ def _update_momentum_copy(model: CLISDetector, outputs: Sequence[TrainOutput]) -
 
 
 def _compare(configs: Sequence[Config]) -> None:
-    """Prints the results of the runs that have any, one below the other."""
-    files = {config.output: Path(config.output, "eval.json") for config in configs}
+    """Print the results of the runs that have any, one below the other."""
+    folders = [RunFolder(config.output) for config in configs]
     if is_main():
-        say(
-            format_table(
-                {name: json.loads(file.read_text()) for name, file in files.items() if file.exists()}
-            )
-        )
+        say(format_table({str(each): each.read_result() for each in folders if each.result.exists()}))

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from clis.config import Config, data_path, pretrained_backbone
+from clis.config import Config, data_path
 from clis.losses import build_classification_loss
 from clis.models.backbone import Backbone, ImageClassifier, ResNet
 from clis.models.contrastive import ContrastiveRegularization
@@ -28,8 +29,8 @@ __all__ = [
 ]
 
 
-def build_model(config: Config, categories: Sequence[Any], *, pretrained: bool = True) -> CLISDetector:
-    """A detector for C categories, initialized from torch's global generator.
+def build_model(config: Config, categories: Sequence[Any], *, pretrained: bool | Path = True) -> CLISDetector:
+    """Build a detector for C categories, initialized from torch's global generator.
 
     Sub-networks are shared by aliasing: without TSS the localization sub-network *is* the classification one;
     siamese, image classification *is* instance classification.
@@ -37,8 +38,8 @@ def build_model(config: Config, categories: Sequence[Any], *, pretrained: bool =
     Args:
         categories: one object a class; the label is the place in this sequence. The classification loss may
             read `image_count` and `frequency` of `clis.data.categories.Category`.
-        pretrained: load what the backbone starts from: the run's own pre-training (`pretrain.epochs` > 0), or
-            `model.backbone.weights`, if the config names any.
+        pretrained: load `model.backbone.weights`, if the config names any; a path loads those weights in
+            place of them, e.g. what a run's own pre-training (`pretrain.epochs` > 0) has made.
 
     Raises:
         FileNotFoundError, ValueError: the backbone weights are missing or of another network, or
@@ -47,8 +48,8 @@ def build_model(config: Config, categories: Sequence[Any], *, pretrained: bool =
     model, clis = config.model, config.clis
     num_classes = len(categories)
     backbone = Backbone(model.backbone)
-    if pretrained and config.pretrain.epochs > 0:
-        _load_pretrained(backbone.body, config)
+    if isinstance(pretrained, Path):
+        load_backbone_weights(backbone.body, model.backbone.name, pretrained)
     elif pretrained:
         _load_weights(backbone.body, config)
     loss = build_classification_loss(config.loss.classification, categories)
@@ -119,12 +120,3 @@ def _load_weights(body: ResNet, config: Config) -> None:
     backbone = config.model.backbone
     if backbone.weights is not None:
         load_backbone_weights(body, backbone.name, data_path(config, backbone.weights), backbone.download)
-
-
-def _load_pretrained(body: ResNet, config: Config) -> None:
-    path = pretrained_backbone(config)
-    if not path.exists():
-        raise FileNotFoundError(
-            f"{path}: the backbone is not pre-trained yet; train.py does it, or `python -m clis pretrain`"
-        )
-    load_backbone_weights(body, config.model.backbone.name, path)

@@ -1,0 +1,83 @@
+"""The batches of each step, and what the processes have to agree on before it, in one message."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Generator, Iterable
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+import torch
+
+from clis.data.batch import OnDevice, count_batches
+from clis.distributed import all_reduce_sum
+from clis.engine.bad_images import BadImages
+
+B = TypeVar("B", bound=OnDevice)
+
+
+@dataclass(frozen=True)
+class StepInput(Generic[B]):
+    """One step's input."""
+
+    batches: list[B]
+    """The micro-batches of this process, on the device."""
+    counts: list[int]
+    """Of the global batch, as `OnDevice.counts`."""
+    stop: bool
+    """Some process was asked to stop."""
+    save: bool
+    """Some process wants a checkpoint by its clock."""
+    error: Exception | None
+    """Why the step cannot be made: too many images cannot be read, here or on another process."""
+    seconds: float
+    """Waiting for the data."""
+
+
+class Feed(Generic[B]):
+    """Gives the input of one step after the other. A context manager, which ends the loader processes."""
+
+    def __init__(
+        self,
+        loader: Iterable[B],
+        kind: type[B],
+        micro_batches: int,
+        device: torch.device,
+        max_bad_images: int,
+    ) -> None:
+        """
+        Args:
+            loader: the micro-batches of this process, in order.
+            kind: their class.
+            micro_batches: number per step.
+            max_bad_images: `data.max_bad_images`.
+        """
+        self.batches, self.kind = _iterated(loader), kind
+        self.micro_batches, self.device = micro_batches, device
+        self.bad_images = BadImages(max_bad_images)
+
+    def __enter__(self) -> Feed[B]:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.batches.close()
+
+    def take(self, stop: bool, save: bool) -> StepInput[B]:
+        """Load the next step's batches and exchange requests and counts; called on all processes.
+
+        Args:
+            stop: this process was asked to stop.
+            save: this process wants a checkpoint by its clock.
+        """
+        began, bad = time.monotonic(), self.bad_images
+        batches = bad.load(self.batches, self.micro_batches, self.device)
+        counts = count_batches(batches, self.kind)
+        message = torch.tensor([len(bad.new), bad.gone is not None, stop, save, *counts])
+        new, gone, stopping, saving, *counts = all_reduce_sum(message).tolist()
+        error = bad.verdict(new, gone)
+        return StepInput(batches, counts, stopping > 0, saving > 0, error, time.monotonic() - began)
+
+
+def _iterated(loader: Iterable[B]) -> Generator[B, None, None]:
+    """A loader's iterator that can be closed."""
+    yield from loader
