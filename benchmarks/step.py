@@ -69,7 +69,7 @@ def our_step(device: str, *overrides: str, classes: int = CLASSES) -> Callable[[
     optimizer, scaler = make_optimizer(model, config), torch.amp.GradScaler(device, enabled=False)
     batch = make_batch(config.clis.s, config.clis.t, classes, device)
     normalizers = global_normalizers(batch.counts, config)
-    return lambda: train_step(model, model, optimizer, scaler, [batch], normalizers, 1e-6, config)
+    return lambda: train_step(model, model, optimizer, scaler, [batch], normalizers, 1e-6, 0.0, config)
 
 
 def parts(s: int, t: int) -> tuple[str, ...]:

@@ -111,6 +111,14 @@ def random_order(count: int, seed: int, device: torch.device) -> Tensor:
     return mixed << 31 | place
 
 
+def uniform(count: int, seed: int, device: torch.device) -> Tensor:
+    """Give numbers in [0,1), float64 [count], that look random, by seed and place alone.
+
+    They are independent of `random_order`'s for the same seed.
+    """
+    return (random_order(count, ~seed, device) >> 31).double() / 2**32
+
+
 def _mix(x: Tensor) -> Tensor:
     """A bijection of int64 numbers in [0, 2**32)."""
     for _ in range(2):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -10,6 +10,7 @@ import torch
 from runs import CONFIG, SHORT
 from torch import Tensor
 
+from clis import boxes as box_ops
 from clis.commands import run_verb
 from clis.config import Config
 from clis.config_files import config_from_dict, merge_overrides
@@ -17,6 +18,7 @@ from clis.data.batch import Batch, Sample, collate, count_batches
 from clis.data.categories import Category
 from clis.data.shapes import ShapesSpec, write_shapes
 from clis.distributed import all_reduce_sum
+from clis.losses import Rows
 from clis.models import CLISDetector, Normalizers, build_model
 
 CATEGORIES = tuple(
@@ -94,8 +96,18 @@ def normalizers_of(batch: Batch) -> Normalizers:
     return Normalizers(len(batch.images), max(1, len(batch.regions)), max(1, len(batch.pair_boxes)))
 
 
+def rows_of(images: Sequence[int], normalizer: float | None = None) -> Rows:
+    """Rows of these images, which are numbered from 0; by default of the whole global batch."""
+    count = max(images, default=-1) + 1
+
+    def uniform(numbers: int) -> torch.Tensor:
+        return torch.stack([box_ops.uniform(numbers, seed, torch.device("cpu")) for seed in range(count)])
+
+    return Rows(torch.tensor(images, dtype=torch.int64), count, normalizer or max(1, count), uniform)
+
+
 def global_counts(batches: list[Batch]) -> list[int]:
-    """Regions and pairs of the micro-batches of all processes, as `Loop` counts them."""
+    """Regions and pairs of the micro-batches of all processes, as `Feed` counts them."""
     return all_reduce_sum(torch.tensor(count_batches(batches, Batch))).tolist()
 
 

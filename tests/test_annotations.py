@@ -77,6 +77,7 @@ def test_frequency_is_counted_in_images_where_the_file_has_none(load):
     categories = [{"id": k, "name": str(k)} for k in holds]
     annotations = load({"images": images, "annotations": records, "categories": categories})
     assert [c.image_count for c in annotations.categories] == [10, 11, 100, 101, 0]
+    assert [c.instance_count for c in annotations.categories] == [20, 22, 200, 202, 0]
     assert [c.frequency for c in annotations.categories] == ["r", "c", "c", "f", "r"]
 
 
@@ -190,7 +191,7 @@ def changed(kind, **values):
             "image 7: neg_category_ids has the unknown category id 77",
         ),
         (changed("categories", frequency="x"), "category 2: frequency 'x' must be r, c or f"),
-        (changed("categories", name=5), "category 2: name 5 and image_count"),
+        (changed("categories", name=5), "category 2: name 5 must be a string; image_count"),
     ],
 )
 def test_bad_files_are_named_with_the_record(load, tmp_path, change, message):

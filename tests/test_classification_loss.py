@@ -29,33 +29,32 @@ from torch import nn
 from clis.losses import CrossEntropy
 
 class Weighted(CrossEntropy):
-    def __init__(self, categories):
+    def __init__(self, categories, *, gamma: float = 2.0, hard: bool = False):
         super().__init__(categories)
+        self.gamma, self.hard = gamma, hard
         self.register_buffer("counts", torch.tensor([float(each.image_count) for each in categories]))
 """
 
 LACKING = """
-from clis.losses import CrossEntropy
+from clis.losses import ClassificationLoss, CrossEntropy
 from torch import nn
 
 class Plain(nn.Module): pass
-class Mute(nn.Module):
+class Mute(ClassificationLoss):
     def scores(self, logits): return logits
-class Blind(nn.Module):
-    def forward(self, logits, labels, normalizer): return logits.sum()
-class Unsized(Mute, Blind):
-    def __init__(self, categories):
-        super().__init__()
+class Blind(ClassificationLoss):
+    def forward(self, logits, labels, normalizer, rows): return logits.sum()
+class Unsized(Mute, Blind): pass
 class Counted(CrossEntropy):
     def __init__(self, num_classes):
         super().__init__(range(num_classes))
 class Mean(CrossEntropy):
-    def forward(self, logits, labels, normalizer):
+    def forward(self, logits, labels, normalizer, rows):
         return nn.functional.cross_entropy(logits, labels)
 class Rows(CrossEntropy):
-    def forward(self, logits, labels, normalizer): return logits.sum(dim=1)
+    def forward(self, logits, labels, normalizer, rows): return logits.sum(dim=1)
 class Number(CrossEntropy):
-    def forward(self, logits, labels, normalizer): return 0.0
+    def forward(self, logits, labels, normalizer, rows): return 0.0
 class WithBackground(CrossEntropy):
     def scores(self, logits): return logits.softmax(dim=1)
 def function(categories): return CrossEntropy(categories)
@@ -83,7 +82,7 @@ def modules(tmp_path, monkeypatch) -> Path:
 
 def test_names_of_ours_import_nothing(modules):
     before = set(sys.modules), list(sys.path)
-    assert find_classification_loss("cross_entropy") is CrossEntropy
+    assert find_classification_loss("cross_entropy").func is CrossEntropy
     assert (set(sys.modules), sys.path) == before
 
 
@@ -115,8 +114,8 @@ def test_the_loss_is_given_the_categories_with_their_training_images(modules):
         ("failing_loss:Focal", r"importing failing_loss fails with RuntimeError: no license"),
         ("sound_loss:Weigthed", r"FOLDER/sound_loss\.py has no class Weigthed; did you mean Weighted\?"),
         ("broken:X", r"there is no module broken"),
-        ("lacking_loss:function", r"function in FOLDER/lacking_loss\.py is no class of nn\.Module with num_"),
-        ("lacking_loss:Plain", r"Plain in FOLDER/lacking_loss\.py has no forward; it needs num_logits, forw"),
+        ("lacking_loss:function", r"function in FOLDER/lacking_loss\.py is not a loss; it needs num_logits"),
+        ("lacking_loss:Plain", r"Plain in FOLDER/lacking_loss\.py is not a loss; it needs num_logits, forw"),
         ("lacking_loss:Mute", r"Mute in .* has no forward; it needs"),
         ("lacking_loss:Blind", r"Blind in .* has no scores; it needs .*see docs/benchmark\.md"),
         (
@@ -127,8 +126,8 @@ def test_the_loss_is_given_the_categories_with_their_training_images(modules):
             "lacking_loss:Counted",
             r"built from 5 categories .* fails with TypeError: 'tuple' object cannot",
         ),
-        ("lacking_loss:Mean", r"forward gives nan for no rows; return one number, the sum over the rows"),
-        ("lacking_loss:Rows", r"forward gives \[\] for no rows"),
+        ("lacking_loss:Mean", r"it gives nan, nan for no rows; return one number, the sum over the rows"),
+        ("lacking_loss:Rows", r"it gives \[\], \[\] for no rows"),
         ("lacking_loss:Number", r"fails with AttributeError: 'float' object has no attribute 'shape'"),
         (
             "lacking_loss:WithBackground",
@@ -140,6 +139,55 @@ def test_what_is_wrong_with_a_loss_is_told(modules, name, message):
     message = rf"loss\.classification={name}: .*" + message.replace("FOLDER", str(modules))
     with pytest.raises(ValueError, match=message):
         build_classification_loss(name, CATEGORIES)
+
+
+@pytest.mark.parametrize(
+    ("call", "expected"),
+    [
+        ("", (2.0, False)),
+        ("()", (2.0, False)),
+        ("(gamma=10)", (10.0, False)),
+        (" ( hard=true, gamma=1e-1 )", (0.1, True)),
+    ],
+)
+def test_options_are_given_as_in_a_call(modules, call, expected):
+    loss = build_classification_loss(f"sound_loss:Weighted{call}", CATEGORIES)
+    assert (loss.gamma, loss.hard) == expected
+    assert isinstance(loss.gamma, float)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        ("(gama=10)", r"it has no option gama; did you mean gamma\?"),
+        ("(gamma='x')", r"gamma is 'x'; expected a number"),
+        ("(gamma=true)", r"gamma is True; expected a number"),
+        ("(hard=1)", r"hard is 1; expected true or false"),
+        ("(10)", r"write options as in a call, e\.g\. eqlv2\(gamma=10\)"),
+        ("(gamma=10", r"write options as in a call"),
+        ("(gamma=10)(gamma=2)", r"write options as in a call"),
+        ("(gamma=__import__('os').getpid())", r"gamma is not a plain value"),
+        ("(gamma=1, gamma=2)", r"write options as in a call"),
+        ("(**{'gamma': 1})", r"write options as in a call"),
+    ],
+)
+def test_what_is_wrong_with_options(modules, call, message):
+    with pytest.raises(ValueError, match=rf"loss\.classification=sound_loss:Weighted.*{message}"):
+        find_classification_loss(f"sound_loss:Weighted{call}")
+
+
+def test_an_option_of_a_loss_without_options():
+    with pytest.raises(ValueError, match=r"cross_entropy\(gamma=1\): it has no option gamma; known: none"):
+        find_classification_loss("cross_entropy(gamma=1)")
+
+
+def test_two_objectnesses_in_one_score_are_refused(modules):
+    (modules / "own_loss.py").write_text(
+        "from clis.losses import CrossEntropy\nclass Own(CrossEntropy):\n    has_objectness = True\n"
+    )
+    build_model(tiny_config("loss.classification=own_loss:Own", "clis.objectness=false"), CATEGORIES)
+    with pytest.raises(ValueError, match=r"own_loss:Own has an objectness of its own.*clis\.objectness=true"):
+        build_model(tiny_config("loss.classification=own_loss:Own"), CATEGORIES)
 
 
 def test_it_is_told_before_anything_is_made(modules, data):
@@ -166,7 +214,7 @@ def test_check_tries_the_loss_where_the_backbone_is_still_to_be_downloaded(modul
     overrides = ["loss.classification=lacking_loss:Mean", f"model.backbone={backbone}", f"data.root={data}"]
     report = check.check(load_config(BASELINE, [*SHORT[1:], *overrides]), workers=0, sample=1)
     assert any("resnet18.pth: will be downloaded" in note for note in report.notes)
-    assert [error for error in report.errors if "forward gives nan" in error] == report.errors != []
+    assert [error for error in report.errors if "it gives nan" in error] == report.errors != []
 
 
 def test_a_checkpoint_imports_its_loss_with_the_detector_and_not_before(modules):

@@ -273,9 +273,9 @@ def test_every_switch_trains_and_round_trips(overrides):
     with torch.no_grad():  # one step, so that neither weights nor queue are those of a fresh model
         for p in model.parameters():
             p.sub_(0 if p.grad is None else 0.1 * p.grad)
-    assert (output.keys is None) == (model.contrastive is None)
-    if output.keys is not None:
-        model.contrastive.update(model.classification.sub_network, *output.keys)
+    assert ("keys" in output.pending.rows) == (model.contrastive is not None)
+    model.after_step(output.pending, 0.1)
+    if model.contrastive is not None:
         assert model.contrastive.queue.pushed == 4
 
     other = make_model(*overrides, seed=1)
@@ -293,7 +293,7 @@ def test_all_off_is_a_plain_faster_rcnn():
     model, batch = make_model(*OFF), make_batch()
     output = model(batch, normalizers_of(batch))
     assert set(output.losses) == {"rpn_objectness", "rpn_box", "box", "instance_cls"}
-    assert output.keys is None
+    assert output.pending.rows == {}
     names = {name for name, _ in model.named_parameters() if not name.startswith("backbone.")}
     layers = [f"rpn.{layer}" for layer in ("conv", "objectness", "deltas")]
     layers += [f"localization.sub_network.{layer}" for layer in ("fc1", "fc2")]  # the one 2fc of both tasks
@@ -352,7 +352,7 @@ def test_box_loss_is_of_the_own_class(class_agnostic):
 
 def test_pairs_are_pooled_exactly_on_their_boxes():
     model, batch = make_model(), make_batch(2, pairs=2)
-    keys, labels = model(batch, normalizers_of(batch)).keys
+    keys, labels = model(batch, normalizers_of(batch)).pending.rows.values()
     assert batch.pair_regions.tolist() == [0, 1, 4, 5]
     assert batch.pair_images.tolist() == [0, 0, 1, 1]
     pasted = model.roi_align(model.backbone(batch.images), batch.pair_boxes, batch.pair_images)
@@ -400,8 +400,9 @@ def test_odd_batches_train_every_parameter(samples, queue_init):
     for name, p in model.named_parameters():
         if p.requires_grad:
             assert p.grad.isfinite().all(), name  # zero where there is nothing to learn, but there
-    assert len(output.keys[0]) == len(output.keys[1]) == 2 * len(batch.pair_boxes)
-    model.contrastive.update(model.classification.sub_network, *output.keys)
+    rows = output.pending.rows
+    assert len(rows["keys"]) == len(rows["key_labels"]) == 2 * len(batch.pair_boxes)
+    model.after_step(output.pending, 0.1)
 
 
 def test_region_losses_equal_torchvisions_up_to_the_recipe():
@@ -476,7 +477,7 @@ def test_autocast_on_the_cpu():
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
     # the RPN's maps, made without a graph, left no weights without one in autocast's cache
     assert all(p.grad.any() for p in model.rpn.parameters())
-    assert output.keys[0].dtype == torch.float32
+    assert output.pending.rows["keys"].dtype == torch.float32
 
 
 # --- predictions and detections ---

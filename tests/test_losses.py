@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import CATEGORIES
+from conftest import CATEGORIES, rows_of
 
 from clis.losses import (
     CLASSIFICATION_LOSSES,
@@ -49,7 +49,7 @@ def test_every_classification_loss_keeps_to_the_interface():
     for build in CLASSIFICATION_LOSSES.values():
         loss = build(CATEGORIES)
         logits = randn(8, loss.num_logits).requires_grad_()
-        value = loss(logits, torch.tensor([0, 1, 2, 3, 4, 5, 5, 5]), 8.0)
+        value = loss(logits, torch.tensor([0, 1, 2, 3, 4, 5, 5, 5]), 8.0, rows_of([0] * 5 + [1] * 3))
         value.backward()
         assert value.shape == ()
         assert logits.grad.abs().sum() > 0

@@ -349,7 +349,7 @@ def _one_rank_spoiled(rank: int, folder: str) -> None:
 
         model.forward = infinite
     normalizers = train.global_normalizers(global_counts([batch]), config)
-    _, norm = train.train_step(network, model, optimizer, scaler, [batch], normalizers, 0.1, config)
+    _, norm = train.train_step(network, model, optimizer, scaler, [batch], normalizers, 0.1, 0.0, config)
     Path(folder, f"norm_{rank}").write_text(str(norm))
     torch.distributed.destroy_process_group()
 

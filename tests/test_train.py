@@ -259,7 +259,9 @@ def run_steps(rank: int, processes: int, accumulation: int, folder: str, loss: s
         items = [{**options, "seed": options["seed"] + 10 * step} for options in mine]
         micro = batches_of([items[i : i + size] for i in range(0, share, size)])
         normalizers = train.global_normalizers(global_counts(micro), config)
-        outputs, _ = train.train_step(network, model, optimizer, scaler, micro, normalizers, 0.02, config)
+        outputs, _ = train.train_step(
+            network, model, optimizer, scaler, micro, normalizers, 0.02, (step + 1) / STEPS, config
+        )
         totals.append(summarize_step(outputs, config) | contrast_state(model, outputs))
     name = f"{processes}x{accumulation}_{rank}.pt"
     torch.save({"model": model.state_dict(), "totals": totals}, Path(folder, name))
@@ -338,13 +340,13 @@ def test_what_is_not_finite_is_named_and_changes_nothing(spoil, named, tmp_path,
     model = build_model(config, CATEGORIES).train()
     optimizer, scaler = make_optimizer(model, config), torch.amp.GradScaler("cpu", enabled=False)
     first = collate([make_sample(seed=6)])
-    train.train_step(model, model, optimizer, scaler, [first], normalizers_of(first), 0.1, config)
+    train.train_step(model, model, optimizer, scaler, [first], normalizers_of(first), 0.1, 0.0, config)
     spoil(model)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     momentum = [state["momentum_buffer"].clone() for state in optimizer.state.values()]
     batches = [collate([make_sample(seed=7)])]
     outputs, norm = train.train_step(
-        model, model, optimizer, scaler, batches, normalizers_of(batches[0]), 0.1, config
+        model, model, optimizer, scaler, batches, normalizers_of(batches[0]), 0.1, 0.0, config
     )
     assert not math.isfinite(norm)
     assert_same_state(model.state_dict(), before)  # weights, queue and momentum copy
@@ -378,7 +380,7 @@ def test_a_loss_that_stays_infinite_ends_a_float16_run(scale, allowed, steps, tm
 
     def step() -> None:
         outputs, norm = train.train_step(
-            model, model, optimizer, scaler, [batch], normalizers_of(batch), 0.001, config
+            model, model, optimizer, scaler, [batch], normalizers_of(batch), 0.001, 0.0, config
         )
         skipped.check(norm, lambda: train._not_finite(41, outputs, [batch]))
 

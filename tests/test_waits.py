@@ -55,7 +55,7 @@ def test_a_step_waits_eight_times_and_twice_for_each_further_image(images, norm,
     batch = make_batch(images)
 
     def step() -> None:
-        train.train_step(model, model, optimizer, scaler, [batch], normalizers_of(batch), 1e-4, config)
+        train.train_step(model, model, optimizer, scaler, [batch], normalizers_of(batch), 1e-4, 0.0, config)
 
     step()  # makes the optimizer's buffers
     waits = Waits(monkeypatch)

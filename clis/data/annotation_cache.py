@@ -20,7 +20,7 @@ import numpy as np
 from clis.data.mapped import map_array
 from clis.data.records import Packed
 
-FORMAT = 2
+FORMAT = 3
 """Of the folders; another number makes them stale. Raise it when what is kept in them changes."""
 
 _INDEX = "index.json"

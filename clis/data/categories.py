@@ -18,6 +18,8 @@ class Category:
     """``r``, ``c`` or ``f``: 1-10, 11-100 or more than 100 training images (LVIS)."""
     image_count: int
     """Training images that hold the class."""
+    instance_count: int = 0
+    """Its boxes in training; 0 in checkpoints from before it was counted."""
 
 
 def check_same_categories(

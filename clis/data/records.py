@@ -303,23 +303,32 @@ def _sorted_categories(records: Sequence[Record], path: str | Path) -> tuple[lis
 def _category_fields(
     records: Sequence[Record], rows: np.ndarray, labels: np.ndarray, path: str | Path
 ) -> list[dict[str, Any]]:
-    """LVIS's own counts where the file has them, else counts of the images (rows) that hold each label."""
+    """LVIS's own counts where the file has them, else those of boxes, and of images (rows) that hold any."""
     part = _Part(path, "category", records)
     names = part.column("name")
     image_label_pairs = np.unique(rows * len(records) + labels)
     counts = np.bincount(image_label_pairs % len(records), minlength=len(records)).tolist()
+    instances = np.bincount(labels, minlength=len(records)).tolist()
     categories = []
     for place, (record, name) in enumerate(zip(records, names)):
         count = record.get("image_count", counts[place])
-        if not isinstance(name, str) or not isinstance(count, int):
-            what = f"name {name!r} and image_count {count!r} must be a string and an integer"
+        boxes = record.get("instance_count", instances[place])
+        if not (isinstance(name, str) and isinstance(count, int) and isinstance(boxes, int)):
+            what = f"name {name!r} must be a string; image_count {count!r}, instance_count {boxes!r} integers"
             raise part.fault(place, what)
         frequency = record.get("frequency", _frequency(count))
         if frequency not in ("r", "c", "f"):
             raise part.fault(place, f"frequency {frequency!r} must be r, c or f")
         synset = record.get("synset") or ""
         categories.append(
-            {"id": record["id"], "name": name, "synset": synset, "frequency": frequency, "image_count": count}
+            {
+                "id": record["id"],
+                "name": name,
+                "synset": synset,
+                "frequency": frequency,
+                "image_count": count,
+                "instance_count": boxes,
+            }
         )
     return categories
 

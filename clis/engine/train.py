@@ -18,6 +18,7 @@ from clis.data.shapes import generate_shapes
 from clis.data.streams import make_streams
 from clis.distributed import (
     all_gather_rows,
+    all_reduce_sum,
     barrier,
     broadcast_flag,
     is_main,
@@ -46,7 +47,7 @@ from clis.engine.schedule import SaveClock, due_after
 from clis.engine.skipped import SkippedSteps
 from clis.losses import find_classification_loss
 from clis.metric.lvis_eval import format_table
-from clis.models import CLISDetector, Normalizers, TrainOutput, build_model
+from clis.models import CLISDetector, Normalizers, Pending, TrainOutput, build_model
 from clis.progress import Progress, say
 
 ADVICE = "a lower optim.lr or loss.beta, a longer optim.warmup_steps or an optim.clip_norm may help"
@@ -153,8 +154,9 @@ def train(config: Config, folder: RunFolder, device: torch.device) -> CLISDetect
             began = time.monotonic()
             rate = learning_rate(step, config.optim, config.train.images_per_step)
             normalizers = global_normalizers(given.counts, config)
+            progress_made = (step + 1) / config.train.steps
             outputs, norm = train_step(
-                network, model, optimizer, scaler, given.batches, normalizers, rate, config
+                network, model, optimizer, scaler, given.batches, normalizers, rate, progress_made, config
             )
             seconds.append((given.seconds, time.monotonic() - began))
             skipped.check(norm, functools.partial(_not_finite, step, outputs, given.batches))
@@ -162,12 +164,13 @@ def train(config: Config, folder: RunFolder, device: torch.device) -> CLISDetect
             done, text = step + 1, ""
             due = due_after(done, config.train)
             if due.record:
-                record, contrast = summarize_step(outputs, config), contrast_state(model, outputs)
-                state = step_metrics(device, norm, rate, seconds, config.train.images_per_step)
+                record = summarize_step(outputs, config)
+                state = contrast_state(model, outputs) | model.classification_loss.summary()
+                times = step_metrics(device, norm, rate, seconds, config.train.images_per_step)
                 seconds.clear()
-                log.write({"step": done, **record, **contrast, **state})
+                log.write({"step": done, **record, **state, **times})
                 text = format_losses(record)
-                if (warning := watch.look(done, contrast)) is not None:
+                if (warning := watch.look(done, state)) is not None:
                     say(warning)
             progress.advance(text=text)
             if due.checkpoint or given.save or given.stop:
@@ -187,15 +190,17 @@ def train_step(
     batches: Sequence[Batch],
     normalizers: Normalizers,
     rate: float,
+    progress: float,
     config: Config,
 ) -> tuple[list[TrainOutput], float]:
-    """Make one step on this process's micro-batches: Eq. 2 and SGD, then momentum copy and queue.
+    """Make one step on this process's micro-batches: Eq. 2 and SGD, then what `after_step` moves.
 
     A gradient that is NaN or infinite changes nothing, on all processes alike (see `gradient_step`).
 
     Args:
         network: the model, or DDP around it.
         rate: the step's learning rate.
+        progress: share of the training that this step completes.
 
     Returns:
         What `CLISDetector.forward` gave for each micro-batch, and the norm of the gradient before clipping.
@@ -209,7 +214,7 @@ def train_step(
 
     norm = gradient_step(network, optimizer, scaler, batches, total_loss, rate, config, device)
     if math.isfinite(norm):
-        _update_momentum_copy(model, outputs)
+        model.after_step(_of_all_processes([output.pending for output in outputs]), progress)
     return outputs, norm
 
 
@@ -243,13 +248,15 @@ def _not_finite(step: int, outputs: Sequence[TrainOutput], batches: Sequence[Bat
     return f"step {step + 1}: not finite: {'; '.join(parts) or f'the gradient, images {images}'}"
 
 
-def _update_momentum_copy(model: CLISDetector, outputs: Sequence[TrainOutput]) -> None:
-    """Move the momentum copy after the step and push all ranks' keys in the order of the global batch."""
-    if model.contrastive is None:
-        return
-    keys = all_gather_rows(torch.cat([output.keys[0] for output in outputs]))
-    labels = all_gather_rows(torch.cat([output.keys[1] for output in outputs]))
-    model.contrastive.update(model.classification.sub_network, keys, labels)
+def _of_all_processes(parts: Sequence[Pending]) -> Pending:
+    """Join what the micro-batches of all processes left for after the step."""
+    sums = {name: torch.stack([part.sums[name] for part in parts]).sum(dim=0) for name in parts[0].sums}
+    return Pending(
+        sums={name: all_reduce_sum(value) if value.numel() else value for name, value in sums.items()},
+        rows={
+            name: all_gather_rows(torch.cat([part.rows[name] for part in parts])) for name in parts[0].rows
+        },
+    )
 
 
 def _compare(configs: Sequence[Config]) -> None:

@@ -6,13 +6,16 @@ from clis.losses.classification import (
     build_classification_loss,
     find_classification_loss,
 )
+from clis.losses.contract import ClassificationLoss, Rows
 from clis.losses.contrastive import info_nce
 from clis.losses.cross_entropy import CrossEntropy
 from clis.losses.precision import at_least_float32
 
 __all__ = [
     "CLASSIFICATION_LOSSES",
+    "ClassificationLoss",
     "CrossEntropy",
+    "Rows",
     "at_least_float32",
     "build_classification_loss",
     "find_classification_loss",

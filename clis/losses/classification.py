@@ -2,45 +2,90 @@
 
 from __future__ import annotations
 
+import ast
 import difflib
+import functools
 import importlib
+import inspect
 import os
 import sys
-from collections.abc import Iterable, Sequence
+import typing
+from collections.abc import Callable, Iterable, Sequence
 from types import ModuleType
 from typing import Any
 
 import torch
-from torch import nn
 
+from clis.losses.contract import ClassificationLoss, Rows
 from clis.losses.cross_entropy import CrossEntropy
 
-CLASSIFICATION_LOSSES: dict[str, type[nn.Module]] = {"cross_entropy": CrossEntropy}
-"""Ours, by name. Any classification loss is an `nn.Module` that is built from the C categories alone: one
-object a class, its place the label; those of a data set have training's `image_count` and `frequency`. It has
+CLASSIFICATION_LOSSES: dict[str, type[ClassificationLoss]] = {"cross_entropy": CrossEntropy}
+"""Ours, by name."""
 
-* `num_logits`: K, the outputs of the last fc;
-* `forward(logits, labels, normalizer)`: for logits [N,K] (narrower than float32 under autocast) and labels
-  int64 [N] in 0..C, background C, the sum over the rows divided by `normalizer`: one number, float32 at
-  least, 0 for no rows. So the parts of a batch that is split over processes add up to the same;
-* `scores(logits)`: for logits [N,K] the scores [N,C] in 0..1 that rank the detections, float32 at least.
-"""
-
-_NEEDED = "num_logits, forward(logits, labels, normalizer) and scores(logits): see docs/benchmark.md"
+_NEEDED = (
+    "num_logits, forward(logits, labels, normalizer, rows) and scores(logits) of a subclass of "
+    "clis.losses.ClassificationLoss: see docs/benchmark.md"
+)
+_KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a string"}
 
 
-def find_classification_loss(name: str) -> type[nn.Module]:
-    """The class that `loss.classification` names: one of `CLASSIFICATION_LOSSES`, or ``module:Class``.
+def find_classification_loss(text: str) -> Callable[[Sequence[Any]], ClassificationLoss]:
+    """Find the loss that `loss.classification` names: what builds it from the categories.
 
-    Such a module is imported, so code of it runs: from the working folder, which is put on Python's path for
-    good, as `python -m` does (`python FILE` and torchrun have the file's folder there), or from the path.
+    The text is the name of one of `CLASSIFICATION_LOSSES`, or ``module:Class``, with options as in a call:
+    ``seesaw``, ``eqlv2(gamma=10)``, ``my_loss:Focal(alpha=0.25)``; their values are Python literals. Such a
+    module is imported, so code of it runs: from the working folder, which is put on Python's path for good,
+    as `python -m` does (`python FILE` and torchrun have the file's folder there), or from the path.
 
     Raises:
-        ValueError: an unknown name, a module that cannot be imported, or no such loss in it.
+        ValueError: an unknown name or option, an option of the wrong type, a module that cannot be imported,
+            or no such loss in it.
     """
-    if name in CLASSIFICATION_LOSSES:
-        return CLASSIFICATION_LOSSES[name]
-    where = f"loss.classification={name}"
+    where = f"loss.classification={text}"
+    name, parenthesis, _ = text.partition("(")
+    name = name.strip()
+    found = CLASSIFICATION_LOSSES.get(name) or _find_in_module(name, where)
+    options = _read_options(text[len(name) :].strip(), where) if parenthesis else {}
+    _check_options(options, found, where)
+    return functools.partial(found, **options)
+
+
+def build_classification_loss(text: str, categories: Sequence[Any]) -> ClassificationLoss:
+    """Build the loss that `loss.classification` names, for C categories.
+
+    It is tried on no rows, so that errors surface before training.
+
+    Raises:
+        ValueError: as `find_classification_loss`; or it cannot be built, or gives what it must not.
+    """
+    where = f"loss.classification={text}"
+    build = find_classification_loss(text)
+    try:
+        loss = build(categories)
+        logits, labels = torch.zeros(0, loss.num_logits), torch.zeros(0, dtype=torch.int64)
+        rows = Rows(labels, 0, 1.0, lambda count: torch.zeros(0, count, dtype=torch.float64))
+        values = [loss(logits, labels, 1.0, rows), loss.image_level(logits, labels, 1.0, rows)]
+        are_sums = all(value.shape == () and value.item() == 0 for value in values)
+        shape = tuple(loss.scores(logits).shape)
+    except Exception as error:
+        raise ValueError(
+            f"{where}: built from {len(categories)} categories and tried on no rows, it fails with "
+            f"{type(error).__name__}: {error}. It needs {_NEEDED}"
+        ) from error
+    if not are_sums:
+        raise ValueError(
+            f"{where}: it gives {', '.join(str(value.tolist()) for value in values)} for no rows; return one "
+            "number, the sum over the rows divided by `normalizer`, which is 0 then"
+        )
+    if shape != (0, len(categories)):
+        raise ValueError(
+            f"{where}: scores gives the shape {shape} for no rows; it has to be {(0, len(categories))}, a "
+            "column for each category and none for background"
+        )
+    return loss
+
+
+def _find_in_module(name: str, where: str) -> type[ClassificationLoss]:
     module_name, colon, class_name = name.partition(":")
     if not colon:
         known = _nearest(name, CLASSIFICATION_LOSSES)
@@ -52,52 +97,58 @@ def find_classification_loss(name: str) -> type[nn.Module]:
     source = getattr(module, "__file__", None) or module_name
     found = getattr(module, class_name, None)
     if found is None:
-        classes = [key for key, value in vars(module).items() if _is_module_class(value)]
+        classes = [key for key, value in vars(module).items() if _is_loss(value)]
         raise ValueError(f"{where}: {source} has no class {class_name}; {_nearest(class_name, classes)}")
-    if not _is_module_class(found):
-        raise ValueError(f"{where}: {class_name} in {source} is no class of nn.Module with {_NEEDED}")
+    if not _is_loss(found):
+        raise ValueError(f"{where}: {class_name} in {source} is not a loss; it needs {_NEEDED}")
     for part in ("forward", "scores"):
-        if getattr(found, part, None) in (None, nn.Module.forward):
+        if getattr(found, part) is getattr(ClassificationLoss, part):
             raise ValueError(f"{where}: {class_name} in {source} has no {part}; it needs {_NEEDED}")
     return found
 
 
-def build_classification_loss(name: str, categories: Sequence[Any]) -> nn.Module:
-    """The loss that `loss.classification` names, for C categories.
+def _is_loss(value: Any) -> bool:
+    is_class = isinstance(value, type) and issubclass(value, ClassificationLoss)
+    return is_class and value is not ClassificationLoss
 
-    It is tried on no rows, so that errors surface before training.
 
-    Raises:
-        ValueError: as `find_classification_loss`; or it cannot be built, or gives what it must not.
-    """
-    where = f"loss.classification={name}"
-    found = find_classification_loss(name)
+def _read_options(call: str, where: str) -> dict[str, Any]:
+    """Read ``(name=literal, ...)``; `true` and `false` may be written as in YAML."""
+    form = f"{where}: write options as in a call, e.g. eqlv2(gamma=10)"
     try:
-        loss = found(categories)
-        logits = torch.zeros(0, loss.num_logits)
-        value = loss(logits, torch.zeros(0, dtype=torch.int64), 1.0)
-        is_sum = value.shape == () and value.item() == 0
-        shape = tuple(loss.scores(logits).shape)
-    except Exception as error:
-        raise ValueError(
-            f"{where}: built from {len(categories)} categories and tried on no rows, it fails with "
-            f"{type(error).__name__}: {error}. It needs {_NEEDED}"
-        ) from error
-    if not is_sum:
-        raise ValueError(
-            f"{where}: forward gives {value.tolist()} for no rows; return one number, the sum over the rows "
-            "divided by `normalizer`, which is 0 then"
-        )
-    if shape != (0, len(categories)):
-        raise ValueError(
-            f"{where}: scores gives the shape {shape} for no rows; it has to be {(0, len(categories))}, a "
-            "column for each category and none for background"
-        )
-    return loss
+        node = ast.parse(f"f{call}", mode="eval").body
+    except SyntaxError:
+        raise ValueError(form) from None
+    if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Name) or node.args:
+        raise ValueError(form)
+    if len({keyword.arg for keyword in node.keywords} - {None}) < len(node.keywords):
+        raise ValueError(form)  # an option twice, or **options
+    options: dict[str, Any] = {}
+    for keyword in node.keywords:
+        value = keyword.value
+        if isinstance(value, ast.Name) and value.id in ("true", "false", "null"):
+            options[str(keyword.arg)] = {"true": True, "false": False, "null": None}[value.id]
+            continue
+        try:
+            options[str(keyword.arg)] = ast.literal_eval(value)
+        except ValueError:
+            raise ValueError(f"{where}: {keyword.arg} is not a plain value; {form}") from None
+    return options
 
 
-def _is_module_class(value: Any) -> bool:
-    return isinstance(value, type) and issubclass(value, nn.Module)
+def _check_options(options: dict[str, Any], found: type[ClassificationLoss], where: str) -> None:
+    """Check names and types of options against the keyword parameters of the constructor."""
+    parameters = inspect.signature(found.__init__).parameters.values()
+    known = [each.name for each in parameters if each.kind is inspect.Parameter.KEYWORD_ONLY]
+    hints = typing.get_type_hints(found.__init__) if options else {}
+    for name, value in options.items():
+        if name not in known:
+            raise ValueError(f"{where}: it has no option {name}; {_nearest(name, known)}")
+        kind = hints.get(name)
+        if kind is float and isinstance(value, int) and not isinstance(value, bool):
+            options[name] = float(value)
+        elif kind in _KINDS and type(value) is not kind:
+            raise ValueError(f"{where}: {name} is {value!r}; expected {_KINDS[kind]}")
 
 
 def _import(name: str, where: str) -> ModuleType:

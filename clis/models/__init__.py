@@ -12,7 +12,7 @@ from clis.config import Config, data_path
 from clis.losses import build_classification_loss
 from clis.models.backbone import Backbone, ImageClassifier, ResNet
 from clis.models.contrastive import ContrastiveRegularization
-from clis.models.detector import CLISDetector, Normalizers, TrainOutput
+from clis.models.detector import CLISDetector, Normalizers, Pending, TrainOutput
 from clis.models.heads import ClassificationHead, LocalizationHead, TwoFC
 from clis.models.roi import ImageDetections
 from clis.models.rpn import RPN
@@ -23,6 +23,7 @@ __all__ = [
     "ImageClassifier",
     "ImageDetections",
     "Normalizers",
+    "Pending",
     "TrainOutput",
     "build_classifier",
     "build_model",
@@ -53,6 +54,12 @@ def build_model(config: Config, categories: Sequence[Any], *, pretrained: bool |
     elif pretrained:
         _load_weights(backbone.body, config)
     loss = build_classification_loss(config.loss.classification, categories)
+    if loss.has_objectness and clis.objectness:
+        raise ValueError(
+            f"loss.classification={config.loss.classification} has an objectness of its own, and "
+            "clis.objectness=true would multiply a second one into the score: switch off one of them, the "
+            "loss's by its option objectness=false"
+        )
 
     def sub_network() -> TwoFC:
         return TwoFC(model.backbone.fpn_channels * model.roi.pool_size**2, model.roi.fc_dim)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from clis import boxes as box_ops
 from clis.config import TestConfig
-from clis.losses import at_least_float32, l1_loss, objectness_loss
+from clis.losses import ClassificationLoss, Rows, at_least_float32, l1_loss, objectness_loss
 from clis.models.backbone import Backbone
 from clis.models.contrastive import ContrastiveRegularization
 from clis.models.heads import ClassificationHead, LocalizationHead
@@ -39,13 +39,23 @@ class Normalizers:
 
 
 @dataclass(frozen=True)
+class Pending:
+    """What passes have counted and made for `CLISDetector.after_step`: of a micro-batch or a whole step."""
+
+    sums: dict[str, Tensor]
+    """Added up over micro-batches and processes; of one shape on all, float64."""
+    rows: dict[str, Tensor]
+    """Joined in the order of the global batch."""
+
+
+@dataclass(frozen=True)
 class TrainOutput:
     losses: dict[str, Tensor]
     """Raw, unweighted scalars."""
     stats: dict[str, Tensor]
     """Counts over the batch, for the log."""
-    keys: tuple[Tensor, Tensor] | None
-    """Keys [2P,E] and labels [2P] for the queue, to be pushed after the optimizer's step."""
+    pending: Pending
+    """What `CLISDetector.after_step` needs of the whole step."""
     views: tuple[Tensor, Tensor] | None
     """f_i and f_d [P,E] of the pairs, for the log."""
 
@@ -66,7 +76,7 @@ class CLISDetector(nn.Module):
         classification: ClassificationHead,
         image_classification: ClassificationHead | None,
         contrastive: ContrastiveRegularization | None,
-        classification_loss: nn.Module,
+        classification_loss: ClassificationLoss,
         roi_config: RoIConfig,
         test_config: TestConfig,
         max_size: int,
@@ -117,16 +127,19 @@ class CLISDetector(nn.Module):
         localization_features = self._localization_features(pooled[:num_rois], instance_features[:num_rois])
         losses |= self._localization_losses(localization_features, rois, normalizers)
         logits = self.classification.fc_cls(instance_features[:num_rois])
+        rows = self._rows(rois.images, batch, normalizers)
         losses["instance_cls"] = self.classification_loss(
-            logits, rois.labels, normalizers.images * self.roi_config.samples
+            logits, rois.labels, normalizers.images * self.roi_config.samples, rows
         )
+        counted = self.classification_loss.statistics(logits.detach(), rois.labels, rows)
+        pending = Pending(sums={"classification": counted}, rows={})
         stats = {
             "positive_rois": (rois.labels < self.num_classes).sum(),
             "pairs": rois.labels.new_full((), len(batch.pair_boxes)),
         }
 
         # image-level images: image-classification task on the pre-defined regions
-        keys = views = None
+        views = None
         if self.image_classification is not None:
             merged = self.backbone.merge(batch.mosaics)  # P2-P5 follow around the regions alone
             pooled_regions = self.roi_align(
@@ -134,8 +147,12 @@ class CLISDetector(nn.Module):
             )
             image_features = self.image_classification.sub_network(pooled_regions)
             image_logits = self.image_classification.fc_cls(image_features)
-            losses["image_cls"] = self.classification_loss(
-                image_logits, batch.region_labels, normalizers.regions
+            items = batch.region_mosaics // (len(batch.mosaics) // len(batch.images))
+            losses["image_cls"] = self.classification_loss.image_level(
+                image_logits,
+                batch.region_labels,
+                normalizers.regions,
+                self._rows(items, batch, normalizers),
             )
             # contrastive regularization between the two views of each pair
             if self.contrastive is not None:
@@ -149,8 +166,30 @@ class CLISDetector(nn.Module):
                     normalizers.pairs,
                 )
                 losses["contrastive"] = contrast.loss
-                keys, views = (contrast.keys, contrast.labels), contrast.views
-        return TrainOutput(losses, stats, keys, views)
+                pending.rows.update(keys=contrast.keys, key_labels=contrast.labels)
+                views = contrast.views
+        return TrainOutput(losses, stats, pending, views)
+
+    @torch.no_grad()
+    def after_step(self, pending: Pending, progress: float) -> None:
+        """Move all state that no gradient moves, once the optimizer's step is accepted.
+
+        Args:
+            pending: of all micro-batches and processes of the step.
+            progress: share of the training that is done, in 0..1.
+        """
+        self.classification_loss.update(pending.sums["classification"], progress)
+        if self.contrastive is not None:
+            keys, labels = pending.rows["keys"], pending.rows["key_labels"]
+            self.contrastive.update(self.classification.sub_network, keys, labels)
+
+    def _rows(self, images: Tensor, batch: Batch, normalizers: Normalizers) -> Rows:
+        """Say of rows of logits which images they belong to; `images` int64 [N] are places in the batch."""
+
+        def uniform(count: int) -> Tensor:
+            return torch.stack([box_ops.uniform(count, seed, images.device) for seed in batch.seeds])
+
+        return Rows(images, len(batch.images), normalizers.images, uniform)
 
     def _localization_features(self, pooled: Tensor, instance_features: Tensor) -> Tensor:
         """[N,D] of the localization sub-network, computed anew only if it is one of its own."""
