@@ -101,7 +101,7 @@ def test_a_point_a_class_over_its_training_images(runs, annotations):
 
 
 def test_runs_that_are_not_finished_or_of_other_data(runs, tmp_path, data, finished):
-    with pytest.raises(FileNotFoundError, match=r"config\.yaml: missing; name folders of finished runs"):
+    with pytest.raises(FileNotFoundError, match=r"config\.yaml: no such file; name folders of finished runs"):
         plot.plot([tmp_path], tmp_path, images=1, score=0.5)
     val = (data / "shapes" / "val.json").read_text()
     (data / "shapes" / "copy.json").write_text(val)

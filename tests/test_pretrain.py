@@ -505,8 +505,8 @@ class TestRecipe:
         starts = []
         build = train.build_model
 
-        def recorded(*values):
-            model = build(*values)
+        def recorded(*values, **options):
+            model = build(*values, **options)
             starts.append({name: value.clone() for name, value in model.backbone.body.state_dict().items()})
             return model
 
@@ -646,7 +646,7 @@ class TestBadInput:
     def test_a_detector_that_is_built_before(self, data, tmp_path):
         config = load_config(BASELINE, [*SHORT, *PRETRAINING, f"output={tmp_path}"])
         with pytest.raises(
-            FileNotFoundError, match=r"backbone\.pt: the backbone is not pre-trained yet; train\.py"
+            FileNotFoundError, match=r"backbone\.pt: the backbone is not pre-trained yet; run train\.py"
         ):
             starting_weights(config, RunFolder(tmp_path))
 

@@ -353,7 +353,8 @@ def _work(jobs: Sequence[Job], at_once: int, logs: Path) -> Iterator[Job]:
 
 
 def _log(job: Job, logs: Path) -> Path:
-    return logs / f"{job.done.stem if job.done.suffix == '.npy' else job.done.parent.name}.txt"
+    folder = job.done.parent
+    return logs / f"{folder.name if job.done == RunFolder(folder).result else job.done.stem}.txt"
 
 
 def _check_keys(values: Any, known: set[str], needed: set[str], where: str) -> None:
