@@ -13,6 +13,7 @@ from clis.data.sampling import (
     PartSampler,
     RepeatSampler,
     UniformSampler,
+    class_balanced_factors,
     mix,
     permuted,
     repeat_factors,
@@ -193,6 +194,17 @@ def test_repeat_factors_refuse_labels_that_do_not_fit(offsets, labels):
 
 
 # --- samplers ---
+
+
+def test_class_balanced_factors_of_a_hand_computed_example():
+    """4 images, 2 of 3 classes: class 0 in three images (twice in the first), class 2 in one of them."""
+    offsets, labels = np.array([0, 2, 3, 5, 5]), np.array([0, 0, 0, 0, 2])
+    factors = class_balanced_factors(offsets, labels, num_classes=3)
+    np.testing.assert_allclose(factors, [2 / 3, 2 / 3, 2 / 3 + 2, 0])
+    sampler = RepeatSampler(np.tile(factors, 100), "stochastic", seed=1)
+    draws = Counter(sampler.draw(k) % 4 for k in range(4000))
+    assert draws[2] / 4000 == pytest.approx((2 / 3 + 2) / 4, abs=0.01)
+    assert draws[3] == 0
 
 
 def test_ceil_draws_every_image_exactly_ceil_times():

@@ -84,6 +84,24 @@ def repeat_factors(offsets: np.ndarray, labels: np.ndarray, num_classes: int, th
     return factors
 
 
+def class_balanced_factors(offsets: np.ndarray, labels: np.ndarray, num_classes: int) -> np.ndarray:
+    """Compute how often to draw every image so that all classes come equally often: float64 [N], mean 1.
+
+    An image's factor is N / C times the sum of 1 / N_c over the classes that it holds, N_c the images with
+    class c and C the classes that any image holds; 0 for an image without boxes. So each class draws N / C
+    images of its own an epoch. Most factors are below 1: they are for stochastic rounding.
+
+    Args:
+        offsets, labels, num_classes: as for `class_repeat_factors`.
+    """
+    num_images = len(offsets) - 1
+    images = np.repeat(np.arange(num_images), np.diff(offsets))
+    held_by, held = np.divmod(np.unique(images * num_classes + labels), num_classes)
+    images_of = np.bincount(held, minlength=num_classes)
+    shares = 1 / images_of[held]
+    return np.bincount(held_by, shares, minlength=num_images) * num_images / max(1, (images_of > 0).sum())
+
+
 def class_repeat_factors(
     offsets: np.ndarray, labels: np.ndarray, num_classes: int, threshold: float
 ) -> np.ndarray:
