@@ -1,7 +1,8 @@
 """The configuration: frozen dataclasses whose defaults are the paper's recipe (arXiv 2210.05568, IV-A).
 
 A YAML file names only what differs; `base:` names one parent file; `key.path=value` overrides come last. Keys
-are strict: an unknown one is an error that names the nearest.
+are strict: an unknown one is an error that names the nearest. Every field has its default, its scope
+(`clis.config_scopes`) and, below it, what it means.
 """
 
 from __future__ import annotations
@@ -12,66 +13,70 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from clis.config_scopes import Scope, scoped, scopes_of, setting
+
+SHARED, OWN, IMAGE_LEVEL, MACHINE, INFERENCE, PRETRAINING, REGIONS = Scope
+
 
 @dataclass(frozen=True, kw_only=True)
 class BackboneConfig:
-    name: Literal["resnet10", "resnet18", "resnet50", "resnet101"] = "resnet50"
+    name: Literal["resnet10", "resnet18", "resnet50", "resnet101"] = setting("resnet50", SHARED | PRETRAINING)
     """ResNet depth; 50 and 101 have bottleneck blocks, 10 (one block a stage) and 18 basic ones."""
-    width: int = 64
+    width: int = setting(64, SHARED | PRETRAINING)
     """Channels of the stem and the first stage; torchvision's networks have 64."""
-    norm: Literal["folded", "frozen", "group"] = "folded"
+    norm: Literal["folded", "frozen", "group"] = setting("folded", SHARED | PRETRAINING)
     """``folded``: batch norm with fixed statistics and trainable affine, folded into the convolution;
     ``frozen``: the same with a fixed affine; ``group``: group norm, for training from random weights. Group
     norm's statistics take in the padding, so images of different sizes in a batch affect each other, unless
     `canvas` is ``square``."""
-    canvas: Literal["batch", "square"] = "batch"
+    canvas: Literal["batch", "square"] = setting("batch", SHARED)
     """What images are zero-padded to: the largest of their ``batch``, or a ``square`` of the longest side
     that they may have, `data.max_size` and `test.max_size`, which then have to agree. On the square, group
     norm sees an instance-level image with the same padding in training, at test and in any batch. The region
     search has a square of `regions.max_size`; mosaics, all of one size, have none. Both are rounded up to a
     multiple of 32."""
-    norm_eps: float = 1e-5
+    norm_eps: float = setting(1e-5, SHARED | PRETRAINING)
     """Added to the variance; torchvision takes 0 for the COCO weights of its detector."""
-    stride_in_1x1: bool = False
+    stride_in_1x1: bool = setting(False, SHARED | PRETRAINING)
     """A bottleneck's stride is in its first 1x1 convolution (caffe's ResNets, detectron2's default), not in
     the 3x3 (torchvision)."""
-    trainable_layers: int = 3
+    trainable_layers: int = setting(3, SHARED)
     """How many of (conv1, layer1, ..., layer4), from the top, are trained: 3 freezes stem and layer1."""
-    weights: str | None = None
+    weights: str | None = setting(None, SHARED | PRETRAINING)
     """A ResNet state dict with torchvision's names, relative to `data.root`: torchvision's, or the
     ``backbone.pt`` that `python -m clis pretrain` makes, with the norm that it was made with; null is random
     weights. With `pretrain.epochs` the pre-training starts from it, and the detector from what comes out."""
-    download: bool = False
+    download: bool = setting(False, SHARED)
     """Fetch torchvision's ImageNet-1K weights if `weights` does not exist yet."""
-    fpn_channels: int = 256
+    fpn_channels: int = setting(256, SHARED)
     """Channels of P2-P6."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RPNConfig:
-    anchor_scale: float = 8.0
+    anchor_scale: float = setting(8.0, SHARED)
     """Anchor side in strides (mmdetection: 8)."""
-    anchor_ratios: tuple[float, ...] = (0.5, 1.0, 2.0)
+    anchor_ratios: tuple[float, ...] = setting((0.5, 1.0, 2.0), SHARED)
     """Height / width."""
-    round_anchors: bool = False
+    round_anchors: bool = setting(False, SHARED)
     """Half sides of the anchors in whole pixels (torchvision)."""
-    anchor_spacing: Literal["stride", "grid"] = "stride"
+    anchor_spacing: Literal["stride", "grid"] = setting("stride", SHARED)
     """Pixels from anchor to anchor: the level's stride, or padded image size // ``grid`` size (torchvision),
     which is below P6's stride of 64 where its last row or column reaches beyond the image."""
-    positive_iou: float = 0.7
-    negative_iou: float = 0.3
-    samples: int = 256
+    positive_iou: float = setting(0.7, SHARED)
+    negative_iou: float = setting(0.3, SHARED)
+    samples: int = setting(256, SHARED)
     """Anchors sampled an image for the loss."""
-    positive_fraction: float = 0.5
-    pre_nms_train: int = 2000
+    positive_fraction: float = setting(0.5, SHARED)
+    pre_nms_train: int = setting(2000, SHARED)
     """Candidates a level before NMS."""
-    pre_nms_test: int = 1000
-    nms_iou: float = 0.7
-    proposals: int = 1000
+    pre_nms_test: int = setting(1000, SHARED | INFERENCE)
+    nms_iou: float = setting(0.7, SHARED | INFERENCE)
+    proposals: int = setting(1000, SHARED | INFERENCE)
     """Proposals kept an image."""
-    min_size: float = 0.0
+    min_size: float = setting(0.0, SHARED)
     """Minimum side of a proposal in pixels, exclusive (torchvision: 0.001)."""
-    shrink_limit: float = 0.016
+    shrink_limit: float = setting(0.016, SHARED)
     """A proposal keeps at least this share of its anchor's sides (mmdetection: 16 / 1000); 0 is no limit
     (torchvision, detectron2)."""
 
@@ -102,7 +107,7 @@ class RoIConfig:
 class ModelConfig:
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
     rpn: RPNConfig = field(default_factory=RPNConfig)
-    roi: RoIConfig = field(default_factory=RoIConfig)
+    roi: RoIConfig = field(default_factory=RoIConfig, metadata=scoped(SHARED))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,71 +179,71 @@ class LossConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    root: str | None = None
+    root: str | None = setting(None, SHARED | MACHINE)
     """Folder that the paths below are relative to; null is $CLIS_DATA, or ``data`` where that is unset."""
-    generate: Literal["shapes"] | None = None
+    generate: Literal["shapes"] | None = setting(None, SHARED)
     """Write the embedded benchmark to ``root/shapes`` if it is not there."""
-    train: str = "lvis/lvis_v1_train.json"
+    train: str = setting("lvis/lvis_v1_train.json", SHARED | PRETRAINING | REGIONS)
     """Instance-level annotations (D_d): LVIS v1, LVIS v0.5 or COCO form."""
-    train_images: str = "coco"
+    train_images: str = setting("coco", SHARED)
     """Folder of their images; LVIS v1 names them ``train2017/000000391895.jpg`` below it."""
-    val: str = "lvis/lvis_v1_val.json"
-    val_images: str = "coco"
-    image_level: tuple[str, ...] = ("imagenet22k",)
+    val: str = setting("lvis/lvis_v1_val.json", SHARED)
+    val_images: str = setting("coco", SHARED)
+    image_level: tuple[str, ...] = setting(("imagenet22k",), IMAGE_LEVEL | PRETRAINING | REGIONS)
     """Folders of the image-level images (D_i): one folder or one tar a class, scanned at every start. Or the
     one folder that `python -m clis prepare image-level` wrote, which opens at once; it has its own mapping,
     and `mapping` and `drop_unmatched` do not matter."""
-    shuffle_block: int | None = None
+    shuffle_block: int | None = setting(None, IMAGE_LEVEL | PRETRAINING)
     """Shuffle the image-level images in blocks of this many neighbors of their index, for shards of mixed
     classes that are too many for random access; null shuffles over all. Class folders and class tars need
     null: a block of theirs is of one class."""
-    mapping: str | None = None
+    mapping: str | None = setting(None, IMAGE_LEVEL | PRETRAINING | REGIONS)
     """File of ``wnid<TAB>category`` lines, where folder names alone do not tell the class."""
-    drop_unmatched: bool = False
+    drop_unmatched: bool = setting(False, IMAGE_LEVEL | PRETRAINING | REGIONS)
     """Leave out image-level folders that match no category instead of stopping."""
-    drop_invalid: bool = False
+    drop_invalid: bool = setting(False, SHARED)
     """Drop boxes without area or with a side under one pixel (mmdetection), and clip boxes that leave the
     image, instead of stopping."""
-    empty_images: bool = False
+    empty_images: bool = setting(False, SHARED)
     """Train on images that no box is left in, too; mmdetection and detectron2 leave them out. Repeat factors
     are counted on the images that are left."""
-    max_bad_images: int = 0
+    max_bad_images: int = setting(0, SHARED)
     """Unreadable images that a start of a run may replace by the next of their stream before it stops; each
     counts once a process."""
-    image_level_share: float = 1.0
+    image_level_share: float = setting(1.0, IMAGE_LEVEL | PRETRAINING)
     """Share of the image-level images that are used, above 0; `train.seed` draws which. What replaces an
     unreadable image may be any."""
-    label_noise: float = 0.0
+    label_noise: float = setting(0.0, IMAGE_LEVEL | PRETRAINING | REGIONS)
     """Share of the image-level images that get the label of another class, drawn by `train.seed`: what a
     stream from a search engine may be like (section IV-D.5). Those that pre-training holds out too."""
-    repeat_threshold: float = 1e-3
+    repeat_threshold: float = setting(1e-3, SHARED)
     """t of repeat-factor sampling: classes in a smaller share of the images are repeated."""
-    repeat_rounding: Literal["ceil", "stochastic", "none"] = "ceil"
+    repeat_rounding: Literal["ceil", "stochastic", "none"] = setting("ceil", SHARED)
     """``ceil`` as mmdetection, ``stochastic`` as detectron2, ``none`` for no repetition."""
-    short_sides: tuple[int, ...] = (640, 672, 704, 736, 768, 800)
+    short_sides: tuple[int, ...] = setting((640, 672, 704, 736, 768, 800), SHARED)
     """Scale jitter: the shorter side is drawn from these."""
-    max_size: int = 1333
+    max_size: int = setting(1333, SHARED)
     """Limit of the longer side."""
-    flip: float = 0.5
+    flip: float = setting(0.5, SHARED | PRETRAINING)
     """Probability of the horizontal flip, in both streams and for pasted crops."""
-    mosaic_size: int = 448
+    mosaic_size: int = setting(448, IMAGE_LEVEL)
     """Side of the canvas of four image-level images."""
-    mosaic_scale: tuple[float, float] = (0.5, 1.5)
+    mosaic_scale: tuple[float, float] = setting((0.5, 1.5), IMAGE_LEVEL)
     """Random scaling of an image-level image, relative to fit-to-tile."""
-    mosaic_surroundings: float | None = None
+    mosaic_surroundings: float | None = setting(None, IMAGE_LEVEL)
     """Crop an image-level image to its region, sides times this factor, before it is fitted to its tile, so
     that regions are larger in their mosaics; null, the paper's reading, places the whole image."""
-    cutout: float = 0.5
+    cutout: float = setting(0.5, IMAGE_LEVEL)
     """Probability of cutout on an image-level image."""
-    cutout_size: tuple[float, float] = (0.1, 0.4)
+    cutout_size: tuple[float, float] = setting((0.1, 0.4), IMAGE_LEVEL)
     """Sides of the cutout rectangle, relative to the image's."""
-    min_region: float = 16.0
+    min_region: float = setting(16.0, IMAGE_LEVEL)
     """A region whose clipped sides are under this many pixels of the mosaic is dropped."""
-    paste_size: tuple[float, float] = (32.0, 256.0)
+    paste_size: tuple[float, float] = setting((32.0, 256.0), IMAGE_LEVEL)
     """Range of sqrt(area) of a pasted crop, in pixels of the instance-level image."""
-    paste_max_cover: float = 0.5
+    paste_max_cover: float = setting(0.5, IMAGE_LEVEL)
     """A paste that would cover more than this share of any box is rejected."""
-    workers: int = 4
+    workers: int = setting(4, SHARED | MACHINE)
     """Loader processes for each training process."""
 
 
@@ -246,66 +251,68 @@ class DataConfig:
 class RegionsConfig:
     """The pre-defined region of every image-level image (section IV-A.3)."""
 
-    file: str | None = None
+    file: str | None = setting(None, OWN)
     """``regions.npy``, made if it does not exist; null is the run folder's."""
-    rule: Literal["category-rank-first", "top-score", "center", "full", "given"] = "category-rank-first"
+    rule: Literal["category-rank-first", "top-score", "center", "full", "given"] = setting(
+        "category-rank-first", OWN | REGIONS
+    )
     """The detector's box that scores highest for the image's own class, or for any; the central half of the
     area; the whole image; the box that `boxes` has."""
-    boxes: str | None = None
+    boxes: str | None = setting(None, OWN | REGIONS)
     """Of the rule ``given``: a JSON file of {image: [x1, y1, x2, y2]}, relative to `data.root`, in pixels of
     the stored image; an image is ``class/file name``, or ``class.tar:member name``."""
-    detector: str | None = None
+    detector: str | None = setting(None, OWN | REGIONS)
     """Checkpoint that finds the regions, or a config (then trained first, in its own run folder)."""
-    short_side: tuple[int, ...] = (400,)
+    short_side: tuple[int, ...] = setting((400,), OWN | REGIONS)
     """Shorter side at which the detector looks at an image; with several, the best-scoring box is taken. Not
     the size at test: image-level objects fill their images, so at that size they are larger than any object
     that the detector has learned. 400 is half of LVIS's 800 (not measured; `python -m clis regions CONFIG
     --scan` measures your images)."""
-    max_size: int = 667
+    max_size: int = setting(667, OWN | REGIONS)
     """Limit of the longer side at the largest `short_side`; a smaller one has its limit in proportion."""
-    images_per_batch: int = 1
+    images_per_batch: int = setting(1, OWN | MACHINE)
 
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    lr: float = 0.02
+    lr: float = setting(0.02, SHARED)
     """Learning rate for a global batch of `lr_images`; scaled linearly to `train.images_per_step`."""
-    lr_images: int = 16
-    momentum: float = 0.9
-    weight_decay: float = 1e-4
+    lr_images: int = setting(16, SHARED)
+    momentum: float = setting(0.9, SHARED | PRETRAINING)
+    weight_decay: float = setting(1e-4, SHARED | PRETRAINING)
     """On everything trainable, as in mmdetection."""
-    decay_steps: tuple[int, ...] = (60000, 80000)
-    decay_factor: float = 0.1
-    warmup_steps: int = 500
-    warmup_factor: float = 0.001
-    clip_norm: float | None = None
+    decay_steps: tuple[int, ...] = setting((60000, 80000), SHARED)
+    decay_factor: float = setting(0.1, SHARED | PRETRAINING)
+    warmup_steps: int = setting(500, SHARED)
+    warmup_factor: float = setting(0.001, SHARED)
+    clip_norm: float | None = setting(None, SHARED | PRETRAINING)
     """Limit of the gradient's global norm."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    steps: int = 90000
-    images_per_step: int = 16
+    steps: int = setting(90000, SHARED)
+    images_per_step: int = setting(16, SHARED)
     """B_d, instance-level images in the global batch."""
-    images_per_process: int = 1
+    images_per_process: int = setting(1, SHARED | MACHINE)
     """The most that one process takes at once; the rest is gradient accumulation."""
-    seed: int = 0
-    precision: Literal["float32", "bfloat16", "float16"] = "float32"
+    seed: int = setting(0, SHARED | PRETRAINING | REGIONS)
+    precision: Literal["float32", "bfloat16", "float16"] = setting("float32", SHARED | PRETRAINING)
     """Autocast type of forward and backward; losses stay float32."""
-    device: str = "auto"
+    device: str = setting("auto", SHARED | MACHINE)
     """``auto`` is CUDA where there is one, else the CPU."""
-    log_every: int = 20
-    save_every: int = 5000
+    log_every: int = setting(20, SHARED | MACHINE)
+    save_every: int = setting(5000, SHARED | MACHINE)
     """Steps between checkpoints; the last step has one in any case."""
-    save_minutes: float | None = None
+    save_minutes: float | None = setting(None, SHARED | MACHINE)
     """Also a checkpoint when the last one is so old."""
-    keep_last: int = 2
+    keep_last: int = setting(2, SHARED | MACHINE)
     """Checkpoints kept; the one before the last takes over where the last turns out damaged."""
-    eval_every: int | None = None
+    eval_every: int | None = setting(None, SHARED | MACHINE)
     """Steps between evaluations during training; each saves a checkpoint, and the best AP is ``best.pt``."""
-    on_nonfinite: Literal["stop", "skip"] = "stop"
+    on_nonfinite: Literal["stop", "skip"] = setting("stop", SHARED)
     """At a gradient that is NaN or infinite: end the run, or leave the step out without any trace."""
-    max_skipped: int = 10
+    max_skipped: int = setting(10, SHARED)
     """Most steps that `on_nonfinite` = ``skip`` may leave out in the whole run. With float16, whose scaling
     leaves out steps by itself, most of them in a row. One more, or a loss scale below 1, ends the run."""
 
@@ -340,21 +347,21 @@ class PretrainConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TestConfig:
-    score_threshold: float = 1e-4
-    nms_iou: float = 0.5
-    detections: int = 300
+    score_threshold: float = setting(1e-4, SHARED)
+    nms_iou: float = setting(0.5, SHARED)
+    detections: int = setting(300, SHARED)
     """Detections kept an image."""
-    min_size: float = 0.0
+    min_size: float = setting(0.0, SHARED)
     """Boxes with a side of fewer pixels of the resized image are left out before NMS (torchvision: 0.01)."""
-    shrink_limit: float = 0.016
+    shrink_limit: float = setting(0.016, SHARED)
     """A box keeps at least this share of its RoI's sides; see `RPNConfig.shrink_limit`."""
-    short_side: int = 800
-    max_size: int = 1333
-    resize: Literal["pillow", "opencv", "torchvision"] = "pillow"
+    short_side: int = setting(800, SHARED)
+    max_size: int = setting(1333, SHARED)
+    resize: Literal["pillow", "opencv", "torchvision"] = setting("pillow", SHARED)
     """Whose bilinear resizing: ``pillow`` has antialiasing (detectron2), ``opencv`` has none (mmdetection),
     both in uint8; ``torchvision``'s detectors have none, in float, and round the sizes down."""
-    images_per_batch: int = 1
-    export_candidates: int = 5000
+    images_per_batch: int = setting(1, SHARED | MACHINE)
+    export_candidates: int = setting(5000, SHARED | MACHINE)
     """Boxes of an image that NMS chooses from in a program of `python -m clis export`; elsewhere they are all
     that it needs."""
 
@@ -362,37 +369,35 @@ class TestConfig:
 @dataclass(frozen=True, kw_only=True)
 class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
-    clis: CLISConfig = field(default_factory=CLISConfig)
-    loss: LossConfig = field(default_factory=LossConfig)
+    clis: CLISConfig = field(default_factory=CLISConfig, metadata=scoped(OWN))
+    loss: LossConfig = field(default_factory=LossConfig, metadata=scoped(OWN))
     data: DataConfig = field(default_factory=DataConfig)
     regions: RegionsConfig = field(default_factory=RegionsConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
-    pretrain: PretrainConfig = field(default_factory=PretrainConfig)
+    pretrain: PretrainConfig = field(default_factory=PretrainConfig, metadata=scoped(OWN | PRETRAINING))
     test: TestConfig = field(default_factory=TestConfig)
-    output: str = "runs/default"
+    output: str = setting("runs/default", OWN | MACHINE)
     """The run folder; `load_config` sets it to ``runs/`` + the config's path below ``configs/``."""
 
     def __post_init__(self) -> None:
         _check(self)
 
 
-# Fields of `DataConfig` that matter to the image-level stream and the pasting from it alone.
-IMAGE_LEVEL_FIELDS = (
-    "image_level", "shuffle_block", "mapping", "drop_unmatched", "image_level_share", "label_noise",
-    "mosaic_size", "mosaic_scale", "mosaic_surroundings", "cutout", "cutout_size", "min_region", "paste_size",
-    "paste_max_cover",
-)  # fmt: skip
+SCOPES = scopes_of(Config)
+"""The scope of every field, by its dotted key."""
+
+
+def scoped_keys(scope: Scope) -> tuple[str, ...]:
+    """Return the dotted keys of the fields with this scope, in the order above."""
+    return tuple(key for key, scopes in SCOPES.items() if scope in scopes)
+
+
+RESUMABLE = scoped_keys(Scope.MACHINE)
+"""What a resumed run may change without being another run."""
 
 DETECTOR_RULES = ("category-rank-first", "top-score")
 """The rules of `regions.rule` that a detector applies."""
-
-# Machine settings: a resumed run may change them without being another run.
-RESUMABLE = (
-    "data.root", "data.workers", "train.device", "train.images_per_process", "train.log_every",
-    "train.save_every", "train.save_minutes", "train.keep_last", "train.eval_every",
-    "regions.images_per_batch", "test.images_per_batch", "test.export_candidates", "output",
-)  # fmt: skip
 
 
 def data_path(config: Config, relative: str) -> Path:

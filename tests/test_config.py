@@ -10,15 +10,17 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from clis.config import RESUMABLE, CLISConfig, Config, data_path
+from clis.config import RESUMABLE, SCOPES, CLISConfig, Config, data_path, scoped_keys
 from clis.config_files import (
     config_differences,
     config_from_dict,
     config_to_dict,
     config_to_yaml,
+    flatten,
     load_config,
     merge_overrides,
 )
+from clis.config_scopes import Scope, scoped, scopes_of, setting
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 SHIPPED = sorted(path for path in CONFIGS.rglob("*.yaml") if path.parent.name != "studies")
@@ -406,6 +408,68 @@ class TestContradictions:
     def test_are_found_in_python_too(self):
         with pytest.raises(ValueError, match=r"clis\.t=5"):
             Config(clis=CLISConfig(s=4, t=5))
+
+
+class TestScopes:
+    """What a field is for: a field without a scope would be missed by whoever asks for one."""
+
+    def test_are_on_every_field(self):
+        assert list(SCOPES) == list(flatten(config_to_dict(Config())))
+
+    @pytest.mark.parametrize(
+        ("scope", "some", "others"),
+        [
+            (Scope.SHARED, {"train.steps", "data.train", "data.root"}, {"clis.s", "data.cutout", "output"}),
+            (Scope.MACHINE, {"output", "train.device"}, {"train.seed", "pretrain.images_per_process"}),
+            (Scope.INFERENCE, {"model.rpn.proposals"}, {"model.rpn.pre_nms_train"}),
+            (Scope.PRETRAINING, {"pretrain.lr", "model.backbone.width"}, {"model.backbone.fpn_channels"}),
+            (Scope.REGIONS, {"regions.rule", "data.train"}, {"regions.file", "data.mosaic_size"}),
+        ],
+    )
+    def test_choose_keys_of_fields_and_of_whole_sections(self, scope, some, others):
+        assert some <= set(scoped_keys(scope))
+        assert not others & set(scoped_keys(scope))
+
+    def test_must_be_there(self):
+        @dataclasses.dataclass
+        class Section:
+            has: int = setting(1, Scope.OWN)
+            lacks: int = 2
+
+        @dataclasses.dataclass
+        class Whole:
+            section: Section = dataclasses.field(default_factory=Section)
+
+        with pytest.raises(TypeError, match=r"^section\.lacks: has no scope"):
+            scopes_of(Whole)
+
+    def test_are_either_on_a_section_or_on_its_fields(self):
+        @dataclasses.dataclass
+        class Section:
+            twice: int = setting(1, Scope.OWN)
+
+        @dataclasses.dataclass
+        class Whole:
+            section: Section = dataclasses.field(default_factory=Section, metadata=scoped(Scope.OWN))
+
+        with pytest.raises(TypeError, match=r"^section\.twice: its section has a scope already"):
+            scopes_of(Whole)
+
+    @pytest.mark.parametrize(
+        ("scope", "message"),
+        [
+            (Scope.PRETRAINING, "exactly one of SHARED, OWN and IMAGE_LEVEL"),
+            (Scope.SHARED | Scope.IMAGE_LEVEL, "exactly one of SHARED, OWN and IMAGE_LEVEL"),
+            (Scope.SHARED | Scope.MACHINE | Scope.REGIONS, "changes a result, so it cannot be MACHINE"),
+        ],
+    )
+    def test_must_not_contradict_themselves(self, scope, message):
+        @dataclasses.dataclass
+        class Section:
+            field: int = setting(1, scope)
+
+        with pytest.raises(TypeError, match=message):
+            scopes_of(Section)
 
 
 class TestDifferences:

@@ -9,7 +9,6 @@ import shutil
 import signal
 import subprocess
 import sys
-from functools import reduce
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -30,7 +29,7 @@ from clis.__main__ import main
 from clis.cli import Preempted
 from clis.commands import run_verb
 from clis.commands.check import check
-from clis.config import Config, pretrained_backbone
+from clis.config import pretrained_backbone
 from clis.config_files import config_from_dict, load_config, merge_overrides
 from clis.data.annotations import load_annotations
 from clis.data.classification import LabeledBatch, RandomCrops, Split, central_crop
@@ -628,10 +627,6 @@ class TestBadInput:
         with pytest.raises(ValueError, match=r"belongs to another config: pretrain\.lr: 0\.01 != 0\.5"):
             main(arguments_of(data, tmp_path, "pretrain.lr=0.5"))
         main(arguments_of(data, tmp_path, "optim.lr=0.5", "model.backbone.trainable_layers=3"))
-
-    def test_settings_that_matter_are_there(self):
-        for key in pretrain.SETTINGS:
-            reduce(getattr, key.split("."), Config())
 
     def test_a_checkpoint_of_other_images(self, data, pretrained, tmp_path):
         """Fewer images are other steps."""
