@@ -2,17 +2,17 @@
 
 A YAML file names only what differs; `base:` names one parent file; `key.path=value` overrides come last. Keys
 are strict: an unknown one is an error that names the nearest. Every field has its default, its scope
-(`clis.config_scopes`) and, below it, what it means.
+(`clis.config_scopes`) and, below it, what it means; a section's own rules are in its ``__post_init__``.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
+from clis.config_rules import Rules
 from clis.config_scopes import Scope, scoped, scopes_of, setting
 
 SHARED, OWN, IMAGE_LEVEL, MACHINE, INFERENCE, PRETRAINING, REGIONS = Scope
@@ -51,6 +51,16 @@ class BackboneConfig:
     fpn_channels: int = setting(256, SHARED)
     """Channels of P2-P6."""
 
+    def __post_init__(self) -> None:
+        rules = Rules("model.backbone", self)
+        rules.between(0, 5, "trainable_layers")
+        rules.at_least(0, "norm_eps")
+        allowed = not self.stride_in_1x1 or self.name in ("resnet50", "resnet101")
+        rules.require("stride_in_1x1", allowed, f"requires bottleneck blocks; {self.name} has basic blocks")
+        for name in ("width", "fpn_channels"):
+            whole = getattr(self, name) % 16 == 0
+            rules.require(name, whole or self.norm != "group", "must be a multiple of 16 with group norm")
+
 
 @dataclass(frozen=True, kw_only=True)
 class RPNConfig:
@@ -80,6 +90,14 @@ class RPNConfig:
     """A proposal keeps at least this share of its anchor's sides (mmdetection: 16 / 1000); 0 is no limit
     (torchvision, detectron2)."""
 
+    def __post_init__(self) -> None:
+        rules = Rules("model.rpn", self)
+        rules.at_least(1, "samples", "proposals")
+        above_zero = len(self.anchor_ratios) > 0 and min(self.anchor_ratios) > 0
+        rules.require("anchor_ratios", above_zero, "must be at least one ratio, all above 0")
+        rules.between(0, 1, "positive_fraction", "shrink_limit")
+        rules.at_least(0, "min_size")
+
 
 @dataclass(frozen=True, kw_only=True)
 class RoIConfig:
@@ -101,6 +119,12 @@ class RoIConfig:
     fc_cls_std: float = 0.01
     """Standard deviation of the last classification fc's first weights (mmdetection: 0.01; torchvision's
     detector: 1 / sqrt(3 * fc_dim)). A wider start lets classification take off sooner in a short training."""
+
+    def __post_init__(self) -> None:
+        rules = Rules("model.roi", self)
+        rules.at_least(1, "samples")
+        rules.between(0, 1, "positive_fraction")
+        rules.at_least(0, "fc_cls_std")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,6 +169,17 @@ class CLISConfig:
     mask_same_class: bool = False
     """Leave keys of the query's class out of the negatives; Eq. 1 keeps them."""
 
+    def __post_init__(self) -> None:
+        rules = Rules("clis", self)
+        whole = self.s >= 0 and self.s % 4 == 0
+        rules.require("s", whole, "must be a multiple of 4 (a mosaic holds four images)")
+        rules.require("t", 0 <= self.t <= self.s, f"must be between 0 and clis.s={self.s}")
+        paired = self.t > 0 or not self.contrastive
+        rules.require("contrastive", paired, "requires pasted pairs; set clis.t above 0 or this to false")
+        rules.at_least(1, "queue_size")
+        rules.between(0, 1, "momentum")
+        rules.positive("temperature")
+
 
 @dataclass(frozen=True, kw_only=True)
 class LossConfig:
@@ -162,6 +197,10 @@ class LossConfig:
     instance_cls: float = 1.0
     box: float = 1.0
     objectness: float = 1.0
+
+    def __post_init__(self) -> None:
+        weights = ("alpha", "beta", "rpn_objectness", "rpn_box", "instance_cls", "box", "objectness")
+        Rules("loss", self).at_least(0, *weights)
 
     @property
     def weights(self) -> dict[str, float]:
@@ -246,6 +285,25 @@ class DataConfig:
     workers: int = setting(4, SHARED | MACHINE)
     """Loader processes for each training process."""
 
+    def __post_init__(self) -> None:
+        rules = Rules("data", self)
+        usable = len(self.short_sides) > 0 and min(self.short_sides) >= 1
+        rules.require("short_sides", usable, "must be at least one size, all above 0")
+        rules.at_least(1, "max_size")
+        even = self.mosaic_size > 0 and self.mosaic_size % 2 == 0
+        rules.require("mosaic_size", even, "must be even and above 0")
+        rules.between(0, 1, "flip", "cutout", "paste_max_cover")
+        rules.ranges("mosaic_scale", "paste_size")
+        rules.ranges("cutout_size", most=1)
+        rules.at_least(1, "mosaic_surroundings", "shuffle_block", or_null=True)
+        rules.positive("min_region")
+        share = self.image_level_share
+        rules.require("image_level_share", 0 < share <= 1, "must be above 0 and at most 1")
+        single = share == 1 or self.shuffle_block is None
+        rules.require("image_level_share", single, "draws single images; set data.shuffle_block=null")
+        rules.require("label_noise", 0 <= self.label_noise < 1, "must be at least 0 and below 1")
+        rules.at_least(0, "workers", "max_bad_images")
+
 
 @dataclass(frozen=True, kw_only=True)
 class RegionsConfig:
@@ -272,6 +330,15 @@ class RegionsConfig:
     """Limit of the longer side at the largest `short_side`; a smaller one has its limit in proportion."""
     images_per_batch: int = setting(1, OWN | MACHINE)
 
+    def __post_init__(self) -> None:
+        rules = Rules("regions", self)
+        usable = len(self.short_side) > 0 and min(self.short_side) >= 1
+        rules.require("short_side", usable, "must be at least one size, all above 0")
+        largest = max(self.short_side)
+        enough = self.max_size >= largest
+        rules.require("max_size", enough, f"must be at least the largest regions.short_side, {largest}")
+        rules.at_least(1, "images_per_batch")
+
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
@@ -287,6 +354,11 @@ class OptimConfig:
     warmup_factor: float = setting(0.001, SHARED)
     clip_norm: float | None = setting(None, SHARED | PRETRAINING)
     """Limit of the gradient's global norm."""
+
+    def __post_init__(self) -> None:
+        rules = Rules("optim", self)
+        rules.positive("lr")
+        rules.at_least(1, "lr_images")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -316,6 +388,14 @@ class TrainConfig:
     """Most steps that `on_nonfinite` = ``skip`` may leave out in the whole run. With float16, whose scaling
     leaves out steps by itself, most of them in a row. One more, or a loss scale below 1, ends the run."""
 
+    def __post_init__(self) -> None:
+        rules = Rules("train", self)
+        rules.at_least(1, "steps", "images_per_step", "images_per_process")
+        rules.at_least(1, "log_every", "save_every", "keep_last")
+        rules.positive("save_minutes", "eval_every", or_null=True)
+        rules.at_least(0, "max_skipped")
+        rules.require("seed", 0 <= self.seed < 2**31, "must be between 0 and 2**31 - 1")
+
 
 @dataclass(frozen=True, kw_only=True)
 class PretrainConfig:
@@ -344,6 +424,17 @@ class PretrainConfig:
     held_out: float = 0.05
     """Share of the images that are not trained on, for the top-1 accuracy."""
 
+    def __post_init__(self) -> None:
+        rules = Rules("pretrain", self)
+        rules.at_least(0, "epochs")
+        rules.at_least(1, "images_per_step", "images_per_process")
+        rules.at_least(32, "image_size")
+        rules.ranges("scale", most=1)
+        rules.require("lr", 0 < self.lr < math.inf, "must be above 0 and finite")
+        positive = all(epoch > 0 for epoch in self.decay_epochs)
+        rules.require("decay_epochs", positive, "must all be above 0")
+        rules.require("held_out", 0 <= self.held_out < 1, "must be at least 0 and below 1")
+
 
 @dataclass(frozen=True, kw_only=True)
 class TestConfig:
@@ -365,6 +456,13 @@ class TestConfig:
     """Boxes of an image that NMS chooses from in a program of `python -m clis export`; elsewhere they are all
     that it needs."""
 
+    def __post_init__(self) -> None:
+        rules = Rules("test", self)
+        rules.at_least(0, "min_size")
+        rules.between(0, 1, "shrink_limit")
+        rules.at_least(1, "detections", "short_side", "max_size")
+        rules.at_least(1, "images_per_batch", "export_candidates")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
@@ -381,7 +479,26 @@ class Config:
     """The run folder; `load_config` sets it to ``runs/`` + the config's path below ``configs/``."""
 
     def __post_init__(self) -> None:
-        _check(self)
+        """Check the rules between sections; those of a section are its own."""
+        for key, value in (("clis.s", self.clis.s), ("pretrain.epochs", self.pretrain.epochs)):
+            if value > 0 and not self.data.image_level:
+                raise ValueError(
+                    f"{key}={value}: requires folders in data.image_level; name some or set {key}=0"
+                )
+        # Rules of one section, but a section that only describes a region file does not name the boxes.
+        if self.regions.rule == "given" and self.regions.boxes is None:
+            raise ValueError("regions.rule=given: requires a file of boxes; set regions.boxes")
+        if self.regions.rule != "given" and self.regions.boxes is not None:
+            raise ValueError(
+                f"regions.boxes={self.regions.boxes}: not read by regions.rule={self.regions.rule}; set "
+                "regions.rule=given or regions.boxes=null"
+            )
+        train, test = self.data.max_size, self.test.max_size
+        if self.model.backbone.canvas == "square" and -(-train // 32) != -(-test // 32):
+            raise ValueError(
+                f"model.backbone.canvas=square: requires equal data.max_size and test.max_size, not {train} "
+                f"and {test} (one canvas in training and at test)"
+            )
 
 
 SCOPES = scopes_of(Config)
@@ -397,151 +514,14 @@ RESUMABLE = scoped_keys(Scope.MACHINE)
 """What a resumed run may change without being another run."""
 
 DETECTOR_RULES = ("category-rank-first", "top-score")
-"""The rules of `regions.rule` that a detector applies."""
+"""The values of `regions.rule` that use a detector."""
 
 
 def data_path(config: Config, relative: str) -> Path:
-    """A path of the config below `data.root` (an absolute one stays as it is)."""
+    """Resolve a path of the config below `data.root` (an absolute one stays as it is)."""
     return Path(config.data.root or "data") / relative
 
 
 def pretrained_backbone(config: Config) -> Path:
-    """Where the weights are that `pretrain.epochs` > 0 makes, or will be."""
+    """Return the path of the weights that `pretrain.epochs` > 0 makes."""
     return Path(config.output, "pretrain", "backbone.pt")
-
-
-def _check(config: Config) -> None:
-    """Raises `ValueError` for settings that contradict each other or cannot work.
-
-    A rule says what must hold, so that a NaN breaks it too.
-    """
-    for right, message in (*_model_rules(config), *_data_rules(config), *_run_rules(config)):
-        if not right:
-            raise ValueError(message)
-
-
-def _model_rules(config: Config) -> Iterator[tuple[Any, str]]:
-    clis, backbone, rpn, roi = config.clis, config.model.backbone, config.model.rpn, config.model.roi
-    yield clis.s >= 0 and clis.s % 4 == 0, f"clis.s={clis.s}: a multiple of 4, for a mosaic holds four images"
-    yield 0 <= clis.t <= clis.s, f"clis.t={clis.t}: between 0 and clis.s={clis.s}"
-    yield (
-        clis.t > 0 or not clis.contrastive,
-        "clis.contrastive=true needs pasted pairs: set clis.t above 0 or clis.contrastive=false",
-    )
-    yield clis.queue_size >= 1, f"clis.queue_size={clis.queue_size}: at least 1"
-    yield 0 <= clis.momentum <= 1, f"clis.momentum={clis.momentum}: between 0 and 1"
-    yield clis.temperature > 0, f"clis.temperature={clis.temperature}: above 0"
-    yield 0 <= backbone.trainable_layers <= 5, "model.backbone.trainable_layers: between 0 and 5"
-    yield 0 <= backbone.norm_eps < math.inf, f"model.backbone.norm_eps={backbone.norm_eps}: at least 0"
-    yield (
-        not backbone.stride_in_1x1 or backbone.name in ("resnet50", "resnet101"),
-        f"model.backbone.stride_in_1x1=true needs bottleneck blocks, which {backbone.name} has not",
-    )
-    if backbone.norm == "group":
-        yield (
-            backbone.width % 16 == 0,
-            f"model.backbone.width={backbone.width}: a multiple of 16 with group norm",
-        )
-        yield (
-            backbone.fpn_channels % 16 == 0,
-            f"model.backbone.fpn_channels={backbone.fpn_channels}: a multiple of 16 with group norm",
-        )
-    yield min(rpn.samples, roi.samples, rpn.proposals) >= 1, "model: samples and proposals are at least 1"
-    yield len(rpn.anchor_ratios) > 0 and min(rpn.anchor_ratios) > 0, "model.rpn.anchor_ratios: above 0"
-    for name, fraction in (("rpn", rpn.positive_fraction), ("roi", roi.positive_fraction)):
-        yield 0 <= fraction <= 1, f"model.{name}.positive_fraction={fraction}: between 0 and 1"
-    for name, section in (("model.rpn", rpn), ("test", config.test)):
-        yield 0 <= section.min_size < math.inf, f"{name}.min_size={section.min_size}: at least 0"
-        limit = section.shrink_limit
-        yield 0 <= limit <= 1, f"{name}.shrink_limit={limit}: between 0 and 1"
-    yield 0 <= roi.fc_cls_std < math.inf, f"model.roi.fc_cls_std={roi.fc_cls_std}: at least 0 and finite"
-    for name, weight in config.loss.weights.items():
-        yield 0 <= weight < math.inf, f"loss: the weight of {name} is {weight}; at least 0 and finite"
-
-
-def _data_rules(config: Config) -> Iterator[tuple[Any, str]]:
-    data = config.data
-    yield data.short_sides and min(data.short_sides) >= 1, "data.short_sides: at least one size, above 0"
-    for key, needed in (("clis.s", config.clis.s > 0), ("pretrain.epochs", config.pretrain.epochs > 0)):
-        yield data.image_level or not needed, f"{key} > 0 needs data.image_level folders, or set {key}=0"
-    yield data.mosaic_size > 0 and data.mosaic_size % 2 == 0, f"data.mosaic_size={data.mosaic_size}: even"
-    for name in ("flip", "cutout", "paste_max_cover"):
-        yield 0 <= getattr(data, name) <= 1, f"data.{name}={getattr(data, name)}: between 0 and 1"
-    for name in ("mosaic_scale", "cutout_size", "paste_size"):
-        low, high = getattr(data, name)
-        yield 0 < low <= high, f"data.{name}=[{low:g}, {high:g}]: lower bound above 0, then upper bound"
-    yield (
-        data.mosaic_surroundings is None or 1 <= data.mosaic_surroundings < math.inf,
-        f"data.mosaic_surroundings={data.mosaic_surroundings}: at least 1, or null",
-    )
-    yield data.cutout_size[1] <= 1, f"data.cutout_size={list(data.cutout_size)}: at most 1, the whole side"
-    yield data.min_region > 0, f"data.min_region={data.min_region}: above 0"
-    yield (
-        data.shuffle_block is None or data.shuffle_block >= 1,
-        f"data.shuffle_block={data.shuffle_block}: at least 1, or null",
-    )
-    yield 0 < data.image_level_share <= 1, f"data.image_level_share={data.image_level_share}: in (0, 1]"
-    yield (
-        data.image_level_share == 1 or data.shuffle_block is None,
-        "data.image_level_share draws single images: set data.shuffle_block=null",
-    )
-    yield 0 <= data.label_noise < 1, f"data.label_noise={data.label_noise}: in [0, 1)"
-    yield (
-        (config.regions.rule == "given") == (config.regions.boxes is not None),
-        f"regions.rule={config.regions.rule}, regions.boxes={config.regions.boxes}: the rule `given` needs a "
-        "file of boxes, the others do not read one",
-    )
-    for name in ("workers", "max_bad_images"):
-        yield getattr(data, name) >= 0, f"data.{name}={getattr(data, name)}: at least 0"
-    searched, most = config.regions.short_side, config.regions.max_size
-    yield len(searched) > 0, "regions.short_side: at least one size"
-    yield (
-        most >= max(searched, default=0),
-        f"regions.max_size={most}: at least the largest regions.short_side, {max(searched, default=0)}",
-    )
-    padded = [-(-side // 32) for side in (data.max_size, config.test.max_size)]
-    yield (
-        config.model.backbone.canvas == "batch" or padded[0] == padded[1],
-        f"model.backbone.canvas=square needs equal data.max_size and test.max_size, not {data.max_size} and "
-        f"{config.test.max_size}: images lie on one canvas in training and at test",
-    )
-    for section, sizes in (
-        ("data", (data.max_size,)),
-        ("regions", (*config.regions.short_side, config.regions.max_size)),
-        ("test", (config.test.short_side, config.test.max_size)),
-    ):
-        yield min(sizes) >= 1, f"{section}: image sizes are at least 1"
-
-
-def _run_rules(config: Config) -> Iterator[tuple[Any, str]]:
-    train, optim = config.train, config.optim
-    for name in ("steps", "images_per_step", "images_per_process", "log_every", "save_every", "keep_last"):
-        yield getattr(train, name) >= 1, f"train.{name}={getattr(train, name)}: at least 1"
-    for name in ("save_minutes", "eval_every"):
-        value = getattr(train, name)
-        yield value is None or value > 0, f"train.{name}={value}: above 0, or null"
-    yield train.max_skipped >= 0, f"train.max_skipped={train.max_skipped}: at least 0"
-    yield 0 <= train.seed < 2**31, f"train.seed={train.seed}: between 0 and 2**31 - 1"
-    yield optim.lr > 0 and optim.lr_images >= 1, f"optim.lr={optim.lr}: above 0, optim.lr_images at least 1"
-    yield from _pretrain_rules(config.pretrain)
-    yield config.test.images_per_batch >= 1, "test.images_per_batch: at least 1"
-    for name in ("detections", "export_candidates"):
-        yield getattr(config.test, name) >= 1, f"test.{name}={getattr(config.test, name)}: at least 1"
-    yield config.regions.images_per_batch >= 1, "regions.images_per_batch: at least 1"
-
-
-def _pretrain_rules(pretrain: PretrainConfig) -> Iterator[tuple[Any, str]]:
-    yield pretrain.epochs >= 0, f"pretrain.epochs={pretrain.epochs}: at least 0"
-    for name, least in (("images_per_step", 1), ("images_per_process", 1), ("image_size", 32)):
-        yield getattr(pretrain, name) >= least, f"pretrain.{name}={getattr(pretrain, name)}: at least {least}"
-    low, high = pretrain.scale
-    yield (
-        0 < low <= high <= 1,
-        f"pretrain.scale=[{low:g}, {high:g}]: a range above 0 and up to at most 1",
-    )
-    yield 0 < pretrain.lr < math.inf, f"pretrain.lr={pretrain.lr}: above 0 and finite"
-    yield (
-        all(epoch > 0 for epoch in pretrain.decay_epochs),
-        f"pretrain.decay_epochs={list(pretrain.decay_epochs)}: above 0",
-    )
-    yield 0 <= pretrain.held_out < 1, f"pretrain.held_out={pretrain.held_out}: at least 0 and below 1"

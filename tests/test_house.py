@@ -11,8 +11,8 @@ from runs import REPOSITORY
 
 PACKAGE = REPOSITORY / "clis"
 GROUND = {
-    "atomic", "boxes", "cli", "config", "config_files", "config_scopes", "distributed", "losses", "progress",
-    "resize",
+    "atomic", "boxes", "cli", "config", "config_files", "config_rules", "config_scopes", "distributed",
+    "losses", "progress", "resize",
 }  # fmt: skip
 BELOW = {
     "__main__": {"commands"} | GROUND,

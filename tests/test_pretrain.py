@@ -584,16 +584,16 @@ class TestBadInput:
     @pytest.mark.parametrize(
         ("override", "message"),
         [
-            ("pretrain.epochs=-1", "pretrain.epochs=-1: at least 0"),
-            ("pretrain.images_per_step=0", "pretrain.images_per_step=0: at least 1"),
-            ("pretrain.images_per_process=0", "pretrain.images_per_process=0: at least 1"),
-            ("pretrain.image_size=16", "pretrain.image_size=16: at least 32"),
-            ("pretrain.scale=[0.5,1.5]", r"pretrain.scale=\[0.5, 1.5\]: a range"),
-            ("pretrain.scale=[0.9,0.5]", r"pretrain.scale=\[0.9, 0.5\]: a range"),
-            ("pretrain.lr=.nan", "pretrain.lr=nan: above 0"),
-            ("pretrain.decay_epochs=[3,0]", r"pretrain.decay_epochs=\[3, 0\]: above 0"),
-            ("pretrain.held_out=1", "pretrain.held_out=1.0: at least 0 and below 1"),
-            ("data.image_level=[]", "pretrain.epochs > 0 needs data.image_level"),
+            ("pretrain.epochs=-1", "pretrain.epochs=-1: must be at least 0"),
+            ("pretrain.images_per_step=0", "pretrain.images_per_step=0: must be at least 1"),
+            ("pretrain.images_per_process=0", "pretrain.images_per_process=0: must be at least 1"),
+            ("pretrain.image_size=16", "pretrain.image_size=16: must be at least 32"),
+            ("pretrain.scale=[0.5,1.5]", r"pretrain.scale=\[0.5, 1.5\]: must be .* of at most 1"),
+            ("pretrain.scale=[0.9,0.5]", r"pretrain.scale=\[0.9, 0.5\]: must be a lower bound above 0, then"),
+            ("pretrain.lr=.nan", "pretrain.lr=nan: must be above 0"),
+            ("pretrain.decay_epochs=[3,0]", r"pretrain.decay_epochs=\[3, 0\]: must all be above 0"),
+            ("pretrain.held_out=1", "pretrain.held_out=1.0: must be at least 0 and below 1"),
+            ("data.image_level=[]", "pretrain.epochs=1: requires folders in data.image_level"),
         ],
     )
     def test_settings(self, override, message):
