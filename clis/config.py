@@ -21,31 +21,31 @@ SHARED, OWN, IMAGE_LEVEL, MACHINE, INFERENCE, PRETRAINING, REGIONS = Scope
 @dataclass(frozen=True, kw_only=True)
 class BackboneConfig:
     name: Literal["resnet10", "resnet18", "resnet50", "resnet101"] = setting("resnet50", SHARED | PRETRAINING)
-    """ResNet depth; 50 and 101 have bottleneck blocks, 10 (one block a stage) and 18 basic ones."""
+    """ResNet depth; 50 and 101 have bottleneck blocks, 10 (one block per stage) and 18 basic ones."""
     width: int = setting(64, SHARED | PRETRAINING)
     """Channels of the stem and the first stage; torchvision's networks have 64."""
     norm: Literal["folded", "frozen", "group"] = setting("folded", SHARED | PRETRAINING)
     """``folded``: batch norm with fixed statistics and trainable affine, folded into the convolution;
     ``frozen``: the same with a fixed affine; ``group``: group norm, for training from random weights. Group
-    norm's statistics take in the padding, so images of different sizes in a batch affect each other, unless
+    norm's statistics include the padding, so images of different sizes in a batch affect each other, unless
     `canvas` is ``square``."""
     canvas: Literal["batch", "square"] = setting("batch", SHARED)
-    """What images are zero-padded to: the largest of their ``batch``, or a ``square`` of the longest side
-    that they may have, `data.max_size` and `test.max_size`, which then have to agree. On the square, group
+    """Size that images are zero-padded to: the largest of their ``batch``, or a ``square`` with the longest
+    side that they may have, `data.max_size` and `test.max_size`, which must then agree. On the square, group
     norm sees an instance-level image with the same padding in training, at test and in any batch. The region
     search has a square of `regions.max_size`; mosaics, all of one size, have none. Both are rounded up to a
     multiple of 32."""
     norm_eps: float = setting(1e-5, SHARED | PRETRAINING)
-    """Added to the variance; torchvision takes 0 for the COCO weights of its detector."""
+    """Added to the variance; torchvision uses 0 for the COCO weights of its detector."""
     stride_in_1x1: bool = setting(False, SHARED | PRETRAINING)
-    """A bottleneck's stride is in its first 1x1 convolution (caffe's ResNets, detectron2's default), not in
-    the 3x3 (torchvision)."""
+    """Put a bottleneck's stride in its first 1x1 convolution (caffe's ResNets, detectron2's default) instead
+    of the 3x3 (torchvision)."""
     trainable_layers: int = setting(3, SHARED)
     """How many of (conv1, layer1, ..., layer4), from the top, are trained: 3 freezes stem and layer1."""
     weights: str | None = setting(None, SHARED | PRETRAINING)
     """A ResNet state dict with torchvision's names, relative to `data.root`: torchvision's, or the
     ``backbone.pt`` that `python -m clis pretrain` makes, with the norm that it was made with; null is random
-    weights. With `pretrain.epochs` the pre-training starts from it, and the detector from what comes out."""
+    weights. With `pretrain.epochs`, pre-training starts from it, and the detector from the result."""
     download: bool = setting(False, SHARED)
     """Fetch torchvision's ImageNet-1K weights if `weights` does not exist yet."""
     fpn_channels: int = setting(256, SHARED)
@@ -69,21 +69,21 @@ class RPNConfig:
     anchor_ratios: tuple[float, ...] = setting((0.5, 1.0, 2.0), SHARED)
     """Height / width."""
     round_anchors: bool = setting(False, SHARED)
-    """Half sides of the anchors in whole pixels (torchvision)."""
+    """Round the half sides of anchors to whole pixels (torchvision)."""
     anchor_spacing: Literal["stride", "grid"] = setting("stride", SHARED)
-    """Pixels from anchor to anchor: the level's stride, or padded image size // ``grid`` size (torchvision),
-    which is below P6's stride of 64 where its last row or column reaches beyond the image."""
+    """Pixels between neighboring anchors: the level's stride, or padded image size // ``grid`` size
+    (torchvision), which is below P6's stride of 64 where its last row or column extends beyond the image."""
     positive_iou: float = setting(0.7, SHARED)
     negative_iou: float = setting(0.3, SHARED)
     samples: int = setting(256, SHARED)
-    """Anchors sampled an image for the loss."""
+    """Anchors sampled per image for the loss."""
     positive_fraction: float = setting(0.5, SHARED)
     pre_nms_train: int = setting(2000, SHARED)
-    """Candidates a level before NMS."""
+    """Candidates per level before NMS."""
     pre_nms_test: int = setting(1000, SHARED | INFERENCE)
     nms_iou: float = setting(0.7, SHARED | INFERENCE)
     proposals: int = setting(1000, SHARED | INFERENCE)
-    """Proposals kept an image."""
+    """Proposals kept per image."""
     min_size: float = setting(0.0, SHARED)
     """Minimum side of a proposal in pixels, exclusive (torchvision: 0.001)."""
     shrink_limit: float = setting(0.016, SHARED)
@@ -102,12 +102,12 @@ class RPNConfig:
 @dataclass(frozen=True, kw_only=True)
 class RoIConfig:
     samples: int = 512
-    """RoIs sampled an image in training."""
+    """RoIs sampled per image in training."""
     positive_fraction: float = 0.25
     positive_iou: float = 0.5
     pool_size: int = 7
     sampling_ratio: int = 0
-    """RoIAlign points a bin; 0 is adaptive (mmdetection)."""
+    """RoIAlign points per bin; 0 is adaptive (mmdetection)."""
     aligned: bool = True
     """RoIAlign's half-pixel correction."""
     finest_scale: float = 56.0
@@ -115,9 +115,9 @@ class RoIConfig:
     fc_dim: int = 1024
     """Width D of the two hidden layers of each sub-network."""
     class_agnostic_boxes: bool = False
-    """One box for all classes instead of one a class."""
+    """Predict one box for all classes instead of one box per class."""
     fc_cls_std: float = 0.01
-    """Standard deviation of the last classification fc's first weights (mmdetection: 0.01; torchvision's
+    """Standard deviation of the last classification fc's initial weights (mmdetection: 0.01; torchvision's
     detector: 1 / sqrt(3 * fc_dim)). A wider start lets classification take off sooner in a short training."""
 
     def __post_init__(self) -> None:
@@ -143,12 +143,12 @@ class CLISConfig:
     objectness: bool = True
     """L_obj on the localization sub-network, multiplied into the score at inference."""
     s: int = 16
-    """Image-level images to one instance-level image, a multiple of 4; 0 is without them (w/o ILS)."""
+    """Image-level images per instance-level image, a multiple of 4; 0 leaves them out (w/o ILS)."""
     t: int = 2
     """Instances pasted into each instance-level image, t <= s; 0 is no pasting."""
     siamese: bool = True
     """SS: image classification shares 2fc and last fc with instance classification; off, it has its own
-    (without TSS its own last fc alone)."""
+    (without TSS only its own last fc)."""
     contrastive: bool = True
     """CLR: L_con on the pasted pairs; off with t > 0, the pasted instances are ordinary ground truth only."""
     embedding_dim: int = 128
@@ -158,7 +158,7 @@ class CLISConfig:
     queue_init: Literal["empty", "noise"] = "empty"
     """An empty queue masks its unfilled places; ``noise`` starts from normalized Gaussian keys (MoCo)."""
     momentum: float = 0.999
-    """Of the copy of the instance-classification sub-network and its MLP."""
+    """Of the momentum copy of the instance-classification sub-network and its MLP."""
     temperature: float = 0.2
     """tau of Eq. 1."""
     pasted_view: Literal["symmetric", "momentum", "online"] = "symmetric"
@@ -219,9 +219,9 @@ class LossConfig:
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
     root: str | None = setting(None, SHARED | MACHINE)
-    """Folder that the paths below are relative to; null is $CLIS_DATA, or ``data`` where that is unset."""
+    """Folder that the paths below are relative to; null is $CLIS_DATA, or ``data`` if that is unset."""
     generate: Literal["shapes"] | None = setting(None, SHARED)
-    """Write the embedded benchmark to ``root/shapes`` if it is not there."""
+    """Write the embedded benchmark to ``root/shapes`` if it does not exist yet."""
     train: str = setting("lvis/lvis_v1_train.json", SHARED | PRETRAINING | REGIONS)
     """Instance-level annotations (D_d): LVIS v1, LVIS v0.5 or COCO form."""
     train_images: str = setting("coco", SHARED)
@@ -229,32 +229,32 @@ class DataConfig:
     val: str = setting("lvis/lvis_v1_val.json", SHARED)
     val_images: str = setting("coco", SHARED)
     image_level: tuple[str, ...] = setting(("imagenet22k",), IMAGE_LEVEL | PRETRAINING | REGIONS)
-    """Folders of the image-level images (D_i): one folder or one tar a class, scanned at every start. Or the
-    one folder that `python -m clis prepare image-level` wrote, which opens at once; it has its own mapping,
-    and `mapping` and `drop_unmatched` do not matter."""
+    """Folders of the image-level images (D_i): one folder or one tar per class, scanned at every start. Or
+    the one folder that `python -m clis prepare image-level` wrote, which opens at once; it has its own
+    mapping, so `mapping` and `drop_unmatched` have no effect."""
     shuffle_block: int | None = setting(None, IMAGE_LEVEL | PRETRAINING)
-    """Shuffle the image-level images in blocks of this many neighbors of their index, for shards of mixed
-    classes that are too many for random access; null shuffles over all. Class folders and class tars need
-    null: a block of theirs is of one class."""
+    """Shuffle the image-level images in blocks of this many neighbors in their index, for shards of mixed
+    classes that are too many for random access; null shuffles over all. Class folders and class tars require
+    null, since each of their blocks has a single class."""
     mapping: str | None = setting(None, IMAGE_LEVEL | PRETRAINING | REGIONS)
-    """File of ``wnid<TAB>category`` lines, where folder names alone do not tell the class."""
+    """File of ``wnid<TAB>category`` lines, for folder names that do not identify the class."""
     drop_unmatched: bool = setting(False, IMAGE_LEVEL | PRETRAINING | REGIONS)
     """Leave out image-level folders that match no category instead of stopping."""
     drop_invalid: bool = setting(False, SHARED)
     """Drop boxes without area or with a side under one pixel (mmdetection), and clip boxes that leave the
     image, instead of stopping."""
     empty_images: bool = setting(False, SHARED)
-    """Train on images that no box is left in, too; mmdetection and detectron2 leave them out. Repeat factors
-    are counted on the images that are left."""
+    """Also train on images that have no box left; mmdetection and detectron2 leave them out. Repeat factors
+    are counted on the images that remain."""
     max_bad_images: int = setting(0, SHARED)
-    """Unreadable images that a start of a run may replace by the next of their stream before it stops; each
-    counts once a process."""
+    """Unreadable images that a start of a run may replace by the next in their stream before it stops; each
+    counts once per process."""
     image_level_share: float = setting(1.0, IMAGE_LEVEL | PRETRAINING)
-    """Share of the image-level images that are used, above 0; `train.seed` draws which. What replaces an
-    unreadable image may be any."""
+    """Share of the image-level images that are used, above 0; `train.seed` draws which. The replacement of an
+    unreadable image may come from the rest, too."""
     label_noise: float = setting(0.0, IMAGE_LEVEL | PRETRAINING | REGIONS)
     """Share of the image-level images that get the label of another class, drawn by `train.seed`: what a
-    stream from a search engine may be like (section IV-D.5). Those that pre-training holds out too."""
+    stream from a search engine may be like (section IV-D.5). Images held out by pre-training get it too."""
     repeat_threshold: float = setting(1e-3, SHARED)
     """t of repeat-factor sampling: classes in a smaller share of the images are repeated."""
     repeat_rounding: Literal["ceil", "stochastic", "none"] = setting("ceil", SHARED)
@@ -283,7 +283,7 @@ class DataConfig:
     paste_max_cover: float = setting(0.5, IMAGE_LEVEL)
     """A paste that would cover more than this share of any box is rejected."""
     workers: int = setting(4, SHARED | MACHINE)
-    """Loader processes for each training process."""
+    """Loader processes per training process."""
 
     def __post_init__(self) -> None:
         rules = Rules("data", self)
@@ -314,18 +314,18 @@ class RegionsConfig:
     rule: Literal["category-rank-first", "top-score", "center", "full", "given"] = setting(
         "category-rank-first", OWN | REGIONS
     )
-    """The detector's box that scores highest for the image's own class, or for any; the central half of the
-    area; the whole image; the box that `boxes` has."""
+    """The detector's box with the highest score for the image's own class, or for any class; the central half
+    of the area; the whole image; the box in `boxes`."""
     boxes: str | None = setting(None, OWN | REGIONS)
-    """Of the rule ``given``: a JSON file of {image: [x1, y1, x2, y2]}, relative to `data.root`, in pixels of
+    """For the rule ``given``: a JSON file of {image: [x1, y1, x2, y2]}, relative to `data.root`, in pixels of
     the stored image; an image is ``class/file name``, or ``class.tar:member name``."""
     detector: str | None = setting(None, OWN | REGIONS)
-    """Checkpoint that finds the regions, or a config (then trained first, in its own run folder)."""
+    """Checkpoint that finds the regions, or a config (trained first, in its own run folder)."""
     short_side: tuple[int, ...] = setting((400,), OWN | REGIONS)
-    """Shorter side at which the detector looks at an image; with several, the best-scoring box is taken. Not
-    the size at test: image-level objects fill their images, so at that size they are larger than any object
-    that the detector has learned. 400 is half of LVIS's 800 (not measured; `python -m clis regions CONFIG
-    --scan` measures your images)."""
+    """Shorter side at which the detector sees an image; with several, the best-scoring box is used. Not the
+    size at test: image-level objects fill their images, so at that size they are larger than any object that
+    the detector has learned. 400 is half of LVIS's 800 (not measured; `python -m clis regions CONFIG --scan`
+    measures your images)."""
     max_size: int = setting(667, OWN | REGIONS)
     """Limit of the longer side at the largest `short_side`; a smaller one has its limit in proportion."""
     images_per_batch: int = setting(1, OWN | MACHINE)
@@ -372,21 +372,22 @@ class TrainConfig:
     precision: Literal["float32", "bfloat16", "float16"] = setting("float32", SHARED | PRETRAINING)
     """Autocast type of forward and backward; losses stay float32."""
     device: str = setting("auto", SHARED | MACHINE)
-    """``auto`` is CUDA where there is one, else the CPU."""
+    """``auto`` is CUDA if available, else the CPU."""
     log_every: int = setting(20, SHARED | MACHINE)
     save_every: int = setting(5000, SHARED | MACHINE)
-    """Steps between checkpoints; the last step has one in any case."""
+    """Steps between checkpoints; the last step always has one."""
     save_minutes: float | None = setting(None, SHARED | MACHINE)
-    """Also a checkpoint when the last one is so old."""
+    """Also save when the last checkpoint is this many minutes old."""
     keep_last: int = setting(2, SHARED | MACHINE)
-    """Checkpoints kept; the one before the last takes over where the last turns out damaged."""
+    """Checkpoints kept; if the last one is damaged, the one before it is used."""
     eval_every: int | None = setting(None, SHARED | MACHINE)
     """Steps between evaluations during training; each saves a checkpoint, and the best AP is ``best.pt``."""
     on_nonfinite: Literal["stop", "skip"] = setting("stop", SHARED)
     """At a gradient that is NaN or infinite: end the run, or leave the step out without any trace."""
     max_skipped: int = setting(10, SHARED)
-    """Most steps that `on_nonfinite` = ``skip`` may leave out in the whole run. With float16, whose scaling
-    leaves out steps by itself, most of them in a row. One more, or a loss scale below 1, ends the run."""
+    """Maximum number of steps that `on_nonfinite` = ``skip`` may leave out in the whole run. With float16,
+    whose scaling leaves out steps by itself, the maximum in a row. One more, or a loss scale below 1, ends
+    the run."""
 
     def __post_init__(self) -> None:
         rules = Rules("train", self)
@@ -400,19 +401,19 @@ class TrainConfig:
 @dataclass(frozen=True, kw_only=True)
 class PretrainConfig:
     """The detector's ResNet is first trained as a classifier of the image-level images (section IV-D.4: the
-    paper's comparison, no part of CLIS).
+    paper's comparison, not part of CLIS).
 
     Momentum, weight decay, decay factor and clipping are those of `optim`, without warm-up; seed, precision,
-    logging and saving those of `train`, flip, loaders and bad images those of `data`.
+    logging and saving those of `train`; flip, loaders and bad images those of `data`.
     """
 
     epochs: int = 0
-    """Passes over the images that are not held out; 0 is without pre-training, the paper's has 100."""
+    """Passes over the images that are not held out; 0 is no pre-training, the paper's has 100."""
     images_per_step: int = 256
     """Image-level images in the global batch."""
     images_per_process: int = 32
-    """The most that one process takes at once; the rest is gradient accumulation. Batch norm takes its
-    statistics over these images, so that the number matters (the paper: 32 on each of 8 GPUs)."""
+    """The most that one process takes at once; the rest is gradient accumulation. Batch norm computes its
+    statistics over these images, so the number matters (the paper: 32 on each of 8 GPUs)."""
     image_size: int = 224
     """Side of the crops in pixels."""
     scale: tuple[float, float] = (0.08, 1.0)
@@ -441,7 +442,7 @@ class TestConfig:
     score_threshold: float = setting(1e-4, SHARED)
     nms_iou: float = setting(0.5, SHARED)
     detections: int = setting(300, SHARED)
-    """Detections kept an image."""
+    """Detections kept per image."""
     min_size: float = setting(0.0, SHARED)
     """Boxes with a side of fewer pixels of the resized image are left out before NMS (torchvision: 0.01)."""
     shrink_limit: float = setting(0.016, SHARED)
@@ -453,8 +454,8 @@ class TestConfig:
     both in uint8; ``torchvision``'s detectors have none, in float, and round the sizes down."""
     images_per_batch: int = setting(1, SHARED | MACHINE)
     export_candidates: int = setting(5000, SHARED | MACHINE)
-    """Boxes of an image that NMS chooses from in a program of `python -m clis export`; elsewhere they are all
-    that it needs."""
+    """Boxes per image that NMS chooses from in a program of `python -m clis export`; everywhere else NMS
+    takes as many as it needs."""
 
     def __post_init__(self) -> None:
         rules = Rules("test", self)
