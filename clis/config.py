@@ -1,90 +1,113 @@
 """The configuration: frozen dataclasses whose defaults are the paper's recipe (arXiv 2210.05568, IV-A).
 
 A YAML file names only what differs; `base:` names one parent file; `key.path=value` overrides come last. Keys
-are strict: an unknown one is an error that names the nearest.
+are strict: an unknown one is an error that names the nearest. Every field has its default, its scope
+(`clis.config_scopes`) and, below it, what it means; a section's own rules are in its ``__post_init__``.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
+
+from clis.config_rules import Rules
+from clis.config_scopes import Scope, scoped, scopes_of, setting
+
+SHARED, OWN, IMAGE_LEVEL, MACHINE, INFERENCE, PRETRAINING, REGIONS = Scope
 
 
 @dataclass(frozen=True, kw_only=True)
 class BackboneConfig:
-    name: Literal["resnet10", "resnet18", "resnet50", "resnet101"] = "resnet50"
-    """ResNet depth; 50 and 101 have bottleneck blocks, 10 (one block a stage) and 18 basic ones."""
-    width: int = 64
+    name: Literal["resnet10", "resnet18", "resnet50", "resnet101"] = setting("resnet50", SHARED | PRETRAINING)
+    """ResNet depth; 50 and 101 have bottleneck blocks, 10 (one block per stage) and 18 basic ones."""
+    width: int = setting(64, SHARED | PRETRAINING)
     """Channels of the stem and the first stage; torchvision's networks have 64."""
-    norm: Literal["folded", "frozen", "group"] = "folded"
+    norm: Literal["folded", "frozen", "group"] = setting("folded", SHARED | PRETRAINING)
     """``folded``: batch norm with fixed statistics and trainable affine, folded into the convolution;
     ``frozen``: the same with a fixed affine; ``group``: group norm, for training from random weights. Group
-    norm's statistics take in the padding, so images of different sizes in a batch affect each other, unless
+    norm's statistics include the padding, so images of different sizes in a batch affect each other, unless
     `canvas` is ``square``."""
-    canvas: Literal["batch", "square"] = "batch"
-    """What images are zero-padded to: the largest of their ``batch``, or a ``square`` of the longest side
-    that they may have, `data.max_size` and `test.max_size`, which then have to agree. On the square, group
+    canvas: Literal["batch", "square"] = setting("batch", SHARED)
+    """Size that images are zero-padded to: the largest of their ``batch``, or a ``square`` with the longest
+    side that they may have, `data.max_size` and `test.max_size`, which must then agree. On the square, group
     norm sees an instance-level image with the same padding in training, at test and in any batch. The region
     search has a square of `regions.max_size`; mosaics, all of one size, have none. Both are rounded up to a
     multiple of 32."""
-    norm_eps: float = 1e-5
-    """Added to the variance; torchvision takes 0 for the COCO weights of its detector."""
-    stride_in_1x1: bool = False
-    """A bottleneck's stride is in its first 1x1 convolution (caffe's ResNets, detectron2's default), not in
-    the 3x3 (torchvision)."""
-    trainable_layers: int = 3
+    norm_eps: float = setting(1e-5, SHARED | PRETRAINING)
+    """Added to the variance; torchvision uses 0 for the COCO weights of its detector."""
+    stride_in_1x1: bool = setting(False, SHARED | PRETRAINING)
+    """Put a bottleneck's stride in its first 1x1 convolution (caffe's ResNets, detectron2's default) instead
+    of the 3x3 (torchvision)."""
+    trainable_layers: int = setting(3, SHARED)
     """How many of (conv1, layer1, ..., layer4), from the top, are trained: 3 freezes stem and layer1."""
-    weights: str | None = None
+    weights: str | None = setting(None, SHARED | PRETRAINING)
     """A ResNet state dict with torchvision's names, relative to `data.root`: torchvision's, or the
     ``backbone.pt`` that `python -m clis pretrain` makes, with the norm that it was made with; null is random
-    weights. With `pretrain.epochs` the pre-training starts from it, and the detector from what comes out."""
-    download: bool = False
+    weights. With `pretrain.epochs`, pre-training starts from it, and the detector from the result."""
+    download: bool = setting(False, SHARED)
     """Fetch torchvision's ImageNet-1K weights if `weights` does not exist yet."""
-    fpn_channels: int = 256
+    fpn_channels: int = setting(256, SHARED)
     """Channels of P2-P6."""
+
+    def __post_init__(self) -> None:
+        rules = Rules("model.backbone", self)
+        rules.between(0, 5, "trainable_layers")
+        rules.at_least(0, "norm_eps")
+        allowed = not self.stride_in_1x1 or self.name in ("resnet50", "resnet101")
+        rules.require("stride_in_1x1", allowed, f"requires bottleneck blocks; {self.name} has basic blocks")
+        for name in ("width", "fpn_channels"):
+            whole = getattr(self, name) % 16 == 0
+            rules.require(name, whole or self.norm != "group", "must be a multiple of 16 with group norm")
 
 
 @dataclass(frozen=True, kw_only=True)
 class RPNConfig:
-    anchor_scale: float = 8.0
+    anchor_scale: float = setting(8.0, SHARED)
     """Anchor side in strides (mmdetection: 8)."""
-    anchor_ratios: tuple[float, ...] = (0.5, 1.0, 2.0)
+    anchor_ratios: tuple[float, ...] = setting((0.5, 1.0, 2.0), SHARED)
     """Height / width."""
-    round_anchors: bool = False
-    """Half sides of the anchors in whole pixels (torchvision)."""
-    anchor_spacing: Literal["stride", "grid"] = "stride"
-    """Pixels from anchor to anchor: the level's stride, or padded image size // ``grid`` size (torchvision),
-    which is below P6's stride of 64 where its last row or column reaches beyond the image."""
-    positive_iou: float = 0.7
-    negative_iou: float = 0.3
-    samples: int = 256
-    """Anchors sampled an image for the loss."""
-    positive_fraction: float = 0.5
-    pre_nms_train: int = 2000
-    """Candidates a level before NMS."""
-    pre_nms_test: int = 1000
-    nms_iou: float = 0.7
-    proposals: int = 1000
-    """Proposals kept an image."""
-    min_size: float = 0.0
+    round_anchors: bool = setting(False, SHARED)
+    """Round the half sides of anchors to whole pixels (torchvision)."""
+    anchor_spacing: Literal["stride", "grid"] = setting("stride", SHARED)
+    """Pixels between neighboring anchors: the level's stride, or padded image size // ``grid`` size
+    (torchvision), which is below P6's stride of 64 where its last row or column extends beyond the image."""
+    positive_iou: float = setting(0.7, SHARED)
+    negative_iou: float = setting(0.3, SHARED)
+    samples: int = setting(256, SHARED)
+    """Anchors sampled per image for the loss."""
+    positive_fraction: float = setting(0.5, SHARED)
+    pre_nms_train: int = setting(2000, SHARED)
+    """Candidates per level before NMS."""
+    pre_nms_test: int = setting(1000, SHARED | INFERENCE)
+    nms_iou: float = setting(0.7, SHARED | INFERENCE)
+    proposals: int = setting(1000, SHARED | INFERENCE)
+    """Proposals kept per image."""
+    min_size: float = setting(0.0, SHARED)
     """Minimum side of a proposal in pixels, exclusive (torchvision: 0.001)."""
-    shrink_limit: float = 0.016
+    shrink_limit: float = setting(0.016, SHARED)
     """A proposal keeps at least this share of its anchor's sides (mmdetection: 16 / 1000); 0 is no limit
     (torchvision, detectron2)."""
+
+    def __post_init__(self) -> None:
+        rules = Rules("model.rpn", self)
+        rules.at_least(1, "samples", "proposals")
+        above_zero = len(self.anchor_ratios) > 0 and min(self.anchor_ratios) > 0
+        rules.require("anchor_ratios", above_zero, "must be at least one ratio, all above 0")
+        rules.between(0, 1, "positive_fraction", "shrink_limit")
+        rules.at_least(0, "min_size")
 
 
 @dataclass(frozen=True, kw_only=True)
 class RoIConfig:
     samples: int = 512
-    """RoIs sampled an image in training."""
+    """RoIs sampled per image in training."""
     positive_fraction: float = 0.25
     positive_iou: float = 0.5
     pool_size: int = 7
     sampling_ratio: int = 0
-    """RoIAlign points a bin; 0 is adaptive (mmdetection)."""
+    """RoIAlign points per bin; 0 is adaptive (mmdetection)."""
     aligned: bool = True
     """RoIAlign's half-pixel correction."""
     finest_scale: float = 56.0
@@ -92,17 +115,23 @@ class RoIConfig:
     fc_dim: int = 1024
     """Width D of the two hidden layers of each sub-network."""
     class_agnostic_boxes: bool = False
-    """One box for all classes instead of one a class."""
+    """Predict one box for all classes instead of one box per class."""
     fc_cls_std: float = 0.01
-    """Standard deviation of the last classification fc's first weights (mmdetection: 0.01; torchvision's
+    """Standard deviation of the last classification fc's initial weights (mmdetection: 0.01; torchvision's
     detector: 1 / sqrt(3 * fc_dim)). A wider start lets classification take off sooner in a short training."""
+
+    def __post_init__(self) -> None:
+        rules = Rules("model.roi", self)
+        rules.at_least(1, "samples")
+        rules.between(0, 1, "positive_fraction")
+        rules.at_least(0, "fc_cls_std")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
     rpn: RPNConfig = field(default_factory=RPNConfig)
-    roi: RoIConfig = field(default_factory=RoIConfig)
+    roi: RoIConfig = field(default_factory=RoIConfig, metadata=scoped(SHARED))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,12 +143,12 @@ class CLISConfig:
     objectness: bool = True
     """L_obj on the localization sub-network, multiplied into the score at inference."""
     s: int = 16
-    """Image-level images to one instance-level image, a multiple of 4; 0 is without them (w/o ILS)."""
+    """Image-level images per instance-level image, a multiple of 4; 0 leaves them out (w/o ILS)."""
     t: int = 2
     """Instances pasted into each instance-level image, t <= s; 0 is no pasting."""
     siamese: bool = True
     """SS: image classification shares 2fc and last fc with instance classification; off, it has its own
-    (without TSS its own last fc alone)."""
+    (without TSS only its own last fc)."""
     contrastive: bool = True
     """CLR: L_con on the pasted pairs; off with t > 0, the pasted instances are ordinary ground truth only."""
     embedding_dim: int = 128
@@ -129,7 +158,7 @@ class CLISConfig:
     queue_init: Literal["empty", "noise"] = "empty"
     """An empty queue masks its unfilled places; ``noise`` starts from normalized Gaussian keys (MoCo)."""
     momentum: float = 0.999
-    """Of the copy of the instance-classification sub-network and its MLP."""
+    """Of the momentum copy of the instance-classification sub-network and its MLP."""
     temperature: float = 0.2
     """tau of Eq. 1."""
     pasted_view: Literal["symmetric", "momentum", "online"] = "symmetric"
@@ -139,6 +168,17 @@ class CLISConfig:
     beside negatives from the lagging copy this is solved without telling instances apart."""
     mask_same_class: bool = False
     """Leave keys of the query's class out of the negatives; Eq. 1 keeps them."""
+
+    def __post_init__(self) -> None:
+        rules = Rules("clis", self)
+        whole = self.s >= 0 and self.s % 4 == 0
+        rules.require("s", whole, "must be a multiple of 4 (a mosaic holds four images)")
+        rules.require("t", 0 <= self.t <= self.s, f"must be between 0 and clis.s={self.s}")
+        paired = self.t > 0 or not self.contrastive
+        rules.require("contrastive", paired, "requires pasted pairs; set clis.t above 0 or this to false")
+        rules.at_least(1, "queue_size")
+        rules.between(0, 1, "momentum")
+        rules.positive("temperature")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,6 +198,10 @@ class LossConfig:
     box: float = 1.0
     objectness: float = 1.0
 
+    def __post_init__(self) -> None:
+        weights = ("alpha", "beta", "rpn_objectness", "rpn_box", "instance_cls", "box", "objectness")
+        Rules("loss", self).at_least(0, *weights)
+
     @property
     def weights(self) -> dict[str, float]:
         """Weight of every loss that `CLISDetector.forward` may return, by its name there."""
@@ -174,158 +218,202 @@ class LossConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    root: str | None = None
-    """Folder that the paths below are relative to; null is $CLIS_DATA, or ``data`` where that is unset."""
-    generate: Literal["shapes"] | None = None
-    """Write the embedded benchmark to ``root/shapes`` if it is not there."""
-    train: str = "lvis/lvis_v1_train.json"
+    root: str | None = setting(None, SHARED | MACHINE)
+    """Folder that the paths below are relative to; null is $CLIS_DATA, or ``data`` if that is unset."""
+    generate: Literal["shapes"] | None = setting(None, SHARED)
+    """Write the embedded benchmark to ``root/shapes`` if it does not exist yet."""
+    train: str = setting("lvis/lvis_v1_train.json", SHARED | PRETRAINING | REGIONS)
     """Instance-level annotations (D_d): LVIS v1, LVIS v0.5 or COCO form."""
-    train_images: str = "coco"
+    train_images: str = setting("coco", SHARED)
     """Folder of their images; LVIS v1 names them ``train2017/000000391895.jpg`` below it."""
-    val: str = "lvis/lvis_v1_val.json"
-    val_images: str = "coco"
-    image_level: tuple[str, ...] = ("imagenet22k",)
-    """Folders of the image-level images (D_i): one folder or one tar a class, scanned at every start. Or the
-    one folder that `python -m clis prepare image-level` wrote, which opens at once; it has its own mapping,
-    and `mapping` and `drop_unmatched` do not matter."""
-    shuffle_block: int | None = None
-    """Shuffle the image-level images in blocks of this many neighbors of their index, for shards of mixed
-    classes that are too many for random access; null shuffles over all. Class folders and class tars need
-    null: a block of theirs is of one class."""
-    mapping: str | None = None
-    """File of ``wnid<TAB>category`` lines, where folder names alone do not tell the class."""
-    drop_unmatched: bool = False
+    val: str = setting("lvis/lvis_v1_val.json", SHARED)
+    val_images: str = setting("coco", SHARED)
+    image_level: tuple[str, ...] = setting(("imagenet22k",), IMAGE_LEVEL | PRETRAINING | REGIONS)
+    """Folders of the image-level images (D_i): one folder or one tar per class, scanned at every start. Or
+    the one folder that `python -m clis prepare image-level` wrote, which opens at once; it has its own
+    mapping, so `mapping` and `drop_unmatched` have no effect."""
+    shuffle_block: int | None = setting(None, IMAGE_LEVEL | PRETRAINING)
+    """Shuffle the image-level images in blocks of this many neighbors in their index, for shards of mixed
+    classes that are too many for random access; null shuffles over all. Class folders and class tars require
+    null, since each of their blocks has a single class."""
+    mapping: str | None = setting(None, IMAGE_LEVEL | PRETRAINING | REGIONS)
+    """File of ``wnid<TAB>category`` lines, for folder names that do not identify the class."""
+    drop_unmatched: bool = setting(False, IMAGE_LEVEL | PRETRAINING | REGIONS)
     """Leave out image-level folders that match no category instead of stopping."""
-    drop_invalid: bool = False
+    drop_invalid: bool = setting(False, SHARED)
     """Drop boxes without area or with a side under one pixel (mmdetection), and clip boxes that leave the
     image, instead of stopping."""
-    empty_images: bool = False
-    """Train on images that no box is left in, too; mmdetection and detectron2 leave them out. Repeat factors
-    are counted on the images that are left."""
-    max_bad_images: int = 0
-    """Unreadable images that a start of a run may replace by the next of their stream before it stops; each
-    counts once a process."""
-    image_level_share: float = 1.0
-    """Share of the image-level images that are used, above 0; `train.seed` draws which. What replaces an
-    unreadable image may be any."""
-    label_noise: float = 0.0
+    empty_images: bool = setting(False, SHARED)
+    """Also train on images that have no box left; mmdetection and detectron2 leave them out. Repeat factors
+    are counted on the images that remain."""
+    max_bad_images: int = setting(0, SHARED)
+    """Unreadable images that a start of a run may replace by the next in their stream before it stops; each
+    counts once per process."""
+    image_level_share: float = setting(1.0, IMAGE_LEVEL | PRETRAINING)
+    """Share of the image-level images that are used, above 0; `train.seed` draws which. The replacement of an
+    unreadable image may come from the rest, too."""
+    label_noise: float = setting(0.0, IMAGE_LEVEL | PRETRAINING | REGIONS)
     """Share of the image-level images that get the label of another class, drawn by `train.seed`: what a
-    stream from a search engine may be like (section IV-D.5). Those that pre-training holds out too."""
-    repeat_threshold: float = 1e-3
+    stream from a search engine may be like (section IV-D.5). Images held out by pre-training get it too."""
+    repeat_threshold: float = setting(1e-3, SHARED)
     """t of repeat-factor sampling: classes in a smaller share of the images are repeated."""
-    repeat_rounding: Literal["ceil", "stochastic", "none"] = "ceil"
+    repeat_rounding: Literal["ceil", "stochastic", "none"] = setting("ceil", SHARED)
     """``ceil`` as mmdetection, ``stochastic`` as detectron2, ``none`` for no repetition."""
-    short_sides: tuple[int, ...] = (640, 672, 704, 736, 768, 800)
+    short_sides: tuple[int, ...] = setting((640, 672, 704, 736, 768, 800), SHARED)
     """Scale jitter: the shorter side is drawn from these."""
-    max_size: int = 1333
+    max_size: int = setting(1333, SHARED)
     """Limit of the longer side."""
-    flip: float = 0.5
+    flip: float = setting(0.5, SHARED | PRETRAINING)
     """Probability of the horizontal flip, in both streams and for pasted crops."""
-    mosaic_size: int = 448
+    mosaic_size: int = setting(448, IMAGE_LEVEL)
     """Side of the canvas of four image-level images."""
-    mosaic_scale: tuple[float, float] = (0.5, 1.5)
+    mosaic_scale: tuple[float, float] = setting((0.5, 1.5), IMAGE_LEVEL)
     """Random scaling of an image-level image, relative to fit-to-tile."""
-    mosaic_surroundings: float | None = None
+    mosaic_surroundings: float | None = setting(None, IMAGE_LEVEL)
     """Crop an image-level image to its region, sides times this factor, before it is fitted to its tile, so
     that regions are larger in their mosaics; null, the paper's reading, places the whole image."""
-    cutout: float = 0.5
+    cutout: float = setting(0.5, IMAGE_LEVEL)
     """Probability of cutout on an image-level image."""
-    cutout_size: tuple[float, float] = (0.1, 0.4)
+    cutout_size: tuple[float, float] = setting((0.1, 0.4), IMAGE_LEVEL)
     """Sides of the cutout rectangle, relative to the image's."""
-    min_region: float = 16.0
+    min_region: float = setting(16.0, IMAGE_LEVEL)
     """A region whose clipped sides are under this many pixels of the mosaic is dropped."""
-    paste_size: tuple[float, float] = (32.0, 256.0)
+    paste_size: tuple[float, float] = setting((32.0, 256.0), IMAGE_LEVEL)
     """Range of sqrt(area) of a pasted crop, in pixels of the instance-level image."""
-    paste_max_cover: float = 0.5
+    paste_max_cover: float = setting(0.5, IMAGE_LEVEL)
     """A paste that would cover more than this share of any box is rejected."""
-    workers: int = 4
-    """Loader processes for each training process."""
+    workers: int = setting(4, SHARED | MACHINE)
+    """Loader processes per training process."""
+
+    def __post_init__(self) -> None:
+        rules = Rules("data", self)
+        usable = len(self.short_sides) > 0 and min(self.short_sides) >= 1
+        rules.require("short_sides", usable, "must be at least one size, all above 0")
+        rules.at_least(1, "max_size")
+        even = self.mosaic_size > 0 and self.mosaic_size % 2 == 0
+        rules.require("mosaic_size", even, "must be even and above 0")
+        rules.between(0, 1, "flip", "cutout", "paste_max_cover")
+        rules.ranges("mosaic_scale", "paste_size")
+        rules.ranges("cutout_size", most=1)
+        rules.at_least(1, "mosaic_surroundings", "shuffle_block", or_null=True)
+        rules.positive("min_region")
+        share = self.image_level_share
+        rules.require("image_level_share", 0 < share <= 1, "must be above 0 and at most 1")
+        single = share == 1 or self.shuffle_block is None
+        rules.require("image_level_share", single, "draws single images; set data.shuffle_block=null")
+        rules.require("label_noise", 0 <= self.label_noise < 1, "must be at least 0 and below 1")
+        rules.at_least(0, "workers", "max_bad_images")
 
 
 @dataclass(frozen=True, kw_only=True)
 class RegionsConfig:
     """The pre-defined region of every image-level image (section IV-A.3)."""
 
-    file: str | None = None
+    file: str | None = setting(None, OWN)
     """``regions.npy``, made if it does not exist; null is the run folder's."""
-    rule: Literal["category-rank-first", "top-score", "center", "full", "given"] = "category-rank-first"
-    """The detector's box that scores highest for the image's own class, or for any; the central half of the
-    area; the whole image; the box that `boxes` has."""
-    boxes: str | None = None
-    """Of the rule ``given``: a JSON file of {image: [x1, y1, x2, y2]}, relative to `data.root`, in pixels of
+    rule: Literal["category-rank-first", "top-score", "center", "full", "given"] = setting(
+        "category-rank-first", OWN | REGIONS
+    )
+    """The detector's box with the highest score for the image's own class, or for any class; the central half
+    of the area; the whole image; the box in `boxes`."""
+    boxes: str | None = setting(None, OWN | REGIONS)
+    """For the rule ``given``: a JSON file of {image: [x1, y1, x2, y2]}, relative to `data.root`, in pixels of
     the stored image; an image is ``class/file name``, or ``class.tar:member name``."""
-    detector: str | None = None
-    """Checkpoint that finds the regions, or a config (then trained first, in its own run folder)."""
-    short_side: tuple[int, ...] = (400,)
-    """Shorter side at which the detector looks at an image; with several, the best-scoring box is taken. Not
-    the size at test: image-level objects fill their images, so at that size they are larger than any object
-    that the detector has learned. 400 is half of LVIS's 800 (not measured; `python -m clis regions CONFIG
-    --scan` measures your images)."""
-    max_size: int = 667
+    detector: str | None = setting(None, OWN | REGIONS)
+    """Checkpoint that finds the regions, or a config (trained first, in its own run folder)."""
+    short_side: tuple[int, ...] = setting((400,), OWN | REGIONS)
+    """Shorter side at which the detector sees an image; with several, the best-scoring box is used. Not the
+    size at test: image-level objects fill their images, so at that size they are larger than any object that
+    the detector has learned. 400 is half of LVIS's 800 (not measured; `python -m clis regions CONFIG --scan`
+    measures your images)."""
+    max_size: int = setting(667, OWN | REGIONS)
     """Limit of the longer side at the largest `short_side`; a smaller one has its limit in proportion."""
-    images_per_batch: int = 1
+    images_per_batch: int = setting(1, OWN | MACHINE)
+
+    def __post_init__(self) -> None:
+        rules = Rules("regions", self)
+        usable = len(self.short_side) > 0 and min(self.short_side) >= 1
+        rules.require("short_side", usable, "must be at least one size, all above 0")
+        largest = max(self.short_side)
+        enough = self.max_size >= largest
+        rules.require("max_size", enough, f"must be at least the largest regions.short_side, {largest}")
+        rules.at_least(1, "images_per_batch")
 
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    lr: float = 0.02
+    lr: float = setting(0.02, SHARED)
     """Learning rate for a global batch of `lr_images`; scaled linearly to `train.images_per_step`."""
-    lr_images: int = 16
-    momentum: float = 0.9
-    weight_decay: float = 1e-4
+    lr_images: int = setting(16, SHARED)
+    momentum: float = setting(0.9, SHARED | PRETRAINING)
+    weight_decay: float = setting(1e-4, SHARED | PRETRAINING)
     """On everything trainable, as in mmdetection."""
-    decay_steps: tuple[int, ...] = (60000, 80000)
-    decay_factor: float = 0.1
-    warmup_steps: int = 500
-    warmup_factor: float = 0.001
-    clip_norm: float | None = None
+    decay_steps: tuple[int, ...] = setting((60000, 80000), SHARED)
+    decay_factor: float = setting(0.1, SHARED | PRETRAINING)
+    warmup_steps: int = setting(500, SHARED)
+    warmup_factor: float = setting(0.001, SHARED)
+    clip_norm: float | None = setting(None, SHARED | PRETRAINING)
     """Limit of the gradient's global norm."""
+
+    def __post_init__(self) -> None:
+        rules = Rules("optim", self)
+        rules.positive("lr")
+        rules.at_least(1, "lr_images")
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    steps: int = 90000
-    images_per_step: int = 16
+    steps: int = setting(90000, SHARED)
+    images_per_step: int = setting(16, SHARED)
     """B_d, instance-level images in the global batch."""
-    images_per_process: int = 1
+    images_per_process: int = setting(1, SHARED | MACHINE)
     """The most that one process takes at once; the rest is gradient accumulation."""
-    seed: int = 0
-    precision: Literal["float32", "bfloat16", "float16"] = "float32"
+    seed: int = setting(0, SHARED | PRETRAINING | REGIONS)
+    precision: Literal["float32", "bfloat16", "float16"] = setting("float32", SHARED | PRETRAINING)
     """Autocast type of forward and backward; losses stay float32."""
-    device: str = "auto"
-    """``auto`` is CUDA where there is one, else the CPU."""
-    log_every: int = 20
-    save_every: int = 5000
-    """Steps between checkpoints; the last step has one in any case."""
-    save_minutes: float | None = None
-    """Also a checkpoint when the last one is so old."""
-    keep_last: int = 2
-    """Checkpoints kept; the one before the last takes over where the last turns out damaged."""
-    eval_every: int | None = None
+    device: str = setting("auto", SHARED | MACHINE)
+    """``auto`` is CUDA if available, else the CPU."""
+    log_every: int = setting(20, SHARED | MACHINE)
+    save_every: int = setting(5000, SHARED | MACHINE)
+    """Steps between checkpoints; the last step always has one."""
+    save_minutes: float | None = setting(None, SHARED | MACHINE)
+    """Also save when the last checkpoint is this many minutes old."""
+    keep_last: int = setting(2, SHARED | MACHINE)
+    """Checkpoints kept; if the last one is damaged, the one before it is used."""
+    eval_every: int | None = setting(None, SHARED | MACHINE)
     """Steps between evaluations during training; each saves a checkpoint, and the best AP is ``best.pt``."""
-    on_nonfinite: Literal["stop", "skip"] = "stop"
+    on_nonfinite: Literal["stop", "skip"] = setting("stop", SHARED)
     """At a gradient that is NaN or infinite: end the run, or leave the step out without any trace."""
-    max_skipped: int = 10
-    """Most steps that `on_nonfinite` = ``skip`` may leave out in the whole run. With float16, whose scaling
-    leaves out steps by itself, most of them in a row. One more, or a loss scale below 1, ends the run."""
+    max_skipped: int = setting(10, SHARED)
+    """Maximum number of steps that `on_nonfinite` = ``skip`` may leave out in the whole run. With float16,
+    whose scaling leaves out steps by itself, the maximum in a row. One more, or a loss scale below 1, ends
+    the run."""
+
+    def __post_init__(self) -> None:
+        rules = Rules("train", self)
+        rules.at_least(1, "steps", "images_per_step", "images_per_process")
+        rules.at_least(1, "log_every", "save_every", "keep_last")
+        rules.positive("save_minutes", "eval_every", or_null=True)
+        rules.at_least(0, "max_skipped")
+        rules.require("seed", 0 <= self.seed < 2**31, "must be between 0 and 2**31 - 1")
 
 
 @dataclass(frozen=True, kw_only=True)
 class PretrainConfig:
     """The detector's ResNet is first trained as a classifier of the image-level images (section IV-D.4: the
-    paper's comparison, no part of CLIS).
+    paper's comparison, not part of CLIS).
 
     Momentum, weight decay, decay factor and clipping are those of `optim`, without warm-up; seed, precision,
-    logging and saving those of `train`, flip, loaders and bad images those of `data`.
+    logging and saving those of `train`; flip, loaders and bad images those of `data`.
     """
 
     epochs: int = 0
-    """Passes over the images that are not held out; 0 is without pre-training, the paper's has 100."""
+    """Passes over the images that are not held out; 0 is no pre-training, the paper's has 100."""
     images_per_step: int = 256
     """Image-level images in the global batch."""
     images_per_process: int = 32
-    """The most that one process takes at once; the rest is gradient accumulation. Batch norm takes its
-    statistics over these images, so that the number matters (the paper: 32 on each of 8 GPUs)."""
+    """The most that one process takes at once; the rest is gradient accumulation. Batch norm computes its
+    statistics over these images, so the number matters (the paper: 32 on each of 8 GPUs)."""
     image_size: int = 224
     """Side of the crops in pixels."""
     scale: tuple[float, float] = (0.08, 1.0)
@@ -337,201 +425,99 @@ class PretrainConfig:
     held_out: float = 0.05
     """Share of the images that are not trained on, for the top-1 accuracy."""
 
+    def __post_init__(self) -> None:
+        rules = Rules("pretrain", self)
+        rules.at_least(0, "epochs")
+        rules.at_least(1, "images_per_step", "images_per_process")
+        rules.at_least(32, "image_size")
+        rules.ranges("scale", most=1)
+        rules.require("lr", 0 < self.lr < math.inf, "must be above 0 and finite")
+        positive = all(epoch > 0 for epoch in self.decay_epochs)
+        rules.require("decay_epochs", positive, "must all be above 0")
+        rules.require("held_out", 0 <= self.held_out < 1, "must be at least 0 and below 1")
+
 
 @dataclass(frozen=True, kw_only=True)
 class TestConfig:
-    score_threshold: float = 1e-4
-    nms_iou: float = 0.5
-    detections: int = 300
-    """Detections kept an image."""
-    min_size: float = 0.0
+    score_threshold: float = setting(1e-4, SHARED)
+    nms_iou: float = setting(0.5, SHARED)
+    detections: int = setting(300, SHARED)
+    """Detections kept per image."""
+    min_size: float = setting(0.0, SHARED)
     """Boxes with a side of fewer pixels of the resized image are left out before NMS (torchvision: 0.01)."""
-    shrink_limit: float = 0.016
+    shrink_limit: float = setting(0.016, SHARED)
     """A box keeps at least this share of its RoI's sides; see `RPNConfig.shrink_limit`."""
-    short_side: int = 800
-    max_size: int = 1333
-    resize: Literal["pillow", "opencv", "torchvision"] = "pillow"
+    short_side: int = setting(800, SHARED)
+    max_size: int = setting(1333, SHARED)
+    resize: Literal["pillow", "opencv", "torchvision"] = setting("pillow", SHARED)
     """Whose bilinear resizing: ``pillow`` has antialiasing (detectron2), ``opencv`` has none (mmdetection),
     both in uint8; ``torchvision``'s detectors have none, in float, and round the sizes down."""
-    images_per_batch: int = 1
-    export_candidates: int = 5000
-    """Boxes of an image that NMS chooses from in a program of `python -m clis export`; elsewhere they are all
-    that it needs."""
+    images_per_batch: int = setting(1, SHARED | MACHINE)
+    export_candidates: int = setting(5000, SHARED | MACHINE)
+    """Boxes per image that NMS chooses from in a program of `python -m clis export`; everywhere else NMS
+    takes as many as it needs."""
+
+    def __post_init__(self) -> None:
+        rules = Rules("test", self)
+        rules.at_least(0, "min_size")
+        rules.between(0, 1, "shrink_limit")
+        rules.at_least(1, "detections", "short_side", "max_size")
+        rules.at_least(1, "images_per_batch", "export_candidates")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
-    clis: CLISConfig = field(default_factory=CLISConfig)
-    loss: LossConfig = field(default_factory=LossConfig)
+    clis: CLISConfig = field(default_factory=CLISConfig, metadata=scoped(OWN))
+    loss: LossConfig = field(default_factory=LossConfig, metadata=scoped(OWN))
     data: DataConfig = field(default_factory=DataConfig)
     regions: RegionsConfig = field(default_factory=RegionsConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
-    pretrain: PretrainConfig = field(default_factory=PretrainConfig)
+    pretrain: PretrainConfig = field(default_factory=PretrainConfig, metadata=scoped(OWN | PRETRAINING))
     test: TestConfig = field(default_factory=TestConfig)
-    output: str = "runs/default"
+    output: str = setting("runs/default", OWN | MACHINE)
     """The run folder; `load_config` sets it to ``runs/`` + the config's path below ``configs/``."""
 
     def __post_init__(self) -> None:
-        _check(self)
+        """Check the rules between sections; those of a section are its own."""
+        for key, value in (("clis.s", self.clis.s), ("pretrain.epochs", self.pretrain.epochs)):
+            if value > 0 and not self.data.image_level:
+                raise ValueError(
+                    f"{key}={value}: requires folders in data.image_level; name some or set {key}=0"
+                )
+        # Rules of one section, but a section that only describes a region file does not name the boxes.
+        if self.regions.rule == "given" and self.regions.boxes is None:
+            raise ValueError("regions.rule=given: requires a file of boxes; set regions.boxes")
+        if self.regions.rule != "given" and self.regions.boxes is not None:
+            raise ValueError(
+                f"regions.boxes={self.regions.boxes}: not read by regions.rule={self.regions.rule}; set "
+                "regions.rule=given or regions.boxes=null"
+            )
+        train, test = self.data.max_size, self.test.max_size
+        if self.model.backbone.canvas == "square" and -(-train // 32) != -(-test // 32):
+            raise ValueError(
+                f"model.backbone.canvas=square: requires equal data.max_size and test.max_size, not {train} "
+                f"and {test} (one canvas in training and at test)"
+            )
 
 
-# Fields of `DataConfig` that matter to the image-level stream and the pasting from it alone.
-IMAGE_LEVEL_FIELDS = (
-    "image_level", "shuffle_block", "mapping", "drop_unmatched", "image_level_share", "label_noise",
-    "mosaic_size", "mosaic_scale", "mosaic_surroundings", "cutout", "cutout_size", "min_region", "paste_size",
-    "paste_max_cover",
-)  # fmt: skip
+SCOPES = scopes_of(Config)
+"""The scope of every field, by its dotted key."""
+
+
+def scoped_keys(scope: Scope) -> tuple[str, ...]:
+    """Return the dotted keys of the fields with this scope, in the order above."""
+    return tuple(key for key, scopes in SCOPES.items() if scope in scopes)
+
+
+RESUMABLE = scoped_keys(Scope.MACHINE)
+"""What a resumed run may change without being another run."""
 
 DETECTOR_RULES = ("category-rank-first", "top-score")
-"""The rules of `regions.rule` that a detector applies."""
-
-# Machine settings: a resumed run may change them without being another run.
-RESUMABLE = (
-    "data.root", "data.workers", "train.device", "train.images_per_process", "train.log_every",
-    "train.save_every", "train.save_minutes", "train.keep_last", "train.eval_every",
-    "regions.images_per_batch", "test.images_per_batch", "test.export_candidates", "output",
-)  # fmt: skip
+"""The values of `regions.rule` that use a detector."""
 
 
 def data_path(config: Config, relative: str) -> Path:
-    """A path of the config below `data.root` (an absolute one stays as it is)."""
+    """Resolve a path of the config below `data.root` (an absolute one stays as it is)."""
     return Path(config.data.root or "data") / relative
-
-
-def _check(config: Config) -> None:
-    """Raises `ValueError` for settings that contradict each other or cannot work.
-
-    A rule says what must hold, so that a NaN breaks it too.
-    """
-    for right, message in (*_model_rules(config), *_data_rules(config), *_run_rules(config)):
-        if not right:
-            raise ValueError(message)
-
-
-def _model_rules(config: Config) -> Iterator[tuple[Any, str]]:
-    clis, backbone, rpn, roi = config.clis, config.model.backbone, config.model.rpn, config.model.roi
-    yield clis.s >= 0 and clis.s % 4 == 0, f"clis.s={clis.s}: a multiple of 4, for a mosaic holds four images"
-    yield 0 <= clis.t <= clis.s, f"clis.t={clis.t}: between 0 and clis.s={clis.s}"
-    yield (
-        clis.t > 0 or not clis.contrastive,
-        "clis.contrastive=true needs pasted pairs: set clis.t above 0 or clis.contrastive=false",
-    )
-    yield clis.queue_size >= 1, f"clis.queue_size={clis.queue_size}: at least 1"
-    yield 0 <= clis.momentum <= 1, f"clis.momentum={clis.momentum}: between 0 and 1"
-    yield clis.temperature > 0, f"clis.temperature={clis.temperature}: above 0"
-    yield 0 <= backbone.trainable_layers <= 5, "model.backbone.trainable_layers: between 0 and 5"
-    yield 0 <= backbone.norm_eps < math.inf, f"model.backbone.norm_eps={backbone.norm_eps}: at least 0"
-    yield (
-        not backbone.stride_in_1x1 or backbone.name in ("resnet50", "resnet101"),
-        f"model.backbone.stride_in_1x1=true needs bottleneck blocks, which {backbone.name} has not",
-    )
-    if backbone.norm == "group":
-        yield (
-            backbone.width % 16 == 0,
-            f"model.backbone.width={backbone.width}: a multiple of 16 with group norm",
-        )
-        yield (
-            backbone.fpn_channels % 16 == 0,
-            f"model.backbone.fpn_channels={backbone.fpn_channels}: a multiple of 16 with group norm",
-        )
-    yield min(rpn.samples, roi.samples, rpn.proposals) >= 1, "model: samples and proposals are at least 1"
-    yield len(rpn.anchor_ratios) > 0 and min(rpn.anchor_ratios) > 0, "model.rpn.anchor_ratios: above 0"
-    for name, fraction in (("rpn", rpn.positive_fraction), ("roi", roi.positive_fraction)):
-        yield 0 <= fraction <= 1, f"model.{name}.positive_fraction={fraction}: between 0 and 1"
-    for name, section in (("model.rpn", rpn), ("test", config.test)):
-        yield 0 <= section.min_size < math.inf, f"{name}.min_size={section.min_size}: at least 0"
-        limit = section.shrink_limit
-        yield 0 <= limit <= 1, f"{name}.shrink_limit={limit}: between 0 and 1"
-    yield 0 <= roi.fc_cls_std < math.inf, f"model.roi.fc_cls_std={roi.fc_cls_std}: at least 0 and finite"
-    for name, weight in config.loss.weights.items():
-        yield 0 <= weight < math.inf, f"loss: the weight of {name} is {weight}; at least 0 and finite"
-
-
-def _data_rules(config: Config) -> Iterator[tuple[Any, str]]:
-    data = config.data
-    yield data.short_sides and min(data.short_sides) >= 1, "data.short_sides: at least one size, above 0"
-    for key, needed in (("clis.s", config.clis.s > 0), ("pretrain.epochs", config.pretrain.epochs > 0)):
-        yield data.image_level or not needed, f"{key} > 0 needs data.image_level folders, or set {key}=0"
-    yield data.mosaic_size > 0 and data.mosaic_size % 2 == 0, f"data.mosaic_size={data.mosaic_size}: even"
-    for name in ("flip", "cutout", "paste_max_cover"):
-        yield 0 <= getattr(data, name) <= 1, f"data.{name}={getattr(data, name)}: between 0 and 1"
-    for name in ("mosaic_scale", "cutout_size", "paste_size"):
-        low, high = getattr(data, name)
-        yield 0 < low <= high, f"data.{name}=[{low:g}, {high:g}]: lower bound above 0, then upper bound"
-    yield (
-        data.mosaic_surroundings is None or 1 <= data.mosaic_surroundings < math.inf,
-        f"data.mosaic_surroundings={data.mosaic_surroundings}: at least 1, or null",
-    )
-    yield data.cutout_size[1] <= 1, f"data.cutout_size={list(data.cutout_size)}: at most 1, the whole side"
-    yield data.min_region > 0, f"data.min_region={data.min_region}: above 0"
-    yield (
-        data.shuffle_block is None or data.shuffle_block >= 1,
-        f"data.shuffle_block={data.shuffle_block}: at least 1, or null",
-    )
-    yield 0 < data.image_level_share <= 1, f"data.image_level_share={data.image_level_share}: in (0, 1]"
-    yield (
-        data.image_level_share == 1 or data.shuffle_block is None,
-        "data.image_level_share draws single images: set data.shuffle_block=null",
-    )
-    yield 0 <= data.label_noise < 1, f"data.label_noise={data.label_noise}: in [0, 1)"
-    yield (
-        (config.regions.rule == "given") == (config.regions.boxes is not None),
-        f"regions.rule={config.regions.rule}, regions.boxes={config.regions.boxes}: the rule `given` needs a "
-        "file of boxes, the others do not read one",
-    )
-    for name in ("workers", "max_bad_images"):
-        yield getattr(data, name) >= 0, f"data.{name}={getattr(data, name)}: at least 0"
-    searched, most = config.regions.short_side, config.regions.max_size
-    yield len(searched) > 0, "regions.short_side: at least one size"
-    yield (
-        most >= max(searched, default=0),
-        f"regions.max_size={most}: at least the largest regions.short_side, {max(searched, default=0)}",
-    )
-    padded = [-(-side // 32) for side in (data.max_size, config.test.max_size)]
-    yield (
-        config.model.backbone.canvas == "batch" or padded[0] == padded[1],
-        f"model.backbone.canvas=square needs equal data.max_size and test.max_size, not {data.max_size} and "
-        f"{config.test.max_size}: images lie on one canvas in training and at test",
-    )
-    for section, sizes in (
-        ("data", (data.max_size,)),
-        ("regions", (*config.regions.short_side, config.regions.max_size)),
-        ("test", (config.test.short_side, config.test.max_size)),
-    ):
-        yield min(sizes) >= 1, f"{section}: image sizes are at least 1"
-
-
-def _run_rules(config: Config) -> Iterator[tuple[Any, str]]:
-    train, optim = config.train, config.optim
-    for name in ("steps", "images_per_step", "images_per_process", "log_every", "save_every", "keep_last"):
-        yield getattr(train, name) >= 1, f"train.{name}={getattr(train, name)}: at least 1"
-    for name in ("save_minutes", "eval_every"):
-        value = getattr(train, name)
-        yield value is None or value > 0, f"train.{name}={value}: above 0, or null"
-    yield train.max_skipped >= 0, f"train.max_skipped={train.max_skipped}: at least 0"
-    yield 0 <= train.seed < 2**31, f"train.seed={train.seed}: between 0 and 2**31 - 1"
-    yield optim.lr > 0 and optim.lr_images >= 1, f"optim.lr={optim.lr}: above 0, optim.lr_images at least 1"
-    yield from _pretrain_rules(config.pretrain)
-    yield config.test.images_per_batch >= 1, "test.images_per_batch: at least 1"
-    for name in ("detections", "export_candidates"):
-        yield getattr(config.test, name) >= 1, f"test.{name}={getattr(config.test, name)}: at least 1"
-    yield config.regions.images_per_batch >= 1, "regions.images_per_batch: at least 1"
-
-
-def _pretrain_rules(pretrain: PretrainConfig) -> Iterator[tuple[Any, str]]:
-    yield pretrain.epochs >= 0, f"pretrain.epochs={pretrain.epochs}: at least 0"
-    for name, least in (("images_per_step", 1), ("images_per_process", 1), ("image_size", 32)):
-        yield getattr(pretrain, name) >= least, f"pretrain.{name}={getattr(pretrain, name)}: at least {least}"
-    low, high = pretrain.scale
-    yield (
-        0 < low <= high <= 1,
-        f"pretrain.scale=[{low:g}, {high:g}]: a range above 0 and up to at most 1",
-    )
-    yield 0 < pretrain.lr < math.inf, f"pretrain.lr={pretrain.lr}: above 0 and finite"
-    yield (
-        all(epoch > 0 for epoch in pretrain.decay_epochs),
-        f"pretrain.decay_epochs={list(pretrain.decay_epochs)}: above 0",
-    )
-    yield 0 <= pretrain.held_out < 1, f"pretrain.held_out={pretrain.held_out}: at least 0 and below 1"

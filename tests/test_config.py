@@ -10,15 +10,19 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from clis.config import RESUMABLE, CLISConfig, Config, data_path
+from clis import config as config_module
+from clis.config import RESUMABLE, SCOPES, CLISConfig, Config, DataConfig, data_path, scoped_keys
 from clis.config_files import (
     config_differences,
     config_from_dict,
     config_to_dict,
     config_to_yaml,
+    flatten,
     load_config,
     merge_overrides,
 )
+from clis.config_rules import Rules
+from clis.config_scopes import Scope, scoped, scopes_of, setting
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 SHIPPED = sorted(path for path in CONFIGS.rglob("*.yaml") if path.parent.name != "studies")
@@ -348,42 +352,65 @@ class TestContradictions:
     @pytest.mark.parametrize(
         ("overrides", "message"),
         [
-            (["clis.s=6"], "clis.s=6: a multiple of 4"),
-            (["clis.s=-4"], "clis.s=-4: a multiple of 4"),
-            (["model.backbone.norm_eps=-1"], "model.backbone.norm_eps=-1.0: at least 0"),
+            (["clis.s=6"], "clis.s=6: must be a multiple of 4"),
+            (["clis.s=-4"], "clis.s=-4: must be a multiple of 4"),
+            (["model.backbone.norm_eps=-1"], "model.backbone.norm_eps=-1.0: must be at least 0 and finite"),
             (
                 ["model.backbone={name: resnet18, stride_in_1x1: true}"],
-                "stride_in_1x1=true needs bottleneck blocks, which resnet18 has not",
+                "stride_in_1x1=true: requires bottleneck blocks; resnet18 has basic blocks",
             ),
-            (["model.rpn.min_size=-1"], "model.rpn.min_size=-1.0: at least 0"),
-            (["test.min_size=.inf"], "test.min_size=inf: at least 0"),
-            (["model.rpn.shrink_limit=1.1"], "model.rpn.shrink_limit=1.1: between 0 and 1"),
-            (["test.shrink_limit=.nan"], "test.shrink_limit=nan: between 0 and 1"),
-            (["clis.s=4", "clis.t=5"], "clis.t=5: between 0 and clis.s=4"),
-            (["clis.t=-1"], "clis.t=-1: between 0"),
-            (["clis.s=0"], "clis.t=2: between 0 and clis.s=0"),
-            (["clis.t=0"], "clis.contrastive=true needs pasted pairs"),
-            (["clis.queue_size=0"], "clis.queue_size=0: at least 1"),
-            (["clis.momentum=1.01"], "clis.momentum=1.01: between 0 and 1"),
-            (["clis.temperature=0"], "clis.temperature=0.0: above 0"),
-            (["data.image_level=[]"], "clis.s > 0 needs data.image_level"),
-            (["data.short_sides=[]"], "data.short_sides: at least one size"),
-            (["data.short_sides=[320, 0]"], "data.short_sides: at least one size, above 0"),
-            (["data.mosaic_size=225"], "data.mosaic_size=225: even"),
-            (["data.flip=50"], "data.flip=50.0: between 0 and 1"),
-            (["data.paste_size=[64, 32]"], r"data.paste_size=\[64, 32\]: lower bound"),
-            (["data.workers=-1"], "data.workers=-1: at least 0"),
-            (["model.backbone.trainable_layers=6"], "trainable_layers: between 0 and 5"),
-            (["model.backbone.norm=group", "model.backbone.width=24"], "width=24: a multiple of 16"),
-            (["model.rpn.samples=0"], "samples and proposals are at least 1"),
-            (["model.roi.fc_cls_std=-1"], "model.roi.fc_cls_std=-1.0: at least 0"),
-            (["model.roi.fc_cls_std=.inf"], "model.roi.fc_cls_std=inf: at least 0 and finite"),
-            (["train.steps=0"], "train.steps=0: at least 1"),
-            (["train.save_every=0"], "train.save_every=0: at least 1"),
-            (["train.seed=-1"], "train.seed=-1: between 0 and"),
-            (["optim.lr=0"], "optim.lr=0.0: above 0"),
-            (["optim.lr=.nan"], "optim.lr=nan: above 0"),
-            (["test.images_per_batch=0"], "test.images_per_batch: at least 1"),
+            (["model.rpn.min_size=-1"], "model.rpn.min_size=-1.0: must be at least 0"),
+            (["test.min_size=.inf"], "test.min_size=inf: must be at least 0"),
+            (["model.rpn.shrink_limit=1.1"], "model.rpn.shrink_limit=1.1: must be between 0 and 1"),
+            (["test.shrink_limit=.nan"], "test.shrink_limit=nan: must be between 0 and 1"),
+            (["clis.s=4", "clis.t=5"], "clis.t=5: must be between 0 and clis.s=4"),
+            (["clis.t=-1"], "clis.t=-1: must be between 0"),
+            (["clis.s=0"], "clis.t=2: must be between 0 and clis.s=0"),
+            (["clis.t=0"], "clis.contrastive=true: requires pasted pairs"),
+            (["clis.queue_size=0"], "clis.queue_size=0: must be at least 1"),
+            (["clis.momentum=1.01"], "clis.momentum=1.01: must be between 0 and 1"),
+            (["clis.temperature=0"], "clis.temperature=0.0: must be above 0"),
+            (["data.image_level=[]"], "clis.s=16: requires folders in data.image_level"),
+            (["data.short_sides=[]"], r"data.short_sides=\[]: must be at least one size"),
+            (
+                ["data.short_sides=[320, 0]"],
+                r"data.short_sides=\[320, 0]: must be at least one size, all above 0",
+            ),
+            (["data.mosaic_size=225"], "data.mosaic_size=225: must be even"),
+            (["data.flip=50"], "data.flip=50.0: must be between 0 and 1"),
+            (["data.paste_size=[64, 32]"], r"data.paste_size=\[64.0, 32.0\]: must be a lower bound"),
+            (["data.workers=-1"], "data.workers=-1: must be at least 0"),
+            (["model.backbone.trainable_layers=6"], "trainable_layers=6: must be between 0 and 5"),
+            (["model.backbone.norm=group", "model.backbone.width=24"], "width=24: must be a multiple of 16"),
+            (["model.rpn.samples=0"], "model.rpn.samples=0: must be at least 1"),
+            (["model.roi.fc_cls_std=-1"], "model.roi.fc_cls_std=-1.0: must be at least 0"),
+            (["model.roi.fc_cls_std=.inf"], "model.roi.fc_cls_std=inf: must be at least 0 and finite"),
+            (["train.steps=0"], "train.steps=0: must be at least 1"),
+            (["train.save_every=0"], "train.save_every=0: must be at least 1"),
+            (["train.seed=-1"], "train.seed=-1: must be between 0 and"),
+            (["optim.lr=0"], "optim.lr=0.0: must be above 0"),
+            (["optim.lr=.nan"], "optim.lr=nan: must be above 0"),
+            (["test.images_per_batch=0"], "test.images_per_batch=0: must be at least 1"),
+            (["loss.alpha=-1"], "loss.alpha=-1.0: must be at least 0"),
+            (["loss.box=.nan"], "loss.box=nan: must be at least 0"),
+            (["train.eval_every=0"], "train.eval_every=0: must be above 0, or null"),
+            (
+                ["data.mosaic_surroundings=0.5"],
+                "mosaic_surroundings=0.5: must be at least 1 and finite, or null",
+            ),
+            (["data.cutout_size=[0.5, 1.5]"], r"data.cutout_size=\[0.5, 1.5\]: must be .* of at most 1"),
+            (
+                ["data.image_level_share=0.5", "data.shuffle_block=9"],
+                "image_level_share=0.5: draws single images",
+            ),
+            (["regions.short_side=[]"], r"regions.short_side=\[\]: must be at least one size"),
+            (["regions.max_size=300"], "regions.max_size=300: must be at least the largest .*, 400"),
+            (["regions.rule=given"], "regions.rule=given: requires a file of boxes; set regions.boxes"),
+            (["regions.boxes=b.json"], "regions.boxes=b.json: not read by regions.rule=category-rank-first"),
+            (
+                ["model.backbone.canvas=square", "test.max_size=1400"],
+                "model.backbone.canvas=square: requires equal .*, not 1333 and 1400",
+            ),
         ],
     )
     def test_are_refused_in_the_words_of_the_keys(self, write, overrides, message):
@@ -398,6 +425,7 @@ class TestContradictions:
             ["clis.s=4", "clis.t=4"],
             ["clis.contrastive=false"],  # pasted instances as ordinary ground truth
             ["model.backbone.width=24"],  # only group norm needs a multiple of 16
+            ["model.backbone.canvas=square", "test.max_size=1340"],  # both are padded to 1344
         ],
     )
     def test_settings_at_the_border_of_one_are_allowed(self, write, overrides):
@@ -405,7 +433,85 @@ class TestContradictions:
 
     def test_are_found_in_python_too(self):
         with pytest.raises(ValueError, match=r"clis\.t=5"):
-            Config(clis=CLISConfig(s=4, t=5))
+            CLISConfig(s=4, t=5)
+        with pytest.raises(ValueError, match=r"clis\.s=16: requires folders"):
+            Config(data=DataConfig(image_level=()))
+
+    def test_name_the_section_where_it_is(self, monkeypatch):
+        """Rules spell out the key of their section, which the section itself cannot know."""
+        checked = {}
+
+        class Spy(Rules):
+            def __init__(self, prefix: str, section: object) -> None:
+                super().__init__(prefix, section)
+                checked[prefix] = section
+
+        monkeypatch.setattr(config_module, "Rules", Spy)
+        config = Config()
+        assert checked.keys() == {key.rpartition(".")[0] for key in SCOPES} - {""}
+        assert all(value_at(config, key) is section for key, section in checked.items())
+
+
+class TestScopes:
+    """What a field is for: a field without a scope would be missed by whoever asks for one."""
+
+    def test_are_on_every_field(self):
+        assert list(SCOPES) == list(flatten(config_to_dict(Config())))
+
+    @pytest.mark.parametrize(
+        ("scope", "some", "others"),
+        [
+            (Scope.SHARED, {"train.steps", "data.train", "data.root"}, {"clis.s", "data.cutout", "output"}),
+            (Scope.MACHINE, {"output", "train.device"}, {"train.seed", "pretrain.images_per_process"}),
+            (Scope.INFERENCE, {"model.rpn.proposals"}, {"model.rpn.pre_nms_train"}),
+            (Scope.PRETRAINING, {"pretrain.lr", "model.backbone.width"}, {"model.backbone.fpn_channels"}),
+            (Scope.REGIONS, {"regions.rule", "data.train"}, {"regions.file", "data.mosaic_size"}),
+        ],
+    )
+    def test_choose_keys_of_fields_and_of_whole_sections(self, scope, some, others):
+        assert some <= set(scoped_keys(scope))
+        assert not others & set(scoped_keys(scope))
+
+    def test_must_be_there(self):
+        @dataclasses.dataclass
+        class Section:
+            has: int = setting(1, Scope.OWN)
+            lacks: int = 2
+
+        @dataclasses.dataclass
+        class Whole:
+            section: Section = dataclasses.field(default_factory=Section)
+
+        with pytest.raises(TypeError, match=r"^section\.lacks: has no scope"):
+            scopes_of(Whole)
+
+    def test_are_either_on_a_section_or_on_its_fields(self):
+        @dataclasses.dataclass
+        class Section:
+            twice: int = setting(1, Scope.OWN)
+
+        @dataclasses.dataclass
+        class Whole:
+            section: Section = dataclasses.field(default_factory=Section, metadata=scoped(Scope.OWN))
+
+        with pytest.raises(TypeError, match=r"^section\.twice: its section has a scope already"):
+            scopes_of(Whole)
+
+    @pytest.mark.parametrize(
+        ("scope", "message"),
+        [
+            (Scope.PRETRAINING, "exactly one of SHARED, OWN and IMAGE_LEVEL"),
+            (Scope.SHARED | Scope.IMAGE_LEVEL, "exactly one of SHARED, OWN and IMAGE_LEVEL"),
+            (Scope.SHARED | Scope.MACHINE | Scope.REGIONS, "changes a result, so it cannot be MACHINE"),
+        ],
+    )
+    def test_must_not_contradict_themselves(self, scope, message):
+        @dataclasses.dataclass
+        class Section:
+            field: int = setting(1, scope)
+
+        with pytest.raises(TypeError, match=message):
+            scopes_of(Section)
 
 
 class TestDifferences:

@@ -110,5 +110,5 @@ def test_bad_input(checkpoint, tmp_path, monkeypatch, arguments, message):
 
 
 def test_the_field_needs_a_candidate():
-    with pytest.raises(ValueError, match="export_candidates=0: at least 1"):
+    with pytest.raises(ValueError, match="export_candidates=0: must be at least 1"):
         tiny_config("test.export_candidates=0")

@@ -10,7 +10,10 @@ import pytest
 from runs import REPOSITORY
 
 PACKAGE = REPOSITORY / "clis"
-GROUND = {"atomic", "boxes", "cli", "config", "config_files", "distributed", "losses", "progress", "resize"}
+GROUND = {
+    "atomic", "boxes", "cli", "config", "config_files", "config_rules", "config_scopes", "distributed",
+    "losses", "progress", "resize",
+}  # fmt: skip
 BELOW = {
     "__main__": {"commands"} | GROUND,
     "commands": {"engine", "metric", "models", "data"} | GROUND,

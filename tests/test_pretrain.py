@@ -9,7 +9,6 @@ import shutil
 import signal
 import subprocess
 import sys
-from functools import reduce
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -30,7 +29,6 @@ from clis.__main__ import main
 from clis.cli import Preempted
 from clis.commands import run_verb
 from clis.commands.check import check
-from clis.config import Config
 from clis.config_files import config_from_dict, load_config, merge_overrides
 from clis.data.annotations import load_annotations
 from clis.data.classification import LabeledBatch, RandomCrops, Split, central_crop
@@ -585,16 +583,16 @@ class TestBadInput:
     @pytest.mark.parametrize(
         ("override", "message"),
         [
-            ("pretrain.epochs=-1", "pretrain.epochs=-1: at least 0"),
-            ("pretrain.images_per_step=0", "pretrain.images_per_step=0: at least 1"),
-            ("pretrain.images_per_process=0", "pretrain.images_per_process=0: at least 1"),
-            ("pretrain.image_size=16", "pretrain.image_size=16: at least 32"),
-            ("pretrain.scale=[0.5,1.5]", r"pretrain.scale=\[0.5, 1.5\]: a range"),
-            ("pretrain.scale=[0.9,0.5]", r"pretrain.scale=\[0.9, 0.5\]: a range"),
-            ("pretrain.lr=.nan", "pretrain.lr=nan: above 0"),
-            ("pretrain.decay_epochs=[3,0]", r"pretrain.decay_epochs=\[3, 0\]: above 0"),
-            ("pretrain.held_out=1", "pretrain.held_out=1.0: at least 0 and below 1"),
-            ("data.image_level=[]", "pretrain.epochs > 0 needs data.image_level"),
+            ("pretrain.epochs=-1", "pretrain.epochs=-1: must be at least 0"),
+            ("pretrain.images_per_step=0", "pretrain.images_per_step=0: must be at least 1"),
+            ("pretrain.images_per_process=0", "pretrain.images_per_process=0: must be at least 1"),
+            ("pretrain.image_size=16", "pretrain.image_size=16: must be at least 32"),
+            ("pretrain.scale=[0.5,1.5]", r"pretrain.scale=\[0.5, 1.5\]: must be .* of at most 1"),
+            ("pretrain.scale=[0.9,0.5]", r"pretrain.scale=\[0.9, 0.5\]: must be a lower bound above 0, then"),
+            ("pretrain.lr=.nan", "pretrain.lr=nan: must be above 0"),
+            ("pretrain.decay_epochs=[3,0]", r"pretrain.decay_epochs=\[3, 0\]: must all be above 0"),
+            ("pretrain.held_out=1", "pretrain.held_out=1.0: must be at least 0 and below 1"),
+            ("data.image_level=[]", "pretrain.epochs=1: requires folders in data.image_level"),
         ],
     )
     def test_settings(self, override, message):
@@ -628,10 +626,6 @@ class TestBadInput:
         with pytest.raises(ValueError, match=r"belongs to another config: pretrain\.lr: 0\.01 != 0\.5"):
             main(arguments_of(data, tmp_path, "pretrain.lr=0.5"))
         main(arguments_of(data, tmp_path, "optim.lr=0.5", "model.backbone.trainable_layers=3"))
-
-    def test_settings_that_matter_are_there(self):
-        for key in pretrain.SETTINGS:
-            reduce(getattr, key.split("."), Config())
 
     def test_a_checkpoint_of_other_images(self, data, pretrained, tmp_path):
         """Fewer images are other steps."""

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from clis.config import Config
+from clis.config import Config, scoped_keys
 from clis.config_files import (
     config_differences,
     config_from_dict,
@@ -14,6 +14,7 @@ from clis.config_files import (
     merge_overrides,
     resolve_data_root,
 )
+from clis.config_scopes import Scope
 from clis.distributed import choose_device, process_group
 from clis.engine.checkpoint import load_checkpoint, load_model
 from clis.engine.evaluate import evaluate_detector
@@ -21,7 +22,7 @@ from clis.engine.run_folder import RunFolder
 from clis.metric.lvis_eval import format_table
 from clis.progress import say
 
-INFERENCE = ("model.rpn.pre_nms_test", "model.rpn.proposals", "model.rpn.nms_iou")
+INFERENCE = scoped_keys(Scope.INFERENCE)
 """Model fields that may be overridden at evaluation."""
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from clis.cli import Preempted
 from clis.commands.study_record import FIGURES, Record
-from clis.config import DETECTOR_RULES, IMAGE_LEVEL_FIELDS, RESUMABLE, Config, data_path
+from clis.config import DETECTOR_RULES, RESUMABLE, Config, data_path, scoped_keys
 from clis.config_files import (
     config_to_dict,
     flatten,
@@ -24,6 +24,7 @@ from clis.config_files import (
     merge_overrides,
     read_yaml,
 )
+from clis.config_scopes import Scope
 from clis.data.shapes import generate_shapes
 from clis.engine.preemption import StopRequest
 from clis.engine.regions import detector_config, detector_overrides
@@ -33,7 +34,6 @@ from clis.progress import clock, say
 
 KEY_VERSION = 3
 """Of `run_key`; another one where a default, or what the code makes of equal settings, has changed."""
-IMAGE_LEVEL_KEYS = {f"data.{name}" for name in IMAGE_LEVEL_FIELDS}
 POLL = 0.5
 """Seconds between two looks at what is running."""
 
@@ -237,27 +237,37 @@ def run_key(config: Config, regions: str | None = None) -> str:
         regions: what the region file is known by; it stands for the section.
     """
     values, defaults = (flatten(config_to_dict(each)) for each in (config, Config()))
-    told = {key: value for key, value in values.items() if value != defaults[key]}
-    told = {
-        key: value for key, value in told.items() if key not in RESUMABLE and not key.startswith("regions.")
+    streams = config.clis.s > 0 or config.pretrain.epochs > 0
+    silent = RESUMABLE if streams else (*RESUMABLE, *scoped_keys(Scope.IMAGE_LEVEL))
+    changed = {
+        key: value
+        for key, value in values.items()
+        if value != defaults[key] and key not in silent and not key.startswith("regions.")
     }
-    if config.clis.s == 0 and config.pretrain.epochs == 0:
-        told = {key: value for key, value in told.items() if key not in IMAGE_LEVEL_KEYS}
     root = None if config.data.generate else config.data.root
-    return _hashed([KEY_VERSION, told, regions, root])
+    return _hashed([KEY_VERSION, changed, regions, root])
 
 
 def _regions_key(config: Config, detector: Config | None) -> str:
-    """As `run_key`, of a region file."""
-    regions, data = config.regions, config.data
-    key = [regions.rule, regions.boxes, data.train, data.image_level, data.mapping, data.drop_unmatched]
-    key += [sorted(regions.short_side), regions.max_size] if regions.rule in DETECTOR_RULES else []
-    key += [data.label_noise, config.train.seed] if data.label_noise > 0 else []
-    key += [None if config.data.generate else data.root]
+    """As `run_key`, of a region file: of the fields with the scope `REGIONS`, where they have an effect."""
+    searched, noisy = config.regions.rule in DETECTOR_RULES, config.data.label_noise > 0
+    matters = {
+        "regions.short_side": searched,
+        "regions.max_size": searched,
+        "data.label_noise": noisy,
+        "train.seed": noisy,  # draws the noise
+        "regions.detector": False,  # the detector's own key, or its path, stands for it
+    }
+    fields = [field for field in scoped_keys(Scope.REGIONS) if field not in matters]
+    fields.sort(key=lambda field: not field.startswith("regions."))  # the order of keys already recorded
+    fields += [field for field, does in matters.items() if does]
+    values = flatten(config_to_dict(config))
+    values["regions.short_side"].sort()  # the sizes are searched in any order
+    key = [*(values[field] for field in fields), None if config.data.generate else config.data.root]
     if detector is not None:
         key.append(run_key(detector))
-    elif regions.rule in DETECTOR_RULES and regions.detector is not None:
-        key.append(str(Path(regions.detector).resolve()))
+    elif searched and config.regions.detector is not None:
+        key.append(str(Path(config.regions.detector).resolve()))
     return _hashed(key)
 
 

@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clis.atomic import atomic_write
-from clis.config import Config, data_path
+from clis.config import Config, data_path, scoped_keys
+from clis.config_scopes import Scope
 from clis.data.classification import LabeledBatch, RandomCrops, Split, central_crop, collate_labeled
 from clis.data.image_classes import shortened
 from clis.data.image_level import ImageLevelIndex
@@ -37,14 +38,8 @@ from clis.losses import at_least_float32
 from clis.models import ImageClassifier, build_classifier
 from clis.progress import Progress, say
 
-SETTINGS = (
-    "pretrain", "train.seed", "train.precision", "optim.momentum", "optim.weight_decay", "optim.decay_factor",
-    "optim.clip_norm", "model.backbone.name", "model.backbone.width", "model.backbone.norm",
-    "model.backbone.norm_eps", "model.backbone.stride_in_1x1",
-    "model.backbone.weights", "data.train", "data.image_level", "data.shuffle_block", "data.mapping",
-    "data.drop_unmatched", "data.image_level_share", "data.label_noise", "data.flip",
-)  # fmt: skip
-"""What of a config makes another pre-training."""
+SETTINGS = scoped_keys(Scope.PRETRAINING)
+"""What makes another pre-training; see `Scope`."""
 
 ADVICE = "a lower pretrain.lr or an optim.clip_norm may help"
 """What to try where a loss or gradient is not finite."""

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from clis import boxes as box_ops
 from clis.atomic import atomic_write
-from clis.config import DETECTOR_RULES, IMAGE_LEVEL_FIELDS, Config, RegionsConfig, data_path
-from clis.config_files import load_config, merge_overrides
+from clis.config import DETECTOR_RULES, Config, RegionsConfig, data_path, scoped_keys
+from clis.config_files import flatten, load_config, merge_overrides
+from clis.config_scopes import Scope
 from clis.data.categories import check_same_categories
 from clis.data.image_level import ImageLevelIndex
 from clis.data.images import ImageError, open_image
@@ -43,8 +44,8 @@ T = TypeVar("T")
 def detector_config(config: Config, overrides: Sequence[str] = ()) -> Config | None:
     """The config of the detector that finds the regions, if the config names one by its config.
 
-    Overrides hold for it too, but for those of clis, loss, regions, pretrain and the image-level stream. With
-    ``output=FOLDER`` its run folder is FOLDER/detector.
+    Overrides of shared fields hold for it too (`detector_overrides`). With ``output=FOLDER`` its run folder
+    is FOLDER/detector.
     """
     source = config.regions.detector
     if config.clis.s == 0 or config.regions.rule not in DETECTOR_RULES or source is None:
@@ -52,30 +53,19 @@ def detector_config(config: Config, overrides: Sequence[str] = ()) -> Config | N
     if Path(source).suffix not in (".yaml", ".yml"):
         return None
     passed = detector_overrides(overrides)
-    if any(_section(override) == "output" for override in overrides):
+    if "output" in merge_overrides({}, overrides):
         passed.append(f"output={RunFolder(config.output).detector}")
     return load_config(source, passed)
 
 
 def detector_overrides(overrides: Sequence[str]) -> list[str]:
-    """Those of a run's overrides that hold for the detector of its regions too."""
-    passed = []
-    for override in overrides:
-        section = _section(override)
-        if section == "data":
-            fields = merge_overrides({}, [override])["data"]
-            passed += [
-                f"data.{name}={json.dumps(value, ensure_ascii=False)}"
-                for name, value in fields.items()
-                if name not in IMAGE_LEVEL_FIELDS
-            ]
-        elif section not in ("clis", "loss", "regions", "pretrain", "output"):
-            passed.append(override)
-    return passed
-
-
-def _section(override: str) -> str:
-    return override.partition("=")[0].strip().split(".")[0]
+    """Select from a run's overrides those that hold for the detector of its regions too: of shared fields."""
+    shared = scoped_keys(Scope.SHARED)
+    return [
+        f"{key}={json.dumps(value, ensure_ascii=False)}"
+        for key, value in flatten(merge_overrides({}, overrides)).items()
+        if key in shared
+    ]
 
 
 def find_regions(config: Config, device: torch.device, detector: Config | None = None) -> None:
