@@ -259,6 +259,9 @@ class DataConfig:
     """t of repeat-factor sampling: classes in a smaller share of the images are repeated."""
     repeat_rounding: Literal["ceil", "stochastic", "none"] = setting("ceil", SHARED)
     """``ceil`` as mmdetection, ``stochastic`` as detectron2, ``none`` for no repetition."""
+    repeat: Literal["repeat-factor", "class-balanced"] = setting("repeat-factor", SHARED)
+    """What an image's repetition follows: LVIS's ``repeat-factor``, or ``class-balanced``, which draws all
+    classes equally often (for training a last layer again) and needs stochastic rounding."""
     short_sides: tuple[int, ...] = setting((640, 672, 704, 736, 768, 800), SHARED)
     """Scale jitter: the shorter side is drawn from these."""
     max_size: int = setting(1333, SHARED)
@@ -293,6 +296,8 @@ class DataConfig:
         even = self.mosaic_size > 0 and self.mosaic_size % 2 == 0
         rules.require("mosaic_size", even, "must be even and above 0")
         rules.between(0, 1, "flip", "cutout", "paste_max_cover")
+        rounded = self.repeat == "repeat-factor" or self.repeat_rounding == "stochastic"
+        rules.require("repeat", rounded, "requires data.repeat_rounding=stochastic (factors are below 1)")
         rules.ranges("mosaic_scale", "paste_size")
         rules.ranges("cutout_size", most=1)
         rules.at_least(1, "mosaic_surroundings", "shuffle_block", or_null=True)
@@ -338,6 +343,24 @@ class RegionsConfig:
         enough = self.max_size >= largest
         rules.require("max_size", enough, f"must be at least the largest regions.short_side, {largest}")
         rules.at_least(1, "images_per_batch")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StartConfig:
+    """A run may start from another one's weights, e.g. to train its last layer again with another loss."""
+
+    from_: str | None = None
+    """Checkpoint or run folder, or a config (then trained first, in its own run folder); null starts from
+    `model.backbone.weights`. Written ``from``."""
+    fresh: tuple[str, ...] = ()
+    """Names of modules or tensors that start from scratch, e.g. ``classification.fc_cls``, or that are left
+    behind in the checkpoint; everything else must fit exactly."""
+    train: tuple[str, ...] = ()
+    """Names of modules that are trained, while all others are frozen; none is all of them."""
+
+    def __post_init__(self) -> None:
+        rules = Rules("start", self)
+        rules.require("fresh", self.from_ is not None or not self.fresh, "requires start.from")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -472,6 +495,7 @@ class Config:
     loss: LossConfig = field(default_factory=LossConfig, metadata=scoped(OWN))
     data: DataConfig = field(default_factory=DataConfig)
     regions: RegionsConfig = field(default_factory=RegionsConfig)
+    start: StartConfig = field(default_factory=StartConfig, metadata=scoped(OWN))
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     pretrain: PretrainConfig = field(default_factory=PretrainConfig, metadata=scoped(OWN | PRETRAINING))
@@ -486,6 +510,11 @@ class Config:
                 raise ValueError(
                     f"{key}={value}: requires folders in data.image_level; name some or set {key}=0"
                 )
+        if self.pretrain.epochs > 0 and self.start.from_ is not None:
+            raise ValueError(
+                f"start.from={self.start.from_}: replaces what pretrain.epochs={self.pretrain.epochs} makes; "
+                "set one of them"
+            )
         # Rules of one section, but a section that only describes a region file does not name the boxes.
         if self.regions.rule == "given" and self.regions.boxes is None:
             raise ValueError("regions.rule=given: requires a file of boxes; set regions.boxes")

@@ -15,13 +15,14 @@ from typing import Any, Literal
 import yaml
 
 from clis.config import RESUMABLE, Config
+from clis.config_scopes import key_of
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Reads a YAML config with its parents and applies `key.path=value` overrides.
 
-    A relative `base` and a relative `regions.detector` in a file are relative to that file; in an override
-    `regions.detector` is relative to the working folder, as is `data.root` everywhere. `data.root` is made
+    A relative `base`, `regions.detector` or `start.from` in a file is relative to that file; in an override
+    it is relative to the working folder, as is `data.root` everywhere. `data.root` is made
     absolute, and `output` is filled in.
 
     Raises:
@@ -132,9 +133,10 @@ def _read_with_parents(path: Path, children: tuple[Path, ...]) -> dict[str, Any]
     if path.resolve() in children:
         raise ValueError(f"{children[-1]}: `base: {path.name}` leads back to itself")
     values = read_yaml(path)
-    regions = values.get("regions")
-    if isinstance(regions, dict) and isinstance(regions.get("detector"), str):
-        regions["detector"] = os.path.relpath(path.parent / regions["detector"])
+    for name, key in (("regions", "detector"), ("start", "from")):
+        section = values.get(name)
+        if isinstance(section, dict) and isinstance(section.get(key), str):
+            section[key] = os.path.relpath(path.parent / section[key])
     base = values.pop("base", None)
     if base is None:
         return values
@@ -181,11 +183,12 @@ def _build(cls: type, values: Any, prefix: str) -> Any:
         found = "nothing" if values is None else repr(values)
         raise ValueError(f"{prefix.rstrip('.') or 'config'}: a section of keys is needed, not {found}")
     hints = typing.get_type_hints(cls)
+    names = {key_of(name): name for name in hints}
     arguments = {}
     for key, value in values.items():
-        if key not in hints:
-            raise ValueError(f"unknown key {prefix}{key}; {_nearest(str(key), prefix, hints)}")
-        arguments[key] = _convert(value, hints[key], f"{prefix}{key}")
+        if key not in names:
+            raise ValueError(f"unknown key {prefix}{key}; {_nearest(str(key), prefix, names)}")
+        arguments[names[key]] = _convert(value, hints[names[key]], f"{prefix}{key}")
     return cls(**arguments)
 
 
@@ -199,7 +202,8 @@ def _nearest(key: str, prefix: str, siblings: Mapping[str, Any]) -> str:
 
 def _known_keys(cls: type, prefix: str = "") -> Iterator[str]:
     """Dotted names of all sections and keys."""
-    for key, hint in typing.get_type_hints(cls).items():
+    for name, hint in typing.get_type_hints(cls).items():
+        key = key_of(name)
         yield f"{prefix}{key}"
         if dataclasses.is_dataclass(hint):
             yield from _known_keys(hint, f"{prefix}{key}.")
@@ -244,5 +248,5 @@ def _convert_tuple(value: Any, options: tuple[Any, ...], where: str) -> tuple[An
 
 def _plain(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
+        return {key_of(key): _plain(item) for key, item in value.items()}
     return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value

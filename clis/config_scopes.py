@@ -42,6 +42,11 @@ def setting(default: T, scope: Scope) -> T:
     return dataclasses.field(default=default, metadata=scoped(scope))
 
 
+def key_of(name: str) -> str:
+    """Give the key in a file of a field's name, which ends with ``_`` where the key is a word of Python's."""
+    return name.removesuffix("_")
+
+
 def scopes_of(config: type, prefix: str = "", outer: Scope | None = None) -> dict[str, Scope]:
     """Collect the scope of every field of a config class and its sections, by dotted key.
 
@@ -54,7 +59,7 @@ def scopes_of(config: type, prefix: str = "", outer: Scope | None = None) -> dic
     """
     found: dict[str, Scope] = {}
     for field in dataclasses.fields(config):
-        key, inner = f"{prefix}{field.name}", field.metadata.get("scope")
+        key, inner = f"{prefix}{key_of(field.name)}", field.metadata.get("scope")
         if inner is not None and outer is not None:
             raise TypeError(f"{key}: its section has a scope already; remove one of the two")
         scope = outer if inner is None else inner

@@ -24,9 +24,9 @@ from clis.distributed import _own_names
 from clis.metric.detections import Detections
 
 FLOAT64 = (
-    "import sys; from clis.commands import run_verb; from clis.engine import train\n"
-    "build = train.build_model\n"
-    "train.build_model = lambda *values: build(*values).double()\n"
+    "import sys; from clis.commands import run_verb; from clis.engine import start, train\n"
+    "build = start.build_model\n"
+    "start.build_model = lambda *values, **options: build(*values, **options).double()\n"
     "if sys.argv[1] != '-': # raises in front of this step\n"
     "    step, left = train.train_step, [int(sys.argv[1])]\n"
     "    def limited(*values):\n"

@@ -38,12 +38,12 @@ from clis.data.loader import ReadAhead
 from clis.data.sampling import ImageItem, SingleSampler, UniformSampler
 from clis.data.shapes import ShapesSpec, write_shapes
 from clis.distributed import wrap_ddp
-from clis.engine import pretrain, regions, train
+from clis.engine import pretrain, start, train
 from clis.engine.checkpoint import load_checkpoint, load_detector
 from clis.engine.optim import make_optimizer
 from clis.engine.run_folder import RunFolder
 from clis.engine.skipped import SkippedSteps
-from clis.engine.train import starting_weights
+from clis.engine.start import starting_weights
 from clis.models import ImageClassifier, build_model
 from clis.models.backbone import IMAGE_MEAN, IMAGE_STD, ResNet
 from clis.models.weights import load_backbone_weights
@@ -501,7 +501,7 @@ class TestRecipe:
     def test_the_detector_starts_from_it_and_its_regions_detector_does_not(self, data, tmp_path, capsys):
         """One command; each training starts from the backbone that it should, and both can be used later."""
         starts = []
-        build = train.build_model
+        build = start.build_model
 
         def recorded(*values, **options):
             model = build(*values, **options)
@@ -510,13 +510,10 @@ class TestRecipe:
 
         arguments = ["--config", CONFIG, *SHORT, *PRETRAINING, f"data.root={data}", f"output={tmp_path}"]
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(train, "build_model", recorded)
+            patch.setattr(start, "build_model", recorded)
             run_verb("train", arguments)
         said = capsys.readouterr().out
-        assert (
-            f"1/4 detector for the regions: {regions.detector_config(load_config(CONFIG)).output}"[:20]
-            in said
-        )
+        assert "1/4 detector for the regions: " in said
         assert "3/4 pre-training as an image classifier" in said
         state = torch.load(tmp_path / "pretrain" / "backbone.pt")
         detector, clis = starts

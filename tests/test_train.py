@@ -27,7 +27,7 @@ from clis.config_files import config_from_dict, load_config, merge_overrides
 from clis.data.batch import Batch, collate
 from clis.data.images import ImageError
 from clis.distributed import wrap_ddp
-from clis.engine import regions, train
+from clis.engine import prerequisites, train
 from clis.engine.checkpoint import load_checkpoint, load_detector, load_model
 from clis.engine.describe import contrast_state, format_losses, summarize_step
 from clis.engine.log import MetricsLog
@@ -410,8 +410,8 @@ def test_overrides_of_clis_alone_do_not_reach_the_detector(tmp_path):
         "data.label_noise=0.2",
     ]
     overrides += ["data={flip: 0.25, paste_size: [9, 11], val: other.json}"]
-    detector = regions.detector_config(load_config(CONFIG, overrides), overrides)
-    plain = regions.detector_config(load_config(CONFIG, []))
+    detector = prerequisites.detector_config(load_config(CONFIG, overrides), overrides)
+    plain = prerequisites.detector_config(load_config(CONFIG, []))
     assert plain.loss.alpha != 0.25
     assert (detector.clis.s, detector.loss.alpha, detector.train.steps) == (0, plain.loss.alpha, 7)
     assert (detector.data.flip, detector.data.val) == (0.25, "other.json")

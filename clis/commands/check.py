@@ -28,13 +28,20 @@ from clis.data.image_level import ImageLevelIndex, is_intact
 from clis.data.images import ImageError, decode_image, read_bytes, unpacked
 from clis.data.loader import image_loader
 from clis.data.regions import load_regions
-from clis.data.sampling import RepeatSampler, class_repeat_factors, repeat_factors
-from clis.data.streams import make_image_level_sampler, make_index, read_annotations, read_index
+from clis.data.sampling import class_repeat_factors
+from clis.data.streams import (
+    make_image_level_sampler,
+    make_index,
+    make_instance_sampler,
+    read_annotations,
+    read_index,
+)
 from clis.engine.checkpoint import load_checkpoint
+from clis.engine.prerequisites import PlannedRun, plan_run
 from clis.engine.pretrain import SETTINGS as PRETRAINING
-from clis.engine.regions import detector_checkpoint, detector_config, read_boxes
+from clis.engine.regions import detector_checkpoint, read_boxes
 from clis.engine.run_folder import RunFolder, regions_file
-from clis.engine.train import starting_weights
+from clis.engine.start import check_start, starting_weights
 from clis.losses import find_classification_loss
 from clis.models import build_classifier, build_model
 from clis.progress import Progress, say
@@ -118,16 +125,18 @@ def check(
         with report.catching():
             find_classification_loss(config.loss.classification)
         return report
-    detector = None
+    plan = PlannedRun("the run", config, None, None)
     with report.catching():
-        detector = detector_config(config, overrides)
-    for each in (config, detector):
-        if each is not None:
+        plan = plan_run(config, "the run", overrides)
+    for each in plan.walk():
+        with report.catching():
+            RunFolder(each.config.output).check(each.config)
+        if each.config.pretrain.epochs > 0:
             with report.catching():
-                RunFolder(each.output).check(each)
-            if each.pretrain.epochs > 0:
-                with report.catching():
-                    RunFolder(each.output).pretraining.check(each, PRETRAINING)
+                RunFolder(each.config.output).pretraining.check(each.config, PRETRAINING)
+        with report.catching():
+            check_start(each)
+    detector = None if plan.detector is None else plan.detector.config
     train = val = index = None
     with report.catching():
         train = read_annotations(data_path(config, config.data.train))
@@ -197,7 +206,6 @@ def _checked_boxes(train: Annotations, config: Config, report: Report) -> Annota
 
 
 def _describe_classes(train: Annotations, config: Config, report: Report) -> None:
-    factors = repeat_factors(train.offsets, train.labels, train.num_classes, config.data.repeat_threshold)
     of_class = class_repeat_factors(
         train.offsets, train.labels, train.num_classes, config.data.repeat_threshold
     )
@@ -210,8 +218,8 @@ def _describe_classes(train: Annotations, config: Config, report: Report) -> Non
                 f"  {own.sum()} {word} classes, {instances[own].sum()} boxes, repeat factors "
                 f"{of_class[own].min():.2f} to {of_class[own].max():.2f}"
             )
-    draws = len(RepeatSampler(factors, config.data.repeat_rounding, 0))
-    report.notes.append(f"  a pass is {draws} images (repeat factors {config.data.repeat_rounding})")
+    draws, data = len(make_instance_sampler(config, train)), config.data
+    report.notes.append(f"  a pass is {draws} images ({data.repeat}, rounding {data.repeat_rounding})")
     absent = [category.name for category, count in zip(train.categories, instances) if count == 0]
     if absent:
         report.warnings.append(

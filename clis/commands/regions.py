@@ -10,7 +10,8 @@ from clis.commands.arguments import add_config, positive
 from clis.commands.region_scan import scan_sizes
 from clis.config_files import load_config
 from clis.distributed import choose_device, process_group
-from clis.engine.regions import detector_config, find_regions
+from clis.engine.prerequisites import detector_config
+from clis.engine.regions import find_regions
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -27,7 +27,7 @@ from clis.config_files import (
 from clis.config_scopes import Scope
 from clis.data.shapes import generate_shapes
 from clis.engine.preemption import StopRequest
-from clis.engine.regions import detector_config, detector_overrides
+from clis.engine.prerequisites import PlannedRun, plan_run, shared_overrides
 from clis.engine.run_folder import RunFolder
 from clis.losses import find_classification_loss
 from clis.progress import clock, say
@@ -72,6 +72,8 @@ class Row:
     """The paper's seconds a step on a V100, where it has them."""
     seeds: tuple[int, ...] | None = None
     """Of this row alone; None is the study's."""
+    config: Path | None = None
+    """In place of the study's base."""
 
 
 @dataclass(frozen=True)
@@ -94,36 +96,59 @@ class Study:
         if not isinstance(values["rows"], Mapping):
             raise ValueError(f"{path}: rows is {values['rows']!r}; give a mapping of names to rows")
         rows = tuple(_read_row(str(name), row or {}, path) for name, row in values["rows"].items())
-        base = Path(os.path.relpath(path.parent / values["base"]))
+        base = _beside(path, values["base"])
         return cls(path.stem, base, seeds, rows)
 
     def run(self, row: Row, seed: int, overrides: Sequence[str]) -> Run:
         """One run of the study, with `overrides` that hold for all rows."""
         every = [*overrides, *row.overrides, f"train.seed={seed}"]
-        config = load_config(self.base, every)
-        detector = detector_config(config, every)
-        regions = _regions_key(config, detector) if config.clis.s > 0 else None
-        return Run(config, every, detector, regions, run_key(config, regions))
+        return Run.load(row.config or self.base, every)
 
 
 @dataclass(frozen=True)
 class Run:
-    """One row with one seed."""
+    """One row with one seed, or a run that another one needs."""
 
-    config: Config
+    base: Path
     overrides: list[str]
-    """All that make the config of the study's base."""
-    detector: Config | None
+    """All that make `config` of `base`."""
+    config: Config
+    start: Run | None
+    """Whose weights it starts from, if that is to be trained."""
+    detector: Run | None
     """That finds the regions, if it is to be trained."""
     regions: str | None
     """What the region file is known by; None without image-level images."""
     key: str
     """What the run is known by."""
 
+    @classmethod
+    def load(cls, base: Path, overrides: Sequence[str]) -> Run:
+        """Load a run and those that it needs.
+
+        Raises:
+            FileNotFoundError, ValueError: a config cannot be read, or a run needs itself.
+        """
+        return cls._of(plan_run(load_config(base, overrides), str(base), overrides), base, list(overrides))
+
+    @classmethod
+    def _of(cls, plan: PlannedRun, base: Path, overrides: list[str]) -> Run:
+        config, passed = plan.config, shared_overrides(overrides)
+        start = detector = regions = None
+        if plan.start is not None:
+            start = cls._of(plan.start, Path(str(config.start.from_)), passed)
+        if plan.detector is not None:
+            detector = cls._of(plan.detector, Path(str(config.regions.detector)), passed)
+        if config.clis.s > 0:
+            regions = _regions_key(config, None if detector is None else detector.key)
+        key = run_key(config, regions, None if start is None else start.key)
+        return cls(base, overrides, config, start, detector, regions, key)
+
 
 def _read_row(name: str, values: Any, path: Path) -> Row:
     where = f"{path}: row {name}"
-    _check_keys(values, {"overrides", "paper", "paper_seconds", "seeds"}, set(), where)
+    _check_keys(values, {"config", "overrides", "paper", "paper_seconds", "seeds"}, set(), where)
+    config = _beside(path, values["config"]) if "config" in values else None
     seeds = _read_seeds(values["seeds"], where) if "seeds" in values else None
     overrides, paper = values.get("overrides", []), values.get("paper")
     if not isinstance(overrides, list) or not all(isinstance(each, str) for each in overrides):
@@ -136,7 +161,12 @@ def _read_row(name: str, values: Any, path: Path) -> Row:
     if paper is not None and not (isinstance(paper, list) and len(paper) == len(FIGURES)):
         raise ValueError(f"{where}: paper is {paper}; give {', '.join(FIGURES)}")
     paper = None if paper is None else tuple(paper)
-    return Row(name, tuple(overrides), paper, values.get("paper_seconds"), seeds)
+    return Row(name, tuple(overrides), paper, values.get("paper_seconds"), seeds, config)
+
+
+def _beside(path: Path, name: str) -> Path:
+    """A config that a study names, relative to the working folder."""
+    return Path(os.path.relpath(path.parent / name))
 
 
 def _read_seeds(seeds: Any, where: str) -> tuple[int, ...]:
@@ -227,7 +257,7 @@ def run_study(
     return folder
 
 
-def run_key(config: Config, regions: str | None = None) -> str:
+def run_key(config: Config, regions: str | None = None, start: str | None = None) -> str:
     """Twelve letters that are the same for runs of the same settings: all but those of machine and places.
 
     Settings that have their default are left out, so that a new field leaves the runs before it known; a
@@ -235,6 +265,7 @@ def run_key(config: Config, regions: str | None = None) -> str:
 
     Args:
         regions: what the region file is known by; it stands for the section.
+        start: what the run that it starts from is known by; it stands for `start.from`.
     """
     values, defaults = (flatten(config_to_dict(each)) for each in (config, Config()))
     streams = config.clis.s > 0 or config.pretrain.epochs > 0
@@ -244,11 +275,15 @@ def run_key(config: Config, regions: str | None = None) -> str:
         for key, value in values.items()
         if value != defaults[key] and key not in silent and not key.startswith("regions.")
     }
+    if start is not None:
+        changed["start.from"] = start
+    elif config.start.from_ is not None:
+        changed["start.from"] = str(Path(config.start.from_).resolve())
     root = None if config.data.generate else config.data.root
     return _hashed([KEY_VERSION, changed, regions, root])
 
 
-def _regions_key(config: Config, detector: Config | None) -> str:
+def _regions_key(config: Config, detector: str | None) -> str:
     """As `run_key`, of a region file: of the fields with the scope `REGIONS`, where they have an effect."""
     searched, noisy = config.regions.rule in DETECTOR_RULES, config.data.label_noise > 0
     matters = {
@@ -265,7 +300,7 @@ def _regions_key(config: Config, detector: Config | None) -> str:
     values["regions.short_side"].sort()  # the sizes are searched in any order
     key = [*(values[field] for field in fields), None if config.data.generate else config.data.root]
     if detector is not None:
-        key.append(run_key(detector))
+        key.append(detector)
     elif searched and config.regions.detector is not None:
         key.append(str(Path(config.regions.detector).resolve()))
     return _hashed(key)
@@ -278,36 +313,37 @@ def _hashed(value: Any) -> str:
 def _plan(
     study: Study, row: Row, seed: int, out: Path, overrides: Sequence[str], plan: dict[Path, Job]
 ) -> None:
-    """Adds the job of a row and seed, and of what it needs, to those that are planned already."""
+    """Add the job of a row and seed, and of what it needs, to those that are planned already."""
     run = study.run(row, seed, overrides)
-    find_classification_loss(run.config.loss.classification)  # a slip is told before anything is made
+    find_classification_loss(run.config.loss.classification)  # a typo is reported before any work starts
+    _plan_training(run, f"training of {row.name}, seed {seed}", out, plan).results.append((row.name, seed))
+
+
+def _plan_training(run: Run, title: str, out: Path, plan: dict[Path, Job]) -> Job:
+    """Add the training of a run, after those that it needs."""
     folder, after, more = out / "runs" / run.key, [], []
+    seed = run.config.train.seed
+    if run.start is not None:
+        after.append(_plan_training(run.start, f"training to start from, seed {seed}", out, plan))
+        more.append(f"start.from={out / 'runs' / run.start.key}")
     if run.regions is not None:
-        regions, after = _plan_regions(study, run, out, plan)
-        more = [f"regions.file={regions}"]
-    command = [sys.executable, "-m", "clis", "train", "--config", str(study.base), *run.overrides, *more]
-    command.append(f"output={folder}")
-    job = Job(f"training of {row.name}, seed {seed}", command, RunFolder(folder).result, after)
-    plan.setdefault(folder, job).results.append((row.name, seed))
+        file = out / "regions" / f"{run.regions}.npy"
+        after.append(_plan_regions(run, file, out, plan))
+        more.append(f"regions.file={file}")
+    command = [sys.executable, "-m", "clis", "train", "--config", str(run.base), *run.overrides, *more]
+    job = Job(title, [*command, f"output={folder}"], RunFolder(folder).result, after)
+    return plan.setdefault(folder, job)
 
 
-def _plan_regions(study: Study, run: Run, out: Path, plan: dict[Path, Job]) -> tuple[Path, list[Job]]:
-    """The region file of a run, and the jobs that make it: the detector's training, and the search."""
-    after: list[Job] = []
-    more: list[str] = []
+def _plan_regions(run: Run, file: Path, out: Path, plan: dict[Path, Job]) -> Job:
+    """Add the search of a run's regions, after the training of their detector."""
+    after, more, seed = [], [f"regions.file={file}"], run.config.train.seed
     if run.detector is not None:
-        folder = out / "runs" / run_key(run.detector)
-        command = [sys.executable, "-m", "clis", "train", "--config", str(run.config.regions.detector)]
-        command += detector_overrides(run.overrides)
-        title = f"detector of the regions, seed {run.detector.train.seed}"
-        job = Job(title, [*command, f"output={folder}"], RunFolder(folder).result)
-        after.append(plan.setdefault(folder, job))
-        more = [f"regions.detector={folder}"]
-    file = out / "regions" / f"{run.regions}.npy"
-    command = [sys.executable, "-m", "clis", "regions", str(study.base), *run.overrides, *more]
-    title = f"regions by {run.config.regions.rule}, seed {run.config.train.seed}"
-    job = Job(title, [*command, f"regions.file={file}"], file, after)
-    return file, [plan.setdefault(file, job)]
+        after.append(_plan_training(run.detector, f"detector of the regions, seed {seed}", out, plan))
+        more.append(f"regions.detector={out / 'runs' / run.detector.key}")
+    command = [sys.executable, "-m", "clis", "regions", str(run.base), *run.overrides, *more]
+    title = f"regions by {run.config.regions.rule}, seed {seed}"
+    return plan.setdefault(file, Job(title, command, file, after))
 
 
 def _work(jobs: Sequence[Job], at_once: int, logs: Path) -> Iterator[Job]:

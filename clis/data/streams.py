@@ -27,6 +27,7 @@ from clis.data.sampling import (
     RepeatSampler,
     Sampler,
     UniformSampler,
+    class_balanced_factors,
     repeat_factors,
 )
 from clis.distributed import local_main_first
@@ -71,13 +72,21 @@ def make_streams(config: Config, regions_file: Path) -> tuple[Annotations, TwoSt
         index = make_index(config, annotations)
         regions = load_regions(regions_file, index, config.regions)
         image_level_sampler = make_image_level_sampler(config, index)
-    factors = repeat_factors(
-        annotations.offsets, annotations.labels, len(annotations.categories), data.repeat_threshold
-    )
-    instance_sampler = RepeatSampler(factors, data.repeat_rounding, seed)
+    instance_sampler = make_instance_sampler(config, annotations)
     sampler = JointSampler(instance_sampler, image_level_sampler, config.train.images_per_step, clis.s, seed)
     images = data_path(config, data.train_images)
     return annotations, TwoStreamDataset(data, clis, annotations, images, index, regions), sampler
+
+
+def make_instance_sampler(config: Config, annotations: Annotations) -> RepeatSampler:
+    """Make the shuffle of the instance-level stream, with its repetitions."""
+    data, boxes = config.data, (annotations.offsets, annotations.labels, annotations.num_classes)
+    factors = (
+        class_balanced_factors(*boxes)
+        if data.repeat == "class-balanced"
+        else repeat_factors(*boxes, data.repeat_threshold)
+    )
+    return RepeatSampler(factors, data.repeat_rounding, config.train.seed)
 
 
 def make_index(config: Config, annotations: Annotations) -> ImageLevelIndex:

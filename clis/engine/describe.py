@@ -29,10 +29,13 @@ def describe_run(
     data, clis, train, optim = config.data, config.clis, config.train, config.optim
     groups = [category.frequency for category in annotations.categories]
     counts = " ".join(f"{groups.count(group)} {group}" for group in "rcf")
+    repeats = f"repeat factors {data.repeat_rounding}, threshold {data.repeat_threshold:g}"
+    if data.repeat == "class-balanced":
+        repeats = "classes drawn equally often"
     instance, image_level = sampler.passes(train.steps)
     lines = [
         f"{len(annotations)} instance-level images, {len(annotations.labels)} boxes, {len(groups)} classes "
-        f"({counts}); repeat factors {data.repeat_rounding}, threshold {data.repeat_threshold:g}: a pass is "
+        f"({counts}); {repeats}: a pass is "
         f"{sampler.instance_pass} images"
     ]
     if index is not None:

@@ -16,9 +16,7 @@ from torch import Tensor
 
 from clis import boxes as box_ops
 from clis.atomic import atomic_write
-from clis.config import DETECTOR_RULES, Config, RegionsConfig, data_path, scoped_keys
-from clis.config_files import flatten, load_config, merge_overrides
-from clis.config_scopes import Scope
+from clis.config import DETECTOR_RULES, Config, RegionsConfig, data_path
 from clis.data.categories import check_same_categories
 from clis.data.image_level import ImageLevelIndex
 from clis.data.images import ImageError, open_image
@@ -29,8 +27,9 @@ from clis.distributed import barrier, broadcast_flag, from_main, is_main, rank, 
 from clis.engine.bad_images import check_bad_images
 from clis.engine.checkpoint import load_detector
 from clis.engine.optim import autocast
+from clis.engine.prerequisites import checkpoint_of, detector_config
 from clis.engine.region_parts import RegionParts, remove_parts
-from clis.engine.run_folder import RunFolder, regions_file
+from clis.engine.run_folder import regions_file
 from clis.models import CLISDetector
 from clis.progress import Progress, say
 from clis.resize import scale_boxes, shortest_size
@@ -39,33 +38,6 @@ MOST_WAITING = 8
 """Batches of images that may wait for others of their shape."""
 
 T = TypeVar("T")
-
-
-def detector_config(config: Config, overrides: Sequence[str] = ()) -> Config | None:
-    """The config of the detector that finds the regions, if the config names one by its config.
-
-    Overrides of shared fields hold for it too (`detector_overrides`). With ``output=FOLDER`` its run folder
-    is FOLDER/detector.
-    """
-    source = config.regions.detector
-    if config.clis.s == 0 or config.regions.rule not in DETECTOR_RULES or source is None:
-        return None
-    if Path(source).suffix not in (".yaml", ".yml"):
-        return None
-    passed = detector_overrides(overrides)
-    if "output" in merge_overrides({}, overrides):
-        passed.append(f"output={RunFolder(config.output).detector}")
-    return load_config(source, passed)
-
-
-def detector_overrides(overrides: Sequence[str]) -> list[str]:
-    """Select from a run's overrides those that hold for the detector of its regions too: of shared fields."""
-    shared = scoped_keys(Scope.SHARED)
-    return [
-        f"{key}={json.dumps(value, ensure_ascii=False)}"
-        for key, value in flatten(merge_overrides({}, overrides)).items()
-        if key in shared
-    ]
 
 
 def find_regions(config: Config, device: torch.device, detector: Config | None = None) -> None:
@@ -99,18 +71,17 @@ def load_searcher(config: Config, device: torch.device, detector: Config | None 
 
 
 def detector_checkpoint(config: Config, detector: Config | None) -> Path:
-    """The checkpoint that finds the regions: of `detector` if it is to be trained, else `regions.detector`'s.
+    """Give the checkpoint that finds the regions: of `detector` if that is to be trained, else the named one.
 
     Raises:
         ValueError: the config names none.
     """
-    source = config.regions.detector if detector is None else detector.output
-    if source is None:
+    if config.regions.detector is None:
         raise ValueError(
             f"{regions_file(config)} does not exist, and the rule {config.regions.rule} makes it with a "
             "detector: name a checkpoint, a run folder or a config in regions.detector"
         )
-    return Path(source) if Path(source).suffix == ".pt" else RunFolder(source).last
+    return checkpoint_of(config.regions.detector, detector)
 
 
 def make_regions(

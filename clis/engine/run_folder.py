@@ -54,6 +54,11 @@ class RunFolder:
         """The folder of the detector that finds this run's regions, where the run's own was named."""
         return RunFolder(self.path / "detector")
 
+    @property
+    def start(self) -> RunFolder:
+        """The folder of the run that this one starts from, where the run's own was named."""
+        return RunFolder(self.path / "start")
+
     def checkpoint(self, step: int) -> Path:
         return self.checkpoints / f"step_{step:08d}.pt"
 

@@ -4,14 +4,77 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
-from clis.config import StartConfig
+from clis.config import Config, StartConfig
 from clis.data.categories import Category, check_same_categories
 from clis.engine.checkpoint import load_checkpoint
-from clis.models import CLISDetector
+from clis.engine.prerequisites import PlannedRun, checkpoint_of, start_config
+from clis.engine.run_folder import RunFolder
+from clis.models import CLISDetector, build_model
 from clis.models.weights import load_state
+
+
+def starting_model(
+    config: Config, categories: Sequence[Category], folder: RunFolder, start: Config | None = None
+) -> CLISDetector:
+    """Build a detector as it is before the first step.
+
+    Its weights are those that `start.from` names, or its backbone's are `model.backbone.weights` or what the
+    run's own pre-training made. A run with checkpoints is resumed from them and does not read the start.
+
+    Args:
+        folder: of the run.
+        start: whose weights it starts from, if that is not `start_config(config)`.
+
+    Raises:
+        FileNotFoundError, ValueError: the weights are missing or do not fit.
+    """
+    source = config.start.from_
+    if source is None:
+        model = build_model(config, categories, pretrained=starting_weights(config, folder))
+    else:
+        model = build_model(config, categories, pretrained=False)
+        if not folder.saved_checkpoints():
+            load_start(model, config.start, checkpoint_of(source, start or start_config(config)))
+    if config.start.train:
+        train_only(model, config.start.train)
+    return model
+
+
+def starting_weights(config: Config, folder: RunFolder) -> bool | Path:
+    """Give what the backbone starts from: `model.backbone.weights`, or what this run's pre-training made."""
+    if config.pretrain.epochs == 0:
+        return True
+    path = folder.pretraining.backbone
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: the backbone is not pre-trained yet; run train.py on the config")
+    return path
+
+
+def check_start(run: PlannedRun) -> None:
+    """Check that the weights of a run that has not begun will fit, before those of a prerequisite are made.
+
+    Raises:
+        FileNotFoundError, ValueError: they are missing, or would not fit.
+    """
+    start, folder = run.config.start, RunFolder(run.config.output)
+    if (start.from_ is None and not start.train) or folder.saved_checkpoints():
+        return
+    if start.from_ is not None and run.start is None:
+        checkpoint = checkpoint_of(start.from_, None)
+        categories = _categories(load_checkpoint(checkpoint))
+        model = build_model(run.config, categories, pretrained=False)
+        load_start(model, start, checkpoint)
+    else:
+        model = build_model(run.config, _ANY_CLASSES, pretrained=False)
+        if run.start is not None:
+            other = build_model(run.start.config, _ANY_CLASSES, pretrained=False)
+            _load_parts(model, start, other.state_dict(), run.start.title)
+    if start.train:
+        train_only(model, start.train)
 
 
 def load_start(model: CLISDetector, start: StartConfig, checkpoint: Path) -> None:
@@ -25,17 +88,8 @@ def load_start(model: CLISDetector, start: StartConfig, checkpoint: Path) -> Non
             a prefix matches nothing.
     """
     state = load_checkpoint(checkpoint)
-    saved = [Category(**category) for category in state["categories"]]
-    check_same_categories(saved, str(checkpoint), model.categories, "the training split")
-    own, given = model.state_dict(), state["model"]
-    _check_prefixes("start.fresh", start.fresh, [*own, *given])
-    loaded = {key: value for key, value in given.items() if not _matches(key, start.fresh)}
-    kept = {key: value for key, value in own.items() if _matches(key, start.fresh)}
-    hint = "; name what starts from scratch, or is left behind, in start.fresh"
-    load_state(model, loaded | kept, str(checkpoint), hint)
-    if model.contrastive is not None and _matches("contrastive.momentum_sub_network", start.fresh):
-        copied = model.contrastive.momentum_sub_network
-        copied.load_state_dict(model.classification.sub_network.state_dict())
+    check_same_categories(_categories(state), str(checkpoint), model.categories, "the training split")
+    _load_parts(model, start, state["model"], str(checkpoint))
 
 
 def train_only(model: nn.Module, prefixes: Sequence[str]) -> None:
@@ -52,6 +106,29 @@ def train_only(model: nn.Module, prefixes: Sequence[str]) -> None:
     trained = {id(parameter) for name, parameter in parameters if _matches(name, prefixes)}
     for _, parameter in parameters:
         parameter.requires_grad_(parameter.requires_grad and id(parameter) in trained)
+
+
+_ANY_CLASSES = [
+    Category(id=number, name=f"class {number}", frequency="r", image_count=1, instance_count=1)
+    for number in (1, 2)
+]
+"""Whether weights fit does not depend on the number of classes, if it is the same."""
+
+
+def _categories(state: dict[str, Any]) -> list[Category]:
+    return [Category(**category) for category in state["categories"]]
+
+
+def _load_parts(model: CLISDetector, start: StartConfig, given: dict[str, Tensor], source: str) -> None:
+    own = model.state_dict()
+    _check_prefixes("start.fresh", start.fresh, [*own, *given])
+    loaded = {key: value for key, value in given.items() if not _matches(key, start.fresh)}
+    kept = {key: value for key, value in own.items() if _matches(key, start.fresh)}
+    hint = "; name what starts from scratch, or is left behind, in start.fresh"
+    load_state(model, loaded | kept, source, hint)
+    if model.contrastive is not None and _matches("contrastive.momentum_sub_network", start.fresh):
+        copied = model.contrastive.momentum_sub_network
+        copied.load_state_dict(model.classification.sub_network.state_dict())
 
 
 def _matches(name: str, prefixes: Iterable[str]) -> bool:

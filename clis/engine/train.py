@@ -6,7 +6,6 @@ import functools
 import math
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -40,14 +39,16 @@ from clis.engine.feed import Feed
 from clis.engine.log import MetricsLog
 from clis.engine.optim import gradient_step, learning_rate, make_optimizer, make_scaler, split_batch
 from clis.engine.preemption import StopRequest, stop
+from clis.engine.prerequisites import PlannedRun, plan_run
 from clis.engine.pretrain import pretrain
-from clis.engine.regions import detector_config, find_regions
+from clis.engine.regions import find_regions
 from clis.engine.run_folder import RunFolder, regions_file
 from clis.engine.schedule import SaveClock, due_after
 from clis.engine.skipped import SkippedSteps
+from clis.engine.start import check_start, starting_model
 from clis.losses import find_classification_loss
 from clis.metric.lvis_eval import format_table
-from clis.models import CLISDetector, Normalizers, Pending, TrainOutput, build_model
+from clis.models import CLISDetector, Normalizers, Pending, TrainOutput
 from clis.progress import Progress, say
 
 ADVICE = "a lower optim.lr or loss.beta, a longer optim.warmup_steps or an optim.clip_norm may help"
@@ -56,45 +57,62 @@ ADVICE = "a lower optim.lr or loss.beta, a longer optim.warmup_steps or an optim
 
 def recipe(config: Config, name: str, overrides: Sequence[str], device: torch.device) -> None:
     """Run the stages that the config needs and that are not done yet; then print the comparison."""
-    detector = detector_config(config, overrides)
-    configs = [config] if detector is None else [detector, config]
-    for each in configs:
-        find_classification_loss(each.loss.classification)  # a typo is reported before any work starts
-    for each in configs:
-        RunFolder(each.output).claim(each)
-    stages: list[tuple[str, Callable[[], object]]] = []
-
-    def add_training(title: str, each: Config) -> None:
-        if each.pretrain.epochs > 0 and not RunFolder(each.output).result.exists():
-            stages.append(("pre-training as an image classifier", lambda: pretrain(each, device)))
-        stages.append((title, lambda: run(each, device)))
-
+    plan = plan_run(config, name, overrides)
+    runs = list(plan.walk())
+    for each in runs:  # mistakes are reported before any work starts
+        find_classification_loss(each.config.loss.classification)
+        check_start(each)
+    for each in runs:
+        RunFolder(each.config.output).claim(each.config)
+    stages: dict[tuple[str, str], tuple[str, Callable[[], object]]] = {}
     if config.data.generate == "shapes":
-        stages.append(("embedded benchmark", lambda: generate_shapes(data_path(config, "shapes"))))
-    if config.clis.s > 0 and not broadcast_flag(regions_file(config).exists()):
-        if detector is not None:
-            add_training(f"detector for the regions: {config.regions.detector}", detector)
-        stages.append(("regions", lambda: find_regions(config, device, detector)))
-    add_training(name, config)
-    for number, (title, stage) in enumerate(stages, 1):
+        stages["", "data"] = ("embedded benchmark", lambda: generate_shapes(data_path(config, "shapes")))
+    _add_stages(stages, plan, device)
+    for number, (title, stage) in enumerate(stages.values(), 1):
         say(f"{number}/{len(stages)} {title}")
         stage()
         barrier()
-    _compare(configs)
+    _compare([each.config for each in runs])
 
 
-def run(config: Config, device: torch.device) -> None:
-    """Train and evaluate one detector in its run folder, or resume it there."""
+def _add_stages(
+    stages: dict[tuple[str, str], tuple[str, Callable[[], object]]], plan: PlannedRun, device: torch.device
+) -> None:
+    """Add the stages of a run by its folder and kind, each after those that it needs."""
+    config, folder = plan.config, RunFolder(plan.config.output)
+    started = broadcast_flag(folder.result.exists() or len(folder.saved_checkpoints()) > 0)
+    if plan.start is not None and not started:
+        _add_stages(stages, plan.start, device)
+    if config.clis.s > 0 and not broadcast_flag(regions_file(config).exists()):
+        detector = None if plan.detector is None else plan.detector.config
+        if plan.detector is not None:
+            _add_stages(stages, plan.detector, device)
+        stages[config.output, "regions"] = ("regions", lambda: find_regions(config, device, detector))
+    if config.pretrain.epochs > 0 and not broadcast_flag(folder.result.exists()):
+        title = "pre-training as an image classifier"
+        stages[config.output, "pretrain"] = (title, lambda: pretrain(config, device))
+    start = None if plan.start is None else plan.start.config
+    stages[config.output, "train"] = (plan.title, lambda: run(config, device, start))
+
+
+def run(config: Config, device: torch.device, start: Config | None = None) -> None:
+    """Train and evaluate one detector in its run folder, or resume it there.
+
+    Args:
+        start: whose weights it starts from, if that is not `start_config(config)`.
+    """
     folder = RunFolder(config.output)
     folder.claim(config)
     if folder.result.exists():
         say(f"{folder} is already finished")
         return
-    detector = train(config, folder, device)
+    detector = train(config, folder, device, start)
     evaluate_detector(detector.eval(), config, folder)
 
 
-def train(config: Config, folder: RunFolder, device: torch.device) -> CLISDetector:
+def train(
+    config: Config, folder: RunFolder, device: torch.device, start: Config | None = None
+) -> CLISDetector:
     """Train a detector for `train.steps` steps, or resume where its last checkpoint left off.
 
     Every random choice is a function of (seed, step, place in the global batch), so a resumed run equals the
@@ -104,9 +122,7 @@ def train(config: Config, folder: RunFolder, device: torch.device) -> CLISDetect
     check_validation(config, annotations.categories)
     images_per_process, accumulation = split_batch(config, world_size())
     torch.manual_seed(config.train.seed)
-    model = build_model(config, annotations.categories, pretrained=starting_weights(config, folder)).to(
-        device
-    )
+    model = starting_model(config, annotations.categories, folder, start).to(device)
     optimizer = make_optimizer(model, config)
     scaler = make_scaler(config, device)
     first_step, num_skipped = resume(folder, model, optimizer, scaler, config)
@@ -222,16 +238,6 @@ def global_normalizers(counts: Sequence[int], config: Config) -> Normalizers:
     """Give what the losses are divided by: regions and pairs of the global batch, at least one of each."""
     regions, pairs = (max(1, count) / world_size() for count in counts)
     return Normalizers(config.train.images_per_step / world_size(), regions, pairs)
-
-
-def starting_weights(config: Config, folder: RunFolder) -> bool | Path:
-    """Give what the backbone starts from: `model.backbone.weights`, or what this run's pre-training made."""
-    if config.pretrain.epochs == 0:
-        return True
-    path = folder.pretraining.backbone
-    if not path.exists():
-        raise FileNotFoundError(f"{path}: the backbone is not pre-trained yet; run train.py on the config")
-    return path
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -1,0 +1,116 @@
+"""Runs that another run needs first: the one that it starts from, and the detector that finds its regions."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from clis.config import DETECTOR_RULES, Config, scoped_keys
+from clis.config_files import flatten, load_config, merge_overrides
+from clis.config_scopes import Scope
+from clis.engine.run_folder import RunFolder
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """A run with those that it needs first, each None where the config names no config for it."""
+
+    title: str
+    config: Config
+    start: PlannedRun | None
+    """Whose weights it starts from."""
+    detector: PlannedRun | None
+    """That finds its regions."""
+
+    def walk(self) -> Iterator[PlannedRun]:
+        """Give all runs, each after those that it needs."""
+        for needed in (self.start, self.detector):
+            if needed is not None:
+                yield from needed.walk()
+        yield self
+
+
+def plan_run(
+    config: Config, title: str, overrides: Sequence[str] = (), outer: Sequence[Path] = ()
+) -> PlannedRun:
+    """Plan a run and its prerequisites, and theirs.
+
+    Args:
+        overrides: of the config; those of shared fields hold for the prerequisites too.
+        outer: config files of the runs that need this one.
+
+    Raises:
+        FileNotFoundError, ValueError: a config cannot be read, or a run needs itself.
+    """
+
+    def needed(role: str, source: str | None, each: Config | None) -> PlannedRun | None:
+        if source is None or each is None:
+            return None
+        path = Path(source).resolve()
+        if path in outer:
+            raise ValueError(f"{source}: this run would have to be finished before it begins")
+        passed = shared_overrides(overrides)
+        if "output" in merge_overrides({}, overrides):
+            passed.append(f"output={each.output}")
+        return plan_run(each, f"{role}: {source}", passed, [*outer, path])
+
+    return PlannedRun(
+        title,
+        config,
+        start=needed("run to start from", config.start.from_, start_config(config, overrides)),
+        detector=needed(
+            "detector for the regions", config.regions.detector, detector_config(config, overrides)
+        ),
+    )
+
+
+def start_config(config: Config, overrides: Sequence[str] = ()) -> Config | None:
+    """Load the config that `start.from` names, if it names one by its config; see `detector_config`.
+
+    With ``output=FOLDER`` its run folder is FOLDER/start, or that of the regions' detector if it is the same.
+    """
+    folder = RunFolder(config.output)
+    same = config.start.from_ == config.regions.detector and detector_config(config, overrides) is not None
+    return _config_of(config.start.from_, folder.detector if same else folder.start, overrides)
+
+
+def detector_config(config: Config, overrides: Sequence[str] = ()) -> Config | None:
+    """Load the config of the detector that finds the regions, if the config names one by its config.
+
+    Overrides of shared fields hold for it too. With ``output=FOLDER`` its run folder is FOLDER/detector.
+    """
+    if config.clis.s == 0 or config.regions.rule not in DETECTOR_RULES:
+        return None
+    return _config_of(config.regions.detector, RunFolder(config.output).detector, overrides)
+
+
+def shared_overrides(overrides: Sequence[str]) -> list[str]:
+    """Select from a run's overrides those that hold for its prerequisites too: of shared fields."""
+    shared = scoped_keys(Scope.SHARED)
+    return [
+        f"{key}={json.dumps(value, ensure_ascii=False)}"
+        for key, value in flatten(merge_overrides({}, overrides)).items()
+        if key in shared
+    ]
+
+
+def checkpoint_of(source: str, trained: Config | None) -> Path:
+    """Give the checkpoint that a source names: of `trained`, if it is a config's run, else its own.
+
+    Args:
+        source: a checkpoint or a run folder; not read if there is a config.
+    """
+    if trained is not None:
+        return RunFolder(trained.output).last
+    return Path(source) if Path(source).suffix == ".pt" else RunFolder(source).last
+
+
+def _config_of(source: str | None, folder: RunFolder, overrides: Sequence[str]) -> Config | None:
+    if source is None or Path(source).suffix not in (".yaml", ".yml"):
+        return None
+    passed = shared_overrides(overrides)
+    if "output" in merge_overrides({}, overrides):
+        passed.append(f"output={folder}")
+    return load_config(source, passed)

@@ -1,0 +1,216 @@
+"""Runs that start from another one's weights: what is loaded, from scratch, trained; the recipe; studies."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from conftest import CATEGORIES, tiny_config
+from runs import BASELINE, CONFIG, SHORT, assert_same_training, records
+
+from clis.commands import check, run_verb
+from clis.commands.study import Study, run_study
+from clis.config import StartConfig
+from clis.config_files import config_to_dict, load_config
+from clis.engine import train
+from clis.engine.checkpoint import detector_state, load_checkpoint
+from clis.engine.run_folder import RunFolder
+from clis.engine.start import load_start, train_only
+from clis.models import build_model
+
+PLAIN = "clis={task_specialized: false, objectness: false, s: 0, t: 0, siamese: false, contrastive: false}"
+NEW_PARTS = (
+    "localization.sub_network", "localization.fc_objectness", "image_classification.sub_network",
+    "image_classification.fc_cls", "contrastive",
+)  # fmt: skip
+
+
+def model_of(*overrides: str, seed: int):
+    torch.manual_seed(seed)
+    return build_model(tiny_config(*overrides), CATEGORIES)
+
+
+@pytest.fixture
+def plain(tmp_path) -> Path:
+    """A checkpoint of a Faster R-CNN without any part of CLIS."""
+    path = tmp_path / "plain.pt"
+    torch.save(detector_state(model_of(PLAIN, seed=0), tiny_config(PLAIN)), path)
+    return path
+
+
+class TestWeights:
+    def test_a_head_from_scratch_on_a_detector_that_is_kept(self, plain):
+        before = load_checkpoint(plain)["model"]
+        model = model_of(PLAIN, seed=1)
+        fresh = model.classification.fc_cls.weight.clone()
+        load_start(model, StartConfig(from_=str(plain), fresh=("classification.fc_cls",)), plain)
+        for name, value in model.state_dict().items():
+            assert torch.equal(value, before[name]) == (not name.startswith("classification.fc_cls.weight"))
+        assert torch.equal(model.classification.fc_cls.weight, fresh)
+
+    def test_clis_from_a_plain_detector(self, plain):
+        """The momentum copy starts as a copy of what was loaded, not of the random weights before."""
+        before = load_checkpoint(plain)["model"]
+        model = model_of("clis.siamese=false", seed=1)
+        load_start(model, StartConfig(from_=str(plain), fresh=NEW_PARTS), plain)
+        loaded = before["classification.sub_network.fc1.weight"]
+        assert torch.equal(model.classification.sub_network.fc1.weight, loaded)
+        assert torch.equal(model.contrastive.momentum_sub_network.fc1.weight, loaded)
+        assert not torch.equal(model.image_classification.sub_network.fc1.weight, loaded)
+
+    def test_a_plain_detector_from_clis_leaves_parts_behind(self, tmp_path):
+        path = tmp_path / "clis.pt"
+        torch.save(detector_state(model_of("clis.siamese=false", seed=0), tiny_config()), path)
+        model = model_of(PLAIN, seed=1)
+        load_start(model, StartConfig(from_=str(path), fresh=NEW_PARTS), path)
+        kept = load_checkpoint(path)["model"]["classification.sub_network.fc1.weight"]
+        assert torch.equal(model.classification.sub_network.fc1.weight, kept)
+
+    def test_what_is_neither_loaded_nor_named_is_an_error(self, plain):
+        model = model_of("clis.siamese=false", seed=1)
+        before = {name: value.clone() for name, value in model.state_dict().items()}
+        start = StartConfig(from_=str(plain), fresh=NEW_PARTS[:-1])
+        with pytest.raises(
+            ValueError, match=r"plain\.pt: .*missing contrastive\..*name what .* start\.fresh"
+        ):
+            load_start(model, start, plain)
+        assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+    def test_a_prefix_is_a_whole_word(self, plain):
+        start = StartConfig(from_=str(plain), fresh=("classification.fc",))
+        with pytest.raises(
+            ValueError, match=r"start\.fresh: classification\.fc matches no parameter; the par"
+        ):
+            load_start(model_of(PLAIN, seed=1), start, plain)
+
+    def test_other_classes_are_refused(self, plain):
+        torch.manual_seed(0)
+        model = build_model(tiny_config(PLAIN), CATEGORIES[::-1])
+        with pytest.raises(ValueError, match="must be of one data set"):
+            load_start(model, StartConfig(from_=str(plain)), plain)
+
+    def test_parts_that_are_trained(self):
+        """A shared sub-network has the names of both of its tasks; the momentum copy stays frozen."""
+        model = model_of("clis.task_specialized=false", seed=0)
+        train_only(model, ["classification", "contrastive"])
+        trained = {name for name, p in model.named_parameters(remove_duplicate=False) if p.requires_grad}
+        parts = {"classification", "image_classification", "contrastive"}
+        assert {name.split(".")[0] for name in trained} == parts | {"localization"}
+        assert not any("momentum" in name or "fc_box" in name for name in trained)
+        with pytest.raises(ValueError, match=r"start\.train: clasification matches no parameter"):
+            train_only(model, ["clasification"])
+
+
+@pytest.fixture
+def second(tmp_path, monkeypatch) -> Path:
+    """A config that trains the last layer of the baseline again, in a working folder of its own."""
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "second.yaml"
+    start = {"from": BASELINE, "fresh": ["classification.fc_cls"], "train": ["classification.fc_cls"]}
+    data = {"repeat": "class-balanced", "repeat_rounding": "stochastic"}
+    path.write_text(yaml.safe_dump({"base": BASELINE, "start": start, "data": data, "optim": {"lr": 0.1}}))
+    return path
+
+
+class TestRecipe:
+    def test_both_trainings_in_one_command(self, second, data, tmp_path, capsys):
+        arguments = ["--config", str(second), *SHORT, f"data.root={data}", f"output={tmp_path / 'run'}"]
+        run_verb("train", arguments)
+        said = capsys.readouterr().out
+        assert "1/2 run to start from: " in said
+        assert "classes drawn equally often" in said
+        first, last = (
+            load_checkpoint(tmp_path / "run" / name / "checkpoints" / "last.pt") for name in ("start", "")
+        )
+        changed = {n for n, value in last["model"].items() if not torch.equal(value, first["model"][n])}
+        assert changed == {"classification.fc_cls.weight", "classification.fc_cls.bias"}
+        assert first["config"]["start"] == {"from": None, "fresh": [], "train": []}
+
+        # a run that is resumed does not read the start
+        reference = tmp_path / "run"
+        checkpoint = RunFolder(reference / "start").last
+        arguments[-1] = f"output={tmp_path / 'again'}"
+        step, calls = train.train_step, []
+
+        def crash(*values):
+            calls.append(1)
+            if len(calls) == 4:
+                raise KeyboardInterrupt
+            return step(*values)
+
+        alone = [*arguments[:-1], f"start.from={checkpoint}", arguments[-1]]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(train, "train_step", crash)
+            with pytest.raises(KeyboardInterrupt):
+                run_verb("train", alone)
+        (reference / "start").rename(reference / "away")
+        run_verb("train", alone)
+        assert_same_training(tmp_path / "again", reference)
+
+    def test_mistakes_are_reported_before_the_first_training(self, second, data, tmp_path):
+        arguments = ["--config", str(second), *SHORT, f"data.root={data}", f"output={tmp_path / 'run'}"]
+        Path("loop.yaml").write_text(yaml.safe_dump({"base": BASELINE, "start": {"from": "loop.yaml"}}))
+        for override, message in (
+            ("start.fresh=[classification.fc_clas]", r"start\.fresh: classification\.fc_clas matches no"),
+            ("start.train=[head]", r"start\.train: head matches no parameter"),
+            ("clis.objectness=true", r"run to start from: .* missing localization\.fc_objectness\.weight"),
+            ("start.from=gone.pt", r"gone\.pt: no such checkpoint"),
+            ("start.from=gone.yaml", r"gone\.yaml: no such config"),
+            ("start.from=loop.yaml", r"loop\.yaml: this run would have to be finished before it begins"),
+        ):
+            with pytest.raises((ValueError, FileNotFoundError), match=message):
+                run_verb("train", [*arguments, override])
+            config = load_config(second, [*arguments[2:], override])
+            report = check.check(config, overrides=[*arguments[2:], override], workers=0, sample=1)
+            assert len(report.errors) >= 1, override
+        assert not (tmp_path / "run").exists()
+
+
+def test_contradictory_settings(tmp_path):
+    with pytest.raises(ValueError, match=r"start\.fresh=\['x'\]: requires start\.from"):
+        tiny_config("start.fresh=[x]")
+    with pytest.raises(ValueError, match=r"start\.from=a\.pt: replaces what pretrain\.epochs=1 makes"):
+        tiny_config("start.from=a.pt", "pretrain.epochs=1")
+    with pytest.raises(
+        ValueError, match=r"data\.repeat=class-balanced: requires data\.repeat_rounding=stoch"
+    ):
+        tiny_config("data.repeat=class-balanced")
+    with pytest.raises(ValueError, match=r"unknown key start\.from_"):
+        tiny_config("start.from_=a.pt")
+    (tmp_path / "a.yaml").write_text("start: {from: weights/a.pt}")
+    config = load_config(tmp_path / "a.yaml")
+    assert Path(config.start.from_).resolve() == tmp_path / "weights" / "a.pt"
+    assert config_to_dict(config)["start"] == {"from": config.start.from_, "fresh": [], "train": []}
+
+
+class TestStudies:
+    def test_a_run_is_known_by_its_start(self, second):
+        study = {"base": CONFIG, "seeds": [0], "rows": {"plain": {"config": BASELINE}}}
+        study["rows"] |= {"second": {"config": str(second)}}
+        study["rows"] |= {"from another": {"config": str(second), "overrides": ["start.from=other.pt"]}}
+        study["rows"] |= {"first": {"config": str(second), "overrides": ["optim.momentum=0.8"]}}
+        Path("rows.yaml").write_text(yaml.safe_dump(study))
+        loaded = Study.load(Path("rows.yaml"))
+        runs = {row.name: loaded.run(row, 0, []) for row in loaded.rows}
+        assert len({run.key for run in runs.values()}) == 4
+        assert runs["second"].start.key == runs["plain"].key
+        assert runs["first"].start.key != runs["plain"].key  # the momentum is the start's, too
+        other = [loaded.run(row, 1, []).start for row in loaded.rows if row.name == "second"]
+        assert other[0].config.train.seed == 1
+
+    def test_rows_share_the_run_that_they_start_from(self, second, data, capsys):
+        rows = {"plain": {"config": BASELINE}, "second": {"config": str(second)}}
+        Path("rows.yaml").write_text(yaml.safe_dump({"base": CONFIG, "seeds": [0], "rows": rows}))
+        folder = run_study(Path("rows.yaml"), Path("out"), overrides=[*SHORT, f"data.root={data}"])
+        assert "2 rows; 2 jobs to do" in capsys.readouterr().out
+        keys = [
+            row["runs"]["0"]["key"]
+            for row in json.loads((folder / "study.json").read_text())["rows"].values()
+        ]
+        states = [load_checkpoint(RunFolder(f"out/runs/{key}").last)["model"] for key in keys]
+        same = [name for name, value in states[0].items() if torch.equal(value, states[1][name])]
+        assert len(states[0]) - len(same) == 2
+        assert len(records(Path(f"out/runs/{keys[1]}"))) == 4
