@@ -354,9 +354,6 @@ class TestConfig:
     """Whose bilinear resizing: ``pillow`` has antialiasing (detectron2), ``opencv`` has none (mmdetection),
     both in uint8; ``torchvision``'s detectors have none, in float, and round the sizes down."""
     images_per_batch: int = 1
-    export_candidates: int = 5000
-    """Boxes of an image that NMS chooses from in a program of `python -m clis export`; elsewhere they are all
-    that it needs."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -391,7 +388,7 @@ DETECTOR_RULES = ("category-rank-first", "top-score")
 RESUMABLE = (
     "data.root", "data.workers", "train.device", "train.images_per_process", "train.log_every",
     "train.save_every", "train.save_minutes", "train.keep_last", "train.eval_every",
-    "regions.images_per_batch", "test.images_per_batch", "test.export_candidates", "output",
+    "regions.images_per_batch", "test.images_per_batch", "output",
 )  # fmt: skip
 
 
@@ -520,8 +517,7 @@ def _run_rules(config: Config) -> Iterator[tuple[Any, str]]:
     yield optim.lr > 0 and optim.lr_images >= 1, f"optim.lr={optim.lr}: above 0, optim.lr_images at least 1"
     yield from _pretrain_rules(config.pretrain)
     yield config.test.images_per_batch >= 1, "test.images_per_batch: at least 1"
-    for name in ("detections", "export_candidates"):
-        yield getattr(config.test, name) >= 1, f"test.{name}={getattr(config.test, name)}: at least 1"
+    yield config.test.detections >= 1, f"test.detections={config.test.detections}: at least 1"
     yield config.regions.images_per_batch >= 1, "regions.images_per_batch: at least 1"
 
 
