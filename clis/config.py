@@ -125,9 +125,7 @@ class CLISConfig:
     embedding_dim: int = 128
     """E, the output of the projection MLPs."""
     queue_size: int = 115712
-    """Q, keys held in the dictionary."""
-    queue_init: Literal["empty", "noise"] = "empty"
-    """An empty queue masks its unfilled places; ``noise`` starts from normalized Gaussian keys (MoCo)."""
+    """Q, keys held in the dictionary; it starts empty, with unfilled places masked."""
     momentum: float = 0.999
     """Of the copy of the instance-classification sub-network and its MLP."""
     temperature: float = 0.2
