@@ -15,8 +15,6 @@ SORTED_WHOLE = 2**14
 """Most scores that `nms_top_k` sorts whole."""
 _MAX_LOG_RATIO = math.log(1000 / 16)  # a box grows at most this much (mmdetection, torchvision)
 
-_is_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)  # not in torch 2.4
-
 Stds = tuple[float, float]
 """What deltas are divided by: those of the center, and those of the size."""
 RPN_STDS: Stds = (1.0, 1.0)
@@ -139,7 +137,6 @@ def nms_top_k(
     k: int,
     score_threshold: float = -math.inf,
     min_size: float = 0.0,
-    export_candidates: int | None = None,
 ) -> Tensor:
     """The first `k` survivors of NMS over all candidates, exactly, without looking at most of them.
 
@@ -152,17 +149,10 @@ def nms_top_k(
             suppress each other.
         score_threshold: candidates at or below it do not take part.
         min_size: nor do boxes with a side below it.
-        export_candidates: in a program of torch.export, where no loop may end by what the image holds, how
-            many of the best take part; None is all.
 
     Returns:
         int64 indices into `scores`, at most `k`, in order.
     """
-    if _is_exporting():
-        size = scores.shape[0]  # of `len` the exporter would want the number
-        if export_candidates is not None:
-            size = torch.sym_min(size, export_candidates)
-        return _nms_of_best(scores, candidates, iou_threshold, k, score_threshold, min_size, size)
     size = min(len(scores), max(4 * k, 1024))
     while True:
         order = _top(scores, size)
@@ -170,37 +160,10 @@ def nms_top_k(
         # written so that a NaN takes part and shows
         left_out = (scores[order] <= score_threshold) | (boxes[:, 2:] - boxes[:, :2] < min_size).any(dim=1)
         places = torch.nonzero(~left_out).squeeze(1)
-        kept = order[places[_grouped_nms(boxes[places], groups[places], iou_threshold)]]
+        kept = order[places[grouped_nms(boxes[places], groups[places], iou_threshold)]]
         if len(kept) >= k or size == len(scores) or bool(scores[order[-1]] <= score_threshold):
             return kept[:k]
         size = min(len(scores), 2 * size)
-
-
-def _nms_of_best(
-    scores: Tensor,
-    candidates: Callable[[Tensor], tuple[Tensor, Tensor]],
-    iou_threshold: float,
-    k: int,
-    score_threshold: float,
-    min_size: float,
-    size: int,
-) -> Tensor:
-    """`nms_top_k` over the `size` best in one turn, with no shape but that of the result left to the data.
-
-    Candidates that do not count stay, each in a group of its own where it suppresses nothing, and go behind
-    NMS. So do two boxes that are added, for the exporter takes it that two survive at least.
-    """
-    order = scores.sort(descending=True, stable=True).indices[:size]
-    boxes, groups = candidates(order)
-    small = (boxes[:, 2:] - boxes[:, :2] < min_size).any(dim=1)
-    counts = ~(scores[order] <= score_threshold) & ~small
-    alone = groups.max() + 1 + torch.arange(size, device=boxes.device)
-    boxes = torch.cat([boxes, boxes.new_tensor([[0, 0, 1, 1], [0, 0, 1, 1]])])
-    groups = torch.cat([torch.where(counts, groups, alone), alone[-1] + groups.new_tensor([1, 2])])
-    counts = torch.cat([counts, counts.new_zeros(2)])
-    order = torch.cat([order, order.new_zeros(2)])
-    kept = _grouped_nms(boxes, groups, iou_threshold)
-    return order[kept[counts[kept]]][:k]
 
 
 def _top(scores: Tensor, size: int) -> Tensor:
@@ -212,7 +175,7 @@ def _top(scores: Tensor, size: int) -> Tensor:
     return scores.sort(descending=True, stable=True).indices[:size]
 
 
-def _grouped_nms(boxes: Tensor, groups: Tensor, iou_threshold: float) -> Tensor:
+def grouped_nms(boxes: Tensor, groups: Tensor, iou_threshold: float) -> Tensor:
     """NMS within groups of boxes that are in order already; positions that survive, ascending."""
     if boxes.shape[0] == 0:
         return torch.zeros(0, dtype=torch.int64, device=boxes.device)

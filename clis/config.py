@@ -154,9 +154,7 @@ class CLISConfig:
     embedding_dim: int = 128
     """E, the output of the projection MLPs."""
     queue_size: int = 115712
-    """Q, keys held in the dictionary."""
-    queue_init: Literal["empty", "noise"] = "empty"
-    """An empty queue masks its unfilled places; ``noise`` starts from normalized Gaussian keys (MoCo)."""
+    """Q, keys held in the dictionary; it starts empty, with unfilled places masked."""
     momentum: float = 0.999
     """Of the momentum copy of the instance-classification sub-network and its MLP."""
     temperature: float = 0.2
@@ -476,16 +474,13 @@ class TestConfig:
     """Whose bilinear resizing: ``pillow`` has antialiasing (detectron2), ``opencv`` has none (mmdetection),
     both in uint8; ``torchvision``'s detectors have none, in float, and round the sizes down."""
     images_per_batch: int = setting(1, SHARED | MACHINE)
-    export_candidates: int = setting(5000, SHARED | MACHINE)
-    """Boxes per image that NMS chooses from in a program of `python -m clis export`; everywhere else NMS
-    takes as many as it needs."""
 
     def __post_init__(self) -> None:
         rules = Rules("test", self)
         rules.at_least(0, "min_size")
         rules.between(0, 1, "shrink_limit")
         rules.at_least(1, "detections", "short_side", "max_size")
-        rules.at_least(1, "images_per_batch", "export_candidates")
+        rules.at_least(1, "images_per_batch")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,6 +12,10 @@ from clis.distributed import is_main
 PLAIN_INTERVAL = 15.0
 """Seconds between lines where the output is not a terminal."""
 
+_LINE = "{desc} {n}/{total} {rate_noinv_fmt} <{remaining}{postfix}"
+"""With tqdm's sign for the time left; with the losses of a step it fits 100 columns."""
+_LAST_LINE = "{desc} {n}/{total} {rate_noinv_fmt} in {elapsed}{postfix}"
+
 
 def say(text: str) -> None:
     """Prints a line, from rank 0 alone."""
@@ -21,14 +25,14 @@ def say(text: str) -> None:
 
 
 class Progress:
-    """Rate and time left of a loop, from rank 0: one live line on a terminal, plain lines otherwise.
+    """Rate and time left of a loop, from rank 0 alone: tqdm's line on a terminal, plain lines otherwise.
 
     Use as a context manager and call `advance` as the work goes on; without a call it says nothing.
     """
 
     def __init__(self, label: str, total: int, start: int = 0) -> None:
         self.label, self.total, self.start, self.done = label, total, start, start
-        self.began = self.last_line = time.monotonic()
+        self.began = self.last_line = time.time()
         self.text = ""
         self.bar: tqdm | None = None
 
@@ -42,31 +46,27 @@ class Progress:
             self._say()
 
     def advance(self, count: int = 1, text: str = "") -> None:
-        """`count` more are done; `text`, if any, says how it stands."""
+        """Count `count` more as done; `text`, if any, describes the state."""
         self.done += count
         self.text = text or self.text
-        if self.bar is None and is_main() and sys.stdout.isatty():  # not before: it may be nothing to do
-            self.bar = tqdm(file=sys.stdout, dynamic_ncols=True, bar_format="{desc}")
+        if self.bar is None and is_main() and sys.stdout.isatty():  # not before: there may be nothing to do
+            self.bar = tqdm(
+                desc=self.label, total=self.total, initial=self.start, unit="", bar_format=_LINE,
+                smoothing=0, file=sys.stdout, dynamic_ncols=True,  # the mean rate, as in plain lines
+            )  # fmt: skip
+            self.bar.start_t = self.began
         if self.bar is not None:
-            self.bar.set_description_str(self._line(), refresh=False)
+            self.bar.bar_format = self._format()
+            self.bar.set_postfix_str(self.text, refresh=False)
             self.bar.update(count)
-        elif time.monotonic() - self.last_line >= PLAIN_INTERVAL and self.done < self.total:
+        elif time.time() - self.last_line >= PLAIN_INTERVAL and self.done < self.total:
             self._say()
 
     def _say(self) -> None:
-        self.last_line = time.monotonic()
-        say(self._line())
+        self.last_line = time.time()
+        values = {"prefix": self.label, "postfix": self.text, "unit": "", "initial": self.start}
+        elapsed = self.last_line - self.began
+        say(tqdm.format_meter(self.done, self.total, elapsed, bar_format=self._format(), **values))
 
-    def _line(self) -> str:
-        """With the losses of a step it fits 100 columns."""
-        passed = time.monotonic() - self.began
-        rate = (self.done - self.start) / max(passed, 1e-9)
-        left = (self.total - self.done) / max(rate, 1e-9)
-        times = f"{clock(left)} left" if left else f"in {clock(passed)}"
-        return f"{self.label} {self.done}/{self.total} {rate:.2f}/s {times} {self.text}".rstrip()
-
-
-def clock(seconds: float) -> str:
-    """``1h02``, or ``2:03`` for minutes and seconds."""
-    minutes, second = divmod(round(seconds), 60)
-    return f"{minutes // 60}h{minutes % 60:02}" if minutes >= 60 else f"{minutes}:{second:02}"
+    def _format(self) -> str:
+        return _LINE if self.done < self.total else _LAST_LINE

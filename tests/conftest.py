@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from runs import CONFIG, SHORT
 from torch import Tensor
 
@@ -20,6 +21,7 @@ from clis.data.shapes import ShapesSpec, write_shapes
 from clis.distributed import all_reduce_sum
 from clis.losses import Rows
 from clis.models import CLISDetector, Normalizers, build_model
+from clis.models.contrastive import KeyQueue
 
 CATEGORIES = tuple(
     Category(id=label + 1, name=f"class{label}", frequency=frequency, image_count=count)
@@ -52,6 +54,12 @@ def make_model(*overrides: str, seed: int = 0) -> CLISDetector:
     """A float64 detector of `CATEGORIES` with the tiny config."""
     torch.manual_seed(seed)
     return build_model(tiny_config(*overrides), CATEGORIES).double()
+
+
+def fill(queue: KeyQueue) -> None:
+    """Push random keys of no class to every place."""
+    keys = torch.randn(queue.keys.shape).to(queue.keys)
+    queue.push(F.normalize(keys, dim=1), torch.full((len(keys),), -1))
 
 
 def random_boxes(count: int, height: int, width: int, generator: torch.Generator) -> Tensor:

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import fill
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -42,16 +43,6 @@ def test_queue_holds_the_last_keys(size, counts, data):
         assert queue.labels[number % size] == number % 7
 
 
-def test_noise_is_full_of_unit_keys_and_leaves_first():
-    queue = KeyQueue(6, 16, init="noise")
-    assert queue.filled().all()
-    torch.testing.assert_close(queue.keys.norm(dim=1), torch.ones(6))
-    assert queue.keys.unique(dim=0).shape == (6, 16)
-    assert queue.labels.tolist() == [-1] * 6
-    queue.push(torch.zeros(4, 16), torch.tensor([1, 2, 3, 4]))
-    assert queue.labels.tolist() == [1, 2, 3, 4, -1, -1]
-
-
 def test_queue_has_no_gradient():
     queue, keys = KeyQueue(4, 2), torch.ones(3, 2, requires_grad=True)
     queue.push(keys * 2, torch.zeros(3, dtype=torch.int64))
@@ -64,7 +55,6 @@ def test_queue_has_no_gradient():
 OPTIONS = {
     "embedding_dim": 5,
     "queue_size": 7,
-    "queue_init": "empty",
     "momentum": 0.9,
     "temperature": 0.2,
     "pasted_view": "symmetric",
@@ -72,11 +62,14 @@ OPTIONS = {
 }
 
 
-def make(**options):
-    """A float64 regularization of a 12 -> 6 sub-network, and the sub-network."""
+def make(full=False, **options):
+    """A float64 regularization of a 12 -> 6 sub-network, with an empty or a full queue; the sub-network."""
     torch.manual_seed(0)
     sub_network = TwoFC(3 * 2 * 2, 6)
-    return ContrastiveRegularization(sub_network, **OPTIONS | options).double(), sub_network.double()
+    contrastive = ContrastiveRegularization(sub_network, **OPTIONS | options)
+    if full:
+        fill(contrastive.queue)
+    return contrastive.double(), sub_network.double()
 
 
 def no_keys(embedding_dim=5):
@@ -178,7 +171,7 @@ def test_keys_are_both_views_of_the_momentum_copy():
 
 @pytest.mark.parametrize("pasted_view", ["symmetric", "online", "momentum"])
 def test_gradients_reach_all_but_the_momentum_copy(pasted_view):
-    contrastive, sub_network = make(pasted_view=pasted_view, queue_init="noise")
+    contrastive, sub_network = make(pasted_view=pasted_view, full=True)
     loss, keys, labels, _ = run(contrastive, sub_network)
     loss.backward()
     for name, p in [*contrastive.named_parameters(), *sub_network.named_parameters()]:
@@ -195,7 +188,7 @@ def test_gradients_reach_all_but_the_momentum_copy(pasted_view):
 def test_momentum_view_gives_the_instance_task_no_gradient():
     regions, pasted, labels = views()
     for pasted_view, expected in (("symmetric", True), ("online", True), ("momentum", False)):
-        contrastive, sub_network = make(pasted_view=pasted_view, queue_init="noise")
+        contrastive, sub_network = make(pasted_view=pasted_view, full=True)
         instance_features = sub_network(pasted).detach().requires_grad_()
         loss, *_ = contrastive(sub_network(regions), instance_features, regions, pasted, labels, 1.0)
         (gradient,) = torch.autograd.grad(loss, instance_features, allow_unused=True)
@@ -203,7 +196,7 @@ def test_momentum_view_gives_the_instance_task_no_gradient():
 
 
 def test_a_step_without_pairs():
-    contrastive, sub_network = make(queue_init="noise")
+    contrastive, sub_network = make(full=True)
     loss, keys, labels, _ = run(contrastive, sub_network, num_pairs=0, normalizer=1.0)
     loss.backward()
     assert loss.item() == 0
@@ -213,7 +206,7 @@ def test_a_step_without_pairs():
 
 
 def test_autocast_leaves_loss_and_keys_in_float32():
-    contrastive, sub_network = (module.float() for module in make(queue_init="noise"))
+    contrastive, sub_network = (module.float() for module in make(full=True))
     regions, pasted, labels = views()
     regions, pasted = regions.float(), pasted.float()
     with torch.autocast("cpu", torch.bfloat16):

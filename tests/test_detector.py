@@ -10,6 +10,7 @@ import torchvision
 from conftest import (
     MOSAIC,
     NUM_CLASSES,
+    fill,
     make_batch,
     make_model,
     make_sample,
@@ -248,7 +249,8 @@ def test_without_tss_all_tasks_train_one_sub_network(siamese):
 
 
 def test_contrastive_loss_trains_both_tasks():
-    model = make_model("clis.siamese=false", "clis.queue_init=noise")
+    model = make_model("clis.siamese=false")
+    fill(model.contrastive.queue)
     reaches = gradients(model, losses_of(model, make_batch())["contrastive"])
     for part in (
         "classification.sub_network.fc1.weight", "image_classification.sub_network.fc1.weight",
@@ -389,9 +391,11 @@ def test_memory_format_changes_nothing():
     ],
     ids=["no boxes", "no boxes in one", "no pairs in one", "dropped regions", "nothing", "sizes"],
 )
-@pytest.mark.parametrize("queue_init", ["empty", "noise"])
-def test_odd_batches_train_every_parameter(samples, queue_init):
-    model, batch = make_model(f"clis.queue_init={queue_init}"), collate(samples)
+@pytest.mark.parametrize("full", [False, True])
+def test_odd_batches_train_every_parameter(samples, full):
+    model, batch = make_model(), collate(samples)
+    if full:
+        fill(model.contrastive.queue)
     output = model(batch, normalizers_of(batch))
     sum(output.losses.values()).backward()
     assert len(output.losses) == 7
@@ -456,7 +460,8 @@ def test_losses_are_a_function_of_batch_and_seeds():
 
 def test_losses_of_a_batch_are_the_sum_over_its_items():
     # images of one size, whose padding is alike: neither order nor neighbors nor micro-batches matter
-    model, samples = make_model("clis.queue_init=noise"), [make_sample(seed) for seed in range(3)]
+    model, samples = make_model(), [make_sample(seed) for seed in range(3)]
+    fill(model.contrastive.queue)
     normalizers = Normalizers(3, 12, 6)
     together = losses_of(model, collate(samples), normalizers)
     reversed_order = losses_of(model, collate(samples[::-1]), normalizers)
@@ -467,7 +472,8 @@ def test_losses_of_a_batch_are_the_sum_over_its_items():
 
 
 def test_autocast_on_the_cpu():
-    model, batch = make_model("clis.queue_init=noise").float(), make_batch()
+    model, batch = make_model().float(), make_batch()
+    fill(model.contrastive.queue)
     with torch.autocast("cpu", torch.bfloat16):
         output = model(batch, normalizers_of(batch))
     sum(output.losses.values()).backward()

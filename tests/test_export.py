@@ -6,11 +6,10 @@ import json
 
 import pytest
 import torch
-from conftest import tiny_config
 
 from clis.__main__ import main
-from clis.boxes import _nms_of_best, nms_top_k
-from clis.commands.export import CATEGORIES
+from clis.boxes import nms_top_k
+from clis.commands.export import CATEGORIES, nms_of_best
 from clis.engine.checkpoint import load_detector
 
 SIZE = (50, 70)
@@ -24,7 +23,7 @@ def checkpoint(finished):
 @pytest.fixture(scope="module")
 def program(checkpoint, tmp_path_factory):
     out = tmp_path_factory.mktemp("exported") / "detector.pt2"
-    main(["export", str(checkpoint), str(out), "test.export_candidates=3000", "--size", *map(str, SIZE)])
+    main(["export", str(checkpoint), str(out), "--candidates", "3000", "--size", *map(str, SIZE)])
     return out
 
 
@@ -76,8 +75,8 @@ def test_one_turn_is_the_loop_if_the_candidates_suffice(threshold, min_size):
     expected = nms_top_k(scores, candidates, 0.5, 30, threshold, min_size)
     assert 5 < len(expected) <= 30
     for size in (150, 200):
-        assert torch.equal(_nms_of_best(scores, candidates, 0.5, 30, threshold, min_size, size), expected)
-    few = _nms_of_best(scores, candidates, 0.5, 30, threshold, min_size, 10)
+        assert torch.equal(nms_of_best(scores, candidates, 0.5, 30, threshold, min_size, size), expected)
+    few = nms_of_best(scores, candidates, 0.5, 30, threshold, min_size, 10)
     assert torch.equal(few, expected[: len(few)])  # too few candidates: the first ones, no wrong ones
     assert len(few) < len(expected)
 
@@ -85,7 +84,7 @@ def test_one_turn_is_the_loop_if_the_candidates_suffice(threshold, min_size):
 def test_one_turn_where_nothing_counts():
     boxes = torch.tensor([[0.0, 0, 9, 9], [1, 1, 9, 9]])
     scores = torch.tensor([0.2, 0.1])
-    kept = _nms_of_best(scores, lambda i: (boxes[i], i * 0), 0.5, 5, 0.5, 0.0, 2)
+    kept = nms_of_best(scores, lambda i: (boxes[i], i * 0), 0.5, 5, 0.5, 0.0, 2)
     assert kept.tolist() == []
 
 
@@ -96,7 +95,8 @@ def test_one_turn_where_nothing_counts():
         (["CHECKPOINT", "out.pth"], r"ends in \.pt2"),
         (["CHECKPOINT", "out.pt2", "clis.s=8"], "only the section test can change"),
         (["CHECKPOINT", "out.pt2", "--size", "0", "8"], "above 0"),
-        (["CHECKPOINT", "out.pt2", "test.export_candidates=3"], "raise test.export_candidates=3"),
+        (["CHECKPOINT", "out.pt2", "--candidates", "3"], "raise --candidates 3"),
+        (["CHECKPOINT", "out.pt2", "--candidates", "0"], "--candidates 0: must be at least 1"),
     ],
 )
 def test_bad_input(checkpoint, tmp_path, monkeypatch, arguments, message):
@@ -107,8 +107,3 @@ def test_bad_input(checkpoint, tmp_path, monkeypatch, arguments, message):
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         main(["export", *arguments])
     assert not list(tmp_path.glob("*.pt2"))
-
-
-def test_the_field_needs_a_candidate():
-    with pytest.raises(ValueError, match="export_candidates=0: must be at least 1"):
-        tiny_config("test.export_candidates=0")

@@ -170,13 +170,28 @@ class TestWhatARunSays:
         losses = ["loss", *LossConfig().weights]
         monkeypatch.setattr(sys, "stdout", screen := Terminal())
         with Progress("train", total=90000, start=10800) as progress:
-            progress.began = time.monotonic() - 55.02  # 43,516 s to go, in the middle of a minute
+            progress.began = time.time() - 55.02  # 43,516 s to go
             progress.advance(100, text=format_losses(dict.fromkeys(losses, 12.345)))
             progress.bar.refresh()
         lines = [line.strip() for line in screen.getvalue().split("\r") if line.strip()]
-        assert "train 10900/90000 1.82/s 12h05 left loss 12.3 rpn 12.3" in lines[-1]
-        assert "con 12.3" in lines[-1]
+        assert re.search(r"^train 10900/90000  1.82/s <12:05:\d\d, loss 12.3 rpn 12.3 .*con 12.3$", lines[-1])
         assert len(lines[-1]) <= 100
+
+    def test_elsewhere_in_plain_lines(self, monkeypatch, capsys):
+        """One when the interval is over, one at the end, with the mean rate and time of this run alone."""
+        for total, expected in ((40, r"work 30/40  2\.00/s <00:05, loss 1\n"), (30, "")):
+            with Progress("work", total=total, start=10) as progress:
+                progress.began = time.time() - 10
+                progress.advance(10, text="loss 2")
+                assert capsys.readouterr().out == ""
+                progress.last_line -= 15
+                progress.advance(10, text="loss 1")
+                assert re.fullmatch(expected, capsys.readouterr().out)
+            last = rf"work 30/{total}  2\.00/s {'<00:05' if total == 40 else 'in 00:10'}, loss 1\n"
+            assert re.fullmatch(last, capsys.readouterr().out)
+        with Progress("nothing", total=0):
+            pass
+        assert capsys.readouterr().out == ""
 
     def test_in_json_that_others_can_read(self, tmp_path):
         """The gradient's norm of a step that was left out is no JSON number."""

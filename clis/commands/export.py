@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import json
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from clis.atomic import atomic_write
+from clis.boxes import grouped_nms
 from clis.config_files import config_from_dict, config_to_dict, merge_overrides
 from clis.distributed import choose_device
 from clis.engine.checkpoint import load_checkpoint, load_model
@@ -21,6 +24,9 @@ from clis.progress import say
 CATEGORIES = "categories.json"
 """File in the program's archive: the category of each label."""
 
+CANDIDATES = 5000
+"""Boxes of an image that NMS chooses from, the default."""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", type=Path)
@@ -29,20 +35,71 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--size", type=int, nargs=2, required=True, metavar=("HEIGHT", "WIDTH"), help="of the images"
     )
+    parser.add_argument(
+        "--candidates",
+        type=int,
+        default=CANDIDATES,
+        metavar="N",
+        help=f"set how many boxes of an image NMS chooses from (default {CANDIDATES})",
+    )
     parser.add_argument("--device", default="cpu", help="where the program will run")
 
 
 def run(arguments: argparse.Namespace) -> None:
     device = choose_device(arguments.device)
-    export(arguments.checkpoint, arguments.out, tuple(arguments.size), device, arguments.overrides)
+    export(
+        arguments.checkpoint,
+        arguments.out,
+        tuple(arguments.size),
+        device,
+        arguments.overrides,
+        candidates=arguments.candidates,
+    )
+
+
+def nms_of_best(
+    scores: Tensor,
+    candidates: Callable[[Tensor], tuple[Tensor, Tensor]],
+    iou_threshold: float,
+    k: int,
+    score_threshold: float = -math.inf,
+    min_size: float = 0.0,
+    num_candidates: int | None = None,
+) -> Tensor:
+    """Stand in for `clis.boxes.nms_top_k` in a program, where no loop may end by what the image holds.
+
+    NMS runs once, over the `num_candidates` best (None is all), with no shape but that of the result left to
+    the data.
+    Candidates that do not count stay, each in a group of its own where it suppresses nothing, and go behind
+    NMS. So do two boxes that are added, for the exporter takes it that two survive at least.
+    """
+    size = scores.shape[0]  # of `len` the exporter would want the number
+    if num_candidates is not None:
+        size = torch.sym_min(size, num_candidates)
+    order = scores.sort(descending=True, stable=True).indices[:size]
+    boxes, groups = candidates(order)
+    small = (boxes[:, 2:] - boxes[:, :2] < min_size).any(dim=1)
+    counts = ~(scores[order] <= score_threshold) & ~small
+    alone = groups.max() + 1 + torch.arange(size, device=boxes.device)
+    boxes = torch.cat([boxes, boxes.new_tensor([[0, 0, 1, 1], [0, 0, 1, 1]])])
+    groups = torch.cat([torch.where(counts, groups, alone), alone[-1] + groups.new_tensor([1, 2])])
+    counts = torch.cat([counts, counts.new_zeros(2)])
+    order = torch.cat([order, order.new_zeros(2)])
+    kept = grouped_nms(boxes, groups, iou_threshold)
+    return order[kept[counts[kept]]][:k]
 
 
 class OneImage(nn.Module):
-    """`CLISDetector.detect` of one image, without the parts that only training has."""
+    """`CLISDetector.detect` of one image, without the parts that only training has and with one-turn NMS.
 
-    def __init__(self, detector: CLISDetector) -> None:
+    The given detector is changed.
+    """
+
+    def __init__(self, detector: CLISDetector, num_candidates: int) -> None:
         super().__init__()
         self.detector = detector
+        detector.nms = functools.partial(nms_of_best, num_candidates=num_candidates)
+        detector.rpn.nms = nms_of_best
         detector.image_classification = detector.contrastive = None
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -52,19 +109,25 @@ class OneImage(nn.Module):
 
 
 def export(
-    checkpoint: Path, out: Path, size: tuple[int, int], device: torch.device, overrides: Sequence[str] = ()
+    checkpoint: Path,
+    out: Path,
+    size: tuple[int, int],
+    device: torch.device,
+    overrides: Sequence[str] = (),
+    candidates: int = CANDIDATES,
 ) -> None:
-    """Writes the detector in `checkpoint` as the program `out`, for images of one size.
+    """Write the detector in `checkpoint` as the program `out`, for images of one size.
 
-    The program finds what `CLISDetector.detect` finds, as long as `test.export_candidates` boxes are enough
-    for NMS to choose from: a loop whose end depends on the image cannot be exported. It is tried on an image
-    of noise before it is written. With it are the categories, as `CATEGORIES`.
+    The program finds what `CLISDetector.detect` finds, as long as `candidates` boxes are enough for NMS to
+    choose from: a loop whose end depends on the image cannot be exported. It is tried on an image of noise
+    before it is written. With it are the categories, as `CATEGORIES`.
 
     Args:
         out: a .pt2 file.
         size: height and width of the images, before they are resized as the `test` section says.
         device: where the program will run.
         overrides: `key.path=value` of the `test` section.
+        candidates: how many boxes of an image NMS chooses from, the best ones.
 
     Raises:
         FileNotFoundError, ValueError: the checkpoint or an argument is wrong.
@@ -73,6 +136,8 @@ def export(
         raise ValueError(f"{out}: the name of an exported program ends in .pt2")
     if min(size) < 1:
         raise ValueError(f"--size {size[0]} {size[1]}: height and width are above 0")
+    if candidates < 1:
+        raise ValueError(f"--candidates {candidates}: must be at least 1")
     if wrong := [each for each in overrides if not each.startswith("test.")]:
         raise ValueError(f"{wrong[0]}: only the section test can change, e.g. test.detections=100")
     state = load_checkpoint(checkpoint)
@@ -83,13 +148,13 @@ def export(
     generator = torch.Generator().manual_seed(0)
     noise = torch.randint(256, (3, *size), dtype=torch.uint8, generator=generator).to(device)
     expected = detector.detect([noise])[0]
-    program = torch.export.export(OneImage(detector), (noise,), strict=False)
+    program = torch.export.export(OneImage(detector, candidates), (noise,), strict=False)
     boxes, scores, labels = program.module()(noise)
     same = len(boxes) == len(expected.boxes) and torch.allclose(boxes, expected.boxes, atol=0.01)
     if not same or not torch.equal(labels, expected.labels) or not torch.allclose(scores, expected.scores):
         raise ValueError(
             f"{out}: on noise the program finds {len(boxes)} boxes, the detector {len(expected.boxes)} or "
-            f"others; raise test.export_candidates={config.test.export_candidates}"
+            f"others; raise --candidates {candidates}"
         )
     categories = json.dumps([dataclasses.asdict(category) for category in detector.categories])
     with atomic_write(out) as temporary:

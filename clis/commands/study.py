@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
 from clis.cli import Preempted
 from clis.commands.study_record import FIGURES, Record
 from clis.config import DETECTOR_RULES, RESUMABLE, Config, data_path, scoped_keys
@@ -30,7 +32,7 @@ from clis.engine.preemption import StopRequest
 from clis.engine.prerequisites import PlannedRun, plan_run, shared_overrides
 from clis.engine.run_folder import RunFolder
 from clis.losses import find_classification_loss
-from clis.progress import clock, say
+from clis.progress import say
 
 KEY_VERSION = 3
 """Of `run_key`; another one where a default, or what the code makes of equal settings, has changed."""
@@ -246,7 +248,7 @@ def run_study(
                 job.failed = True
                 say(f"FAILED {row}, seed {seed}: {job.done.parent} cannot be read: {error}")
         if job.seconds:
-            say(f"{job.title}: {clock(job.seconds)}")
+            say(f"{job.title}: {tqdm.format_interval(job.seconds)}")
     record.write()
     record.draw()
     failed = [job.title for job in plan.values() if job.failed]

@@ -87,7 +87,6 @@ def build_model(config: Config, categories: Sequence[Any], *, pretrained: bool |
             classification.sub_network,
             embedding_dim=clis.embedding_dim,
             queue_size=clis.queue_size,
-            queue_init=clis.queue_init,
             momentum=clis.momentum,
             temperature=clis.temperature,
             pasted_view=clis.pasted_view,

@@ -29,25 +29,18 @@ class ContrastiveOutput(NamedTuple):
 class KeyQueue(nn.Module):
     """The dictionary Q: the last `size` keys, first in first out, any number pushed at once.
 
-    Buffers: keys [Q,E] of unit length, labels int64 [Q], and the number of keys pushed so far. `noise` starts
-    full of random keys that belong to no class (label -1).
+    Buffers: keys [Q,E] of unit length, labels int64 [Q], and the number of keys pushed so far.
     """
 
     keys: Tensor
     labels: Tensor
     pushed: Tensor
 
-    def __init__(self, size: int, embedding_dim: int, init: str = "empty") -> None:
+    def __init__(self, size: int, embedding_dim: int) -> None:
         super().__init__()
-        noise = init == "noise"
-        keys = (
-            F.normalize(torch.randn(size, embedding_dim), dim=1)
-            if noise
-            else torch.zeros(size, embedding_dim)
-        )
-        self.register_buffer("keys", keys)
+        self.register_buffer("keys", torch.zeros(size, embedding_dim))
         self.register_buffer("labels", torch.full((size,), -1))
-        self.register_buffer("pushed", torch.tensor(size if noise else 0))
+        self.register_buffer("pushed", torch.tensor(0))
 
     def filled(self) -> Tensor:
         """bool [Q], true where there is a key."""
@@ -92,7 +85,6 @@ class ContrastiveRegularization(nn.Module):
         *,
         embedding_dim: int,
         queue_size: int,
-        queue_init: str,
         momentum: float,
         temperature: float,
         pasted_view: str,
@@ -108,7 +100,7 @@ class ContrastiveRegularization(nn.Module):
         )
         self.momentum_sub_network = copy.deepcopy(sub_network).requires_grad_(False)
         self.momentum_mlp = copy.deepcopy(self.instance_mlp).requires_grad_(False)
-        self.queue = KeyQueue(queue_size, embedding_dim, queue_init)
+        self.queue = KeyQueue(queue_size, embedding_dim)
 
     def forward(
         self,

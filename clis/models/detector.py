@@ -97,6 +97,7 @@ class CLISDetector(nn.Module):
         self.classification_loss = classification_loss
         self.roi_config, self.test_config, self.max_size = roi_config, test_config, max_size
         self.categories = tuple(categories)
+        self.nms = box_ops.nms_top_k
 
     @property
     def num_classes(self) -> int:
@@ -260,7 +261,7 @@ class CLISDetector(nn.Module):
     def detect_resized(self, images: Sequence[Tensor], max_size: int | None = None) -> list[ImageDetections]:
         """As `detect`, of images that have their size; boxes are in their pixels."""
         return [
-            select_detections(*prediction, tuple(image.shape[1:]), self.test_config)
+            select_detections(*prediction, tuple(image.shape[1:]), self.test_config, self.nms)
             for image, prediction in zip(images, self.predict(images, max_size))
         ]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -178,7 +178,12 @@ class ImageDetections:
 
 
 def select_detections(
-    rois: Tensor, scores: Tensor, deltas: Tensor, size: tuple[int, int], config: TestConfig
+    rois: Tensor,
+    scores: Tensor,
+    deltas: Tensor,
+    size: tuple[int, int],
+    config: TestConfig,
+    nms: Callable[..., Tensor] = box_ops.nms_top_k,
 ) -> ImageDetections:
     """The `detections` best boxes above the score threshold, not too small, after NMS within classes.
 
@@ -187,6 +192,7 @@ def select_detections(
         scores: [n,C].
         deltas: [n,C,4], or [n,1,4] where the boxes are class-agnostic.
         size: height and width of the image.
+        nms: takes and gives what `nms_top_k` does.
     """
     num_classes, num_boxes = scores.shape[1], deltas.shape[1]
 
@@ -197,14 +203,13 @@ def select_detections(
         return box_ops.clip(moved, size), label
 
     flat = scores.flatten()
-    kept = box_ops.nms_top_k(
+    kept = nms(
         flat,
         candidates,
         config.nms_iou,
         config.detections,
         config.score_threshold,
         config.min_size,
-        config.export_candidates,
     )
     boxes, labels = candidates(kept)
     return ImageDetections(boxes, flat[kept], labels)

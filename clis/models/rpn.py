@@ -55,6 +55,7 @@ class RPN(nn.Module):
     def __init__(self, channels: int, config: RPNConfig) -> None:
         super().__init__()
         self.config = config
+        self.nms = box_ops.nms_top_k
         num_anchors = len(config.anchor_ratios)
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
         self.objectness = nn.Conv2d(channels, num_anchors, 1)
@@ -145,7 +146,7 @@ class RPN(nn.Module):
                 scores.append(score.masked_fill(~large, -math.inf))  # takes no part, without a new shape
                 levels.append(torch.full_like(index, level))
             box, group = torch.cat(boxes), torch.cat(levels)
-            kept = box_ops.nms_top_k(
+            kept = self.nms(
                 torch.cat(scores),
                 lambda index, box=box, group=group: (box[index], group[index]),
                 self.config.nms_iou,
