@@ -38,6 +38,23 @@ def test_a_training_step_mixes_no_devices(overrides, monkeypatch):
     assert all(torch.equal(state[key], value) for key, value in models[0].state_dict().items())
 
 
+def test_equal_bits_need_no_operator_that_has_none(monkeypatch):
+    """Under deterministic algorithms RoIAlign on a device is matrix products, whose gradient has an order.
+
+    Of the other operators those that PyTorch lists as without a fixed order on CUDA are not used.
+    """
+    torch.use_deterministic_algorithms(True)
+    try:
+        with PretendedDevice(monkeypatch) as device:
+            model = device.place(build_model(tiny_config(), CATEGORIES).train())
+            steps(model, [batch.to(DEVICE) for batch in make_batches()])
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert not device.mixed
+    unordered = ("roi_align", "bilinear", "bicubic", "cumsum", "adaptive", "scatter", "histc", "aten.put_")
+    assert [name for name in device.launches if any(word in name for word in unordered)] == []
+
+
 def detectors(device: PretendedDevice, *overrides: str) -> tuple[CLISDetector, CLISDetector]:
     """The same on the CPU and on the device; the test's images have their size already."""
     found = []
