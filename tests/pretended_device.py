@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import traceback
 from collections import Counter
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils import _foreach_utils
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -63,6 +65,10 @@ class PretendedDevice(TorchDispatchMode):
         self.launches: Counter[str] = Counter()
         monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())  # unknown to it
         monkeypatch.setattr(Tensor, "tolist", self._counted_tolist(Tensor.tolist))
+        for module in (_foreach_utils, importlib.import_module("torch.optim.optimizer")):
+            # one launch for many parameters, as on CUDA
+            monkeypatch.setattr(module, "_get_foreach_kernels_supported_devices", lambda: [DEVICE.type])
+            monkeypatch.setattr(module, "_foreach_supported_types", [Tensor, OnDevice])
 
     def _counted_tolist(self, tolist):
         def call(tensor: Tensor) -> list:
