@@ -25,7 +25,7 @@ from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
 from clis.data.batch import collate
 from clis.models import Normalizers, build_model
-from clis.models.backbone import IMAGE_MEAN, IMAGE_STD, Backbone, FixedBatchNorm, ResNet, conv_norm
+from clis.models.backbone import IMAGE_MEAN, IMAGE_STD, Backbone, FixedBatchNorm, ResNet, conv_norm, fold
 from clis.models.weights import load_backbone_weights
 
 OFF = (
@@ -77,7 +77,7 @@ def test_fixed_batch_norm_by_hand():
     norm.load_state_dict({k: torch.tensor([v]) for k, v in zip(norm.state_dict(), (5.0, 1.0, 4.0, 9.0))})
     identity = nn.Conv2d(1, 1, 1, bias=False)
     nn.init.ones_(identity.weight)
-    assert conv_norm(torch.full((1, 1, 1, 1), 10.0), identity, norm).item() == pytest.approx(11)
+    assert conv_norm(torch.full((1, 1, 1, 1), 10.0), identity, norm, fold([norm])).item() == pytest.approx(11)
 
 
 def reference_network(name):

@@ -15,6 +15,7 @@ from clis import boxes as box_ops
 from clis.config import RoIConfig, RPNConfig
 from clis.models.backbone import STRIDES
 from clis.models.roi import RoIPooler, sample_rois, select_detections
+from clis.models.roi_align import roi_align_by_products
 from clis.models.rpn import RPN, cell_anchors, grid_anchors
 from clis.models.windows import windows
 
@@ -419,6 +420,27 @@ def test_pooling_equals_torchvision():
     expected = pooler({str(i): x for i, x in enumerate(features[:4])}, lists, [(512, 512)] * 2)
     order = torch.cat([torch.nonzero(images == 0), torch.nonzero(images == 1)]).squeeze(1)
     torch.testing.assert_close(RoIPooler(config)(features, boxes, images)[order], expected)
+
+
+@pytest.mark.parametrize("sampling_ratio", [0, 1, 3])
+@pytest.mark.parametrize("aligned", [True, False])
+def test_pooling_by_products_is_the_operators(aligned, sampling_ratio):
+    """Values and gradients; boxes without area and beyond the map too, and an image without any box."""
+    random = generator(3)
+    feature = torch.randn(3, 5, 20, 27, dtype=torch.float64, generator=random, requires_grad=True)
+    low = torch.rand(40, 2, dtype=torch.float64, generator=random) * torch.tensor([120, 90]) - 10
+    sides = 70 * torch.rand(40, 2, dtype=torch.float64, generator=random)
+    sides[:3] = 0
+    images = 2 * torch.randint(2, (40, 1), generator=random)  # none on the second of three
+    rois = torch.cat([images.double(), low, low + sides], dim=1)
+    expected, found = (
+        pool(feature, rois, 7, 1 / 4, sampling_ratio, aligned) for pool in (roi_align, roi_align_by_products)
+    )
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+    factor = torch.randn(expected.shape, dtype=torch.float64, generator=random)
+    gradients = [torch.autograd.grad((factor * pooled).sum(), feature) for pooled in (expected, found)]
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=0, atol=1e-12)
+    assert roi_align_by_products(feature, rois[:0], 7, 1 / 4, sampling_ratio, aligned).shape == (0, 5, 7, 7)
 
 
 def region_boxes(count, height, width, random):

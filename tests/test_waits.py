@@ -47,7 +47,7 @@ class Waits(TorchDispatchMode):
 
 @pytest.mark.parametrize("norm", ["folded", "group"])  # the former pools mosaics in windows
 @pytest.mark.parametrize("images", [1, 2])
-def test_a_step_waits_eight_times_and_twice_for_each_further_image(images, norm, monkeypatch):
+def test_a_step_waits_seven_times_and_twice_for_each_further_image(images, norm, monkeypatch):
     """For sampling and levels, for NMS of each image's proposals, and for the gradient's norm."""
     config = tiny_config(f"train.images_per_step={images}", f"model.backbone.norm={norm}")
     model = build_model(config, CATEGORIES).train()
@@ -61,6 +61,6 @@ def test_a_step_waits_eight_times_and_twice_for_each_further_image(images, norm,
     waits = Waits(monkeypatch)
     with waits:
         step()
-    assert waits.counts["tolist"] == 5  # RPN and RoI sampling, the levels of anchors, RoIs and regions
+    assert waits.counts["tolist"] == 4  # RPN and RoI sampling, the levels of RoIs and regions
     assert waits.counts["tensor"] + waits.counts["new_tensor"] == 0
-    assert sum(waits.counts.values()) == 8 + 2 * (images - 1), waits.counts
+    assert sum(waits.counts.values()) == 7 + 2 * (images - 1), waits.counts

@@ -23,6 +23,7 @@ from clis.data.images import read_image
 from clis.data.loader import image_loader
 from clis.data.streams import read_annotations
 from clis.distributed import from_main, gather_rows, is_main, rank, world_size
+from clis.engine.regions import like_shapes
 from clis.engine.run_folder import RunFolder
 from clis.metric.detections import Detections
 from clis.metric.lvis_eval import METRICS, evaluate
@@ -67,6 +68,7 @@ def check_validation(config: Config, categories: Sequence[Category]) -> None:
 def run_detector(detector: CLISDetector, config: Config, annotations: Annotations) -> Detections:
     """Detections of all images in their order, best first in each; on ranks above 0 those of their own share.
 
+    Images of one padded size make a batch, so that none sees another's padding.
     They wait on the CPU and are gathered there, so no device ever holds more than those of one batch.
     """
     read = functools.partial(
@@ -74,13 +76,17 @@ def run_detector(detector: CLISDetector, config: Config, annotations: Annotation
     )
     rows = range(rank(), len(annotations), world_size())
     loader = image_loader(read, rows, config.test.images_per_batch, config.data.workers)
-    columns = [torch.zeros(0, 7, dtype=torch.float64)]
+    # copies: a loader process's pixels hold a file descriptor each while they wait for others of their size
+    read_ahead = ((batch_rows, [image.clone() for image in images]) for batch_rows, images in loader)
+    shape_of = functools.partial(_padded_size, detector)
+    tables = [torch.zeros(0, 7, dtype=torch.float64)]
     with Progress("evaluate", len(rows)) as progress:
-        for batch_rows, images in loader:
-            for row, found in zip(batch_rows, detector.detect(images)):
-                columns.append(_columns(row, found.boxes, found.scores, found.labels).cpu())
+        for batch_rows, images in like_shapes(read_ahead, config.test.images_per_batch, shape_of):
+            found = zip(batch_rows, detector.detect(images))
+            columns = [_columns(row, each.boxes, each.scores, each.labels) for row, each in found]
+            tables.append(torch.cat(columns).cpu())  # one wait for all
             progress.advance(len(images))
-    table = gather_rows(torch.cat(columns)).numpy()
+    table = gather_rows(torch.cat(tables)).numpy()
     table = table[np.argsort(table[:, 0], kind="stable")]
     category_ids = np.array([category.id for category in annotations.categories])
     return Detections(
@@ -97,6 +103,15 @@ def _columns(row: int, boxes: Tensor, scores: Tensor, labels: Tensor) -> Tensor:
     image = torch.full_like(scores, row, dtype=torch.float64)
     sizes = boxes[:, 2:] - boxes[:, :2]
     return torch.cat([torch.stack([image, labels.double(), scores.double()], 1), boxes[:, :2], sizes], dim=1)
+
+
+def _padded_size(detector: CLISDetector, image: Tensor) -> tuple[int, ...]:
+    """What is equal for images that can share a batch: in it each is padded as it would be alone."""
+    if detector.backbone.square:
+        return ()
+    test = detector.test_config
+    size = detector.resized_size(tuple(image.shape[1:]), test.short_side, test.max_size)
+    return tuple(-(-side // 32) for side in size)
 
 
 def read_validation_image(folder: Path, file_names: np.ndarray, row: int) -> Tensor:

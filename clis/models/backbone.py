@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -32,8 +32,8 @@ BOTTLENECK = ("resnet50", "resnet101")
 class FixedBatchNorm(nn.Module):
     """Batch norm in evaluation mode: y = (x - mean) / sqrt(var + eps) * weight + bias, with fixed statistics.
 
-    `conv_norm` folds it into the convolution before it, so that it costs O(weights) and no activation is kept
-    for it; the gradient still reaches `weight` and `bias`. Names as in torchvision, whose state dicts load.
+    `fold` and `conv_norm` put it into the convolution before it, so that it costs O(weights) and keeps no
+    activation; the gradient still reaches `weight` and `bias`. Names as in torchvision; its state dicts load.
     """
 
     running_mean: Tensor
@@ -47,10 +47,6 @@ class FixedBatchNorm(nn.Module):
         self.register_buffer("running_mean", torch.zeros(channels))
         self.register_buffer("running_var", torch.ones(channels))
 
-    def scale_and_shift(self) -> tuple[Tensor, Tensor]:
-        scale = self.weight * (self.running_var + self.eps).rsqrt()
-        return scale, self.bias - self.running_mean * scale
-
 
 def make_norm(channels: int, config: BackboneConfig) -> nn.Module:
     """`folded`, `frozen`, `group` (16 channels a group; see `BackboneConfig.norm`) or, to train, `batch`."""
@@ -61,11 +57,29 @@ def make_norm(channels: int, config: BackboneConfig) -> nn.Module:
     return FixedBatchNorm(channels, config.norm_eps).requires_grad_(config.norm == "folded")
 
 
-def conv_norm(x: Tensor, conv: nn.Conv2d, norm: nn.Module) -> Tensor:
+Folded = Mapping[nn.Module, tuple[Tensor, Tensor]]
+"""Scale and shift [channels] that each `FixedBatchNorm` multiplies its input with and adds to it."""
+
+
+def fold(norms: Sequence[FixedBatchNorm]) -> Folded:
+    """Compute what all of `norms` do, with one launch for all where one each would be five times as many."""
+    if not norms:
+        return {}
+    weight, bias, mean, variance = (
+        torch.cat([getattr(norm, name) for norm in norms])
+        for name in ("weight", "bias", "running_mean", "running_var")
+    )
+    scale = weight * (variance + norms[0].eps).rsqrt()
+    shift = bias - mean * scale
+    channels = [len(norm.weight) for norm in norms]
+    return dict(zip(norms, zip(scale.split(channels), shift.split(channels))))
+
+
+def conv_norm(x: Tensor, conv: nn.Conv2d, norm: nn.Module, folded: Folded) -> Tensor:
     """norm(conv(x)), as one convolution where the statistics are fixed."""
-    if not isinstance(norm, FixedBatchNorm):
+    if norm not in folded:
         return norm(conv(x))
-    scale, shift = norm.scale_and_shift()
+    scale, shift = folded[norm]
     return F.conv2d(x, conv.weight * scale[:, None, None, None], shift, conv.stride, conv.padding)
 
 
@@ -84,10 +98,10 @@ class BasicBlock(nn.Module):
         self.conv2, self.bn2 = _conv(width, width, 3), make_norm(width, config)
         self.downsample = _shortcut(inputs, width, stride, config)
 
-    def forward(self, x: Tensor) -> Tensor:
-        out = conv_norm(x, self.conv1, self.bn1).relu_()
-        out = conv_norm(out, self.conv2, self.bn2)
-        return out.add_(_shortened(x, self.downsample)).relu_()
+    def forward(self, x: Tensor, folded: Folded) -> Tensor:
+        out = conv_norm(x, self.conv1, self.bn1, folded).relu_()
+        out = conv_norm(out, self.conv2, self.bn2, folded)
+        return out.add_(_shortened(x, self.downsample, folded)).relu_()
 
 
 class Bottleneck(nn.Module):
@@ -104,11 +118,11 @@ class Bottleneck(nn.Module):
         self.conv3, self.bn3 = _conv(width, outputs, 1), make_norm(outputs, config)
         self.downsample = _shortcut(inputs, outputs, stride, config)
 
-    def forward(self, x: Tensor) -> Tensor:
-        out = conv_norm(x, self.conv1, self.bn1).relu_()
-        out = conv_norm(out, self.conv2, self.bn2).relu_()
-        out = conv_norm(out, self.conv3, self.bn3)
-        return out.add_(_shortened(x, self.downsample)).relu_()
+    def forward(self, x: Tensor, folded: Folded) -> Tensor:
+        out = conv_norm(x, self.conv1, self.bn1, folded).relu_()
+        out = conv_norm(out, self.conv2, self.bn2, folded).relu_()
+        out = conv_norm(out, self.conv3, self.bn3, folded)
+        return out.add_(_shortened(x, self.downsample, folded)).relu_()
 
 
 def _shortcut(inputs: int, outputs: int, stride: int, config: BackboneConfig) -> nn.Sequential | None:
@@ -117,8 +131,8 @@ def _shortcut(inputs: int, outputs: int, stride: int, config: BackboneConfig) ->
     return nn.Sequential(_conv(inputs, outputs, 1, stride), make_norm(outputs, config))
 
 
-def _shortened(x: Tensor, downsample: nn.Sequential | None) -> Tensor:
-    return x if downsample is None else conv_norm(x, downsample[0], downsample[1])
+def _shortened(x: Tensor, downsample: nn.Sequential | None, folded: Folded) -> Tensor:
+    return x if downsample is None else conv_norm(x, downsample[0], downsample[1], folded)
 
 
 class ResNet(nn.Module):
@@ -148,6 +162,11 @@ class ResNet(nn.Module):
         self._initialize()
         for layer in self._layers()[: 5 - config.trainable_layers]:
             layer.requires_grad_(False)
+        # by stage, so that DDP need not wait for the gradient of the last stage to send that of the first
+        self.fixed_norms = [
+            [module for module in layer.modules() if isinstance(module, FixedBatchNorm)]
+            for layer in self._layers()
+        ]
 
     def _layers(self) -> list[nn.Module]:
         stem = nn.ModuleList([self.conv1, self.bn1])
@@ -159,11 +178,14 @@ class ResNet(nn.Module):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        x = conv_norm(x, self.conv1, self.bn1).relu_()
+        stem, *stages = self.fixed_norms
+        x = conv_norm(x, self.conv1, self.bn1, fold(stem)).relu_()
         x = F.max_pool2d(x, 3, 2, 1)
         outputs = []
-        for layer in (self.layer1, self.layer2, self.layer3, self.layer4):
-            x = layer(x)
+        for layer, norms in zip((self.layer1, self.layer2, self.layer3, self.layer4), stages):
+            folded = fold(norms)
+            for block in layer:
+                x = block(x, folded)
             outputs.append(x)
         return outputs
 

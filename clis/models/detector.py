@@ -275,14 +275,15 @@ class CLISDetector(nn.Module):
         boxes as for `detect_resized`; a box is NaN where the image has no RoI.
         """
         found = []
-        for image, label, (rois, scores, deltas) in zip(images, labels, self.predict(images, max_size)):
+        predictions = self.predict(images, max_size)
+        for image, label, (rois, scores, deltas) in zip(images, labels.tolist(), predictions):
             if len(rois) == 0:
                 found.append((rois.new_full((4,), torch.nan), rois.new_zeros(())))
                 continue
-            score, first = scores[:, label].max(dim=0)
-            own = deltas[first, label.clamp(max=deltas.shape[1] - 1)]
+            score, first = scores[:, label].max(dim=0, keepdim=True)  # a row: of a number the host would wait
+            own = deltas[first, min(label, deltas.shape[1] - 1)]
             moved = box_ops.decode(rois[first], own, box_ops.ROI_STDS, self.test_config.shrink_limit)
-            found.append((box_ops.clip(moved, tuple(image.shape[1:])), score))
+            found.append((box_ops.clip(moved, tuple(image.shape[1:]))[0], score[0]))
         return found
 
     def resized_size(self, size: tuple[int, int], short_side: int, max_size: int) -> tuple[int, int]:

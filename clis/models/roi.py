@@ -8,12 +8,13 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.ops import box_iou, roi_align
+from torchvision.ops import box_iou
 
 from clis import boxes as box_ops
 from clis.config import RoIConfig, TestConfig
 from clis.losses import at_least_float32
 from clis.models.backbone import STRIDES
+from clis.models.roi_align import roi_align
 from clis.models.windows import windows
 
 

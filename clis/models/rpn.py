@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Sequence
 
@@ -15,7 +14,7 @@ from clis import boxes as box_ops
 from clis.config import RPNConfig
 from clis.losses import at_least_float32, l1_loss, objectness_loss
 from clis.models.backbone import STRIDES
-from clis.models.windows import windows
+from clis.models.windows import windows_around
 
 
 def cell_anchors(config: RPNConfig, stride: int) -> Tensor:
@@ -100,15 +99,7 @@ class RPN(nn.Module):
         """
         num_anchors = len(self.config.anchor_ratios)
         cells, ratios = anchors // num_anchors, anchors % num_anchors
-        sides = [tuple(feature.shape[2:]) for feature in features]
-        first = [0, *itertools.accumulate(height * width for height, width in sides)]
-        levels = sum((cells >= start).long() for start in first[1:-1])
-        around = torch.arange(-1, 2, device=cells.device)
-        rows, patches = box_ops.rows_by_group(levels, len(features)), []
-        for feature, here, start in zip(features, rows, first):
-            cell, width = (cells[here] - start)[:, None], feature.shape[3]
-            patches.append(windows(feature, images[here], cell // width + around, cell % width + around))
-        inputs = torch.cat(patches)[torch.cat(rows).argsort()]
+        inputs = windows_around(features, images, cells, reach=1)
         hidden = F.conv2d(inputs, self.conv.weight, self.conv.bias).relu_()
         row = torch.arange(len(anchors), device=anchors.device)
         logits = self.objectness(hidden).flatten(1)[row, ratios]
@@ -131,23 +122,20 @@ class RPN(nn.Module):
         pre_nms = self.config.pre_nms_train if self.training else self.config.pre_nms_test
         proposals = []
         for image, size in enumerate(sizes):
-            boxes, scores, levels = [], [], []
+            best, moves, scores, levels = [], [], [], []
             for level, (logits, level_deltas, level_anchors) in enumerate(zip(objectness, deltas, anchors)):
                 score, index = logits[image].topk(min(pre_nms, logits.shape[1]))
-                moved = box_ops.decode(
-                    level_anchors[index],
-                    level_deltas[image, index],
-                    box_ops.RPN_STDS,
-                    self.config.shrink_limit,
-                )
-                moved = box_ops.clip(moved, size)
-                large = (moved[:, 2:] - moved[:, :2] > self.config.min_size).all(dim=1)
-                boxes.append(moved)
-                scores.append(score.masked_fill(~large, -math.inf))  # takes no part, without a new shape
+                best.append(level_anchors[index])
+                moves.append(level_deltas[image, index])
+                scores.append(score)
                 levels.append(torch.full_like(index, level))
-            box, group = torch.cat(boxes), torch.cat(levels)
+            box = box_ops.decode(
+                torch.cat(best), torch.cat(moves), box_ops.RPN_STDS, self.config.shrink_limit
+            )
+            box, group = box_ops.clip(box, size), torch.cat(levels)
+            large = (box[:, 2:] - box[:, :2] > self.config.min_size).all(dim=1)
             kept = self.nms(
-                torch.cat(scores),
+                torch.cat(scores).masked_fill(~large, -math.inf),  # takes no part, without a new shape
                 lambda index, box=box, group=group: (box[index], group[index]),
                 self.config.nms_iou,
                 self.config.proposals,

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -14,9 +18,59 @@ def windows(feature: Tensor, images: Tensor, y: Tensor, x: Tensor) -> Tensor:
         y, x: int64 [n,h] and [n,w], the cells of each window.
     """
     height, width = feature.shape[2:]
-    inside = ((y >= 0) & (y < height))[:, :, None] & ((x >= 0) & (x < width))[:, None, :]
-    y, x = y.clamp(0, height - 1)[:, :, None], x.clamp(0, width - 1)[:, None, :]
-    cells = feature.permute(0, 2, 3, 1).flatten(0, 2)
-    # a look-up of rows, for its gradient is a sum in a fixed order; that of indexing is not, on many threads
-    picked = F.embedding((images[:, None, None] * height + y) * width + x, cells)
-    return (picked * inside[..., None]).permute(0, 3, 1, 2)
+    inside = _inside(y, height)[:, :, None] & _inside(x, width)[:, None, :]
+    y, x = y.clamp(0, height - 1), x.clamp(0, width - 1)
+    places = (images[:, None, None] * height + y[:, :, None]) * width + x[:, None, :]
+    return _picked(_rows(feature), places, inside)
+
+
+def windows_around(features: Sequence[Tensor], images: Tensor, cells: Tensor, reach: int) -> Tensor:
+    """Windows [n,C,2*reach+1,2*reach+1] around cells of several maps, zero outside of a cell's map.
+
+    From one table of all maps, since one look-up costs a GPU less than one a map; and the host need not wait
+    for how many cells are of which map.
+
+    Args:
+        features: maps [B,C,H,W] of different sizes.
+        images: int64 [n], row of the batch.
+        cells: int64 [n], counted row by row through the maps of an image.
+    """
+    sides = [tuple(feature.shape[2:]) for feature in features]
+    starts = [0, *itertools.accumulate(height * width for height, width in sides)][: len(sides)]
+    is_beyond = [cells >= start for start in starts[1:]]
+
+    def of_map(values: Sequence[int]) -> Tensor:
+        """The value of each cell's map, int64 [n]."""
+        chosen = torch.full_like(cells, values[0])
+        for beyond, value in zip(is_beyond, values[1:]):
+            chosen = torch.where(beyond, value, chosen)
+        return chosen
+
+    start = of_map(starts)
+    height, width = (of_map(column)[:, None] for column in zip(*sides))
+    around = torch.arange(-reach, reach + 1, device=cells.device)
+    cell = (cells - start)[:, None]
+    y, x = cell // width + around, cell % width + around
+    inside = _inside(y, height)[:, :, None] & _inside(x, width)[:, None, :]
+    y, x = torch.minimum(y.clamp(min=0), height - 1), torch.minimum(x.clamp(min=0), width - 1)
+    # behind the rows of the maps before it, all images of one map after another
+    first = len(features[0]) * start[:, None] + images[:, None] * height * width
+    places = (first + y * width)[:, :, None] + x[:, None, :]
+    return _picked(torch.cat([_rows(feature) for feature in features]), places, inside)
+
+
+def _inside(cells: Tensor, side: Tensor | int) -> Tensor:
+    return (cells >= 0) & (cells < side)
+
+
+def _rows(feature: Tensor) -> Tensor:
+    """Cells [B*H*W, C]; a view where the channels come last in memory."""
+    return feature.permute(0, 2, 3, 1).flatten(0, 2)
+
+
+def _picked(rows: Tensor, places: Tensor, inside: Tensor) -> Tensor:
+    """Windows [n,C,h,w] of rows [cells, C] at `places` [n,h,w], zero where they are not `inside` [n,h,w].
+
+    A look-up, for its gradient is a sum in a fixed order; that of indexing is not, on many threads.
+    """
+    return (F.embedding(places, rows) * inside[..., None]).permute(0, 3, 1, 2)
