@@ -96,6 +96,9 @@ class RoIConfig:
     fc_cls_std: float = 0.01
     """Standard deviation of the last classification fc's first weights (mmdetection: 0.01; torchvision's
     detector: 1 / sqrt(3 * fc_dim)). A wider start lets classification take off sooner in a short training."""
+    cosine: float | None = None
+    """Scale of a cosine classifier as the last classification fc, 20 in Seesaw's recipes for LVIS; null is a
+    linear layer."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -445,6 +448,10 @@ def _model_rules(config: Config) -> Iterator[tuple[Any, str]]:
         limit = section.shrink_limit
         yield 0 <= limit <= 1, f"{name}.shrink_limit={limit}: between 0 and 1"
     yield 0 <= roi.fc_cls_std < math.inf, f"model.roi.fc_cls_std={roi.fc_cls_std}: at least 0 and finite"
+    yield (
+        roi.cosine is None or 0 < roi.cosine < math.inf,
+        f"model.roi.cosine={roi.cosine}: above 0 and finite, or null",
+    )
     for name, weight in config.loss.weights.items():
         yield 0 <= weight < math.inf, f"loss: the weight of {name} is {weight}; at least 0 and finite"
 
