@@ -119,12 +119,17 @@ class RoIConfig:
     fc_cls_std: float = 0.01
     """Standard deviation of the last classification fc's initial weights (mmdetection: 0.01; torchvision's
     detector: 1 / sqrt(3 * fc_dim)). A wider start lets classification take off sooner in a short training."""
+    cosine: float | None = None
+    """Scale of a cosine classifier as the last classification fc, 20 in Seesaw's recipes for LVIS; null is a
+    linear layer."""
 
     def __post_init__(self) -> None:
         rules = Rules("model.roi", self)
         rules.at_least(1, "samples")
         rules.between(0, 1, "positive_fraction")
         rules.at_least(0, "fc_cls_std")
+        bounded = self.cosine is None or 0 < self.cosine < math.inf
+        rules.require("cosine", bounded, "must be above 0 and finite, or null")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -28,6 +28,20 @@ CATEGORIES = tuple(
     for label, (count, frequency) in enumerate([(1, "r"), (10, "r"), (11, "c"), (100, "c"), (1000, "f")])
 )
 NUM_CLASSES = len(CATEGORIES)
+
+OWN_OBJECTNESS = ("clis.objectness=false",)
+LOSSES: dict[str, tuple[str, ...]] = {
+    "cross_entropy": (),
+    "cross_entropy(pcb=0.4, pcb_start=0)": (),
+    "efl": (),
+    "eql": (),
+    "eqlv2": OWN_OBJECTNESS,
+    "eqlv2(objectness=false, pcb=0.2, pcb_start=0)": (),
+    "seesaw": OWN_OBJECTNESS,
+    "seesaw(objectness=false)": (),
+    "seesaw(pcb=0.05, pcb_start=0)": OWN_OBJECTNESS,
+}
+"""Every classification loss and its variants, with the overrides that the tiny config needs for them."""
 MOSAIC = 64
 
 TINY = {

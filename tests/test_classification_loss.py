@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -96,7 +97,10 @@ def test_the_loss_is_given_the_categories_with_their_training_images(modules):
     ("name", "message"),
     [
         ("cross_entrpy", r"there is no such loss; did you mean cross_entropy\? .*is written module:Class"),
-        ("focal", r"there is no such loss; known: cross_entropy\. One of your own is written module:Class"),
+        (
+            "focal",
+            r"there is no such loss; known: cross_entropy, .*\. One of your own is written module:Class",
+        ),
         ("sound_loss:", r"write module:Class, e\.g\. my_loss:Focal for the class Focal in my_loss\.py"),
         (":Weighted", r"write module:Class"),
         ("losses/sound_loss:Weighted", r"write module:Class"),
@@ -176,9 +180,29 @@ def test_what_is_wrong_with_options(modules, call, message):
         find_classification_loss(f"sound_loss:Weighted{call}")
 
 
-def test_an_option_of_a_loss_without_options():
-    with pytest.raises(ValueError, match=r"cross_entropy\(gamma=1\): it has no option gamma; known: none"):
-        find_classification_loss("cross_entropy(gamma=1)")
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("eqlv3", r"there is no such loss; did you mean eqlv2\?"),
+        ("eqlv2(objctness=false)", r"it has no option objctness; did you mean objectness\?"),
+        ("cross_entropy(gamma=1)", r"it has no option gamma; known: pcb, pcb_start\."),
+        ("seesaw(objectness=1)", r"objectness is 1; expected true or false"),
+        ("eql(tail_images=0.5)", r"tail_images is 0\.5; expected a whole number"),
+        ("seesaw(eps=0)", r"eps=0: must be above 0 and at most 1"),
+        ("eqlv2(prior=1)", r"prior=1: must be at least 0, which switches it off, and below 1"),
+        ("efl(gamma=0)", r"gamma=0: must be above 0"),
+        ("cross_entropy(pcb=2)", r"pcb=2: must be in 0\.\.1; 0 switches it off"),
+        ("seesaw(pcb=0.05, pcb_start=16)", r"pcb_start=16: must be a share of the training"),
+    ],
+)
+def test_what_is_wrong_with_options_of_ours(name, message):
+    with pytest.raises(ValueError, match=rf"^loss\.classification={re.escape(name)}: {message}"):
+        build_classification_loss(name, CATEGORIES)
+
+
+def test_a_confusion_matrix_of_too_many_classes_is_refused():
+    with pytest.raises(ValueError, match=r"pcb=0\.4 keeps a confusion matrix of 5001 x 5001 .* at most 5000"):
+        build_classification_loss("cross_entropy(pcb=0.4)", CATEGORIES[:1] * 5001)
 
 
 def test_two_objectnesses_in_one_score_are_refused(modules):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from conftest import CATEGORIES
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -23,10 +24,15 @@ from clis.config_files import (
 )
 from clis.config_rules import Rules
 from clis.config_scopes import Scope, scoped, scopes_of, setting
+from clis.losses import build_classification_loss
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 SHIPPED = sorted(path for path in CONFIGS.rglob("*.yaml") if path.parent.name != "studies")
 LVIS = [path for path in SHIPPED if path.parent.name.startswith("lvis")]
+ONE_X = [
+    path for path in LVIS if path.stem.split("_", 1)[0] in ("clis", "baseline") and "2x" not in path.stem
+]
+"""The recipes of section IV-A; the others are the rebalancing losses of table I."""
 
 
 def shipped_name(path: Path) -> str:
@@ -54,7 +60,11 @@ def write(tmp_path: Path):
 
 class TestShipped:
     def test_the_recipes_of_the_paper_are_there(self):
+        """Its own in tables I, II and VIII, and the losses of table I."""
+        losses = ("eqlv2", "seesaw", "bags", "efl", "pcb")
         assert {shipped_name(path) for path in LVIS} == {
+            *(f"lvis_v1/{loss}_r50.yaml" for loss in losses),
+            "lvis_v1/baseline_2x_r50.yaml",
             "lvis_v1/clis_r50.yaml",
             "lvis_v1/clis_r101.yaml",
             "lvis_v1/baseline_r50.yaml",
@@ -76,7 +86,19 @@ class TestShipped:
         header = path.read_text().split("\n\n")[0]
         assert f"--config configs/{shipped_name(path)}" in header or "benchmarks/" in header
 
-    @pytest.mark.parametrize("path", LVIS, ids=shipped_name)
+    @pytest.mark.parametrize("path", sorted({*LVIS} - {*ONE_X}), ids=shipped_name)
+    def test_recipes_of_table_i_have_its_schedule(self, path):
+        """Twice the steps, decayed after 2/3 and 11/12; BAGS starts from that and trains its last layer as
+        long as the 1x recipes."""
+        config, name = load_config(path), path.stem.split("_")[0]
+        schedule = (config.train.steps, config.optim.decay_steps)
+        assert schedule == ((90000, (60000, 82500)) if name == "bags" else (180000, (120000, 165000)))
+        assert (config.clis.s, config.clis.objectness, config.data.repeat_threshold) == (0, False, 1e-3)
+        build_classification_loss(config.loss.classification, CATEGORIES)
+        if name == "bags":
+            assert Path(config.start.from_).samefile(path.parent / "baseline_2x_r50.yaml")
+
+    @pytest.mark.parametrize("path", ONE_X, ids=shipped_name)
     def test_lvis_recipes_hold_the_settings_of_section_iv_a(self, path):
         config = load_config(path)
         paper = {
@@ -121,7 +143,11 @@ class TestShipped:
         assert (config.loss.alpha, config.loss.beta) == (0.1, 0.05)
         assert Path(config.regions.detector).samefile(path.parent / "baseline_r50.yaml")
 
-    @pytest.mark.parametrize("path", [path for path in SHIPPED if "baseline" in path.name], ids=shipped_name)
+    @pytest.mark.parametrize(
+        "path",
+        [path for path in SHIPPED if path.stem.startswith("baseline") and "2x" not in path.stem],
+        ids=shipped_name,
+    )
     def test_baselines_differ_from_clis_in_the_parts_of_clis_alone(self, path):
         baseline = load_config(path)
         clis = load_config(path.with_name(path.name.replace("baseline", "clis")))
@@ -411,6 +437,7 @@ class TestContradictions:
                 ["model.backbone.canvas=square", "test.max_size=1400"],
                 "model.backbone.canvas=square: requires equal .*, not 1333 and 1400",
             ),
+            (["model.roi.cosine=0"], "model.roi.cosine=0.0: must be above 0 and finite, or null"),
         ],
     )
     def test_are_refused_in_the_words_of_the_keys(self, write, overrides, message):

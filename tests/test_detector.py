@@ -26,6 +26,7 @@ from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from clis.data.batch import collate
 from clis.models import Normalizers, build_model
 from clis.models.backbone import IMAGE_MEAN, IMAGE_STD, Backbone, FixedBatchNorm, ResNet, conv_norm, fold
+from clis.models.heads import CosineLinear
 from clis.models.weights import load_backbone_weights
 
 OFF = (
@@ -237,6 +238,36 @@ def test_the_last_classification_fcs_start_as_wide_as_asked(std):
     assert model.localization.fc_objectness.weight.std().item() == pytest.approx(0.01, rel=0.1)
 
 
+def test_a_cosine_classifier_equals_its_formula():
+    """scale * x.w / (|x| |w|) + bias, row by row; a feature of zeros gives the bias, and finite gradients."""
+    layer = CosineLinear(8, 3, scale=20.0).double()
+    features = torch.randn(4, 8, dtype=torch.float64).relu()
+    features[3] = 0
+    features.requires_grad_()
+    logits = layer(features)
+    for row, x in enumerate(features[:3]):
+        for column, w in enumerate(layer.weight):
+            cosine = (x @ w) / ((x @ x) * (w @ w)).sqrt()
+            torch.testing.assert_close(
+                logits[row, column], 20 * cosine + layer.bias[column], rtol=1e-5, atol=0
+            )
+    assert torch.equal(logits[3], layer.bias)
+    for gradient in torch.autograd.grad(logits.sum(), [features, layer.weight, layer.bias]):
+        assert gradient.isfinite().all()
+    assert (layer.double()(1000 * features) - logits).abs().max() < 1e-4
+
+
+def test_cosine_classifiers_of_both_tasks_start_like_linear_ones():
+    model = make_model("clis.siamese=false", "model.roi.fc_dim=1024", "model.roi.cosine=20")
+    for head in (model.classification, model.image_classification):
+        assert isinstance(head.fc_cls, CosineLinear)
+        assert head.fc_cls.scale == 20
+        assert head.fc_cls.weight.std().item() == pytest.approx(0.01, rel=0.05)
+        assert head.fc_cls.bias.abs().max() == 0
+    assert not isinstance(model.localization.fc_box, CosineLinear)
+    assert not isinstance(make_model().classification.fc_cls, CosineLinear)
+
+
 @pytest.mark.parametrize("siamese", [True, False])
 def test_without_tss_all_tasks_train_one_sub_network(siamese):
     model = make_model("clis.task_specialized=false", f"clis.siamese={siamese}")
@@ -263,7 +294,10 @@ def test_contrastive_loss_trains_both_tasks():
 # --- every setting of the switches ---
 
 
-@pytest.mark.parametrize("overrides", list(combinations()), ids=names_of)
+SEESAW = ("loss.classification=seesaw(pcb=0.05)", "clis.objectness=false", "model.roi.cosine=20")
+
+
+@pytest.mark.parametrize("overrides", [*combinations(), SEESAW], ids=names_of)
 def test_every_switch_trains_and_round_trips(overrides):
     model, batch = make_model(*overrides), make_batch(1)
     output = model(batch, normalizers_of(batch))

@@ -1,16 +1,20 @@
 """Every loss equals its formula, written out row by row in float64."""
 
+import dataclasses
 import math
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import CATEGORIES, rows_of
+from conftest import CATEGORIES, LOSSES, rows_of
+from runs import assert_same_state
 
 from clis.losses import (
     CLASSIFICATION_LOSSES,
+    ClassificationLoss,
     CrossEntropy,
     at_least_float32,
+    build_classification_loss,
     info_nce,
     l1_loss,
     objectness_loss,
@@ -45,17 +49,127 @@ def test_cross_entropy_scores_leave_out_background_only():
     torch.testing.assert_close(CrossEntropy(range(3)).scores(logits), torch.tensor([[0.1, 0.2, 0.3]]))
 
 
-def test_every_classification_loss_keeps_to_the_interface():
-    for build in CLASSIFICATION_LOSSES.values():
-        loss = build(CATEGORIES)
+def test_every_classification_loss_is_among_the_tested():
+    assert {name.partition("(")[0] for name in LOSSES} == set(CLASSIFICATION_LOSSES)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+class TestEveryClassificationLoss:
+    """The interface, on rows of two images; and the contract of buffers: what moves them, and when."""
+
+    LABELS = torch.tensor([0, 1, 2, 3, 4, 5, 5, 5])
+    ROWS = rows_of([0] * 5 + [1] * 3)
+
+    def make(self, name: str, *, steps: int = 0) -> ClassificationLoss:
+        """The loss after some steps, in which every class was seen."""
+        loss = build_classification_loss(name, CATEGORIES)
+        for step in range(steps):
+            self.step(loss, step)
+        return loss
+
+    def step(self, loss: ClassificationLoss, step: int) -> None:
+        logits = 2 * randn(8, loss.num_logits, seed=step)
+        loss.update(loss.statistics(logits, self.LABELS, self.ROWS), (step + 1) / 10)
+
+    def test_loss_and_scores(self, name):
+        loss = self.make(name, steps=3)
         logits = randn(8, loss.num_logits).requires_grad_()
-        value = loss(logits, torch.tensor([0, 1, 2, 3, 4, 5, 5, 5]), 8.0, rows_of([0] * 5 + [1] * 3))
-        value.backward()
-        assert value.shape == ()
-        assert logits.grad.abs().sum() > 0
+        for value in (
+            loss(logits, self.LABELS, 8.0, self.ROWS),
+            loss.image_level(logits[:5], self.LABELS[:5], 5.0, rows_of([0] * 5)),
+        ):
+            (gradient,) = torch.autograd.grad(value, logits)
+            assert value.shape == ()
+            assert value > 0
+            assert gradient.isfinite().all()
+            assert gradient.abs().sum() > 0
         scores = loss.scores(logits)
         assert scores.shape == (8, 5)
         assert ((scores >= 0) & (scores <= 1)).all()
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+    def test_float32_at_least(self, name, dtype):
+        loss = self.make(name, steps=3)
+        logits = randn(8, loss.num_logits).to(dtype)
+
+        def values(logits):
+            loss_of_rois = loss(logits, self.LABELS, 8.0, self.ROWS)
+            return (
+                loss_of_rois,
+                loss.image_level(logits, self.LABELS % 5, 8.0, self.ROWS),
+                loss.scores(logits),
+            )
+
+        found, expected = values(logits), values(logits.double())
+        with torch.autocast("cpu", torch.bfloat16):
+            under_autocast = values(logits)
+        for value, reference, other in zip(found, expected, under_autocast):
+            assert value.dtype == torch.float32
+            torch.testing.assert_close(value.double(), reference, rtol=1e-5, atol=1e-6)
+            assert torch.equal(value, other)
+        assert loss.statistics(logits, self.LABELS, self.ROWS).dtype == torch.float64
+
+    def test_no_rows_are_nothing(self, name):
+        loss = self.make(name, steps=3)
+        logits, labels = torch.zeros(0, loss.num_logits, requires_grad=True), self.LABELS[:0]
+        for value in (
+            loss(logits, labels, 8.0, rows_of([])),
+            loss.image_level(logits, labels, 8.0, rows_of([])),
+        ):
+            value.backward()
+            assert value.item() == 0
+            assert logits.grad is not None
+        assert loss.statistics(logits.detach(), labels, rows_of([])).abs().sum() == 0
+
+    def test_only_update_moves_the_state(self, name):
+        """So a pass leaves no trace, nor do rows of the image-level stream, nor a step that is left out."""
+        loss = self.make(name, steps=3)
+        before = {key: value.clone() for key, value in loss.state_dict().items()}
+        logits = randn(8, loss.num_logits).requires_grad_()
+        loss(logits, self.LABELS, 8.0, self.ROWS).backward()
+        loss.image_level(logits, self.LABELS % 5, 8.0, self.ROWS).backward()
+        loss.scores(logits)
+        counted = loss.statistics(logits.detach(), self.LABELS, self.ROWS)
+        assert_same_state(loss.state_dict(), before)
+        self.step(loss, 3)
+        moved = any(not torch.equal(loss.state_dict()[key], before[key]) for key in before)
+        assert moved == (counted.numel() > 0)
+
+    def test_sums_over_rows(self, name):
+        """However rows are split, also where the state has moved."""
+        loss = self.make(name, steps=3)
+        logits = randn(8, loss.num_logits, seed=7)
+        parts = [torch.tensor([0, 5, 6]), torch.tensor([1, 2]), torch.tensor([3, 4, 7])]
+        for function in (
+            lambda rows: loss(logits[rows], self.LABELS[rows], 8.0, rows_of([0] * len(rows))),
+            lambda rows: loss.image_level(logits[rows], self.LABELS[rows] % 5, 8.0, rows_of([0] * len(rows))),
+            lambda rows: loss.statistics(logits[rows], self.LABELS[rows], rows_of([0] * len(rows))),
+        ):
+            whole, split = function(torch.arange(8)), sum(function(rows) for rows in parts)
+            torch.testing.assert_close(split, whole, rtol=0, atol=1e-12)
+
+    def test_resumes_in_the_middle_of_its_accumulation(self, name):
+        loss, resumed = self.make(name, steps=3), self.make(name)
+        resumed.load_state_dict(loss.state_dict())
+        for step in (3, 4, 5):
+            self.step(loss, step)
+            self.step(resumed, step)
+        assert_same_state(resumed.state_dict(), loss.state_dict())
+        assert resumed.summary() == loss.summary()
+
+    def test_classes_without_training_images_divide_nothing_by_zero(self, name):
+        """Also those that are never seen, and all of them before the first step."""
+        none = [dataclasses.replace(each, image_count=0, instance_count=0) for each in CATEGORIES[3:]]
+        loss = build_classification_loss(name, (*CATEGORIES[:3], *none))
+        labels = torch.tensor([0, 1, 2, 0, 1, 5, 5, 5])
+        for step in range(3):
+            logits = (100 * randn(8, loss.num_logits, seed=step)).requires_grad_()
+            value = loss(logits, labels, 8.0, self.ROWS)
+            value.backward()
+            loss.update(loss.statistics(logits.detach(), labels, self.ROWS), 1.0)
+            state = [*loss.state_dict().values(), *map(torch.tensor, loss.summary().values())]
+            for each in (value, logits.grad, loss.scores(logits), *state):
+                assert each.isfinite().all()
 
 
 # --- localization ---

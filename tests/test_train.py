@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 import torch.multiprocessing
-from conftest import CATEGORIES, global_counts, make_sample, normalizers_of, tiny_config
+from conftest import CATEGORIES, LOSSES, global_counts, make_batch, make_sample, normalizers_of, tiny_config
 from runs import BASELINE, CONFIG, REPOSITORY, SHORT, assert_same_state, assert_same_training, records
 from torch import nn
 
@@ -26,15 +26,14 @@ from clis.config import LossConfig, OptimConfig
 from clis.config_files import config_from_dict, load_config, merge_overrides
 from clis.data.batch import Batch, collate
 from clis.data.images import ImageError
-from clis.distributed import wrap_ddp
+from clis.distributed import all_reduce_sum, wrap_ddp
 from clis.engine import prerequisites, train
-from clis.engine.checkpoint import load_checkpoint, load_detector, load_model
+from clis.engine.checkpoint import load_checkpoint, load_detector, load_model, resume, save_checkpoint
 from clis.engine.describe import contrast_state, format_losses, summarize_step
 from clis.engine.log import MetricsLog
 from clis.engine.optim import learning_rate, make_optimizer, split_batch
 from clis.engine.run_folder import RunFolder
 from clis.engine.skipped import SkippedSteps
-from clis.losses import CLASSIFICATION_LOSSES
 from clis.metric.detections import Detections
 from clis.metric.lvis_eval import METRICS
 from clis.models import CLISDetector, build_model
@@ -249,17 +248,13 @@ ITEMS = [
 STEPS = 10
 
 
-def run_steps(rank: int, processes: int, accumulation: int, folder: str, loss: str) -> None:
+def run_steps(rank: int, processes: int, accumulation: int, folder: Path, loss: str) -> None:
     """Trains a float64 model for a few steps on this process's share of ITEMS and saves its end state."""
     torch.set_num_threads(1)
     config = tiny_config(
         f"train.images_per_step={len(ITEMS)}", "optim.clip_norm=5", "clis.momentum=0.9",
-        f"loss.classification={loss}",
+        f"loss.classification={loss}", *LOSSES[loss],
     )  # fmt: skip
-    if processes > 1:
-        torch.distributed.init_process_group(
-            "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=processes
-        )
     torch.manual_seed(0)
     model = build_model(config, CATEGORIES).double()
     network = wrap_ddp(model, torch.device("cpu"))
@@ -269,7 +264,7 @@ def run_steps(rank: int, processes: int, accumulation: int, folder: str, loss: s
     share = len(ITEMS) // processes
     mine = ITEMS[rank * share : (rank + 1) * share]
     size = share // accumulation
-    totals = []
+    totals, counted = [], []
     for step in range(STEPS):
         items = [{**options, "seed": options["seed"] + 10 * step} for options in mine]
         micro = batches_of([items[i : i + size] for i in range(0, share, size)])
@@ -278,31 +273,70 @@ def run_steps(rank: int, processes: int, accumulation: int, folder: str, loss: s
             network, model, optimizer, scaler, micro, normalizers, 0.02, (step + 1) / STEPS, config
         )
         totals.append(summarize_step(outputs, config) | contrast_state(model, outputs))
-    name = f"{processes}x{accumulation}_{rank}.pt"
-    torch.save({"model": model.state_dict(), "totals": totals}, Path(folder, name))
-    if processes > 1:
-        torch.distributed.destroy_process_group()
+        counted.append(all_reduce_sum(sum(output.pending.sums["classification"] for output in outputs)))
+    state = {"model": model.state_dict(), "totals": totals, "counted": torch.stack(counted)}
+    torch.save(state, folder / f"{loss} {processes}x{accumulation} {rank}.pt")
 
 
-def _spawned(rank: int, folder: str, loss: str) -> None:
-    run_steps(rank, 2, 1, folder, loss)
+def _spawned(rank: int, folder: Path) -> None:
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2
+    )
+    for loss in LOSSES:
+        run_steps(rank, 2, 2, folder, loss)
+    torch.distributed.destroy_process_group()
 
 
-@pytest.mark.parametrize("loss", sorted(CLASSIFICATION_LOSSES))
-def test_processes_and_accumulation_are_the_same_mathematics(loss, tmp_path):
-    """1 x 8 = 1 x 4 x 2 = 2 processes x 4, to 1e-9 in weights, queue, momentum copy and every loss."""
-    for accumulation in (1, 2, 8):
-        run_steps(0, 1, accumulation, str(tmp_path), loss)
-    torch.multiprocessing.spawn(_spawned, (str(tmp_path), loss), nprocs=2)
-    expected = torch.load(tmp_path / "1x1_0.pt")
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory) -> Path:
+    """The end states of two processes, each with two micro-batches, for every loss."""
+    folder = tmp_path_factory.mktemp("processes")
+    torch.multiprocessing.spawn(_spawned, (folder,), nprocs=2)
+    return folder
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_processes_and_accumulation_are_the_same_mathematics(loss, two_processes):
+    """1 x 8 = 8 x 1 = 2 processes x 2 x 2, to 1e-9 in weights, queue, all that a loss counts, and losses."""
+    for accumulation in (1, 8):
+        run_steps(0, 1, accumulation, two_processes, loss)
+    expected = torch.load(two_processes / f"{loss} 1x1 0.pt")
     assert expected["model"]["contrastive.queue.pushed"] == 2 * STEPS * 5  # both views of five pairs a step
-    for name in ("1x2_0.pt", "1x8_0.pt", "2x1_0.pt", "2x1_1.pt"):
-        found = torch.load(tmp_path / name)
-        for key, value in expected["model"].items():
-            torch.testing.assert_close(found["model"][key], value, rtol=0, atol=1e-9, msg=f"{name} {key}")
+    assert expected["model"].get("classification_loss.pcb.weight", 1) > 0  # it is at work
+    for name in ("1x8 0", "2x2 0", "2x2 1"):
+        found = torch.load(two_processes / f"{loss} {name}.pt")
+        for key, value in (expected["model"] | {"counted": expected["counted"]}).items():
+            ours = found["counted"] if key == "counted" else found["model"][key]
+            torch.testing.assert_close(ours, value, rtol=0, atol=1e-9, msg=f"{name} {key}")
         for ours, reference in zip(found["totals"], expected["totals"]):
             for key in reference:
                 assert math.isclose(ours[key], reference[key], abs_tol=1e-9), (name, key)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_every_loss_resumes_from_a_checkpoint(loss, tmp_path):
+    """Bit for bit: three steps, or one, a checkpoint, and two in a model that started elsewhere."""
+    config = tiny_config(f"loss.classification={loss}", *LOSSES[loss], "train.images_per_step=2")
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+
+    def start(seed: int) -> tuple[CLISDetector, torch.optim.Optimizer]:
+        torch.manual_seed(seed)
+        model = build_model(config, CATEGORIES).train()
+        return model, make_optimizer(model, config)
+
+    def steps(model: CLISDetector, optimizer: torch.optim.Optimizer, numbers: range) -> None:
+        for step in numbers:
+            batch, done = make_batch(seed=2 * step), (step + 1) / 3
+            given = ([batch], normalizers_of(batch), 0.02, done, config)
+            train.train_step(model, model, optimizer, scaler, *given)
+
+    uninterrupted, interrupted, resumed = start(0), start(0), start(1)
+    steps(*uninterrupted, range(3))
+    steps(*interrupted, range(1))
+    save_checkpoint(RunFolder(tmp_path), 1, *interrupted, scaler, config)
+    first, _ = resume(RunFolder(tmp_path), *resumed, scaler, config)
+    steps(*resumed, range(first, 3))
+    assert_same_state(resumed[0].state_dict(), uninterrupted[0].state_dict())
 
 
 def test_torchrun_with_two_processes(finished, data, tmp_path):
@@ -347,11 +381,14 @@ def spoil_gradient(model: CLISDetector) -> None:
 
 
 @pytest.mark.parametrize(
-    ("spoil", "named"),
-    [(spoil_loss, r"loss objectness on images \[7\]"), (spoil_gradient, r"the gradient, images \[7\]")],
+    ("loss", "spoil", "named"),
+    [
+        ("cross_entropy", spoil_loss, r"loss objectness on images \[7\]"),
+        *((loss, spoil_gradient, r"the gradient, images \[7\]") for loss in LOSSES),
+    ],
 )
-def test_what_is_not_finite_is_named_and_changes_nothing(spoil, named, tmp_path, capsys):
-    config = tiny_config("train.images_per_step=1")
+def test_what_is_not_finite_is_named_and_changes_nothing(loss, spoil, named, tmp_path, capsys):
+    config = tiny_config("train.images_per_step=1", f"loss.classification={loss}", *LOSSES[loss])
     model = build_model(config, CATEGORIES).train()
     optimizer, scaler = make_optimizer(model, config), torch.amp.GradScaler("cpu", enabled=False)
     first = collate([make_sample(seed=6)])
@@ -364,7 +401,7 @@ def test_what_is_not_finite_is_named_and_changes_nothing(spoil, named, tmp_path,
         model, model, optimizer, scaler, batches, normalizers_of(batches[0]), 0.1, 0.0, config
     )
     assert not math.isfinite(norm)
-    assert_same_state(model.state_dict(), before)  # weights, queue and momentum copy
+    assert_same_state(model.state_dict(), before)  # weights, queue, momentum copy, the loss's state
     for state, expected in zip(optimizer.state.values(), momentum):
         assert torch.equal(state["momentum_buffer"], expected)
 

@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 import torch
-from conftest import CATEGORIES, make_batch, normalizers_of, tiny_config
+from conftest import CATEGORIES, LOSSES, make_batch, normalizers_of, tiny_config
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from clis.engine import train
@@ -45,11 +45,21 @@ class Waits(TorchDispatchMode):
         return function(*arguments, **(options or {}))
 
 
-@pytest.mark.parametrize("norm", ["folded", "group"])  # the former pools mosaics in windows
-@pytest.mark.parametrize("images", [1, 2])
-def test_a_step_waits_seven_times_and_twice_for_each_further_image(images, norm, monkeypatch):
+@pytest.mark.parametrize(
+    ("images", "norm", "loss"),
+    [
+        (1, "folded", "cross_entropy"),  # pools mosaics in windows
+        (2, "folded", "cross_entropy"),
+        (2, "group", "cross_entropy"),
+        *((1, "group", loss) for loss in LOSSES),
+    ],
+)
+def test_a_step_waits_seven_times_and_twice_for_each_further_image(images, norm, loss, monkeypatch):
     """For sampling and levels, for NMS of each image's proposals, and for the gradient's norm."""
-    config = tiny_config(f"train.images_per_step={images}", f"model.backbone.norm={norm}")
+    config = tiny_config(
+        f"train.images_per_step={images}", f"model.backbone.norm={norm}", f"loss.classification={loss}",
+        *LOSSES[loss],
+    )  # fmt: skip
     model = build_model(config, CATEGORIES).train()
     optimizer, scaler = make_optimizer(model, config), torch.amp.GradScaler("cpu", enabled=False)
     batch = make_batch(images)

@@ -18,8 +18,18 @@ import torch
 
 from clis.losses.contract import ClassificationLoss, Rows
 from clis.losses.cross_entropy import CrossEntropy
+from clis.losses.efl import EFL
+from clis.losses.eql import EQL
+from clis.losses.eqlv2 import EQLv2
+from clis.losses.seesaw import Seesaw
 
-CLASSIFICATION_LOSSES: dict[str, type[ClassificationLoss]] = {"cross_entropy": CrossEntropy}
+CLASSIFICATION_LOSSES: dict[str, type[ClassificationLoss]] = {
+    "cross_entropy": CrossEntropy,
+    "efl": EFL,
+    "eql": EQL,
+    "eqlv2": EQLv2,
+    "seesaw": Seesaw,
+}
 """Ours, by name."""
 
 _NEEDED = (
@@ -67,6 +77,8 @@ def build_classification_loss(text: str, categories: Sequence[Any]) -> Classific
         values = [loss(logits, labels, 1.0, rows), loss.image_level(logits, labels, 1.0, rows)]
         are_sums = all(value.shape == () and value.item() == 0 for value in values)
         shape = tuple(loss.scores(logits).shape)
+    except ValueError as error:  # the value of an option
+        raise ValueError(f"{where}: {error}") from error
     except Exception as error:
         raise ValueError(
             f"{where}: built from {len(categories)} categories and tried on no rows, it fails with "

@@ -64,7 +64,10 @@ def build_model(config: Config, categories: Sequence[Any], *, pretrained: bool |
     def sub_network() -> TwoFC:
         return TwoFC(model.backbone.fpn_channels * model.roi.pool_size**2, model.roi.fc_dim)
 
-    classification = ClassificationHead(sub_network(), loss.num_logits, model.roi.fc_cls_std)
+    def classification_head(shared: TwoFC) -> ClassificationHead:
+        return ClassificationHead(shared, loss.num_logits, model.roi.fc_cls_std, model.roi.cosine)
+
+    classification = classification_head(sub_network())
     localization = LocalizationHead(
         sub_network() if clis.task_specialized else classification.sub_network,
         num_boxes=1 if model.roi.class_agnostic_boxes else num_classes,
@@ -75,11 +78,7 @@ def build_model(config: Config, categories: Sequence[Any], *, pretrained: bool |
         image_classification = (
             classification
             if clis.siamese
-            else ClassificationHead(
-                sub_network() if clis.task_specialized else classification.sub_network,
-                loss.num_logits,
-                model.roi.fc_cls_std,
-            )
+            else classification_head(sub_network() if clis.task_specialized else classification.sub_network)
         )
     contrastive = None
     if clis.contrastive:

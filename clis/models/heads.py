@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clis.losses import at_least_float32
@@ -21,8 +22,27 @@ class TwoFC(nn.Module):
         return self.fc2(self.fc1(pooled.flatten(1)).relu_()).relu_()
 
 
-def _last(inputs: int, outputs: int, std: float) -> nn.Linear:
-    layer = nn.Linear(inputs, outputs)
+class CosineLinear(nn.Linear):
+    """A linear layer of unit vectors: `scale` times the cosine of input and weights, plus the bias.
+
+    So the norm of a class's weights, which grows with its frequency, does not count. Source: mmdetection's
+    NormedLinear, with its 1e-6 added to both norms.
+    """
+
+    def __init__(self, inputs: int, outputs: int, scale: float) -> None:
+        super().__init__(inputs, outputs)
+        self.scale = scale
+
+    def forward(self, features: Tensor) -> Tensor:
+        features, weight = (
+            each / (at_least_float32(each).norm(dim=1, keepdim=True) + 1e-6)
+            for each in (features, self.weight)
+        )
+        return F.linear(self.scale * features, weight, self.bias)
+
+
+def _last(inputs: int, outputs: int, std: float, cosine: float | None = None) -> nn.Linear:
+    layer = nn.Linear(inputs, outputs) if cosine is None else CosineLinear(inputs, outputs, cosine)
     nn.init.normal_(layer.weight, std=std)
     nn.init.zeros_(layer.bias)
     return layer
@@ -31,10 +51,15 @@ def _last(inputs: int, outputs: int, std: float) -> nn.Linear:
 class ClassificationHead(nn.Module):
     """2fc + fc-incls (or fc-imcls): features for the projection MLP, and logits."""
 
-    def __init__(self, sub_network: TwoFC, num_logits: int, std: float) -> None:
+    def __init__(self, sub_network: TwoFC, num_logits: int, std: float, cosine: float | None) -> None:
+        """
+        Args:
+            std: of the last layer's first weights.
+            cosine: scale of a cosine classifier, or None for a linear one.
+        """
         super().__init__()
         self.sub_network = sub_network
-        self.fc_cls = _last(sub_network.fc2.out_features, num_logits, std)
+        self.fc_cls = _last(sub_network.fc2.out_features, num_logits, std, cosine)
 
 
 class LocalizationHead(nn.Module):

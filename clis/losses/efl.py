@@ -1,0 +1,99 @@
+"""Equalized focal loss."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from clis.losses.contract import ClassificationLoss, Rows
+from clis.losses.gradients import GradientRatio, gradient_sums
+from clis.losses.precision import at_least_float32
+from clis.losses.sigmoid import one_hot, prior_logit
+
+
+class EFL(ClassificationLoss):
+    """Equalized focal loss (Li et al., arXiv 2201.02593; official code: ModelTC/EOD), on sampled RoIs.
+
+    **Not what the paper's Table I has in this row**: that is a one-stage detector (the figures are those of
+    the official model zoo), and no official recipe has EFL on RoIs. Focal losses are known to be weak there:
+    in the ablations of BAGS (arXiv 2006.10408) focal loss halves the AP of cross-entropy.
+
+    A focal loss over C sigmoids without background, the score is s(z). With the gradient ratio g of a class,
+    clamped to 0..1, its focusing parameter is gamma_j = gamma + scale (1 - g), and a term is
+
+        a_t (gamma_j / gamma) (1 - p_t)^gamma_j (-log p_t),
+
+    with a_t = alpha for positives and 1 - alpha for negatives. gamma_j carries no gradient. g starts at 1,
+    which is plain focal loss.
+
+    What differs from the official code, and why:
+    - It divides by the number of positives, which here would depend on how a batch is split: RoIs times
+      `positive_fraction` is the number that sampling aims at. Regions of the image-level stream, which are
+      all positive, are divided by their number alone.
+    - Gradients are computed by their formula, not by a hook, and before the division by that constant,
+      which leaves g as it is.
+    - The prior is a constant added to all logits instead of the start of the bias.
+    """
+
+    def __init__(
+        self,
+        categories: Sequence[Any],
+        *,
+        gamma: float = 2.0,
+        scale: float = 8.0,
+        alpha: float = 0.25,
+        prior: float = 0.001,
+        positive_fraction: float = 0.25,
+    ) -> None:
+        """
+        Args:
+            gamma, scale, alpha: of the terms, see above; `gamma` above 0.
+            prior: probability that all sigmoids start from; 0 is none, i.e. 1/2.
+            positive_fraction: as `model.roi.positive_fraction`.
+        """
+        super().__init__(categories)
+        for name, value in (("gamma", gamma), ("positive_fraction", positive_fraction)):
+            if not value > 0:
+                raise ValueError(f"{name}={value:g}: must be above 0")
+        self.num_logits = self.num_classes
+        self.gamma, self.scale, self.alpha = gamma, scale, alpha
+        self.positive_fraction = positive_fraction
+        self.shift = prior_logit(prior)
+        self.ratio = GradientRatio(self.num_classes)
+
+    def forward(self, logits: Tensor, labels: Tensor, normalizer: Tensor | float, rows: Rows) -> Tensor:
+        return self.image_level(logits, labels, normalizer * self.positive_fraction, rows)
+
+    def image_level(self, logits: Tensor, labels: Tensor, normalizer: Tensor | float, rows: Rows) -> Tensor:
+        log_p, modulation, _, _ = self._terms(logits, labels)
+        return -(modulation * log_p).sum() / normalizer
+
+    def scores(self, logits: Tensor) -> Tensor:
+        return (at_least_float32(logits) + self.shift).sigmoid()
+
+    def statistics(self, logits: Tensor, labels: Tensor, rows: Rows) -> Tensor:
+        """Sum |dL/dz| before the division, [2,C] for positives and negatives."""
+        log_p, modulation, gamma, targets = self._terms(logits, labels)
+        rest = -log_p.expm1()  # 1 - p_t
+        return gradient_sums(modulation * (rest - gamma * (1 - rest) * log_p), targets)
+
+    def update(self, statistics: Tensor, progress: float) -> None:
+        self.ratio.update(statistics)
+
+    def summary(self) -> dict[str, float]:
+        return self.ratio.summary("efl")
+
+    def _terms(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return log p_t [N,C], the factors of -log p_t [N,C], gamma_j [C] and one-hot targets [N,C]."""
+        z = at_least_float32(logits) + self.shift
+        targets = one_hot(labels, self.num_classes, z.dtype)
+        gamma = (self.gamma + self.scale * (1 - self.ratio().clamp(0, 1))).to(z.dtype)
+        z_t = torch.where(targets > 0, z, -z)  # p_t is its sigmoid
+        log_p = F.logsigmoid(z_t)
+        log_rest = log_p - z_t  # log(1 - p_t), and never -inf
+        weights = (1 - self.alpha + targets * (2 * self.alpha - 1)) * gamma / self.gamma
+        return log_p, weights * (gamma * log_rest).exp(), gamma, targets
