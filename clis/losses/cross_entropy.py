@@ -15,6 +15,8 @@ from clis.losses.precision import at_least_float32
 class CrossEntropy(ClassificationLoss):
     """L_incls and L_imcls: softmax over C + 1 logits, background last."""
 
+    softmax_scores = True
+
     def __init__(self, categories: Sequence[Any]) -> None:
         super().__init__(categories)
         self.num_logits = len(categories) + 1
