@@ -12,11 +12,28 @@ from typing import Any
 
 import torch
 
+from clis.losses.acsl import ACSL
+from clis.losses.bags import BAGS
 from clis.losses.contract import ClassificationLoss, Rows
 from clis.losses.cross_entropy import CrossEntropy
+from clis.losses.drop import Drop
+from clis.losses.federated import Federated
+from clis.losses.gumbel import Gumbel
+from clis.losses.loce import LOCE
+from clis.losses.logit_adjusted import BalancedSoftmax, LogitAdjusted
 from clis.losses.options import check_options, nearest, read_call
 
-CLASSIFICATION_LOSSES: dict[str, type[ClassificationLoss]] = {"cross_entropy": CrossEntropy}
+CLASSIFICATION_LOSSES: dict[str, type[ClassificationLoss]] = {
+    "acsl": ACSL,
+    "bags": BAGS,
+    "balanced_softmax": BalancedSoftmax,
+    "cross_entropy": CrossEntropy,
+    "drop": Drop,
+    "federated": Federated,
+    "gumbel": Gumbel,
+    "loce": LOCE,
+    "logit_adjusted": LogitAdjusted,
+}
 """Ours, by name."""
 
 _NEEDED = (
