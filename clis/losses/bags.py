@@ -1,19 +1,4 @@
-"""Balanced group softmax: classes compete only with classes of about as many training instances.
-
-Source: Li et al., Overcoming Classifier Imbalance for Long-tail Object Detection with Balanced Group Softmax,
-arXiv 2006.10408 (`GSBBoxHeadWith0`). Classes form groups by their training instances, and each group has a
-softmax of its own with one more logit, "others", for all that is not in the group; group 0 is background and
-foreground. The loss is the sum over groups of the mean cross-entropy of the rows that count: all in group 0;
-in a group its own rows and 8 times as many others, none where it has no row of its own. Test score: softmax
-of the group, times that of foreground.
-
-Defaults: limits 10, 100, 1000 (4 groups), ratio 8. The original trains the last fc alone, anew, on top of a
-finished baseline, for 12 epochs at half the learning rate, and tests with score threshold 0.
-
-What differs: the original draws its others; here every other row has the weight min(1, 8 own / others), the
-draw's expectation. Means, and whether a group has a row, are per image instead of per GPU: the same on any
-number of processes. With objectness=false, for `clis.objectness`, group 0 is left out.
-"""
+"""Balanced group softmax: classes compete only with classes of about as many training instances."""
 
 from __future__ import annotations
 
@@ -29,7 +14,33 @@ from clis.losses.precision import at_least_float32
 
 
 class BAGS(ClassificationLoss):
-    """Logits by group: background and foreground, then for each group others and its classes by label."""
+    """Balanced group softmax (Li et al., arXiv 2006.10408; official code: FishYuLi/BalancedGroupSoftmax).
+
+    Classes with fewer than 10 training instances form a group, and so do those from 10, 100 and 1000 on. Each
+    group has a softmax with one more logit, "others", for whatever is not in it; group 0 is background and
+    foreground. The loss is the sum of the groups' mean cross-entropies: over all RoIs in group 0; elsewhere
+    over the RoIs of the group and at most 8 times as many others, and 0 without any RoI of the group. The
+    score is the softmax of the group times that of foreground.
+
+    The official recipe trains only the last layer, from new weights on a finished baseline: 12 epochs, half
+    the learning rate. It tests with `test.score_threshold=0`.
+
+    What differs from the official code, and why:
+    - It draws the others. Here all of them count, with the weight min(1, 8 own / others), which has the same
+      expectation and needs no random numbers.
+    - Means, and whether a group has a RoI, are those of an image, not of the images of a GPU: the same on any
+      number of processes.
+    - `objectness=False` leaves group 0 out, for a detector with L_obj (`clis.objectness`).
+
+    Regions of the image-level stream are treated as the RoIs of an image.
+    """
+
+    places: Tensor
+    """int64 [G,C+1]: column of each label in each group, 0 for others; background is last."""
+    inside: Tensor
+    """bool [G,C+1]: whether a label belongs to a group; group 0 has all."""
+    order: Tensor
+    """int64 [C]: place of each class when the groups' classes are joined."""
 
     def __init__(
         self,
@@ -41,20 +52,19 @@ class BAGS(ClassificationLoss):
     ) -> None:
         """
         Args:
-            limits: instances from which on a class is in the next group; ascending.
-            ratio: others for each row of the group.
-            objectness: have group 0.
+            categories: with `instance_count`.
+            limits: least training instances of the groups beyond the first, ascending.
+            ratio: most others for each RoI of a group.
+            objectness: whether there is a group 0, and its factor in the score.
         """
         super().__init__(categories)
         if list(limits) != sorted(set(limits)):
             raise ValueError(f"limits={limits}: must ascend")
-        self.ratio, self.has_objectness = ratio, objectness
+        self.has_objectness, self.ratio = objectness, ratio
         instances = torch.tensor([each.instance_count for each in categories], dtype=torch.int64)
         group = torch.bucketize(instances, torch.tensor(limits, dtype=torch.int64), right=True)
-        members = group == torch.arange(len(limits) + 1)[:, None]  # [G,C]
-        # of each label, background last: the column within each group, 0 is others; and if it is in the group
-        places = F.pad(members.cumsum(dim=1) * members, (0, 1))
-        inside = F.pad(members, (0, 1))
+        members = group == torch.arange(len(limits) + 1)[:, None]
+        places, inside = (F.pad(each, (0, 1)) for each in (members.cumsum(dim=1) * members, members))
         if objectness:
             is_class = torch.arange(self.num_classes + 1)[None] < self.num_classes
             places, inside = torch.cat([is_class, places]), torch.cat([torch.ones_like(is_class), inside])
@@ -62,8 +72,7 @@ class BAGS(ClassificationLoss):
         self.num_logits = sum(self.sizes)
         self.register_buffer("places", places, persistent=False)
         self.register_buffer("inside", inside, persistent=False)
-        order = group.argsort(stable=True).argsort()
-        self.register_buffer("order", order, persistent=False)
+        self.register_buffer("order", group.argsort(stable=True).argsort(), persistent=False)
 
     def forward(self, logits: Tensor, labels: Tensor, normalizer: Tensor | float, rows: Rows) -> Tensor:
         parts = at_least_float32(logits).split(self.sizes, dim=1)
@@ -81,7 +90,7 @@ class BAGS(ClassificationLoss):
         return torch.cat(scores, dim=1)[:, self.order] * foreground
 
     def _weights(self, labels: Tensor, rows: Rows) -> Tensor:
-        """Weight of each row in the mean of each group, [N,G]: 1, and for others their share in the image."""
+        """Return the weight [N,G] of each RoI in the mean of each group."""
         inside = self.inside[:, labels].T
         own, others = rows.sum_per_image(inside.double()), rows.sum_per_image((~inside).double())
         share = (self.ratio * own / others.clamp(min=1)).clamp(max=1)

@@ -78,6 +78,8 @@ def build_classification_loss(text: str, categories: Sequence[Any]) -> Classific
         values = [loss(logits, labels, 1.0, rows), loss.image_level(logits, labels, 1.0, rows)]
         are_sums = all(value.shape == () and value.item() == 0 for value in values)
         shape = tuple(loss.scores(logits).shape)
+    except ValueError as error:  # the value of an option
+        raise ValueError(f"{where}: {error}") from error
     except Exception as error:
         raise ValueError(
             f"{where}: built from {len(categories)} categories and tried on no rows, it fails with "

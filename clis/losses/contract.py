@@ -99,7 +99,7 @@ class ClassificationLoss(nn.Module):
         raise NotImplementedError
 
     def statistics(self, logits: Tensor, labels: Tensor, rows: Rows) -> Tensor:
-        """Count what `update` needs: float64 of one shape, which adds up over rows; by default nothing.
+        """Count what `update` needs: float64 of one shape, which adds up over images; by default nothing.
 
         Called without a gradient, on sampled RoIs alone; arguments as of `forward`.
         """

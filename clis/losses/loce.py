@@ -1,18 +1,4 @@
-"""LOCE's equilibrium loss: margins by how sure the detector is of each class at present.
-
-Source: Feng et al., Exploring Classification Equilibrium in Long-Tailed Object Detection, arXiv 2108.07507
-(`EquilibriumLoss`, `LoceRoIHead`). Softmax cross-entropy of z_j + log s_j over C classes and background,
-where s_j is the mean probability that rows of class j give to j: a class that is hard to recognize (s_j
-small) gets a margin. Sum / rows. Test score: the softmax of z_j.
-
-State: s_j, from 0.01 on; after each step s_j <- a s_j + (1 - a) mean with a = 0.9^n, for the n objects of j
-in the step. Background's s is 0.01 throughout.
-
-What differs: the loss alone, not the memory of RoI features that LOCE adds. n counts images with the class
-instead of objects, and the mean is over an image's rows first: rows do not tell which object they match. The
-state moves after the step instead of before its loss. The original fine-tunes the heads of a softmax
-baseline.
-"""
+"""LOCE's equilibrium loss: margins by how well each class is recognized at present."""
 
 from __future__ import annotations
 
@@ -29,7 +15,25 @@ from clis.losses.precision import at_least_float32
 
 
 class LOCE(CrossEntropy):
-    """Cross-entropy with the log of each class's mean score as a margin."""
+    """Equilibrium loss of LOCE (Feng et al., arXiv 2108.07507; official code: fcjian/LOCE).
+
+    Cross-entropy over C classes and background of z_j + log s_j, where s_j is the mean probability that RoIs
+    of class j give their own class; so classes that are badly recognized get a margin. The score is the
+    softmax of z. s starts at 0.01, and a step with n objects of class j moves it to 0.9^n s_j + (1 - 0.9^n)
+    times their mean; background has 0.01 throughout.
+
+    The official recipe fine-tunes the heads of a softmax baseline for 6 epochs.
+
+    What differs from the official code, and why:
+    - The loss alone, without the memory of RoI features from which LOCE samples rare classes.
+    - n counts images with the class instead of objects, whose RoIs are averaged first: a loss is not told
+      which object a RoI belongs to.
+    - s moves after the step, not before its loss, and counts all processes.
+
+    Regions of the image-level stream have the same margins. They are never counted.
+    """
+
+    mean_scores: Tensor
 
     def __init__(
         self,
@@ -41,23 +45,26 @@ class LOCE(CrossEntropy):
     ) -> None:
         """
         Args:
-            momentum: of the mean scores, for each image that has the class.
-            start: of the mean scores.
-            background: its mean score, constant.
+            momentum: of the mean scores, for each image with the class.
+            start: first value of the mean scores.
+            background: mean score of background.
         """
         super().__init__(categories)
+        for name, value in (("start", start), ("background", background)):
+            if not value > 0:
+                raise ValueError(f"{name}={value:g}: must be above 0")
         self.momentum, self.background = momentum, background
         self.register_buffer("mean_scores", torch.full((self.num_classes,), start, dtype=torch.float64))
 
     def forward(
         self, logits: Tensor, labels: Tensor, normalizer: Tensor | float, rows: Rows | None = None
     ) -> Tensor:
-        logits = at_least_float32(logits)
+        z = at_least_float32(logits)
         margins = F.pad(self.mean_scores, (0, 1), value=self.background).log()
-        return super().forward(logits + margins.to(logits), labels, normalizer)
+        return super().forward(z + margins.to(z), labels, normalizer)
 
     def statistics(self, logits: Tensor, labels: Tensor, rows: Rows) -> Tensor:
-        """Mean scores of each class, added up over the images that have it, and how many do: [2,C]."""
+        """Add up over the images that have a class its mean score there, and count them: [2,C]."""
         own = at_least_float32(logits).softmax(dim=1).gather(1, labels[:, None]).squeeze(1).double()
         place = rows.images * self.num_logits + labels
         empty = own.new_zeros(rows.num_images * self.num_logits)
@@ -73,6 +80,6 @@ class LOCE(CrossEntropy):
 
     def summary(self) -> dict[str, float]:
         return {
-            "mean_score_least": self.mean_scores.min().item(),
             "mean_score_median": self.mean_scores.median().item(),
+            "mean_score_min": self.mean_scores.min().item(),
         }

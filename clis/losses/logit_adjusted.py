@@ -1,18 +1,4 @@
-"""Balanced softmax and logit adjustment: training takes the softmax of z_j + tau log n_j, inference of z_j.
-
-Sources: Ren et al., Balanced Meta-Softmax, arXiv 2007.10740 (`BalancedMetaSoftmax`); Menon et al., Long-tail
-learning via logit adjustment, arXiv 2007.07314 (tau = 1). n_j are the training images of class j, at least 1.
-
-Over classes alone the two are the same for tau = 1, since a constant drops out of a softmax. They differ
-where background takes part, of which neither formula knows; here its logit is untouched. Balanced softmax
-adds log n_j as printed, so that training starts with background behind every class, and all odds against
-background are lower at inference by the geometric mean of n_j. Logit adjustment takes log n_j less its mean
-over the classes, which leaves these odds as they are on average.
-
-What differs: BALMS' own detector has C sigmoids instead of the softmax, whose logits it shifts on foreground
-rows alone, by the log odds of the share of images; and it learns a sampler. The image-level stream has no
-long tail: its rows take the softmax of z_j, which is the adjustment by a uniform prior.
-"""
+"""Balanced softmax and logit adjustment: class frequencies as margins in training, none at test."""
 
 from __future__ import annotations
 
@@ -29,7 +15,22 @@ from clis.losses.precision import at_least_float32
 
 
 class BalancedSoftmax(CrossEntropy):
-    """Cross-entropy of z_j + log n_j; softmax of z_j at test."""
+    """Balanced softmax (Ren et al., arXiv 2007.10740; official code: BalancedMetaSoftmax).
+
+    Cross-entropy over C classes and background of z_j + log n_j, where n_j is the number of training images
+    of class j, at least 1; the score is the softmax of z. The formula has no background: here its logit is
+    untouched. So training starts with background far behind every class, and at test the odds against
+    background are lower than in training by n_j.
+
+    What differs from the official code, and why:
+    - The official detector has C sigmoids instead of this softmax, which is the paper's formula. It shifts
+      their logits on foreground rows alone, by the log odds of the class's share of images.
+    - No meta-learned sampler.
+
+    Regions of the image-level stream have a plain cross-entropy: that stream has no long tail.
+    """
+
+    shift: Tensor
 
     def __init__(self, categories: Sequence[Any]) -> None:
         super().__init__(categories)
@@ -39,17 +40,26 @@ class BalancedSoftmax(CrossEntropy):
     def forward(
         self, logits: Tensor, labels: Tensor, normalizer: Tensor | float, rows: Rows | None = None
     ) -> Tensor:
-        logits = at_least_float32(logits)
-        return super().forward(logits + self.shift.to(logits), labels, normalizer)
+        z = at_least_float32(logits)
+        return super().forward(z + self.shift.to(z), labels, normalizer)
 
     def image_level(self, logits: Tensor, labels: Tensor, normalizer: Tensor | float, rows: Rows) -> Tensor:
         return super().forward(logits, labels, normalizer)
 
 
 class LogitAdjusted(BalancedSoftmax):
-    """Cross-entropy of z_j + tau (log n_j - mean of log n); softmax of z_j at test."""
+    """Logit adjustment (Menon et al., arXiv 2007.07314), the loss; officially tau = 1.
+
+    Cross-entropy of z_j + tau (log n_j - m), where m is the mean of log n over the classes; all else as in
+    balanced softmax. Among classes, tau = 1 is balanced softmax, since a constant drops out of a softmax.
+    Taking m off leaves the odds against background as they are on average.
+    """
 
     def __init__(self, categories: Sequence[Any], *, tau: float = 1.0) -> None:
+        """
+        Args:
+            tau: strength of the adjustment; 0 is none.
+        """
         super().__init__(categories)
         log_counts = self.shift[:-1]
         self.shift = F.pad(tau * (log_counts - log_counts.mean()), (0, 1))

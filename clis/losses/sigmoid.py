@@ -1,35 +1,24 @@
-"""What losses with one sigmoid per class share."""
+"""What the losses of independent sigmoids share: their targets and their prior."""
 
 from __future__ import annotations
 
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 
+def one_hot(labels: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
+    """Return [N,columns] with a 1 in the column of each row's label; no column, no 1 (background)."""
+    return (labels[:, None] == torch.arange(columns, device=labels.device)).to(dtype)
+
+
 def prior_logit(prior: float) -> float:
-    """Give the logit of a probability, in (0,1): added to logits, it is where all classes start."""
-    if not 0 < prior < 1:
-        raise ValueError(f"prior={prior}: must be between 0 and 1")
-    return math.log(prior / (1 - prior))
+    """Return the logit of a sigmoid that is `prior`, in [0,1); 0, which stands for no prior, gives 0.
 
-
-def one_hot(labels: Tensor, num_columns: int) -> Tensor:
-    """Compare labels int64 [N] with the columns: bool [N,K]; background without a column has none true."""
-    return labels[:, None] == torch.arange(num_columns, device=labels.device)
-
-
-def binary_cross_entropy(
-    logits: Tensor, targets: Tensor, weights: Tensor | None, normalizer: Tensor | float
-) -> Tensor:
-    """Sum the binary cross-entropy of logits [N,K] over rows and columns, divided by `normalizer`.
-
-    Args:
-        targets: bool [N,K].
-        weights: [N,K] or None.
+    Added to the logits, it does what the usual start of the bias does, without a head that knows its loss;
+    and weight decay pulls the bias to the prior, not to a probability of 1/2.
     """
-    weights = None if weights is None else weights.to(logits)
-    total = F.binary_cross_entropy_with_logits(logits, targets.to(logits), weights, reduction="sum")
-    return total / normalizer
+    if not 0 <= prior < 1:
+        raise ValueError(f"prior={prior:g}: must be at least 0, which switches it off, and below 1")
+    return math.log(prior / (1 - prior)) if prior > 0 else 0.0
