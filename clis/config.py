@@ -479,6 +479,10 @@ class TestConfig:
     """Whose bilinear resizing: ``pillow`` has antialiasing (detectron2), ``opencv`` has none (mmdetection),
     both in uint8; ``torchvision``'s detectors have none, in float, and round the sizes down."""
     images_per_batch: int = setting(1, SHARED | MACHINE)
+    calibration: str | None = setting(None, OWN)
+    """Correct the class probabilities for the long tail, before the objectness is multiplied in: ``norcal``,
+    ``fracal`` (clis/models/calibration.py), with options as in `loss.classification`, e.g.
+    ``norcal(gamma=0.6)``. Needs a loss with a softmax over classes and background; null is none."""
 
     def __post_init__(self) -> None:
         rules = Rules("test", self)

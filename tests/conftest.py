@@ -31,12 +31,21 @@ NUM_CLASSES = len(CATEGORIES)
 
 OWN_OBJECTNESS = ("clis.objectness=false",)
 LOSSES: dict[str, tuple[str, ...]] = {
+    "acsl": (),
+    "bags": OWN_OBJECTNESS,
+    "bags(objectness=false)": (),
+    "balanced_softmax": (),
     "cross_entropy": (),
     "cross_entropy(pcb=0.4, pcb_start=0)": (),
+    "drop": (),
     "efl": (),
     "eql": (),
     "eqlv2": OWN_OBJECTNESS,
     "eqlv2(objectness=false, pcb=0.2, pcb_start=0)": (),
+    "federated(classes=3)": (),
+    "gumbel": (),
+    "loce": (),
+    "logit_adjusted": (),
     "seesaw": OWN_OBJECTNESS,
     "seesaw(objectness=false)": (),
     "seesaw(pcb=0.05, pcb_start=0)": OWN_OBJECTNESS,
@@ -118,12 +127,13 @@ def normalizers_of(batch: Batch) -> Normalizers:
     return Normalizers(len(batch.images), max(1, len(batch.regions)), max(1, len(batch.pair_boxes)))
 
 
-def rows_of(images: Sequence[int], normalizer: float | None = None) -> Rows:
+def rows_of(images: Sequence[int], normalizer: float | None = None, first_seed: int = 0) -> Rows:
     """Rows of these images, which are numbered from 0; by default of the whole global batch."""
     count = max(images, default=-1) + 1
 
     def uniform(numbers: int) -> torch.Tensor:
-        return torch.stack([box_ops.uniform(numbers, seed, torch.device("cpu")) for seed in range(count)])
+        drawn = [box_ops.uniform(numbers, first_seed + image, torch.device("cpu")) for image in range(count)]
+        return torch.stack([torch.zeros(numbers, dtype=torch.float64), *drawn])[1:]
 
     return Rows(torch.tensor(images, dtype=torch.int64), count, normalizer or max(1, count), uniform)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import inspect
 import json
 import os
 import re
@@ -21,6 +22,9 @@ from clis.config import RESUMABLE, Config
 from clis.config_files import config_to_dict, flatten, load_config
 from clis.data.categories import Category
 from clis.data.shapes import CLASS_NAMES, ShapesSpec, frequency_order, train_image_counts, val_image_counts
+from clis.losses import CLASSIFICATION_LOSSES, build_classification_loss
+from clis.losses.options import check_options, read_call
+from clis.models.calibration import CALIBRATIONS
 
 # The example at the size of a test: a small network from random weights on small images, few steps.
 SMALL = [value for value in SHORT if not value.startswith("data.generate")] + [
@@ -130,11 +134,44 @@ def test_the_shown_loss_is_its_formula():
     loss = namespace["LogitAdjusted"](categories)
     logits = torch.full((1, 3), 0.3)
     for label, probability in enumerate([1 / 7, 4 / 7, 2 / 7]):
-        value = loss(logits, torch.tensor([label]), 1.0)
+        value = loss(logits, torch.tensor([label]), 1.0, None)
         torch.testing.assert_close(value, -torch.tensor(probability).log())
-    every = loss(logits.expand(3, 3), torch.tensor([0, 1, 2]), 6.0)
+    every = loss(logits.expand(3, 3), torch.tensor([0, 1, 2]), 6.0, None)
     torch.testing.assert_close(every, -torch.tensor(8 / 343).log() / 6)
     torch.testing.assert_close(loss.scores(logits), torch.full((1, 2), 1 / 3))
+
+
+def test_the_shown_loss_is_the_built_in_one():
+    (code,) = blocks("benchmark.md", "python")
+    namespace: dict = {"__name__": "logit_adjusted"}
+    exec(code, namespace)
+    categories = [
+        Category(id=count, name=f"class{count}", frequency="r", image_count=count) for count in (0, 3, 50)
+    ]
+    shown, ours = (
+        namespace["LogitAdjusted"](categories),
+        build_classification_loss("logit_adjusted", categories),
+    )
+    logits, labels = torch.randn(8, 4, generator=torch.Generator().manual_seed(0)), torch.arange(8) % 4
+    torch.testing.assert_close(ours(logits, labels, 8.0), shown(logits, labels, 8.0, None))
+    torch.testing.assert_close(ours.scores(logits), shown.scores(logits))
+
+
+def test_the_table_of_losses_has_their_options_and_defaults():
+    """Of every loss and calibration that is there; each is built as the table writes it."""
+    section = text_of("benchmark.md").split("## Losses")[1].split("\n## ")[0]
+    shown = re.findall(r"^\| `(\w+)(\([^`]*\))?` \|", section, flags=re.M)
+    assert set(CLASSIFICATION_LOSSES) | set(CALIBRATIONS) <= {name for name, _ in shown}
+    for name, options in shown:
+        if name not in CLASSIFICATION_LOSSES and name not in CALIBRATIONS:
+            continue
+        built = CLASSIFICATION_LOSSES.get(name) or CALIBRATIONS[name]
+        _, given = read_call(name + options, name)
+        check_options(given, built, name)
+        parameters = inspect.signature(built.__init__).parameters.values()
+        defaults = {each.name: each.default for each in parameters if each.kind is each.KEYWORD_ONLY}
+        defaults.pop("pcb_start", None)  # explained below the table: 2/3 is no literal
+        assert given == defaults, name
 
 
 def test_shown_studies_are_studies(tmp_path):

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from conftest import CATEGORIES, LOSSES, rows_of
 from runs import assert_same_state
+from torch import Tensor
 
 from clis.losses import (
     CLASSIFICATION_LOSSES,
@@ -135,18 +136,24 @@ class TestEveryClassificationLoss:
         moved = any(not torch.equal(loss.state_dict()[key], before[key]) for key in before)
         assert moved == (counted.numel() > 0)
 
-    def test_sums_over_rows(self, name):
-        """However rows are split, also where the state has moved."""
+    def test_adds_up_over_images(self, name):
+        """However the images of a batch are split, also where the state has moved."""
         loss = self.make(name, steps=3)
-        logits = randn(8, loss.num_logits, seed=7)
-        parts = [torch.tensor([0, 5, 6]), torch.tensor([1, 2]), torch.tensor([3, 4, 7])]
-        for function in (
-            lambda rows: loss(logits[rows], self.LABELS[rows], 8.0, rows_of([0] * len(rows))),
-            lambda rows: loss.image_level(logits[rows], self.LABELS[rows] % 5, 8.0, rows_of([0] * len(rows))),
-            lambda rows: loss.statistics(logits[rows], self.LABELS[rows], rows_of([0] * len(rows))),
-        ):
-            whole, split = function(torch.arange(8)), sum(function(rows) for rows in parts)
-            torch.testing.assert_close(split, whole, rtol=0, atol=1e-12)
+        logits, images = randn(8, loss.num_logits, seed=7), torch.tensor([0, 1, 1, 2, 2, 0, 0, 2])
+
+        def values(first: int, last: int) -> list[Tensor]:
+            """Of the images from `first` to before `last`."""
+            mine = (images >= first) & (images < last)
+            rows = rows_of((images[mine] - first).tolist(), normalizer=3, first_seed=first)
+            labels = self.LABELS[mine]
+            return [
+                loss(logits[mine], labels, 8.0, rows),
+                loss.image_level(logits[mine], labels % 5, 8.0, rows),
+                loss.statistics(logits[mine], labels, rows),
+            ]
+
+        for whole, *parts in zip(values(0, 3), values(0, 1), values(1, 2), values(2, 3)):
+            torch.testing.assert_close(sum(parts), whole, rtol=0, atol=1e-12)
 
     def test_resumes_in_the_middle_of_its_accumulation(self, name):
         loss, resumed = self.make(name, steps=3), self.make(name)

@@ -43,7 +43,7 @@ from clis.engine.regions import detector_checkpoint, read_boxes
 from clis.engine.run_folder import RunFolder, regions_file
 from clis.engine.start import check_start, starting_weights
 from clis.losses import find_classification_loss
-from clis.models import build_classifier, build_model
+from clis.models import build_classifier, build_model, find_calibration
 from clis.progress import Progress, say
 
 SHOWN = 5
@@ -124,6 +124,7 @@ def check(
         )
         with report.catching():
             find_classification_loss(config.loss.classification)
+            find_calibration(config.test.calibration, config.loss.classification)
         return report
     plan = PlannedRun("the run", config, None, None)
     with report.catching():

@@ -32,6 +32,7 @@ from clis.engine.preemption import StopRequest
 from clis.engine.prerequisites import PlannedRun, plan_run, shared_overrides
 from clis.engine.run_folder import RunFolder
 from clis.losses import find_classification_loss
+from clis.models import find_calibration
 from clis.progress import say
 
 KEY_VERSION = 3
@@ -318,6 +319,7 @@ def _plan(
     """Add the job of a row and seed, and of what it needs, to those that are planned already."""
     run = study.run(row, seed, overrides)
     find_classification_loss(run.config.loss.classification)  # a typo is reported before any work starts
+    find_calibration(run.config.test.calibration, run.config.loss.classification)
     _plan_training(run, f"training of {row.name}, seed {seed}", out, plan).results.append((row.name, seed))
 
 

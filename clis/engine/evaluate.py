@@ -39,6 +39,7 @@ def evaluate_detector(detector: CLISDetector, config: Config, folder: RunFolder)
         ranks.
     """
     annotations = load_validation(config, detector.categories)
+    measure_calibration(detector, config)
     detections = run_detector(detector, config, annotations)
     metrics: dict[str, float] = {}
     if is_main():
@@ -56,6 +57,20 @@ def load_validation(config: Config, categories: Sequence[Category]) -> Annotatio
     annotations = read_annotations(data_path(config, config.data.val))
     check_same_categories(categories, "the detector", annotations.categories, annotations.path)
     return dataclasses.replace(annotations, categories=tuple(categories))
+
+
+def measure_calibration(detector: CLISDetector, config: Config) -> None:
+    """Let the detector's calibration measure `data.train`, if it needs to and has not yet."""
+    calibration = detector.calibration
+    if calibration is None or calibration.weights is not None:
+        return
+    training = read_annotations(data_path(config, config.data.train))
+    check_same_categories(detector.categories, "the detector", training.categories, training.path)
+    sizes = np.repeat(training.image_sizes[:, ::-1], np.diff(training.offsets), axis=0)
+    centers = (training.bboxes[:, :2] + training.bboxes[:, 2:] / 2) / sizes
+    device = next(detector.parameters()).device
+    calibration.measure(len(training), torch.from_numpy(centers), torch.tensor(training.labels))
+    calibration.to(device)
 
 
 def check_validation(config: Config, categories: Sequence[Category]) -> None:

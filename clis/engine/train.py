@@ -48,7 +48,7 @@ from clis.engine.skipped import SkippedSteps
 from clis.engine.start import check_start, starting_model
 from clis.losses import find_classification_loss
 from clis.metric.lvis_eval import format_table
-from clis.models import CLISDetector, Normalizers, Pending, TrainOutput
+from clis.models import CLISDetector, Normalizers, Pending, TrainOutput, find_calibration
 from clis.progress import Progress, say
 
 ADVICE = "a lower optim.lr or loss.beta, a longer optim.warmup_steps or an optim.clip_norm may help"
@@ -61,6 +61,7 @@ def recipe(config: Config, name: str, overrides: Sequence[str], device: torch.de
     runs = list(plan.walk())
     for each in runs:  # mistakes are reported before any work starts
         find_classification_loss(each.config.loss.classification)
+        find_calibration(each.config.test.calibration, each.config.loss.classification)
         check_start(each)
     for each in runs:
         RunFolder(each.config.output).claim(each.config)

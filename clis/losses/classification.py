@@ -2,32 +2,44 @@
 
 from __future__ import annotations
 
-import ast
-import difflib
 import functools
 import importlib
-import inspect
 import os
 import sys
-import typing
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
 import torch
 
+from clis.losses.acsl import ACSL
+from clis.losses.bags import BAGS
 from clis.losses.contract import ClassificationLoss, Rows
 from clis.losses.cross_entropy import CrossEntropy
+from clis.losses.drop import Drop
 from clis.losses.efl import EFL
 from clis.losses.eql import EQL
 from clis.losses.eqlv2 import EQLv2
+from clis.losses.federated import Federated
+from clis.losses.gumbel import Gumbel
+from clis.losses.loce import LOCE
+from clis.losses.logit_adjusted import BalancedSoftmax, LogitAdjusted
+from clis.losses.options import check_options, nearest, read_call
 from clis.losses.seesaw import Seesaw
 
 CLASSIFICATION_LOSSES: dict[str, type[ClassificationLoss]] = {
+    "acsl": ACSL,
+    "bags": BAGS,
+    "balanced_softmax": BalancedSoftmax,
     "cross_entropy": CrossEntropy,
+    "drop": Drop,
     "efl": EFL,
     "eql": EQL,
     "eqlv2": EQLv2,
+    "federated": Federated,
+    "gumbel": Gumbel,
+    "loce": LOCE,
+    "logit_adjusted": LogitAdjusted,
     "seesaw": Seesaw,
 }
 """Ours, by name."""
@@ -36,10 +48,9 @@ _NEEDED = (
     "num_logits, forward(logits, labels, normalizer, rows) and scores(logits) of a subclass of "
     "clis.losses.ClassificationLoss: see docs/benchmark.md"
 )
-_KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a string"}
 
 
-def find_classification_loss(text: str) -> Callable[[Sequence[Any]], ClassificationLoss]:
+def find_classification_loss(text: str) -> functools.partial[ClassificationLoss]:
     """Find the loss that `loss.classification` names: what builds it from the categories.
 
     The text is the name of one of `CLASSIFICATION_LOSSES`, or ``module:Class``, with options as in a call:
@@ -52,11 +63,9 @@ def find_classification_loss(text: str) -> Callable[[Sequence[Any]], Classificat
             or no such loss in it.
     """
     where = f"loss.classification={text}"
-    name, parenthesis, _ = text.partition("(")
-    name = name.strip()
+    name, options = read_call(text, where)
     found = CLASSIFICATION_LOSSES.get(name) or _find_in_module(name, where)
-    options = _read_options(text[len(name) :].strip(), where) if parenthesis else {}
-    _check_options(options, found, where)
+    check_options(options, found, where)
     return functools.partial(found, **options)
 
 
@@ -100,7 +109,7 @@ def build_classification_loss(text: str, categories: Sequence[Any]) -> Classific
 def _find_in_module(name: str, where: str) -> type[ClassificationLoss]:
     module_name, colon, class_name = name.partition(":")
     if not colon:
-        known = _nearest(name, CLASSIFICATION_LOSSES)
+        known = nearest(name, CLASSIFICATION_LOSSES)
         raise ValueError(f"{where}: there is no such loss; {known} One of your own is written module:Class")
     words = [*module_name.split("."), class_name]
     if not all(word.isidentifier() for word in words) or module_name.endswith(".py"):
@@ -110,7 +119,7 @@ def _find_in_module(name: str, where: str) -> type[ClassificationLoss]:
     found = getattr(module, class_name, None)
     if found is None:
         classes = [key for key, value in vars(module).items() if _is_loss(value)]
-        raise ValueError(f"{where}: {source} has no class {class_name}; {_nearest(class_name, classes)}")
+        raise ValueError(f"{where}: {source} has no class {class_name}; {nearest(class_name, classes)}")
     if not _is_loss(found):
         raise ValueError(f"{where}: {class_name} in {source} is not a loss; it needs {_NEEDED}")
     for part in ("forward", "scores"):
@@ -122,45 +131,6 @@ def _find_in_module(name: str, where: str) -> type[ClassificationLoss]:
 def _is_loss(value: Any) -> bool:
     is_class = isinstance(value, type) and issubclass(value, ClassificationLoss)
     return is_class and value is not ClassificationLoss
-
-
-def _read_options(call: str, where: str) -> dict[str, Any]:
-    """Read ``(name=literal, ...)``; `true` and `false` may be written as in YAML."""
-    form = f"{where}: write options as in a call, e.g. eqlv2(gamma=10)"
-    try:
-        node = ast.parse(f"f{call}", mode="eval").body
-    except SyntaxError:
-        raise ValueError(form) from None
-    if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Name) or node.args:
-        raise ValueError(form)
-    if len({keyword.arg for keyword in node.keywords} - {None}) < len(node.keywords):
-        raise ValueError(form)  # an option twice, or **options
-    options: dict[str, Any] = {}
-    for keyword in node.keywords:
-        value = keyword.value
-        if isinstance(value, ast.Name) and value.id in ("true", "false", "null"):
-            options[str(keyword.arg)] = {"true": True, "false": False, "null": None}[value.id]
-            continue
-        try:
-            options[str(keyword.arg)] = ast.literal_eval(value)
-        except ValueError:
-            raise ValueError(f"{where}: {keyword.arg} is not a plain value; {form}") from None
-    return options
-
-
-def _check_options(options: dict[str, Any], found: type[ClassificationLoss], where: str) -> None:
-    """Check names and types of options against the keyword parameters of the constructor."""
-    parameters = inspect.signature(found.__init__).parameters.values()
-    known = [each.name for each in parameters if each.kind is inspect.Parameter.KEYWORD_ONLY]
-    hints = typing.get_type_hints(found.__init__) if options else {}
-    for name, value in options.items():
-        if name not in known:
-            raise ValueError(f"{where}: it has no option {name}; {_nearest(name, known)}")
-        kind = hints.get(name)
-        if kind is float and isinstance(value, int) and not isinstance(value, bool):
-            options[name] = float(value)
-        elif kind in _KINDS and type(value) is not kind:
-            raise ValueError(f"{where}: {name} is {value!r}; expected {_KINDS[kind]}")
 
 
 def _import(name: str, where: str) -> ModuleType:
@@ -177,9 +147,3 @@ def _import(name: str, where: str) -> ModuleType:
                 "it lies in, or name that folder in PYTHONPATH"
             )
         raise ValueError(f"{where}: {problem}") from error
-
-
-def _nearest(name: str, known: Iterable[str]) -> str:
-    known = list(known)
-    like = difflib.get_close_matches(name, known, n=1)
-    return f"did you mean {like[0]}?" if like else f"known: {', '.join(known) or 'none'}."

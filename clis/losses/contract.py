@@ -24,6 +24,13 @@ class Rows:
     """Draws n numbers in [0,1) per image, float64 [I,n]: a function of the image's seed alone, so the same
     on any number of processes and at every call."""
 
+    def sum_per_image(self, values: Tensor) -> Tensor:
+        """Add up the rows [N,K] of each image: [I,K]."""
+        places = torch.arange(self.num_images, device=self.images.device)
+        member = (self.images == places[:, None]).to(values.dtype)
+        with torch.autocast(values.device.type, enabled=False):  # which would multiply in bfloat16
+            return member @ values
+
     def mean_per_image(self, values: Tensor, weights: Tensor) -> Tensor:
         """Average over the rows of each image, then over the images of the global batch.
 
@@ -35,9 +42,7 @@ class Rows:
         Returns:
             [K]; an image whose weights add up to less than 1 is divided by 1.
         """
-        places = torch.arange(self.num_images, device=self.images.device)
-        member = (self.images == places[:, None]).to(values.dtype)
-        means = (member @ (values * weights)) / (member @ weights).clamp(min=1)
+        means = self.sum_per_image(values * weights) / self.sum_per_image(weights).clamp(min=1)
         return means.sum(dim=0) / self.normalizer
 
 
@@ -55,6 +60,9 @@ class ClassificationLoss(nn.Module):
     """K, the outputs of the last fc."""
     has_objectness = False
     """Whether the scores contain an objectness of the loss's own; not together with `clis.objectness`."""
+    softmax_scores = False
+    """Whether the scores of a row are probabilities of exclusive classes: with that of background they add up
+    to 1. `test.calibration` needs them."""
 
     def __init__(self, categories: Sequence[Any]) -> None:
         """
@@ -91,7 +99,7 @@ class ClassificationLoss(nn.Module):
         raise NotImplementedError
 
     def statistics(self, logits: Tensor, labels: Tensor, rows: Rows) -> Tensor:
-        """Count what `update` needs: float64 of one shape, which adds up over rows; by default nothing.
+        """Count what `update` needs: float64 of one shape, which adds up over images; by default nothing.
 
         Called without a gradient, on sampled RoIs alone; arguments as of `forward`.
         """

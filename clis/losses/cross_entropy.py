@@ -20,6 +20,8 @@ class CrossEntropy(ClassificationLoss):
     over the C classes, as in the official code.
     """
 
+    softmax_scores = True
+
     def __init__(self, categories: Sequence[Any], *, pcb: float = 0.0, pcb_start: float = 2 / 3) -> None:
         """
         Args:

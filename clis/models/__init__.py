@@ -11,6 +11,7 @@ import torch
 from clis.config import Config, data_path
 from clis.losses import build_classification_loss
 from clis.models.backbone import Backbone, ImageClassifier, ResNet
+from clis.models.calibration import find_calibration
 from clis.models.contrastive import ContrastiveRegularization
 from clis.models.detector import CLISDetector, Normalizers, Pending, TrainOutput
 from clis.models.heads import ClassificationHead, LocalizationHead, TwoFC
@@ -27,6 +28,7 @@ __all__ = [
     "TrainOutput",
     "build_classifier",
     "build_model",
+    "find_calibration",
 ]
 
 
@@ -44,7 +46,8 @@ def build_model(config: Config, categories: Sequence[Any], *, pretrained: bool |
 
     Raises:
         FileNotFoundError, ValueError: the backbone weights are missing or of another network, or
-            `loss.classification` names no classification loss.
+            `loss.classification` names no classification loss, or `test.calibration` no calibration of its
+            scores.
     """
     model, clis = config.model, config.clis
     num_classes = len(categories)
@@ -60,6 +63,7 @@ def build_model(config: Config, categories: Sequence[Any], *, pretrained: bool |
             "clis.objectness=true would multiply a second one into the score: switch off one of them, the "
             "loss's by its option objectness=false"
         )
+    calibration = find_calibration(config.test.calibration, config.loss.classification)
 
     def sub_network() -> TwoFC:
         return TwoFC(model.backbone.fpn_channels * model.roi.pool_size**2, model.roi.fc_dim)
@@ -99,6 +103,7 @@ def build_model(config: Config, categories: Sequence[Any], *, pretrained: bool |
         image_classification=image_classification,
         contrastive=contrastive,
         classification_loss=loss,
+        calibration=None if calibration is None else calibration(categories),
         roi_config=model.roi,
         test_config=config.test,
         max_size=config.data.max_size,

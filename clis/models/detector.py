@@ -15,6 +15,7 @@ from clis import boxes as box_ops
 from clis.config import TestConfig
 from clis.losses import ClassificationLoss, Rows, at_least_float32, l1_loss, objectness_loss
 from clis.models.backbone import Backbone
+from clis.models.calibration import Calibration
 from clis.models.contrastive import ContrastiveRegularization
 from clis.models.heads import ClassificationHead, LocalizationHead
 from clis.models.roi import ImageDetections, RoIPooler, SampledRoIs, sample_rois, select_detections
@@ -77,6 +78,7 @@ class CLISDetector(nn.Module):
         image_classification: ClassificationHead | None,
         contrastive: ContrastiveRegularization | None,
         classification_loss: ClassificationLoss,
+        calibration: Calibration | None,
         roi_config: RoIConfig,
         test_config: TestConfig,
         max_size: int,
@@ -94,7 +96,7 @@ class CLISDetector(nn.Module):
         self.classification = classification
         self.image_classification = image_classification
         self.contrastive = contrastive
-        self.classification_loss = classification_loss
+        self.classification_loss, self.calibration = classification_loss, calibration
         self.roi_config, self.test_config, self.max_size = roi_config, test_config, max_size
         self.categories = tuple(categories)
         self.nms = box_ops.nms_top_k
@@ -218,7 +220,8 @@ class CLISDetector(nn.Module):
     ) -> list[tuple[Tensor, Tensor, Tensor]]:
         """Of each image, as it is given: RoIs [n,4], scores [n,C] and box deltas [n, C or 1, 4].
 
-        The score is the class probability, times the objectness where there is one (section III-B.5).
+        The score is the class probability, calibrated as `test.calibration` says, times the objectness where
+        there is one (section III-B.5).
 
         Args:
             max_size: the longest side that such images may have; see `BackboneConfig.canvas`.
@@ -233,6 +236,8 @@ class CLISDetector(nn.Module):
         pooled = self.roi_align(features, torch.cat(proposals), rows)
         instance_features = self.classification.sub_network(pooled)
         scores = self.classification_loss.scores(self.classification.fc_cls(instance_features))
+        if self.calibration is not None:
+            scores = self.calibration(scores)
         localized = self._localization_features(pooled, instance_features)
         if self.localization.fc_objectness is not None:
             scores = scores * at_least_float32(self.localization.fc_objectness(localized)).sigmoid()

@@ -1,0 +1,69 @@
+"""Adaptive class suppression loss: a class is a negative only where it is too sure of itself."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from clis.losses.contract import ClassificationLoss, Rows
+from clis.losses.precision import at_least_float32
+from clis.losses.sigmoid import one_hot, prior_logit
+
+
+class ACSL(ClassificationLoss):
+    """Adaptive class suppression loss (Wang et al., arXiv 2104.00885; official code: CASIA-IVA-Lab/ACSL).
+
+    Sigmoid cross-entropy of C classes and background, the score is s(z). RoIs of class y are positives of y,
+    and negatives of those other columns that they give a probability of at least 0.7. Background is a
+    negative of frequent classes, in 10 % of its RoIs of common ones and in 1 % of rare ones.
+
+    The official recipe trains only the last layer, for 12 epochs, starting from a softmax baseline with its
+    weights; `prior=0` then leaves their logits as they are.
+
+    What differs from the official code, and why:
+    - It draws the background RoIs that count. Here all of them count, with the weights 0.1 and 0.01, which
+      have the same expectation and need no random numbers.
+    - The prior is a constant added to all logits instead of the start of the bias.
+
+    Regions of the image-level stream are treated as RoIs of their class.
+    """
+
+    background_weights: Tensor
+
+    def __init__(
+        self,
+        categories: Sequence[Any],
+        *,
+        threshold: float = 0.7,
+        rare: float = 0.01,
+        common: float = 0.1,
+        prior: float = 0.01,
+    ) -> None:
+        """
+        Args:
+            categories: with `frequency`.
+            threshold: least probability at which an object is a negative of another class.
+            rare, common: weights of background as a negative of such classes.
+            prior: probability that all sigmoids start from; 0 is none, i.e. 1/2.
+        """
+        super().__init__(categories)
+        self.num_logits = self.num_classes + 1
+        self.threshold, self.shift = threshold, prior_logit(prior)
+        weights = [{"r": rare, "c": common}.get(each.frequency, 1.0) for each in categories]
+        background_weights = torch.tensor([*weights, 1.0], dtype=torch.float64)
+        self.register_buffer("background_weights", background_weights, persistent=False)
+
+    def forward(self, logits: Tensor, labels: Tensor, normalizer: Tensor | float, rows: Rows) -> Tensor:
+        z = at_least_float32(logits) + self.shift
+        targets = one_hot(labels, self.num_logits, z.dtype)
+        sure = (z.detach().sigmoid() >= self.threshold).to(z)
+        is_object = (labels < self.num_classes)[:, None]
+        weights = torch.where(is_object, sure.maximum(targets), self.background_weights.to(z))
+        return F.binary_cross_entropy_with_logits(z, targets, weights, reduction="sum") / normalizer
+
+    def scores(self, logits: Tensor) -> Tensor:
+        return (at_least_float32(logits)[:, :-1] + self.shift).sigmoid()

@@ -1,0 +1,66 @@
+"""Gumbel optimized loss: another activation in place of the sigmoid."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from clis.losses.contract import ClassificationLoss, Rows
+from clis.losses.precision import at_least_float32
+from clis.losses.sigmoid import one_hot
+
+
+def gumbel(z: Tensor) -> Tensor:
+    """Return the Gumbel activation exp(-exp(-z)), in 0..1."""
+    return (-(-z).exp()).exp()
+
+
+def gumbel_logit(prior: float) -> float:
+    """Return the logit whose activation is `prior`, in [0,1); 0, which stands for no prior, gives 0."""
+    if not 0 <= prior < 1:
+        raise ValueError(f"prior={prior:g}: must be at least 0, which switches it off, and below 1")
+    return -math.log(-math.log(prior)) if prior > 0 else 0.0
+
+
+def gumbel_cross_entropy(z: Tensor, targets: Tensor) -> Tensor:
+    """Return the binary cross-entropy [N,K] of activations; targets [N,K] are 0 or 1."""
+    surprise = (-z.clamp(-4, 10)).exp()  # -log p
+    return surprise.where(targets > 0, -(-(-surprise).expm1()).log())
+
+
+class Gumbel(ClassificationLoss):
+    """Gumbel optimized loss (Alexandridis et al., arXiv 2207.10936; official code: kostas1515/GOL, GumbelCE).
+
+    Binary cross-entropy of C classes and background with the activation p = exp(-exp(-z)), which is also the
+    score. It falls to 0 much faster than the sigmoid, as fits classes that are nearly always absent. z is
+    limited to -4..10, without a gradient beyond.
+
+    With DropLoss, which is the paper's best: `drop(gumbel=true)`.
+
+    What differs from the official code, and why:
+    - The prior is a constant added to all logits instead of the start of the bias, -2, which is a probability
+      of 0.0006. The last layer starts from random weights (`model.roi.fc_cls_std`), not from 0.001
+      throughout.
+    - The official code limits the mean loss of a GPU to 20, which switches off its gradient; not so here.
+
+    The official recipe tests with `test.nms_iou=0.3`. Regions of the image-level stream are treated as RoIs.
+    """
+
+    def __init__(self, categories: Sequence[Any], *, prior: float = 0.0006) -> None:
+        """
+        Args:
+            prior: probability that all activations start from; 0 is none, i.e. 1/e.
+        """
+        super().__init__(categories)
+        self.num_logits = self.num_classes + 1
+        self.shift = gumbel_logit(prior)
+
+    def forward(self, logits: Tensor, labels: Tensor, normalizer: Tensor | float, rows: Rows) -> Tensor:
+        z = at_least_float32(logits) + self.shift
+        return gumbel_cross_entropy(z, one_hot(labels, self.num_logits, z.dtype)).sum() / normalizer
+
+    def scores(self, logits: Tensor) -> Tensor:
+        return gumbel(at_least_float32(logits)[:, :-1] + self.shift)
