@@ -99,6 +99,9 @@ class RoIConfig:
     cosine: float | None = None
     """Scale of a cosine classifier as the last classification fc, 20 in Seesaw's recipes for LVIS; null is a
     linear layer."""
+    refinement_rounds: int | None = None
+    """Apply the heads this often, 2 to 5 times, each time to features that their predictions have refined
+    (PCB's recipes have 3); null applies them once."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -451,6 +454,10 @@ def _model_rules(config: Config) -> Iterator[tuple[Any, str]]:
     yield (
         roi.cosine is None or 0 < roi.cosine < math.inf,
         f"model.roi.cosine={roi.cosine}: above 0 and finite, or null",
+    )
+    yield (
+        roi.refinement_rounds is None or 2 <= roi.refinement_rounds <= 5,
+        f"model.roi.refinement_rounds={roi.refinement_rounds}: between 2 and 5, or null",
     )
     for name, weight in config.loss.weights.items():
         yield 0 <= weight < math.inf, f"loss: the weight of {name} is {weight}; at least 0 and finite"

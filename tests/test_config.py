@@ -379,6 +379,7 @@ class TestContradictions:
             (["model.roi.fc_cls_std=-1"], "model.roi.fc_cls_std=-1.0: at least 0"),
             (["model.roi.fc_cls_std=.inf"], "model.roi.fc_cls_std=inf: at least 0 and finite"),
             (["model.roi.cosine=0"], "model.roi.cosine=0.0: above 0 and finite, or null"),
+            (["model.roi.refinement_rounds=1"], "model.roi.refinement_rounds=1: between 2 and 5, or null"),
             (["train.steps=0"], "train.steps=0: at least 1"),
             (["train.save_every=0"], "train.save_every=0: at least 1"),
             (["train.seed=-1"], "train.seed=-1: between 0 and"),
