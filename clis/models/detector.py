@@ -221,7 +221,7 @@ class CLISDetector(nn.Module):
     def _instance_classification(
         self, rounds: Sequence[Round], labels: Tensor, normalizer: float, rows: Rows
     ) -> tuple[Tensor, Tensor]:
-        """L_incls of RoIs over the rounds, and what it counts."""
+        """L_incls of RoIs over the rounds, and what it counts: in every round, as in PCB's code."""
         compute, parts = self.classification_loss, []
         for (weight, stage), (logits, _) in zip(self.schedule, rounds, strict=True):
             at_stage = replace(rows, stage=stage)

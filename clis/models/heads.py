@@ -68,6 +68,7 @@ class Refinement(nn.Module):
     features <- features * spatial + channel, where `spatial` has a value per bin, made from the box deltas,
     and `channel` one per channel, made from the class logits. Classification learns in every round, with
     weight 0.2, and the rest of 1 in the last; boxes, objectness and detections are those of the last round.
+    Regions of the image-level stream and pasted instances that are contrasted have the first round alone.
     Source: He et al., arXiv 2201.02784; official code: megvii-research/PCB, with 3 rounds.
     """
 
