@@ -122,6 +122,9 @@ class RoIConfig:
     cosine: float | None = None
     """Scale of a cosine classifier as the last classification fc, 20 in Seesaw's recipes for LVIS; null is a
     linear layer."""
+    refinement_rounds: int | None = None
+    """Apply the heads this often, 2 to 5 times, each time to features that their predictions have refined
+    (PCB's recipes have 3); null applies them once."""
 
     def __post_init__(self) -> None:
         rules = Rules("model.roi", self)
@@ -130,6 +133,8 @@ class RoIConfig:
         rules.at_least(0, "fc_cls_std")
         bounded = self.cosine is None or 0 < self.cosine < math.inf
         rules.require("cosine", bounded, "must be above 0 and finite, or null")
+        rounds = self.refinement_rounds
+        rules.require("refinement_rounds", rounds is None or 2 <= rounds <= 5, "must be 2 to 5, or null")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -48,7 +48,7 @@ LOSSES: dict[str, tuple[str, ...]] = {
     "logit_adjusted": (),
     "seesaw": OWN_OBJECTNESS,
     "seesaw(objectness=false)": (),
-    "seesaw(pcb=0.05, pcb_start=0)": OWN_OBJECTNESS,
+    "seesaw(pcb=0.05, pcb_start=0)": (*OWN_OBJECTNESS, "model.roi.refinement_rounds=3"),
 }
 """Every classification loss and its variants, with the overrides that the tiny config needs for them."""
 MOSAIC = 64

@@ -438,6 +438,7 @@ class TestContradictions:
                 "model.backbone.canvas=square: requires equal .*, not 1333 and 1400",
             ),
             (["model.roi.cosine=0"], "model.roi.cosine=0.0: must be above 0 and finite, or null"),
+            (["model.roi.refinement_rounds=1"], "model.roi.refinement_rounds=1: must be 2 to 5, or null"),
         ],
     )
     def test_are_refused_in_the_words_of_the_keys(self, write, overrides, message):

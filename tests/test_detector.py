@@ -268,6 +268,38 @@ def test_cosine_classifiers_of_both_tasks_start_like_linear_ones():
     assert not isinstance(make_model().classification.fc_cls, CosineLinear)
 
 
+def test_refinement_is_three_rounds_of_the_same_heads():
+    """features <- features * spatial(deltas) + channel(logits); L_incls by .2, .2, .6; L_loc of the last."""
+    model, batch = make_model("model.roi.refinement_rounds=3", *OFF), make_batch()
+    pooled, features, boxes, labels = [], [], [], []
+    sub_network = model.classification.sub_network
+    sub_network.register_forward_pre_hook(lambda _, inputs: pooled.append(inputs[0]))
+    model.localization.fc_box.register_forward_pre_hook(lambda _, inputs: boxes.append(inputs[0]))
+    sub_network.register_forward_hook(lambda _, inputs, output: features.append(output))
+    model.classification_loss.register_forward_pre_hook(lambda _, inputs: labels.append(inputs[1]))
+    losses = losses_of(model, batch)
+    assert len(pooled) == 3
+    rois = len(pooled[1])
+    expected = 0.0
+    for place, weight in enumerate((0.2, 0.2, 0.6)):
+        logits = model.classification.fc_cls(features[place][:rois])
+        expected += weight * nn.functional.cross_entropy(logits, labels[place])
+        if place < 2:
+            deltas = model.localization.fc_box(features[place][:rois])
+            spatial = model.refinement.spatial(deltas).reshape(rois, 1, 7, 7)
+            channel = model.refinement.channel(logits).reshape(rois, 16, 1, 1)
+            torch.testing.assert_close(pooled[place + 1], pooled[place][:rois] * spatial + channel)
+    torch.testing.assert_close(losses["instance_cls"], expected)
+    positives = labels[2] < NUM_CLASSES
+    torch.testing.assert_close(boxes[2], features[2][positives])  # what L_loc is computed from
+
+    detected = model.eval().predict(batch.images)
+    torch.testing.assert_close(
+        torch.cat([scores for _, scores, _ in detected]),
+        model.classification.fc_cls(features[-1]).softmax(dim=1)[:, :-1],
+    )
+
+
 @pytest.mark.parametrize("siamese", [True, False])
 def test_without_tss_all_tasks_train_one_sub_network(siamese):
     model = make_model("clis.task_specialized=false", f"clis.siamese={siamese}")
@@ -294,10 +326,15 @@ def test_contrastive_loss_trains_both_tasks():
 # --- every setting of the switches ---
 
 
-SEESAW = ("loss.classification=seesaw(pcb=0.05)", "clis.objectness=false", "model.roi.cosine=20")
+SEESAW = ("loss.classification=seesaw", "clis.objectness=false", "model.roi.cosine=20")
+ROUNDS = ("loss.classification=cross_entropy(pcb=0.4)", "model.roi.refinement_rounds=3")
 
 
-@pytest.mark.parametrize("overrides", [*combinations(), SEESAW], ids=names_of)
+@pytest.mark.parametrize(
+    "overrides",
+    [*combinations(), SEESAW, ROUNDS, (*ROUNDS, "model.roi.class_agnostic_boxes=true")],
+    ids=names_of,
+)
 def test_every_switch_trains_and_round_trips(overrides):
     model, batch = make_model(*overrides), make_batch(1)
     output = model(batch, normalizers_of(batch))

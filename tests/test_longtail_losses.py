@@ -97,12 +97,10 @@ class TestOfficialNumbers:
         loss.update(loss.statistics(S, LABELS, ROWS), 0.1)
         close(loss.pcb.matrix[0], [0.699652, 0.200447, 0.099900])
         loss.pcb.weight.fill_(1.0)
-        close(loss.pcb.targets(LABELS, 3, torch.float64)[0], [0.467521, 0.200466, 0.332013])
+        close(loss.pcb.targets(LABELS, 3, torch.float64, 1.0)[0], [0.467521, 0.200466, 0.332013])
         loss.counts.copy_(torch.tensor([100, 10, 1]))
-        rounds = []
-        for weight in (0, 0.025, 0.05):
-            loss.pcb.weight.fill_(weight)
-            rounds.append(loss(S, LABELS, 4, ROWS))
+        loss.pcb.weight.fill_(0.05)
+        rounds = [loss(S, LABELS, 4, dataclasses.replace(ROWS, stage=stage)) for stage in (0, 0.5, 1)]
         close(torch.stack(rounds), [0.6204841, 0.6342805, 0.6480769])
         close(torch.stack(rounds) @ torch.tensor([0.2, 0.2, 0.6]).double(), 0.6397991)
 
@@ -310,7 +308,7 @@ class TestAccumulation:
         pcb.update(pcb.statistics(predictions, torch.tensor([0, 1, 2])), 0.5)
         close(pcb.matrix, [[0.7475, 0.2525], [0.2525, 0.7475]])
         assert pcb.summary() == {"pcb_weight": pytest.approx(0.4), "pcb_unseen": 0}
-        targets = pcb.targets(torch.tensor([0, 2]), 3, torch.float64)
+        targets = pcb.targets(torch.tensor([0, 2]), 3, torch.float64, 1.0)
         close(targets, [[0.6 + 0.4 * 0.7475, 0.4 * 0.2525, 0], [0, 0, 1]])
 
     def test_pcb_waits_for_every_class_that_has_training_images(self):

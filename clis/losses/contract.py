@@ -23,6 +23,8 @@ class Rows:
     uniform: Callable[[int], Tensor]
     """Draws n numbers in [0,1) per image, float64 [I,n]: a function of the image's seed alone, so the same
     on any number of processes and at every call."""
+    stage: float = 1.0
+    """Place of the logits among the refinement rounds of the head: 0 in the first, 1 in the last or only."""
 
     def sum_per_image(self, values: Tensor) -> Tensor:
         """Add up the rows [N,K] of each image: [I,K]."""

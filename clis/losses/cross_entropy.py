@@ -36,7 +36,9 @@ class CrossEntropy(ClassificationLoss):
     ) -> Tensor:
         """Sum over rows of logits [N,C+1] with labels int64 [N] in 0..C, divided by `normalizer`."""
         z = at_least_float32(logits)
-        targets = labels if self.pcb is None else self.pcb.targets(labels, self.num_logits, z.dtype)
+        targets = (
+            labels if self.pcb is None else self.pcb.targets(labels, self.num_logits, z.dtype, rows.stage)
+        )
         return F.cross_entropy(z, targets, reduction="sum") / normalizer
 
     def scores(self, logits: Tensor) -> Tensor:

@@ -64,10 +64,10 @@ class EQLv2(ClassificationLoss):
         self.pcb = make_pcb(categories, pcb, pcb_start)
 
     def forward(self, logits: Tensor, labels: Tensor, normalizer: Tensor | float, rows: Rows) -> Tensor:
-        return self._sum(self._shifted(logits), labels) / normalizer
+        return self._sum(self._shifted(logits), labels, rows) / normalizer
 
     def image_level(self, logits: Tensor, labels: Tensor, normalizer: Tensor | float, rows: Rows) -> Tensor:
-        return self._sum(self._shifted(logits)[:, : self.num_classes], labels) / normalizer
+        return self._sum(self._shifted(logits)[:, : self.num_classes], labels, rows) / normalizer
 
     def scores(self, logits: Tensor) -> Tensor:
         probabilities = self._shifted(logits).sigmoid()
@@ -77,7 +77,7 @@ class EQLv2(ClassificationLoss):
     def statistics(self, logits: Tensor, labels: Tensor, rows: Rows) -> Tensor:
         """Sum |dL/dz| of the classes before the division, [2,C] for positives and negatives; and PCB's."""
         z = self._shifted(logits)[:, : self.num_classes]
-        targets, predicted = self._targets(labels, z), z.sigmoid()
+        targets, predicted = self._targets(labels, z, rows), z.sigmoid()
         gradients = self._weights(targets) * (targets + predicted - 2 * targets * predicted)
         counted = gradient_sums(gradients, targets)
         if self.pcb is None:
@@ -98,15 +98,15 @@ class EQLv2(ClassificationLoss):
     def _shifted(self, logits: Tensor) -> Tensor:
         return at_least_float32(logits) + self.shift
 
-    def _sum(self, z: Tensor, labels: Tensor) -> Tensor:
-        targets = self._targets(labels, z)
+    def _sum(self, z: Tensor, labels: Tensor, rows: Rows) -> Tensor:
+        targets = self._targets(labels, z, rows)
         return F.binary_cross_entropy_with_logits(z, targets, self._weights(targets), reduction="sum")
 
-    def _targets(self, labels: Tensor, z: Tensor) -> Tensor:
+    def _targets(self, labels: Tensor, z: Tensor, rows: Rows) -> Tensor:
         """Return the targets [N,K] of logits z [N,K]."""
         if self.pcb is None:
             return one_hot(labels, z.shape[1], z.dtype)
-        return self.pcb.targets(labels, z.shape[1], z.dtype)
+        return self.pcb.targets(labels, z.shape[1], z.dtype, rows.stage)
 
     def _weights(self, targets: Tensor) -> Tensor:
         """Return the weight of each term, [N,K] as the targets."""

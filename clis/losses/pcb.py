@@ -30,7 +30,9 @@ class PairwiseClassBalance(nn.Module):
       divergence, which has the same gradient.
     - With EQL v2 the official code normalizes neither rows nor columns, so that targets depend on how sure
       the sigmoids are, not on which classes are confused; here both are normalized for all losses.
-    - The official A grows over three refinement rounds of the head: 0, A / 2, A. Without them it is A.
+    - Officially the head has three rounds of refinement, over which A grows: 0, A / 2, A. So it does with
+      `model.roi.refinement_rounds=3`; without it is A. The rounds of a step move M together, officially each
+      by itself.
     """
 
     matrix: Tensor
@@ -61,8 +63,8 @@ class PairwiseClassBalance(nn.Module):
         has_images = torch.tensor([each.image_count > 0 for each in categories], dtype=torch.bool)
         self.register_buffer("expected", has_images, persistent=False)
 
-    def targets(self, labels: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
-        """Return the softened targets [N,columns] of labels 0..C.
+    def targets(self, labels: Tensor, columns: int, dtype: torch.dtype, stage: float) -> Tensor:
+        """Return the softened targets [N,columns] of labels 0..C at a stage of `Rows`.
 
         Background has its one-hot row where there is a column for it, else zeros.
         """
@@ -70,7 +72,7 @@ class PairwiseClassBalance(nn.Module):
         table = torch.eye(count + 1, columns, dtype=self.matrix.dtype, device=labels.device)
         tiny = torch.finfo(self.matrix.dtype).tiny  # a class that nothing was ever predicted as has no target
         taken_for = self.matrix / self.matrix.sum(dim=0).clamp(min=tiny)
-        table[:count, :count].lerp_(taken_for.T, self.weight)
+        table[:count, :count].lerp_(taken_for.T, self.weight * stage)
         return table.to(dtype)[labels]
 
     def statistics(self, predictions: Tensor, labels: Tensor) -> Tensor:

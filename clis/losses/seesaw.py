@@ -72,7 +72,7 @@ class Seesaw(ClassificationLoss):
         if self.pcb is None:
             targets = one_hot(labels, self.num_classes, classes.dtype)  # all 0 for background
         else:
-            targets = self.pcb.targets(labels, self.num_classes, classes.dtype)
+            targets = self.pcb.targets(labels, self.num_classes, classes.dtype, rows.stage)
         loss = F.cross_entropy(classes + self._margins(classes.detach(), labels), targets, reduction="sum")
         if self.has_objectness:
             is_background = (labels == self.num_classes).long()

@@ -14,7 +14,7 @@ from clis.models.backbone import Backbone, ImageClassifier, ResNet
 from clis.models.calibration import find_calibration
 from clis.models.contrastive import ContrastiveRegularization
 from clis.models.detector import CLISDetector, Normalizers, Pending, TrainOutput
-from clis.models.heads import ClassificationHead, LocalizationHead, TwoFC
+from clis.models.heads import ClassificationHead, LocalizationHead, Refinement, TwoFC
 from clis.models.roi import ImageDetections
 from clis.models.rpn import RPN
 from clis.models.weights import load_backbone_weights
@@ -72,9 +72,10 @@ def build_model(config: Config, categories: Sequence[Any], *, pretrained: bool |
         return ClassificationHead(shared, loss.num_logits, model.roi.fc_cls_std, model.roi.cosine)
 
     classification = classification_head(sub_network())
+    num_boxes = 1 if model.roi.class_agnostic_boxes else num_classes
     localization = LocalizationHead(
         sub_network() if clis.task_specialized else classification.sub_network,
-        num_boxes=1 if model.roi.class_agnostic_boxes else num_classes,
+        num_boxes=num_boxes,
         objectness=clis.objectness,
     )
     image_classification = None
@@ -95,6 +96,15 @@ def build_model(config: Config, categories: Sequence[Any], *, pretrained: bool |
             pasted_view=clis.pasted_view,
             mask_same_class=clis.mask_same_class,
         )
+    refinement = None
+    if model.roi.refinement_rounds is not None:
+        refinement = Refinement(
+            model.roi.refinement_rounds,
+            num_logits=loss.num_logits,
+            num_boxes=num_boxes,
+            channels=model.backbone.fpn_channels,
+            pool_size=model.roi.pool_size,
+        )
     detector = CLISDetector(
         backbone=backbone,
         rpn=RPN(model.backbone.fpn_channels, model.rpn),
@@ -102,6 +112,7 @@ def build_model(config: Config, categories: Sequence[Any], *, pretrained: bool |
         classification=classification,
         image_classification=image_classification,
         contrastive=contrastive,
+        refinement=refinement,
         classification_loss=loss,
         calibration=None if calibration is None else calibration(categories),
         roi_config=model.roi,

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +17,7 @@ from clis.losses import ClassificationLoss, Rows, at_least_float32, l1_loss, obj
 from clis.models.backbone import Backbone
 from clis.models.calibration import Calibration
 from clis.models.contrastive import ContrastiveRegularization
-from clis.models.heads import ClassificationHead, LocalizationHead
+from clis.models.heads import ClassificationHead, LocalizationHead, Refinement
 from clis.models.roi import ImageDetections, RoIPooler, SampledRoIs, sample_rois, select_detections
 from clis.models.rpn import RPN
 from clis.resize import resize_image, round_half_up, scale_boxes, shortest_size
@@ -61,11 +61,21 @@ class TrainOutput:
     """f_i and f_d [P,E] of the pairs, for the log."""
 
 
+class Round(NamedTuple):
+    """What the heads make of N RoIs."""
+
+    logits: Tensor
+    """[N,K]."""
+    localization_features: Tensor
+    """[N,D], what boxes and objectness are predicted from."""
+
+
 class CLISDetector(nn.Module):
     """The detector and, in training, its tasks with image-level supervision.
 
     An optional part is a module or None, and shared parts are one module under two names; `build_model`
-    decides. Plain Faster R-CNN: no objectness, `image_classification` or `contrastive`, one sub-network.
+    decides. Plain Faster R-CNN: no objectness, `image_classification`, `contrastive` or `refinement`, one
+    sub-network.
     """
 
     def __init__(
@@ -77,6 +87,7 @@ class CLISDetector(nn.Module):
         classification: ClassificationHead,
         image_classification: ClassificationHead | None,
         contrastive: ContrastiveRegularization | None,
+        refinement: Refinement | None,
         classification_loss: ClassificationLoss,
         calibration: Calibration | None,
         roi_config: RoIConfig,
@@ -96,6 +107,9 @@ class CLISDetector(nn.Module):
         self.classification = classification
         self.image_classification = image_classification
         self.contrastive = contrastive
+        self.refinement = refinement
+        self.schedule = ((1.0, 1.0),) if refinement is None else refinement.schedule
+        """Of each round of the heads: weight of L_incls, and stage of its `Rows`."""
         self.classification_loss, self.calibration = classification_loss, calibration
         self.roi_config, self.test_config, self.max_size = roi_config, test_config, max_size
         self.categories = tuple(categories)
@@ -127,14 +141,14 @@ class CLISDetector(nn.Module):
             features, torch.cat([rois.boxes, batch.pair_boxes]), torch.cat([rois.images, batch.pair_images])
         )
         instance_features = self.classification.sub_network(pooled)
-        localization_features = self._localization_features(pooled[:num_rois], instance_features[:num_rois])
-        losses |= self._localization_losses(localization_features, rois, normalizers)
-        logits = self.classification.fc_cls(instance_features[:num_rois])
-        rows = self._rows(rois.images, batch, normalizers)
-        losses["instance_cls"] = self.classification_loss(
-            logits, rois.labels, normalizers.images * self.roi_config.samples, rows
+        rounds = self._rounds(pooled[:num_rois], instance_features[:num_rois])
+        losses |= self._localization_losses(rounds[-1].localization_features, rois, normalizers)
+        losses["instance_cls"], counted = self._instance_classification(
+            rounds,
+            rois.labels,
+            normalizers.images * self.roi_config.samples,
+            self._rows(rois.images, batch, normalizers),
         )
-        counted = self.classification_loss.statistics(logits.detach(), rois.labels, rows)
         pending = Pending(sums={"classification": counted}, rows={})
         stats = {
             "positive_rois": (rois.labels < self.num_classes).sum(),
@@ -194,6 +208,31 @@ class CLISDetector(nn.Module):
 
         return Rows(images, len(batch.images), normalizers.images, uniform)
 
+    def _rounds(self, pooled: Tensor, instance_features: Tensor) -> list[Round]:
+        """Apply the heads to pooled RoIs and their classification features: once, or as often as refined."""
+        rounds = [self._predict_round(pooled, instance_features)]
+        for _ in self.schedule[1:]:
+            deltas = self.localization.deltas(rounds[-1].localization_features)
+            pooled = self.refinement(pooled, rounds[-1].logits, deltas)
+            rounds.append(self._predict_round(pooled, self.classification.sub_network(pooled)))
+        return rounds
+
+    def _predict_round(self, pooled: Tensor, instance_features: Tensor) -> Round:
+        localization_features = self._localization_features(pooled, instance_features)
+        return Round(self.classification.fc_cls(instance_features), localization_features)
+
+    def _instance_classification(
+        self, rounds: Sequence[Round], labels: Tensor, normalizer: float, rows: Rows
+    ) -> tuple[Tensor, Tensor]:
+        """L_incls of RoIs over the rounds, and what it counts: in every round, as in PCB's code."""
+        compute, parts = self.classification_loss, []
+        for (weight, stage), (logits, _) in zip(self.schedule, rounds, strict=True):
+            at_stage = replace(rows, stage=stage)
+            loss = weight * compute(logits, labels, normalizer, at_stage)
+            parts.append((loss, compute.statistics(logits.detach(), labels, at_stage)))
+        losses, counted = zip(*parts)
+        return sum(losses), sum(counted)
+
     def _localization_features(self, pooled: Tensor, instance_features: Tensor) -> Tensor:
         """[N,D] of the localization sub-network, computed anew only if it is one of its own."""
         if self.localization.sub_network is self.classification.sub_network:
@@ -235,10 +274,10 @@ class CLISDetector(nn.Module):
         )
         pooled = self.roi_align(features, torch.cat(proposals), rows)
         instance_features = self.classification.sub_network(pooled)
-        scores = self.classification_loss.scores(self.classification.fc_cls(instance_features))
+        logits, localized = self._rounds(pooled, instance_features)[-1]
+        scores = self.classification_loss.scores(logits)
         if self.calibration is not None:
             scores = self.calibration(scores)
-        localized = self._localization_features(pooled, instance_features)
         if self.localization.fc_objectness is not None:
             scores = scores * at_least_float32(self.localization.fc_objectness(localized)).sigmoid()
         deltas = self.localization.deltas(localized)

@@ -62,6 +62,45 @@ class ClassificationHead(nn.Module):
         self.fc_cls = _last(sub_network.fc2.out_features, num_logits, std, cosine)
 
 
+class Refinement(nn.Module):
+    """PCB's refinement: the same heads once more, on RoI features that their own predictions have changed.
+
+    features <- features * spatial + channel, where `spatial` has a value per bin, made from the box deltas,
+    and `channel` one per channel, made from the class logits. Classification learns in every round, with
+    weight 0.2, and the rest of 1 in the last; boxes, objectness and detections are those of the last round.
+    Regions of the image-level stream and pasted instances that are contrasted have the first round alone.
+    Source: He et al., arXiv 2201.02784; official code: megvii-research/PCB, with 3 rounds.
+    """
+
+    def __init__(
+        self, rounds: int, *, num_logits: int, num_boxes: int, channels: int, pool_size: int
+    ) -> None:
+        """
+        Args:
+            rounds: of the heads in all, 2 to 5.
+            num_logits, num_boxes: outputs of the heads, per RoI.
+            channels, pool_size: of the RoI features.
+        """
+        super().__init__()
+        self.spatial, self.channel = (
+            nn.Sequential(nn.Linear(inputs, 512), nn.ReLU(), nn.Linear(512, outputs))
+            for inputs, outputs in ((4 * num_boxes, pool_size**2), (num_logits, channels))
+        )
+        weights = (*[0.2] * (rounds - 1), 1 - 0.2 * (rounds - 1))
+        self.schedule = tuple((weight, place / (rounds - 1)) for place, weight in enumerate(weights))
+        """Of each round: weight of the classification loss, and stage of its `Rows`."""
+
+    def forward(self, pooled: Tensor, logits: Tensor, deltas: Tensor) -> Tensor:
+        """Return the features of the next round, as pooled [N, channels, 7, 7].
+
+        Args:
+            logits: [N, num_logits] of this round.
+            deltas: [N, num_boxes, 4] of this round.
+        """
+        spatial = self.spatial(deltas.flatten(1)).view(-1, 1, *pooled.shape[2:])
+        return pooled * spatial + self.channel(logits)[:, :, None, None]
+
+
 class LocalizationHead(nn.Module):
     """2fc + fc-loc: box deltas of `num_boxes` boxes (C, or 1 if class-agnostic), and objectness or None."""
 
