@@ -95,5 +95,6 @@ class EFL(ClassificationLoss):
         z_t = torch.where(targets > 0, z, -z)  # p_t is its sigmoid
         log_p = F.logsigmoid(z_t)
         log_rest = log_p - z_t  # log(1 - p_t), and never -inf
-        weights = (1 - self.alpha + targets * (2 * self.alpha - 1)) * gamma / self.gamma
+        weight = gamma / self.gamma
+        weights = torch.where(targets > 0, self.alpha * weight, (1 - self.alpha) * weight)
         return log_p, weights * (gamma * log_rest).exp(), gamma, targets
