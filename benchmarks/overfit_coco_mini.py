@@ -21,9 +21,9 @@ from typing import Any
 import torch
 from torchvision.ops import box_convert, box_iou
 
+from clis.commands import run_verb
 from clis.config import Config, data_path
 from clis.config_files import load_config
-from clis.engine.train import main as train
 
 CONFIG_FOLDER = Path(__file__).resolve().parents[1] / "configs" / "coco_mini"
 CONFIGS = {"baseline": CONFIG_FOLDER / "overfit_baseline.yaml", "CLIS": CONFIG_FOLDER / "overfit_clis.yaml"}
@@ -108,7 +108,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         folder = out / name.lower()
         began = time.monotonic()
         subset_paths = [f"data.train={path}", f"data.val={path}", f"output={folder}"]
-        train(["--config", str(file), *overrides, *subset_paths])
+        run_verb("train", ["--config", str(file), *overrides, *subset_paths])
         results[name] = json.loads((folder / "eval.json").read_text()) | {"seconds": time.monotonic() - began}
     print("| run | AP50 | AP | seconds |\n|---|---|---|---|")
     for name, result in results.items():
