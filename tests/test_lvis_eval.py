@@ -287,6 +287,11 @@ def test_detections_of_unknown_images_are_refused_as_by_the_package() -> None:
         evaluate(annotations_of(hand_made()), detections_of(rows))
 
 
+def test_masks_are_not_compared_with_detections_that_have_none() -> None:
+    with pytest.raises(ValueError, match="truth_masks need detections with masks"):
+        match(annotations_of(hand_made()), detections_of(HAND_MADE_DETECTIONS), truth_masks=[])
+
+
 @pytest.mark.parametrize("seed", range(10))
 def test_detections_of_unknown_classes_are_named_and_dropped_as_by_the_package(
     seed: int, tmp_path: Path

@@ -133,8 +133,11 @@ def match(
 
     boxes = detections.bbox[rows]
     area = _box_areas(boxes) if detections.area is None else detections.area[rows]
+    iou: BoxIoU | MaskIoU
     if truth_masks is None:
         iou = BoxIoU(boxes, annotations.bboxes[truth["place"]], truth["crowd"])
+    elif detections.masks is None:
+        raise ValueError("truth_masks need detections with masks: Detections.load(path, masks=True)")
     else:
         sizes = annotations.image_sizes[np.argsort(annotations.image_ids)][judged["images"]]
         iou = MaskIoU(detections.masks, rows, sizes, truth_masks, truth["place"], truth["crowd"])
@@ -218,7 +221,7 @@ def _judged(
 
     pairs = [truth["key"]] + [_pair_keys(annotations, annotations.negatives)] * annotations.federated
     known = np.unique(np.concatenate(pairs))
-    rows, pair = [], []
+    some_rows, some_pairs = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
     for part in _parts(len(detections)):
         keys = images[part].astype(np.int64) * num_classes + labels[part]
         place = np.searchsorted(known, keys)
@@ -228,9 +231,10 @@ def _judged(
             areas = _box_areas(detections.bbox[part]) if detections.area is None else detections.area[part]
             judged = judged & is_known & _has_area(areas)
         judged = np.flatnonzero(judged)
-        rows.append(judged + part.start)
-        pair.append(np.where(is_known, place, len(known))[judged])  # the last, which no pair has: nothing
-    rows, pair = (np.concatenate([np.zeros(0, np.int64), *found]) for found in (rows, pair))
+        some_rows.append(judged + part.start)
+        # len(known) is the place of no pair: nothing to match
+        some_pairs.append(np.where(is_known, place, len(known))[judged])
+    rows, pair = np.concatenate(some_rows), np.concatenate(some_pairs)
 
     # Ties in score: by image id, then by row, as in both packages. Stable sorts, the last key first.
     order = np.argsort(images[rows], kind="stable")
