@@ -10,7 +10,7 @@ import torch
 
 from clis.config import Config, data_path
 from clis.losses import build_classification_loss
-from clis.models.backbone import Backbone, ImageClassifier, ResNet
+from clis.models.backbone import Backbone, ImageClassifier, ResidualLayers
 from clis.models.calibration import find_calibration
 from clis.models.contrastive import ContrastiveRegularization
 from clis.models.detector import CLISDetector, Normalizers, Pending, TrainOutput
@@ -137,7 +137,7 @@ def build_classifier(
     return classifier
 
 
-def _load_weights(body: ResNet, config: Config) -> None:
+def _load_weights(body: ResidualLayers, config: Config) -> None:
     backbone = config.model.backbone
     if backbone.weights is not None:
         load_backbone_weights(body, backbone.name, data_path(config, backbone.weights), backbone.download)

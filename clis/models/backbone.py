@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -48,12 +49,14 @@ class FixedBatchNorm(nn.Module):
         self.register_buffer("running_var", torch.ones(channels))
 
 
-def make_norm(channels: int, config: BackboneConfig) -> nn.Module:
-    """`folded`, `frozen`, `group` (16 channels a group; see `BackboneConfig.norm`) or, to train, `batch`."""
+Norm = Callable[[int], nn.Module]
+"""Makes the norm of so many channels."""
+
+
+def make_norm(config: BackboneConfig, channels: int) -> nn.Module:
+    """`folded`, `frozen` or `group` (16 channels a group); see `BackboneConfig.norm`."""
     if config.norm == "group":
         return nn.GroupNorm(channels // 16, channels, config.norm_eps)
-    if config.norm == "batch":
-        return nn.BatchNorm2d(channels, config.norm_eps)
     return FixedBatchNorm(channels, config.norm_eps).requires_grad_(config.norm == "folded")
 
 
@@ -92,11 +95,11 @@ class BasicBlock(nn.Module):
 
     expansion = 1
 
-    def __init__(self, inputs: int, width: int, stride: int, config: BackboneConfig) -> None:
+    def __init__(self, inputs: int, width: int, stride: int, config: BackboneConfig, norm: Norm) -> None:
         super().__init__()
-        self.conv1, self.bn1 = _conv(inputs, width, 3, stride), make_norm(width, config)
-        self.conv2, self.bn2 = _conv(width, width, 3), make_norm(width, config)
-        self.downsample = _shortcut(inputs, width, stride, config)
+        self.conv1, self.bn1 = _conv(inputs, width, 3, stride), norm(width)
+        self.conv2, self.bn2 = _conv(width, width, 3), norm(width)
+        self.downsample = _shortcut(inputs, width, stride, norm)
 
     def forward(self, x: Tensor, folded: Folded) -> Tensor:
         out = conv_norm(x, self.conv1, self.bn1, folded).relu_()
@@ -109,14 +112,14 @@ class Bottleneck(nn.Module):
 
     expansion = 4
 
-    def __init__(self, inputs: int, width: int, stride: int, config: BackboneConfig) -> None:
+    def __init__(self, inputs: int, width: int, stride: int, config: BackboneConfig, norm: Norm) -> None:
         super().__init__()
         outputs = width * self.expansion
         stride_1x1, stride_3x3 = (stride, 1) if config.stride_in_1x1 else (1, stride)
-        self.conv1, self.bn1 = _conv(inputs, width, 1, stride_1x1), make_norm(width, config)
-        self.conv2, self.bn2 = _conv(width, width, 3, stride_3x3), make_norm(width, config)
-        self.conv3, self.bn3 = _conv(width, outputs, 1), make_norm(outputs, config)
-        self.downsample = _shortcut(inputs, outputs, stride, config)
+        self.conv1, self.bn1 = _conv(inputs, width, 1, stride_1x1), norm(width)
+        self.conv2, self.bn2 = _conv(width, width, 3, stride_3x3), norm(width)
+        self.conv3, self.bn3 = _conv(width, outputs, 1), norm(outputs)
+        self.downsample = _shortcut(inputs, outputs, stride, norm)
 
     def forward(self, x: Tensor, folded: Folded) -> Tensor:
         out = conv_norm(x, self.conv1, self.bn1, folded).relu_()
@@ -125,37 +128,38 @@ class Bottleneck(nn.Module):
         return out.add_(_shortened(x, self.downsample, folded)).relu_()
 
 
-def _shortcut(inputs: int, outputs: int, stride: int, config: BackboneConfig) -> nn.Sequential | None:
+def _shortcut(inputs: int, outputs: int, stride: int, norm: Norm) -> nn.Sequential | None:
     if stride == 1 and inputs == outputs:
         return None
-    return nn.Sequential(_conv(inputs, outputs, 1, stride), make_norm(outputs, config))
+    return nn.Sequential(_conv(inputs, outputs, 1, stride), norm(outputs))
 
 
 def _shortened(x: Tensor, downsample: nn.Sequential | None, folded: Folded) -> Tensor:
-    return x if downsample is None else conv_norm(x, downsample[0], downsample[1], folded)
+    if downsample is None:
+        return x
+    conv, norm = downsample
+    assert isinstance(conv, nn.Conv2d)
+    return conv_norm(x, conv, norm, folded)
 
 
-class ResNet(nn.Module):
-    """Residual network with torchvision's parameter names; returns C2-C5 (strides 4-32)."""
+class ResidualLayers(nn.Module):
+    """The layers of a residual network, with torchvision's parameter names."""
 
     layer1: nn.Sequential
     layer2: nn.Sequential
     layer3: nn.Sequential
     layer4: nn.Sequential
 
-    def __init__(self, config: BackboneConfig) -> None:
+    def __init__(self, config: BackboneConfig, norm: Norm) -> None:
         super().__init__()
         block = Bottleneck if config.name in BOTTLENECK else BasicBlock
-        self.conv1, self.bn1 = (
-            nn.Conv2d(3, config.width, 7, 2, 3, bias=False),
-            make_norm(config.width, config),
-        )
+        self.conv1, self.bn1 = nn.Conv2d(3, config.width, 7, 2, 3, bias=False), norm(config.width)
         channels, self.channels = config.width, []
         for stage, num_blocks in enumerate(BLOCKS[config.name]):
             width, blocks = config.width * 2**stage, []
             for index in range(num_blocks):
                 stride = 2 if stage > 0 and index == 0 else 1
-                blocks.append(block(channels, width, stride, config))
+                blocks.append(block(channels, width, stride, config, norm))
                 channels = width * block.expansion
             setattr(self, f"layer{stage + 1}", nn.Sequential(*blocks))
             self.channels.append(channels)
@@ -177,7 +181,8 @@ class ResNet(nn.Module):
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
-    def forward(self, x: Tensor) -> list[Tensor]:
+    def features(self, x: Tensor) -> list[Tensor]:
+        """C2-C5 (strides 4-32) of normalized images [B,3,H,W]."""
         stem, *stages = self.fixed_norms
         x = conv_norm(x, self.conv1, self.bn1, fold(stem)).relu_()
         x = F.max_pool2d(x, 3, 2, 1)
@@ -188,6 +193,16 @@ class ResNet(nn.Module):
                 x = block(x, folded)
             outputs.append(x)
         return outputs
+
+
+class ResNet(ResidualLayers):
+    """The detector's residual network; returns C2-C5."""
+
+    def __init__(self, config: BackboneConfig) -> None:
+        super().__init__(config, functools.partial(make_norm, config))
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        return self.features(x)
 
 
 class Normalize(nn.Module):
@@ -205,22 +220,24 @@ class Normalize(nn.Module):
         return (images - self.mean) / self.std
 
 
-class ImageClassifier(ResNet):
-    """The detector's ResNet, all of it trained, with global average pooling and one fc over the categories.
+class ImageClassifier(ResidualLayers):
+    """The detector's residual network, all of it trained, with global average pooling and one fc layer.
 
     Batch norm trains where the detector fixes its statistics. The state dict is a torchvision ResNet's.
     """
 
     def __init__(self, config: BackboneConfig, categories: Sequence[Any]) -> None:
-        norm = "group" if config.norm == "group" else "batch"
-        super().__init__(dataclasses.replace(config, norm=norm, trainable_layers=5))
+        norm: Norm = functools.partial(nn.BatchNorm2d, eps=config.norm_eps)
+        if config.norm == "group":
+            norm = functools.partial(make_norm, config)
+        super().__init__(dataclasses.replace(config, trainable_layers=5), norm)
         self.fc = nn.Linear(self.channels[-1], len(categories))
         self.normalize = Normalize()
         self.categories = tuple(categories)
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits [B,C] of uint8 RGB images [B,3,H,W]."""
-        return self.fc(super().forward(self.normalize(images))[-1].mean(dim=(2, 3)))
+        return self.fc(self.features(self.normalize(images))[-1].mean(dim=(2, 3)))
 
 
 class Backbone(nn.Module):
@@ -234,7 +251,7 @@ class Backbone(nn.Module):
         self.fpn = FeaturePyramidNetwork(
             self.body.channels,
             config.fpn_channels,
-            norm_layer=(lambda channels: make_norm(channels, config)) if config.norm == "group" else None,
+            norm_layer=functools.partial(make_norm, config) if config.norm == "group" else None,
         )
 
     def forward(self, images: Sequence[Tensor], max_size: int | None = None) -> list[Tensor]:

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from clis.models.backbone import ResNet
+from clis.models.backbone import ResidualLayers
 
 WEIGHTS_URL = {
     "resnet18": "https://download.pytorch.org/models/resnet18-f37072fd.pth",
@@ -17,7 +17,7 @@ WEIGHTS_URL = {
 """torchvision's IMAGENET1K_V1 weights, the ones that mmdetection's `torchvision://resnet50` names."""
 
 
-def load_backbone_weights(body: ResNet, name: str, path: Path, download: bool = False) -> None:
+def load_backbone_weights(body: ResidualLayers, name: str, path: Path, download: bool = False) -> None:
     """Loads a ResNet state dict with torchvision's names; a classifier and batch counters are left alone.
 
     Raises:
