@@ -9,6 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
+def image_size(image: Tensor) -> tuple[int, int]:
+    """Height and width of an image [..., H, W]."""
+    height, width = image.shape[-2:]
+    return height, width
+
+
 def round_half_up(x: float) -> int:
     """Round a non-negative length to whole pixels, at least 1."""
     return max(int(x + 0.5), 1)

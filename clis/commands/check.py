@@ -45,6 +45,7 @@ from clis.engine.start import check_start, starting_weights
 from clis.losses import find_classification_loss
 from clis.models import build_classifier, build_model, find_calibration
 from clis.progress import Progress, say
+from clis.resize import image_size
 
 SHOWN = 5
 """Files named for each kind of finding; `listing` gets all."""
@@ -247,6 +248,7 @@ def _check_regions(config: Config, index: ImageLevelIndex, detector: Config | No
         if detector is None:
             load_checkpoint(checkpoint)
     if config.regions.rule == "given":
+        assert config.regions.boxes is not None  # a rule of Config
         read_boxes(data_path(config, config.regions.boxes), index)
     made_by = config.regions.detector if config.regions.rule in DETECTOR_RULES else config.regions.rule
     report.notes.append(f"{path}: will be made, by {made_by}")
@@ -289,12 +291,11 @@ def _examine(
     report: Report,
 ) -> tuple[float, float]:
     """Reads the images of a stream; the mean seconds and bytes of one."""
-    rows = (
-        np.arange(length)
-        if sample is None or sample >= length
-        else np.linspace(0, length - 1, sample).astype(int)
-    )
-    problems, oddities, seconds, num_bytes = [], Counter(), 0.0, 0
+    rows: Sequence[int] = range(length)
+    if sample is not None and sample < length:
+        rows = np.linspace(0, length - 1, sample).astype(int).tolist()
+    problems, seconds, num_bytes = [], 0.0, 0
+    oddities: Counter[str] = Counter()
     with Progress(f"check {Path(name).name}", len(rows)) as progress:
         for _, results in image_loader(read, rows, IMAGES_AT_ONCE, workers):
             for result in results:
@@ -337,7 +338,7 @@ def _examine_image(read: Callable[[], bytes], name: str) -> tuple[Examined, tupl
     except ImageError as error:
         return Examined(str(error)), None
     seconds = time.perf_counter() - began
-    return Examined(None, _oddities(data), seconds, len(data)), tuple(image.shape[1:])
+    return Examined(None, _oddities(data), seconds, len(data)), image_size(image)
 
 
 def _oddities(data: bytes) -> tuple[str, ...]:

@@ -20,7 +20,7 @@ from clis.models.contrastive import ContrastiveRegularization
 from clis.models.heads import ClassificationHead, LocalizationHead, Refinement
 from clis.models.roi import ImageDetections, RoIPooler, SampledRoIs, sample_rois, select_detections
 from clis.models.rpn import RPN
-from clis.resize import resize_image, round_half_up, scale_boxes, shortest_size
+from clis.resize import image_size, resize_image, round_half_up, scale_boxes, shortest_size
 
 if TYPE_CHECKING:
     from clis.config import RoIConfig
@@ -121,7 +121,7 @@ class CLISDetector(nn.Module):
 
     def forward(self, batch: Batch, normalizers: Normalizers) -> TrainOutput:
         """One training pass over a batch of both streams (Figure 2); a function of batch and seeds."""
-        sizes = [tuple(image.shape[1:]) for image in batch.images]
+        sizes = [image_size(image) for image in batch.images]
 
         # instance-level images: proposals and their RoIs
         features = self.backbone(batch.images, self.max_size)
@@ -129,8 +129,8 @@ class CLISDetector(nn.Module):
         count = normalizers.images * self.rpn.config.samples
         losses = self.rpn.losses(features, anchors, batch.boxes, sizes, batch.seeds, count)
         with torch.no_grad():  # behind the losses: autocast keeps what it casts, here without a gradient
-            maps = self.rpn(features)
-        proposals = self.rpn.propose(*maps, anchors, sizes)
+            objectness, deltas = self.rpn(features)
+        proposals = self.rpn.propose(objectness, deltas, anchors, sizes)
         rois = sample_rois(
             proposals, batch.boxes, batch.labels, self.roi_config, self.num_classes, batch.seeds
         )
@@ -158,7 +158,7 @@ class CLISDetector(nn.Module):
         # image-level images: image-classification task on the pre-defined regions
         views = None
         if self.image_classification is not None:
-            merged = self.backbone.merge(batch.mosaics)  # P2-P5 follow around the regions alone
+            merged = self.backbone.merge(batch.mosaics.unbind())  # P2-P5 follow around the regions alone
             pooled_regions = self.roi_align(
                 merged, batch.regions, batch.region_mosaics, self.backbone.last_layers
             )
@@ -265,9 +265,10 @@ class CLISDetector(nn.Module):
         Args:
             max_size: the longest side that such images may have; see `BackboneConfig.canvas`.
         """
-        sizes = [tuple(image.shape[1:]) for image in images]
+        sizes = [image_size(image) for image in images]
         features = self.backbone(images, max_size)
-        proposals = self.rpn.propose(*self.rpn(features), self.rpn.anchors(features), sizes)
+        objectness, deltas = self.rpn(features)
+        proposals = self.rpn.propose(objectness, deltas, self.rpn.anchors(features), sizes)
         counts = [boxes.shape[0] for boxes in proposals]
         rows = torch.cat(
             [torch.full_like(boxes[:, 0], row, dtype=torch.int64) for row, boxes in enumerate(proposals)]
@@ -290,22 +291,20 @@ class CLISDetector(nn.Module):
         Returns the detections of each image, boxes in pixels of the image that was given.
         """
         short_side, max_size = self.test_config.short_side, self.test_config.max_size
-        sizes = [tuple(image.shape[1:]) for image in images]
+        sizes = [image_size(image) for image in images]
         resized = [
             self.resize(image, self.resized_size(size, short_side, max_size))
             for image, size in zip(images, sizes)
         ]
         return [
-            ImageDetections(
-                scale_boxes(found.boxes, tuple(small.shape[1:]), size), found.scores, found.labels
-            )
+            ImageDetections(scale_boxes(found.boxes, image_size(small), size), found.scores, found.labels)
             for found, small, size in zip(self.detect_resized(resized, max_size), resized, sizes)
         ]
 
     def detect_resized(self, images: Sequence[Tensor], max_size: int | None = None) -> list[ImageDetections]:
         """As `detect`, of images that have their size; boxes are in their pixels."""
         return [
-            select_detections(*prediction, tuple(image.shape[1:]), self.test_config, self.nms)
+            select_detections(*prediction, image_size(image), self.test_config, self.nms)
             for image, prediction in zip(images, self.predict(images, max_size))
         ]
 
@@ -327,7 +326,7 @@ class CLISDetector(nn.Module):
             score, first = scores[:, label].max(dim=0, keepdim=True)  # a row: of a number the host would wait
             own = deltas[first, min(label, deltas.shape[1] - 1)]
             moved = box_ops.decode(rois[first], own, box_ops.ROI_STDS, self.test_config.shrink_limit)
-            found.append((box_ops.clip(moved, tuple(image.shape[1:]))[0], score[0]))
+            found.append((box_ops.clip(moved, image_size(image))[0], score[0]))
         return found
 
     def resized_size(self, size: tuple[int, int], short_side: int, max_size: int) -> tuple[int, int]:

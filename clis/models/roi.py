@@ -100,6 +100,7 @@ class RoIPooler(nn.Module):
         levels = self.levels(boxes)
         rois = torch.cat([images[:, None].to(boxes), boxes], dim=1)
         size, ratio, aligned = self.config.pool_size, self.config.sampling_ratio, self.config.aligned
+        sides: list[tuple[int, int] | None]
         if last_layers is None:
             rows, sides = box_ops.rows_by_group(levels, 4), [None] * 4
         else:
@@ -107,7 +108,7 @@ class RoIPooler(nn.Module):
         pooled = []
         for level, (feature, stride, row, side) in enumerate(zip(features[:4], STRIDES, rows, sides)):
             here = rois[row]
-            if side is not None:
+            if last_layers is not None and side is not None:
                 feature, here = _last_layer_around(here, feature, last_layers[level], stride, side)
             feature = at_least_float32(feature)
             pooled.append(roi_align(feature, here.to(feature.dtype), size, 1 / stride, ratio, aligned))
@@ -130,12 +131,12 @@ def _rows_and_windows(
     where it has none); the host waits once for both."""
     low, high = _cells(boxes, STRIDES[0] * 2 ** levels[:, None])
     of_level = levels == torch.arange(4, device=levels.device)[:, None]
-    sides = (
+    largest = (
         (torch.where(of_level[..., None], high - low, 0).amax(dim=1)) if len(boxes) else low.new_zeros(4, 2)
     )
-    counts, *sides = torch.cat([of_level.sum(dim=1)[:, None], sides], dim=1).T.tolist()
+    counts, *sides = torch.cat([of_level.sum(dim=1)[:, None], largest], dim=1).T.tolist()
     rows = levels.argsort(stable=True).split(counts)
-    return rows, [side if count else None for count, *side in zip(counts, *sides)]
+    return rows, [(width, height) if count else None for count, width, height in zip(counts, *sides)]
 
 
 def _last_layer_around(
@@ -163,7 +164,9 @@ def _last_layer_around(
     inputs = windows(feature, rois[:, 0].long(), rows, columns)
     index = torch.arange(len(rois), dtype=rois.dtype, device=rois.device)
     moved = rois[:, 1:] - stride * torch.stack([x, y, x, y], dim=1)
-    return F.conv2d(inputs, layer[0].weight, layer[0].bias), torch.cat([index[:, None], moved], dim=1)
+    convolution = layer[0]
+    assert isinstance(convolution, nn.Conv2d)
+    return F.conv2d(inputs, convolution.weight, convolution.bias), torch.cat([index[:, None], moved], dim=1)
 
 
 @dataclass(frozen=True)

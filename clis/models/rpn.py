@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 
@@ -41,6 +42,11 @@ def grid_anchors(cell: Tensor, height: int, width: int, spacing: tuple[int, int]
     return (torch.stack([x, y, x, y], dim=-1).reshape(-1, 1, 4) + cell).reshape(-1, 4)
 
 
+
+def _at(boxes: Tensor, groups: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+    return boxes[index], groups[index]
+
+
 class RPN(nn.Module):
     """One 3x3 convolution, then objectness and box deltas of the A anchors of every cell.
 
@@ -61,6 +67,7 @@ class RPN(nn.Module):
         self.deltas = nn.Conv2d(channels, 4 * num_anchors, 1)
         for layer in (self.conv, self.objectness, self.deltas):
             nn.init.normal_(layer.weight, std=0.01)
+            assert layer.bias is not None
             nn.init.zeros_(layer.bias)
         cells = torch.stack([cell_anchors(config, stride) for stride in STRIDES])
         self.register_buffer("cell_anchors", cells, persistent=False)
@@ -136,7 +143,7 @@ class RPN(nn.Module):
             large = (box[:, 2:] - box[:, :2] > self.config.min_size).all(dim=1)
             kept = self.nms(
                 torch.cat(scores).masked_fill(~large, -math.inf),  # takes no part, without a new shape
-                lambda index, box=box, group=group: (box[index], group[index]),
+                functools.partial(_at, box, group),
                 self.config.nms_iou,
                 self.config.proposals,
             )
