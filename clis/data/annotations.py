@@ -164,12 +164,14 @@ def _packed(annotations: Annotations) -> Packed:
 
 def _unpacked(packed: Packed, path: str | Path) -> Annotations:
     arrays, values = dict(packed[0]), packed[1]
+    pairs = {name: (arrays.pop(f"{name}_offsets"), arrays.pop(f"{name}_labels")) for name in _PAIRS}
     return Annotations(
         path=str(path),
         categories=tuple(Category(**category) for category in values["categories"]),
         federated=values["federated"],
         renamed=values["renamed"],
-        **{name: (arrays.pop(f"{name}_offsets"), arrays.pop(f"{name}_labels")) for name in _PAIRS},
+        negatives=pairs["negatives"],
+        not_exhaustive=pairs["not_exhaustive"],
         **arrays,
     )
 
@@ -245,7 +247,8 @@ def _select_images(annotations: Annotations, keep: np.ndarray) -> Annotations:
         image_sizes=annotations.image_sizes[keep],
         file_names=annotations.file_names[keep],
         offsets=np.concatenate([[0], annotations.offsets[1:][keep]]),
-        **pairs,
+        negatives=pairs["negatives"],
+        not_exhaustive=pairs["not_exhaustive"],
     )
 
 

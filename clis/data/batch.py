@@ -5,15 +5,16 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-T = TypeVar("T")
+B = TypeVar("B", bound="OnDevice")
 
 
+@dataclass(frozen=True, kw_only=True)
 class OnDevice:
     """A dataclass whose tensors, single or in lists, move together."""
 
@@ -28,8 +29,8 @@ class OnDevice:
         """Lengths of the fields in `COUNTED`."""
         return tuple(len(getattr(self, name)) for name in self.COUNTED)
 
-    def _apply(self: T, function: Callable[[Tensor], Tensor]) -> T:
-        changed = {}
+    def _apply(self: B, function: Callable[[Tensor], Tensor]) -> B:
+        changed: dict[str, Any] = {}
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if isinstance(value, Tensor):
@@ -38,10 +39,10 @@ class OnDevice:
                 changed[field.name] = [function(tensor) for tensor in value]
         return dataclasses.replace(self, **changed)
 
-    def to(self: T, device: torch.device) -> T:
+    def to(self: B, device: torch.device) -> B:
         return self._apply(lambda tensor: tensor.to(device, non_blocking=True))
 
-    def pin_memory(self: T) -> T:
+    def pin_memory(self: B) -> B:
         return self._apply(Tensor.pin_memory)
 
 

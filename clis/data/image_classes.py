@@ -124,7 +124,9 @@ class MemberLabels:
         if not len(table):
             raise ValueError(f"{self.path}: no line of member name, tab, class in it")
         table = table[np.argsort(table["name"], kind="stable")]
-        self._names, self._lines, self._labels = (np.ascontiguousarray(table[k]) for k in row_dtype.names)
+        self._names, self._lines, self._labels = (
+            np.ascontiguousarray(table[column]) for column in ("name", "line", "label")
+        )
         repeated = np.flatnonzero(self._names[1:] == self._names[:-1])
         if len(repeated):
             first, second = self._lines[repeated[0] : repeated[0] + 2]
@@ -219,7 +221,7 @@ def coverage(categories: Sequence[Category], counts: np.ndarray) -> dict[str, An
         "images": int(counts.sum()),
         "groups": groups,
         "fewest": [(categories[label].name, int(counts[label])) for label in fewest],
-        "without_images": [categories[label].name for label in np.flatnonzero(counts == 0)],
+        "without_images": [categories[label].name for label in np.flatnonzero(counts == 0).tolist()],
     }
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from io import FileIO
 from pathlib import Path
-from tarfile import BLOCKSIZE, HeaderError, nti
+from tarfile import BLOCKSIZE, HeaderError, nti  # type: ignore[attr-defined]  # the stubs lack nti
 from typing import Any
 
 import numpy as np
@@ -192,8 +192,9 @@ def build_index(
     containers = find_containers(roots, lambda name: label_of(name) is not None)
     names = [container.class_name for container in containers]
     where = ", ".join(map(str, roots))
-    labels, unmatched = match_classes(names, label_of, categories, strict=strict, where=where)
-    containers, labels = zip(*((c, label) for c, label in zip(containers, labels) if label is not None))
+    found, unmatched = match_classes(names, label_of, categories, strict=strict, where=where)
+    pairs = [(container, label) for container, label in zip(containers, found) if label is not None]
+    containers, labels = [container for container, _ in pairs], [label for _, label in pairs]
     listings = (list_images(container, by_name=True) for container in containers)
     chunks: dict[str, list[np.ndarray]] = {name: [] for name in _COLUMNS}
     for chunk in _columns(zip(labels, listings)):
@@ -207,6 +208,8 @@ def build_index(
         image_counts=np.bincount(arrays["labels"], minlength=len(categories)),
         unmatched=unmatched,
         digest=_digest(containers, arrays),
+        mixed=False,
+        folder=None,
     )
 
 
@@ -353,7 +356,7 @@ def _appending(path: Path, dtype: str) -> Iterator[Callable[[np.ndarray], None]]
 
         def append(array: np.ndarray) -> None:
             nonlocal length
-            file.write(np.ascontiguousarray(array, dtype=dtype))
+            file.write(np.ascontiguousarray(array, dtype=dtype).data)
             length += len(array)
 
         write_start()
@@ -399,5 +402,5 @@ def _digest(containers: Sequence[Container], arrays: dict[str, np.ndarray]) -> s
     for name in sorted(arrays):
         dtype = "<i8" if name == "labels" else _COLUMNS[name]
         for start in range(0, len(arrays[name]), 1 << 20):
-            digest.update(np.ascontiguousarray(arrays[name][start : start + (1 << 20)], dtype=dtype))
+            digest.update(np.ascontiguousarray(arrays[name][start : start + (1 << 20)], dtype=dtype).data)
     return digest.hexdigest()

@@ -162,8 +162,11 @@ def end_with_parent() -> None:
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
+    parent = multiprocessing.parent_process()
+    assert parent is not None  # it is for processes that multiprocessing has started
+
     def watch() -> None:
-        multiprocessing.parent_process().join()
+        parent.join()
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
@@ -263,8 +266,8 @@ def _list_tar(
     file = _part_file(container, wanted, by_name, parts)
     damage = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error)
     with contextlib.suppress(*damage), np.load(file) as part:
-        *arrays, skipped = (part[field] for field in Listing._fields)
-        return Listing(*arrays, int(skipped))
+        names, lengths, positions, sizes, skipped = (part[field] for field in Listing._fields)
+        return Listing(names, lengths, positions, sizes, int(skipped))
     listing = _scan_tar(container, wanted, by_name)
     with atomic_write(file) as temporary:
         np.savez_compressed(temporary, **listing._asdict())
@@ -321,7 +324,7 @@ class _Headers(io.BufferedReader):
     """A tar of which only headers are read; one that claims to be of gigabytes would fill the memory."""
 
     def read(self, size: int | None = -1, /) -> bytes:
-        if not 0 <= size <= _MAX_HEADER:
+        if size is None or not 0 <= size <= _MAX_HEADER:
             raise tarfile.ReadError(f"damaged: a header of {size} bytes")
         return super().read(size)
 
@@ -344,7 +347,7 @@ def _members(tar: tarfile.TarFile, end: int) -> Iterator[tarfile.TarInfo]:
         if member.size < 0 or member.offset_data + member.size > end:
             raise tarfile.ReadError(f"truncated: {member.name} ends behind byte {end}")
         yield member
-        tar.members.clear()
+        tar.members.clear()  # type: ignore[attr-defined]  # not public, but the one way to drop them
 
 
 def _listing(found: Iterable[tuple[str, int, int] | None], by_name: bool) -> Listing:
@@ -359,4 +362,5 @@ def _listing(found: Iterable[tuple[str, int, int] | None], by_name: bool) -> Lis
         images.sort()
     numbers = np.array([(len(name), *place) for name, *place in images], dtype=np.int64).reshape(-1, 3)
     names = b"".join(name for name, _, _ in images)
-    return Listing(np.frombuffer(names, dtype=np.uint8), *np.ascontiguousarray(numbers.T), skipped)
+    lengths, positions, sizes = np.ascontiguousarray(numbers.T)
+    return Listing(np.frombuffer(names, dtype=np.uint8), lengths, positions, sizes, skipped)

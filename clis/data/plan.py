@@ -58,7 +58,7 @@ def plan_sample(
     flipped = bool(generator.random() < data.flip)
     boxes = flip_boxes(boxes, resized[1]) if flipped else boxes
 
-    placements, regions, kept = [], [torch.zeros(0, 4)], [torch.zeros(0, dtype=torch.bool)]
+    placements, regions, insides = [], [torch.zeros(0, 4)], [torch.zeros(0, dtype=torch.bool)]
     for first in range(0, len(source_sizes), 4):
         four, moved, inside = plan_mosaic(
             source_sizes[first : first + 4],
@@ -74,8 +74,8 @@ def plan_sample(
         )
         placements += four
         regions.append(moved)
-        kept.append(inside)
-    kept = torch.cat(kept)
+        insides.append(inside)
+    kept = torch.cat(insides)
 
     chosen = generator.permutation(np.flatnonzero(kept.numpy()))[:t].tolist()
     pastes = plan_pastes(

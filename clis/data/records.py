@@ -133,8 +133,10 @@ def _read_columns(
             )
         if not counts[key]:
             raise ValueError(f"{path}: empty split: no {key}; use a file that has some")
-    joined = ({name: np.concatenate([part[name] for part in c]) for name in c[0]} for c in columns.values())
-    return *joined, categories
+    images, annotations = (
+        {name: np.concatenate([part[name] for part in c]) for name in c[0]} for c in columns.values()
+    )
+    return images, annotations, categories
 
 
 class _Part:
@@ -221,9 +223,10 @@ def _image_columns(part: _Part) -> dict[str, np.ndarray]:
         raise part.fault(int(np.argmax(bad)), what)
     columns["size"] = sizes.astype(np.int32)
     for place, image in enumerate(part.records):
-        if not isinstance(image.get("file_name", image.get("coco_url")), str):
+        file = image.get("file_name", image.get("coco_url"))
+        if not isinstance(file, str):
             raise part.fault(place, "neither file_name nor coco_url is a string; add one")
-        if len(image.get("file_name", image.get("coco_url"))) > MAX_NAME:
+        if len(file) > MAX_NAME:
             raise part.fault(place, f"its file name is longer than {MAX_NAME} characters; shorten it")
     columns["file_name"] = np.array([image_file_name(image) for image in part.records])
     columns["renamed"] = np.array(

@@ -398,10 +398,10 @@ class JointSampler:
         return [self._item(index) for index in range(first, first + self._images_per_step)]
 
     def _item(self, index: int) -> WorkItem:
-        draws = range(index * self._s, (index + 1) * self._s)
+        draws, sampler = range(index * self._s, (index + 1) * self._s), self._image_level_sampler
         return WorkItem(
             index=index,
             instance=self._instance_sampler.draw(index),
-            image_level=tuple(self._image_level_sampler.draw(k) for k in draws),
+            image_level=() if sampler is None else tuple(sampler.draw(k) for k in draws),
             seed=item_seed(self._seed, index),
         )

@@ -258,7 +258,7 @@ def draw_scene(
     masks = np.zeros((len(labels), image_size, image_size), bool)
     boxes = np.zeros((len(labels), 4), np.int64)
     for k in range(len(labels)):
-        alpha, color = _place_object(rng, labels[k], sides[k], palette, masks[:k].any(0), boxes[:k])
+        alpha, color = _place_object(rng, labels[k], sides[k], palette, np.any(masks[:k], axis=0), boxes[:k])
         image += alpha * (color - image)
         masks[k] = alpha >= 0.5
         boxes[k] = _tight_box(masks[k])
@@ -294,7 +294,8 @@ def draw_object(
 def _average(samples: np.ndarray) -> np.ndarray:
     """Average the SUPERSAMPLING x SUPERSAMPLING boolean samples of each pixel."""
     samples, n = samples.view(np.uint8), SUPERSAMPLING
-    return sum(samples[i::n, j::n] for i in range(n) for j in range(n)) / n**2
+    none = np.zeros_like(samples[::n, ::n])
+    return sum((samples[i::n, j::n] for i in range(n) for j in range(n)), start=none) / n**2
 
 
 def _tight_box(mask: np.ndarray) -> tuple[int, int, int, int]:
@@ -508,7 +509,8 @@ def _write_split(
     plan = deal_classes(
         counts, num_images, spec.max_objects, np.random.default_rng([spec.seed, PLAN, stream])
     )
-    images, annotations = [], []
+    images: list[dict] = []
+    annotations: list[dict] = []
     for i, labels in enumerate(plan):
         scene = draw_scene(
             np.random.default_rng([spec.seed, stream, i]),
