@@ -17,6 +17,7 @@ import statistics
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -149,7 +150,8 @@ def evaluate_peer(peer: FasterRCNN, config: Config) -> dict[str, float]:
                 columns["bbox"].append(torch.cat([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], dim=1).numpy())
                 columns["score"].append(found["scores"].numpy())
             progress.advance(len(images))
-    return evaluate(annotations, Detections(**{name: np.concatenate(rows) for name, rows in columns.items()}))
+    joined: dict[str, Any] = {name: np.concatenate(rows) for name, rows in columns.items()}
+    return evaluate(annotations, Detections(**joined))
 
 
 def main(argv: Sequence[str] | None = None) -> None:

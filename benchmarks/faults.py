@@ -86,7 +86,7 @@ def wait_until(happened: Callable[[], bool], process: subprocess.Popen) -> bool:
             return False
         if time.monotonic() > until:
             os.killpg(process.pid, signal.SIGKILL)
-            raise RuntimeError(f"nothing happened for {PATIENCE} s: {' '.join(process.args)}")
+            raise RuntimeError(f"nothing happened for {PATIENCE} s: {process.args!r}")
         time.sleep(0.001)
     return True
 

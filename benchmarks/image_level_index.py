@@ -148,13 +148,13 @@ def compare(sizes: Sequence[int], repeats: int, out: Path) -> None:
     for images in sizes:
         files = {path.name: path.stat().st_size for path in (out / str(images)).iterdir()}
         names, total = files["names.npy"] / images, sum(files.values())
-        warm, cold = found[images, False], found[images, True]
+        warm_runs, cold_runs = found[images, False], found[images, True]
         cells = [
             f"{total / images - names:.1f}", f"{names:.1f}", f"{total / 1e6:.1f}",
-            _spread(1e3 * run["open"] for run in cold), _spread(1e3 * run["open"] for run in warm),
-            _spread(1e6 * run["look_up"] for run in warm),
-            *(_spread(run["main"][kind] for run in warm) for kind in (0, 1)),
-            *(_spread(value for run in warm for value in run["workers"][kind]) for kind in (0, 1)),
+            _spread(1e3 * run["open"] for run in cold_runs), _spread(1e3 * run["open"] for run in warm_runs),
+            _spread(1e6 * run["look_up"] for run in warm_runs),
+            *(_spread(run["main"][kind] for run in warm_runs) for kind in (0, 1)),
+            *(_spread(value for run in warm_runs for value in run["workers"][kind]) for kind in (0, 1)),
         ]  # fmt: skip
         print(f"{images:>11}" + "".join(f"{cell:>14}" for cell in cells))
     print("times and memory: median/largest")

@@ -23,6 +23,7 @@ import time
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -31,6 +32,8 @@ from clis.metric.detections import Detections
 from clis.metric.lvis_eval import accumulate, summarize
 from clis.metric.matching import match
 from clis.metric.official import load_lvis, run_lvis
+
+T = TypeVar("T")
 
 BASE = ("nothing", "imports alone")
 KINDS = {
@@ -83,7 +86,7 @@ def measure(kind: str, ground_truth: Path, results: Path, arrays: Path) -> tuple
     return seconds, figures
 
 
-def _timed(work: Callable) -> tuple[float, object]:
+def _timed(work: Callable[[], T]) -> tuple[float, T]:
     began = time.process_time()
     result = work()
     return time.process_time() - began, result
@@ -154,7 +157,8 @@ def simulate(num_images: int, folder: Path, num_classes: int = 1203, seed: int =
     folder.mkdir(parents=True, exist_ok=True)
     train_images = np.exp(rng.uniform(0, np.log(2000), num_classes)).astype(int)
     share = train_images / train_images.sum()
-    images, annotations, columns = [], [], []
+    images, columns = [], []
+    annotations: list[dict[str, Any]] = []
     for image_id in range(1, num_images + 1):
         classes = rng.choice(num_classes, 12, p=share)
         positive = np.unique(classes[:4])
@@ -190,7 +194,8 @@ def simulate(num_images: int, folder: Path, num_classes: int = 1203, seed: int =
     document = {"images": images, "annotations": annotations, "categories": categories}
     (folder / "gt.json").write_text(json.dumps(document))
     names = ("image_id", "category_id", "bbox", "score")
-    detections = Detections(**{name: np.concatenate(rows) for name, rows in zip(names, zip(*columns))})
+    joined: dict[str, Any] = {name: np.concatenate(rows) for name, rows in zip(names, zip(*columns))}
+    detections = Detections(**joined)
     detections.to_json(folder / "dt.json")
     print(f"{folder}/gt.json, dt.json: {len(annotations)} boxes, {len(detections)} detections")
 

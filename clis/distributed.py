@@ -9,7 +9,7 @@ import time
 import uuid
 from collections.abc import Iterator
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -157,9 +157,9 @@ def gather_rows(rows: Tensor) -> Tensor:
 
 def _padded(rows: Tensor) -> tuple[Tensor, list[int]]:
     """Rows filled up to the longest rank's number, and the number of each rank."""
-    counts = torch.zeros(world_size(), dtype=torch.int64)
-    counts[rank()] = len(rows)
-    counts = all_reduce_sum(counts).tolist()
+    lengths = torch.zeros(world_size(), dtype=torch.int64)
+    lengths[rank()] = len(rows)
+    counts = all_reduce_sum(lengths).tolist()
     padded = rows.new_zeros((max(counts), *rows.shape[1:]))
     padded[: len(rows)] = rows
     return padded, counts
@@ -172,12 +172,16 @@ def wrap_ddp(model: nn.Module, device: torch.device) -> nn.Module:
     # the queue is the same on all ranks by construction: 59 MB that need not travel each step
     known = inspect.signature(DistributedDataParallel).parameters
     sync_buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+    options: dict[str, Any] = {sync_buffers: False}
     device_ids = [device] if device.type == "cuda" else None
-    return DistributedDataParallel(model, device_ids=device_ids, **{sync_buffers: False})
+    return DistributedDataParallel(model, device_ids=device_ids, **options)
 
 
 @contextlib.contextmanager
 def no_sync(network: nn.Module, local: bool) -> Iterator[None]:
     """With `local` the gradients of the block do not travel between the processes yet."""
-    with network.no_sync() if local and world_size() > 1 else contextlib.nullcontext():
+    if local and isinstance(network, DistributedDataParallel):
+        with network.no_sync():
+            yield
+    else:
         yield

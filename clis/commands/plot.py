@@ -187,13 +187,13 @@ def study_figure(rows: Mapping[str, Mapping[str, Any]], title: str) -> Figure:
     shown = {name: row["runs"] for name, row in rows.items() if row["runs"]}
     first, width = next(iter(shown), ""), 0.8 / max(len(shown), 1)
     for number, (name, runs) in enumerate(shown.items()):
-        style = {"label": name, "color": matplotlib.colormaps["tab20"](number % 20)}
+        color = matplotlib.colormaps["tab20"](number % 20)
         values = np.array([[run[group] for group in GROUPS] for run in runs.values()], dtype=float)
         values[values < 0] = math.nan
         places = np.arange(len(GROUPS)) + number * width
-        bars.bar(places, values.mean(axis=0), width, yerr=_spread(values), capsize=2, **style)
+        bars.bar(places, values.mean(axis=0), width, yerr=_spread(values), capsize=2, label=name, color=color)
         if number > 0:
-            _draw_gain(gains, runs, shown[first], style["color"])
+            _draw_gain(gains, runs, shown[first], color)
     bars.set_xticks(np.arange(len(GROUPS)) + 0.4 - width / 2, GROUPS.values())
     bars.set(ylabel="AP", title=title)
     gains.axhline(0, color="black", lw=0.6)

@@ -109,13 +109,13 @@ def prepare_image_level(
         ValueError: `out` is no place for an index, a root, mapping or label file is wrong, tars are damaged
             (all are named), or no image is left.
     """
-    out, roots = Path(out), [Path(root) for root in roots]
-    _check_out(out, roots)
+    out, root_paths = Path(out), [Path(root) for root in roots]
+    _check_out(out, root_paths)
     categories = read_annotations(annotations).categories
     if not is_index(out):
         mark_unfinished(out)
     parts = out / PARTS
-    containers, found, unmatched, members = _matched(roots, categories, mapping, labels, strict, parts)
+    containers, found, unmatched, members = _matched(root_paths, categories, mapping, labels, strict, parts)
     made_of = _fingerprint(categories, containers, found, labels, strict)
     index = None if any(container.is_folder for container in containers) else _unchanged(out, made_of)
     if index is not None:
@@ -264,7 +264,7 @@ def _outcomes(
 
 def _labeled(
     containers: Sequence[Container],
-    found: Sequence[int],
+    found: Sequence[int | None],
     members: MemberLabels | None,
     parts: Path,
     strict: bool,
@@ -281,7 +281,9 @@ def _labeled(
             report["skipped"] += listing.skipped
             report["skipped_in"].append(container.name)
         if members is None:
-            yield found[place], listing
+            label = found[place]
+            assert label is not None  # `_matched` leaves out the others
+            yield label, listing
         else:
             labels = members.take(listing.split_names(), container.name)
             yield labels[labels >= 0], listing.select(labels >= 0)

@@ -81,7 +81,7 @@ class Record:
         """Note a finished run, in the file too; give its figures in one line."""
         row = next(row for row in self.study.rows if row.name == name)
         figures = folder.read_result()
-        run = {figure: round(100 * figures[figure], 2) for figure in FIGURES}
+        run: dict[str, Any] = {figure: round(100 * figures[figure], 2) for figure in FIGURES}
         records = [record for record in folder.read_metrics() if "compute_time" in record]
         times = [record["data_time"] + record["compute_time"] for record in records]
         run |= {"key": self._key(row, seed), "step_seconds": round(statistics.median(times), 3)}

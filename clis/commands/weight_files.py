@@ -6,11 +6,14 @@ import pickle
 import re
 from collections import OrderedDict
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
+
+Order = Literal["C", "F"]
+"""Of an array's numbers; NumPy refuses what else a pickle may say."""
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
@@ -68,7 +71,7 @@ class _NumberType:
     def __setstate__(self, state: tuple) -> None:
         self.code = state[1] + self.code  # the byte order
 
-    def array(self, data: bytes | str, shape: tuple[int, ...], order: str) -> np.ndarray:
+    def array(self, data: bytes | str, shape: tuple[int, ...], order: Order) -> np.ndarray:
         if not re.fullmatch(r"[<>|=]?[fiub]\d", self.code):
             raise pickle.UnpicklingError(f"an array of {self.code}")
         data = data.encode("latin1") if isinstance(data, str) else data  # Python 2's bytes
@@ -86,7 +89,9 @@ class _Array:
         self._take(number_type.array(data, shape, "F" if column_major else "C"))
 
     @classmethod
-    def from_buffer(cls, data: bytes, number_type: _NumberType, shape: tuple[int, ...], order: str) -> _Array:
+    def from_buffer(
+        cls, data: bytes, number_type: _NumberType, shape: tuple[int, ...], order: Order
+    ) -> _Array:
         array = cls()
         array._take(number_type.array(data, shape, order))
         return array

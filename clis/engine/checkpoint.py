@@ -25,7 +25,7 @@ from clis.progress import say
 FORMAT = 1
 
 
-def detector_state(model: CLISDetector, config: Config, step: int = 0) -> dict[str, Any]:
+def detector_state(model: CLISDetector | ImageClassifier, config: Config, step: int = 0) -> dict[str, Any]:
     """What of a checkpoint makes the detector: all that evaluation, `load_detector` and regions read."""
     return {
         "format": FORMAT,

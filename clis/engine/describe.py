@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import resource
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
+from torch import Tensor
 
 from clis.config import Config
 from clis.data.annotations import Annotations
@@ -104,14 +106,19 @@ def describe_pretraining(
 
 def summarize_step(outputs: Sequence[TrainOutput], config: Config) -> dict[str, float]:
     """Weighted total and raw losses of the global batch; its counts for each instance-level image."""
-    losses = {name: sum(output.losses[name].detach() for output in outputs) for name in outputs[0].losses}
-    stats = {name: sum(output.stats[name].detach() for output in outputs) for name in outputs[0].stats}
-    values = torch.stack([value.double() for value in (*losses.values(), *stats.values())])
-    values = all_reduce_sum(values).tolist()
+    losses = {name: _sum(output.losses[name] for output in outputs) for name in outputs[0].losses}
+    stats = {name: _sum(output.stats[name] for output in outputs) for name in outputs[0].stats}
+    summed = torch.stack([value.double() for value in (*losses.values(), *stats.values())])
+    values = all_reduce_sum(summed).tolist()
     record = {name: value / world_size() for name, value in zip(losses, values)}
     total = sum(config.loss.weights[name] * loss for name, loss in record.items())
     counts = zip(stats, values[len(losses) :])
     return {"loss": total} | record | {name: count / config.train.images_per_step for name, count in counts}
+
+
+def _sum(values: Iterable[Tensor]) -> Tensor:
+    """Add at least one scalar, without their graphs."""
+    return functools.reduce(torch.add, (value.detach() for value in values))
 
 
 def contrast_state(model: CLISDetector, outputs: Sequence[TrainOutput]) -> dict[str, float]:
@@ -146,8 +153,8 @@ class ContrastWatch:
         """Give the warning that is due after a record of metrics.jsonl, or None."""
         if self.said or "contrast_other" not in record:
             return None
-        names = ("contrast_positive", "contrast_other", "contrast_queue")
-        self.records.append((step, *(record[name] for name in names)))
+        positive, other, queue = (record[f"contrast_{name}"] for name in ("positive", "other", "queue"))
+        self.records.append((step, positive, other, queue))
         recent = [each for each in self.records if each[0] > step - self.FIRST_STEP]
         self.records = max(recent, self.records[-self.LEAST :], key=len)
         positive, other, queue = (sum(column) / len(self.records) for column in list(zip(*self.records))[1:])

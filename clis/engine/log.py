@@ -43,6 +43,6 @@ class MetricsLog:
     def write(self, record: Mapping[str, float | int]) -> None:
         """Appends a line; a number that is not finite (a skipped step's) becomes null: JSON has none."""
         if is_main():
-            record = {name: value if math.isfinite(value) else None for name, value in record.items()}
+            finite = {name: value if math.isfinite(value) else None for name, value in record.items()}
             with self.path.open("a") as file:
-                file.write(json.dumps(record) + "\n")
+                file.write(json.dumps(finite) + "\n")

@@ -139,7 +139,7 @@ def _reject(bad: np.ndarray, problem: str, values: np.ndarray) -> None:
         raise ValueError(f"row {row}: {problem}: {values[row].tolist()} ({bad.sum()} such rows)")
 
 
-def _read_npz(path: Path) -> dict[str, np.ndarray]:
+def _read_npz(path: Path) -> dict[str, Any]:
     with open(path, "rb") as file:
         if not zipfile.is_zipfile(file):  # the table of contents is at the end: a cut file has none
             raise ValueError("not a whole .npz file; write it again")
@@ -235,7 +235,7 @@ def _check_row(number: int, row: object, boxes: bool) -> None:
         raise ValueError(f"row {number}: no {', '.join(missing)} in {reprlib.repr(row)}")
     for name in ("image_id", "category_id"):
         value = row[name]
-        if not isinstance(value, numbers.Integral) or isinstance(value, bool):
+        if isinstance(value, bool) or not isinstance(value, int | np.integer):
             raise ValueError(f"row {number}: {name} is not an integer: {value!r}")
         if not -(2**63) <= value < 2**63:
             raise ValueError(f"row {number}: {name} is not an integer of 64 bits: {value!r}")

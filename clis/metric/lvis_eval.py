@@ -160,7 +160,7 @@ def accumulate(matches: Matches, image_weights: np.ndarray | None = None, num_ar
         for t in range(T):
             bit = 1 << (a * T + t)
             hits = np.flatnonzero(true_bits & bit)
-            if weights is not None:
+            if moving_weights is not None:
                 hits = hits[moving_weights[hits] > 0]
             num_false = _running_sum((false_bits & bit) != 0, moving_weights)
             starts, ends = moving_bounds[defined], moving_bounds[defined + 1]
@@ -189,12 +189,12 @@ def summarize(
             group: accumulate(matches.with_labels(labels), image_weights, 1)
             for group, labels in groups.items()
         }
-        precision = {group: each.mean_precision() for group, each in curves.items()}
-        metrics = _by_threshold(precision[""]) | {f"AP{group}": precision[group] for group in "rcf"}
+        pooled = {group: each.mean_precision() for group, each in curves.items()}
+        metrics = _by_threshold(pooled[""]) | {f"AP{group}": pooled[group] for group in "rcf"}
     else:
-        curves = accumulate(matches, image_weights, num_areas)
+        split = accumulate(matches, image_weights, num_areas)
         areas = {name[0]: index for index, name in enumerate(AREA_RANGES) if 0 < index < num_areas}
-        precision, recall = curves.mean_precision(), curves.recall
+        precision, recall = split.mean_precision(), split.recall
         metrics = {
             **_by_threshold(precision),
             **{f"AP{letter}": precision[..., index] for letter, index in areas.items()},

@@ -27,9 +27,9 @@ def ground_truth_masks(source: str | Path | Mapping[str, Any]) -> tuple[Annotati
     records = {record["id"]: record for record in document["annotations"]}
     sizes = np.repeat(annotations.image_sizes, np.diff(annotations.offsets), axis=0).tolist()
     masks = []
-    for annotation_id, size in zip(annotations.annotation_ids.tolist(), sizes):
+    for annotation_id, (height, width) in zip(annotations.annotation_ids.tolist(), sizes):
         segmentation = records[annotation_id].get("segmentation")
-        masks.append(compressed(segmentation, *size, f"{path}: annotation {annotation_id}"))
+        masks.append(compressed(segmentation, height, width, f"{path}: annotation {annotation_id}"))
     return annotations, masks
 
 
@@ -84,4 +84,5 @@ class MaskIoU:
 
     def _mask(self, detection: int) -> RLE:
         row = int(self.rows[detection])
-        return compressed(self.masks[row], *self.sizes[detection].tolist(), f"detection in row {row}")
+        height, width = self.sizes[detection].tolist()
+        return compressed(self.masks[row], height, width, f"detection in row {row}")
