@@ -29,6 +29,7 @@ from clis.metric.detections import Detections
 from clis.metric.lvis_eval import METRICS, evaluate
 from clis.models import CLISDetector
 from clis.progress import Progress
+from clis.resize import image_size
 
 
 def evaluate_detector(detector: CLISDetector, config: Config, folder: RunFolder) -> dict[str, float]:
@@ -125,7 +126,7 @@ def _padded_size(detector: CLISDetector, image: Tensor) -> tuple[int, ...]:
     if detector.backbone.square:
         return ()
     test = detector.test_config
-    size = detector.resized_size(tuple(image.shape[1:]), test.short_side, test.max_size)
+    size = detector.resized_size(image_size(image), test.short_side, test.max_size)
     return tuple(-(-side // 32) for side in size)
 
 

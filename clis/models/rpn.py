@@ -42,7 +42,6 @@ def grid_anchors(cell: Tensor, height: int, width: int, spacing: tuple[int, int]
     return (torch.stack([x, y, x, y], dim=-1).reshape(-1, 1, 4) + cell).reshape(-1, 4)
 
 
-
 def _at(boxes: Tensor, groups: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
     return boxes[index], groups[index]
 
