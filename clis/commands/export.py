@@ -73,7 +73,7 @@ def nms_of_best(
     Candidates that do not count stay, each in a group of its own where it suppresses nothing, and go behind
     NMS. So do two boxes that are added, for the exporter takes it that two survive at least.
     """
-    size = scores.shape[0]  # of `len` the exporter would want the number
+    size: int | torch.SymInt = scores.shape[0]  # of `len` the exporter would want the number
     if num_candidates is not None:
         size = torch.sym_min(size, num_candidates)
     order = scores.sort(descending=True, stable=True).indices[:size]

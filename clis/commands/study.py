@@ -242,12 +242,12 @@ def run_study(
         if job.failed:
             say(f"FAILED {job.title}, see {_log(job, out / 'logs')}")
             continue
-        for row, seed in job.results:
+        for name, seed in job.results:
             try:
-                say(f"{row}, seed {seed}: {record.add(row, seed, RunFolder(job.done.parent))}")
+                say(f"{name}, seed {seed}: {record.add(name, seed, RunFolder(job.done.parent))}")
             except (OSError, ValueError, KeyError) as error:  # a damaged run stops no other
                 job.failed = True
-                say(f"FAILED {row}, seed {seed}: {job.done.parent} cannot be read: {error}")
+                say(f"FAILED {name}, seed {seed}: {job.done.parent} cannot be read: {error}")
         if job.seconds:
             say(f"{job.title}: {tqdm.format_interval(job.seconds)}")
     record.write()
@@ -351,13 +351,14 @@ def _plan_regions(run: Run, file: Path, out: Path, plan: dict[Path, Job]) -> Job
 
 
 def _work(jobs: Sequence[Job], at_once: int, logs: Path) -> Iterator[Job]:
-    """Runs the jobs, each when those before it are done, and gives them back as they end.
+    """Run the jobs, each when those before it are done, and give them back as they end.
 
     Raises:
         Preempted: on SIGTERM or SIGINT, when the running jobs, asked too, have ended.
     """
     logs.mkdir(parents=True, exist_ok=True)
-    waiting, running, ended = list(jobs), {}, set()
+    waiting, ended = list(jobs), set()
+    running: dict[subprocess.Popen[bytes], tuple[Job, float]] = {}
     threads = max(1, (os.cpu_count() or 1) // at_once)
     environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
     with StopRequest() as stop:

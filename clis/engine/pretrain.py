@@ -103,11 +103,11 @@ def train_classifier(
     first_step, num_skipped = resume(folder, model, optimizer, scaler, config, (*SETTINGS, "train.steps"))
     skipped = SkippedSteps(num_skipped, scaler, folder, config.train, ADVICE)
     network = wrap_ddp(model, device).train()
-    sampler = make_image_level_sampler(config, index, split.trained)
-    say(describe_pretraining(config, len(sampler), split.held_out, model, accumulation))
+    shuffle = make_image_level_sampler(config, index, split.trained)
+    say(describe_pretraining(config, len(shuffle), split.held_out, model, accumulation))
     folder.clear_preempted()
 
-    sampler = SingleSampler(sampler, config.train.images_per_step, config.train.seed)
+    sampler = SingleSampler(shuffle, config.train.images_per_step, config.train.seed)
     steps = range(first_step, config.train.steps)
     micro_batches = MicroBatches(sampler, steps, rank(), world_size(), images_per_process)
     dataset = RandomCrops(config.data, config.pretrain, index, split)
@@ -256,7 +256,8 @@ def _as_stage(config: Config, images: int) -> Config:
 def _running_statistics(model: nn.Module) -> list[Tensor]:
     """Running means and variances of batch norm, [channels] each; empty with group norm."""
     norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
-    return [value for norm in norms for value in (norm.running_mean, norm.running_var)]
+    values = [value for norm in norms for value in (norm.running_mean, norm.running_var)]
+    return [value for value in values if value is not None]
 
 
 def _not_finite(step: int, sums: Tensor, batches: Sequence[LabeledBatch]) -> str:

@@ -105,7 +105,7 @@ def make_regions(
     parts = RegionParts(path, len(index), {**sidecar, "stamp": stamp})
     if is_main():
         parts.open(world_size())
-    table = from_main(parts.read() if is_main() else None)
+    table = from_main(parts.read() if is_main() else np.zeros(0, dtype=REGION_DTYPE))
     pending = np.flatnonzero(table["source"] == RegionSource.PENDING)
     if len(pending) < len(index):
         say(f"{len(index) - len(pending)} of {len(index)} regions already exist")
@@ -113,7 +113,7 @@ def make_regions(
     unreadable = [f"{index.name(row)} (found before)" for row in met.tolist()]
     mine, rule = pending[rank() :: world_size()], region_rule(config, index, detector)
     with parts.writer(rank()) as write, Progress("regions", len(mine)) as progress:
-        for rows, images in search_batches(config, index, mine, detector):
+        for rows, images in search_batches(config, index, mine.tolist(), detector):
             unreadable += [image for image in images if isinstance(image, str)]
             check_bad_images(unreadable, config.data.max_bad_images)
             write(rows, regions_of(rows, images, rule))
@@ -178,10 +178,15 @@ def _unzipped(pairs: list[tuple[int, T]]) -> tuple[list[int], list[T]]:
     return [row for row, _ in pairs], [image for _, image in pairs]
 
 
+def given_boxes(config: Config) -> Path:
+    """Give the file of boxes of the rule ``given``."""
+    return data_path(config, str(config.regions.boxes))
+
+
 def detector_of(config: Config) -> str | None:
     """What the sidecar says that the boxes come from: the detector, the given file by its hash, or None."""
     if config.regions.rule == "given":
-        path = data_path(config, config.regions.boxes)
+        path = given_boxes(config)
         return f"{path} {hashlib.sha256(path.read_bytes()).hexdigest()}" if path.is_file() else str(path)
     return config.regions.detector if config.regions.rule in DETECTOR_RULES else None
 
@@ -236,14 +241,14 @@ def regions_of(rows: list[int], images: list[ImageOfRow | str], rule: Rule) -> n
     """Find the regions of rows of the index, `REGION_DTYPE` [n]."""
     regions = np.zeros(len(rows), dtype=REGION_DTYPE)
     regions["source"] = RegionSource.UNREADABLE
-    readable = [place for place, image in enumerate(images) if not isinstance(image, str)]
+    readable = {place: image for place, image in enumerate(images) if not isinstance(image, str)}
     if not readable:
         return regions
-    found = rule([rows[place] for place in readable], [images[place] for place in readable])
-    for place, (box, score) in zip(readable, found):
+    found = rule([rows[place] for place in readable], list(readable.values()))
+    for (place, image), (box, score) in zip(readable.items(), found):
         has_area = _has_area(box)
         if not has_area:
-            box, score = center_box(images[place].size), 0.0
+            box, score = center_box(image.size), 0.0
         source = RegionSource.RULE if has_area else RegionSource.FALLBACK
         regions[place] = (box.numpy(), score, source)
     return regions
@@ -261,13 +266,14 @@ def region_rule(config: Config, index: ImageLevelIndex, detector: CLISDetector |
     if name == "full":
         return lambda rows, images: [(_full_box(image.size), 1.0) for image in images]
     if name == "given":
-        boxes = read_boxes(data_path(config, config.regions.boxes), index)
+        boxes = read_boxes(given_boxes(config), index)
         nothing = torch.full((4,), torch.nan)
         return lambda rows, images: [
             (box_ops.clip(boxes.get(index.name(row), nothing), image.size), 1.0)
             for row, image in zip(rows, images)
         ]
     find = _top_score if name == "top-score" else _rank_first
+    assert detector is not None  # the other rules need one
     return lambda rows, images: _best_over_sizes(config, detector, images, index.labels[rows], find)
 
 
@@ -308,11 +314,11 @@ def _best_over_sizes(
         with autocast(config.train.precision, resized[0].device):
             found = find(detector, resized, labels, max_size)
         boxes, scores = (torch.stack(column).cpu() for column in zip(*found))  # one wait for all
-        found = [
+        stored = [
             (scale_boxes(box, size, image.size), float(score))
             for box, score, size, image in zip(boxes, scores, sizes, images)
         ]
-        best = [max(pair, key=_rank) for pair in zip(best, found)] if best else found
+        best = [max(pair, key=_rank) for pair in zip(best, stored)] if best else stored
     return best
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from clis.losses import find_classification_loss
+from clis.losses import ClassificationLoss, find_classification_loss
 from clis.losses.options import check_options, nearest, read_call
 
 
@@ -127,7 +127,8 @@ def find_calibration(text: str | None, loss: str) -> functools.partial[Calibrati
     if name not in CALIBRATIONS:
         raise ValueError(f"{where}: there is no such calibration; {nearest(name, CALIBRATIONS)}")
     check_options(options, CALIBRATIONS[name], where)
-    if not find_classification_loss(loss).func.softmax_scores:
+    built = find_classification_loss(loss).func
+    if not (isinstance(built, type) and issubclass(built, ClassificationLoss) and built.softmax_scores):
         raise ValueError(
             f"{where}: it needs scores from a softmax over classes and background, which those of "
             f"loss.classification={loss} are not; set test.calibration=null"
