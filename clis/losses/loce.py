@@ -61,7 +61,7 @@ class LOCE(CrossEntropy):
     ) -> Tensor:
         z = at_least_float32(logits)
         margins = F.pad(self.mean_scores, (0, 1), value=self.background).log()
-        return super().forward(z + margins.to(z), labels, normalizer)
+        return super().forward(z + margins.to(z), labels, normalizer, rows)
 
     def statistics(self, logits: Tensor, labels: Tensor, rows: Rows) -> Tensor:
         """Add up over the images that have a class its mean score there, and count them: [2,C]."""

@@ -41,10 +41,10 @@ class BalancedSoftmax(CrossEntropy):
         self, logits: Tensor, labels: Tensor, normalizer: Tensor | float, rows: Rows | None = None
     ) -> Tensor:
         z = at_least_float32(logits)
-        return super().forward(z + self.shift.to(z), labels, normalizer)
+        return super().forward(z + self.shift.to(z), labels, normalizer, rows)
 
     def image_level(self, logits: Tensor, labels: Tensor, normalizer: Tensor | float, rows: Rows) -> Tensor:
-        return super().forward(logits, labels, normalizer)
+        return super().forward(logits, labels, normalizer, rows)
 
 
 class LogitAdjusted(BalancedSoftmax):
