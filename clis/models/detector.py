@@ -212,6 +212,7 @@ class CLISDetector(nn.Module):
         """Apply the heads to pooled RoIs and their classification features: once, or as often as refined."""
         rounds = [self._predict_round(pooled, instance_features)]
         for _ in self.schedule[1:]:
+            assert self.refinement is not None  # without one, the schedule has one round
             deltas = self.localization.deltas(rounds[-1].localization_features)
             pooled = self.refinement(pooled, rounds[-1].logits, deltas)
             rounds.append(self._predict_round(pooled, self.classification.sub_network(pooled)))
