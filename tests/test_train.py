@@ -16,9 +16,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import torch.multiprocessing
 from conftest import CATEGORIES, global_counts, make_sample, normalizers_of, tiny_config
-from runs import BASELINE, CONFIG, REPOSITORY, SHORT, assert_same_state, assert_same_training, records
+from runs import (
+    BASELINE,
+    CONFIG,
+    REPOSITORY,
+    SHORT,
+    assert_same_state,
+    assert_same_training,
+    records,
+    save_shares,
+)
 from torch import nn
 
 from clis.commands import run_verb
@@ -248,17 +256,12 @@ ITEMS = [
 STEPS = 10
 
 
-def run_steps(rank: int, processes: int, accumulation: int, folder: str, loss: str) -> None:
-    """Trains a float64 model for a few steps on this process's share of ITEMS and saves its end state."""
-    torch.set_num_threads(1)
+def train_share(rank: int, processes: int, accumulation: int, loss: str) -> dict:
+    """Train a float64 model for a few steps on this process's share of ITEMS; its end state and totals."""
     config = tiny_config(
         f"train.images_per_step={len(ITEMS)}", "optim.clip_norm=5", "clis.momentum=0.9",
         f"loss.classification={loss}",
     )  # fmt: skip
-    if processes > 1:
-        torch.distributed.init_process_group(
-            "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=processes
-        )
     torch.manual_seed(0)
     model = build_model(config, CATEGORIES).double()
     network = wrap_ddp(model, torch.device("cpu"))
@@ -275,22 +278,13 @@ def run_steps(rank: int, processes: int, accumulation: int, folder: str, loss: s
         normalizers = train.global_normalizers(global_counts(micro), config)
         outputs, _ = train.train_step(network, model, optimizer, scaler, micro, normalizers, 0.02, config)
         totals.append(summarize_step(outputs, config) | contrast_state(model, outputs))
-    name = f"{processes}x{accumulation}_{rank}.pt"
-    torch.save({"model": model.state_dict(), "totals": totals}, Path(folder, name))
-    if processes > 1:
-        torch.distributed.destroy_process_group()
-
-
-def _spawned(rank: int, folder: str, loss: str) -> None:
-    run_steps(rank, 2, 1, folder, loss)
+    return {"model": model.state_dict(), "totals": totals}
 
 
 @pytest.mark.parametrize("loss", sorted(CLASSIFICATION_LOSSES))
 def test_processes_and_accumulation_are_the_same_mathematics(loss, tmp_path):
     """1 x 8 = 1 x 4 x 2 = 2 processes x 4, to 1e-9 in weights, queue, momentum copy and every loss."""
-    for accumulation in (1, 2, 8):
-        run_steps(0, 1, accumulation, str(tmp_path), loss)
-    torch.multiprocessing.spawn(_spawned, (str(tmp_path), loss), nprocs=2)
+    save_shares(tmp_path, train_share, loss, accumulations=(1, 2, 8))
     expected = torch.load(tmp_path / "1x1_0.pt")
     assert expected["model"]["contrastive.queue.pushed"] == 2 * STEPS * 5  # both views of five pairs a step
     for name in ("1x2_0.pt", "1x8_0.pt", "2x1_0.pt", "2x1_1.pt"):
