@@ -25,8 +25,6 @@ from clis.models import CLISDetector, build_model
 
 SIZE = (800, 1088)
 """Height and width of an instance-level image."""
-PLAIN = ("clis={task_specialized: false, objectness: false, s: 0, t: 0, siamese: false, contrastive: false}",)
-"""Overrides: the baseline, a plain Faster R-CNN."""
 
 
 def paper_config(*overrides: str) -> Config:

@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
-from detectors import PLAIN, compare, make_batch, make_detector, make_peer, parse
+from detectors import compare, make_batch, make_detector, make_peer, parse
 from torch import Tensor
 
 CLASSES = 1203
@@ -60,17 +60,17 @@ def _say_count(scores: Tensor) -> None:
 
 
 def _classes(count: int) -> Callable[[str], Callable[[], object]]:
-    return lambda device: our_inference(PEAKED, device, *PLAIN, classes=count)
+    return lambda device: our_inference(PEAKED, device, "clis=off", classes=count)
 
 
 VARIANTS: dict[str, Callable[[str], Callable[[], object]]] = {
     "torchvision, uniform": lambda device: torchvision_inference(UNIFORM, device),
-    "baseline, uniform": lambda device: our_inference(UNIFORM, device, *PLAIN),
+    "baseline, uniform": lambda device: our_inference(UNIFORM, device, "clis=off"),
     "torchvision, peaked": lambda device: torchvision_inference(PEAKED, device),
     "torchvision, channels_last, peaked": lambda device: torchvision_inference(
         PEAKED, device, torch.channels_last
     ),
-    "baseline, peaked": lambda device: our_inference(PEAKED, device, *PLAIN),
+    "baseline, peaked": lambda device: our_inference(PEAKED, device, "clis=off"),
     "CLIS, peaked": lambda device: our_inference(
         PEAKED, device, "clis.s=0", "clis.t=0", "clis.contrastive=false"
     ),

@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
-from detectors import PLAIN, make_detector, paper_config, print_ratios, take_turns
+from detectors import make_detector, paper_config, print_ratios, take_turns
 
 from clis.engine.regions import region_rule, search_batches
 
@@ -49,8 +49,8 @@ class Photographs:
 
 
 def search(index: Photographs, device: str, *overrides: str) -> Callable[[], None]:
-    config = paper_config(*PLAIN, "data.workers=1", *overrides)
-    detector = make_detector(CLASSES, *PLAIN, device=device).eval()
+    config = paper_config("clis=off", "data.workers=1", *overrides)
+    detector = make_detector(CLASSES, "clis=off", device=device).eval()
     rule = region_rule(config, index, detector)
 
     def run() -> None:

@@ -17,6 +17,11 @@ import yaml
 from clis.config import RESUMABLE, Config
 from clis.config_scopes import key_of
 
+CLIS_OFF = {
+    "task_specialized": False, "objectness": False, "s": 0, "t": 0, "siamese": False, "contrastive": False,
+}  # fmt: skip
+"""What `clis: off` (also `clis=off`) sets: plain Faster R-CNN. Other fields of the section are left alone."""
+
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Reads a YAML config with its parents and applies `key.path=value` overrides.
@@ -139,7 +144,7 @@ def _read_with_parents(path: Path, children: tuple[Path, ...]) -> dict[str, Any]
             section[key] = os.path.relpath(path.parent / section[key])
     base = values.pop("base", None)
     if base is None:
-        return values
+        return _merge({}, values)
     if not isinstance(base, str):
         raise ValueError(f"{path}: `base:` names one file, not {base!r}")
     parent = path.parent / base
@@ -151,6 +156,8 @@ def _read_with_parents(path: Path, children: tuple[Path, ...]) -> dict[str, Any]
 def _merge(parent: dict[str, Any], child: dict[str, Any]) -> dict[str, Any]:
     merged = dict(parent)
     for key, value in child.items():
+        if key == "clis" and value is False:
+            value = CLIS_OFF
         both = isinstance(value, dict) and isinstance(merged.get(key), dict)
         merged[key] = _merge(merged[key], value) if both else value
     return merged

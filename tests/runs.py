@@ -1,11 +1,14 @@
-"""Short runs of the recipe, and when two of them are the same."""
+"""Short runs of the recipe, on several processes too, and when two of them are the same."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
+import torch.multiprocessing
 
 from clis.engine.checkpoint import load_checkpoint
 from clis.engine.log import TIME_FIELDS
@@ -47,3 +50,37 @@ def assert_same_training(folder: Path, reference: Path) -> None:
     assert_same_state(*momentum)
     assert records(folder) == records(reference)
     assert (folder / "eval.json").read_text() == (reference / "eval.json").read_text()
+
+
+def spawn(folder: Path, function: Callable, *arguments: Any) -> None:
+    """Call function(rank, *arguments), of a module's top level, in two processes of one gloo group."""
+    torch.multiprocessing.spawn(_in_group, (folder, function, arguments), nprocs=2)
+
+
+def _in_group(rank: int, folder: Path, function: Callable, arguments: tuple) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2
+    )
+    function(rank, *arguments)
+    torch.distributed.destroy_process_group()
+
+
+def save_shares(folder: Path, steps: Callable, *arguments: Any, accumulations: tuple[int, ...]) -> None:
+    """Save what steps(rank, processes, accumulation, *arguments) returns, of one process and of two.
+
+    One process takes each of the accumulations, two take none; the files are
+    ``{processes}x{accumulation}_{rank}.pt``.
+    """
+    for accumulation in accumulations:
+        _save_share(0, folder, steps, 1, accumulation, arguments)
+    spawn(folder, _save_share, folder, steps, 2, 1, arguments)
+
+
+def _save_share(
+    rank: int, folder: Path, steps: Callable, processes: int, accumulation: int, arguments: tuple
+) -> None:
+    torch.set_num_threads(1)
+    torch.save(
+        steps(rank, processes, accumulation, *arguments), folder / f"{processes}x{accumulation}_{rank}.pt"
+    )

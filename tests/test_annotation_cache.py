@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 from lvis_cases import random_case
-from runs import REPOSITORY
+from runs import REPOSITORY, spawn
 
 from clis.config_files import load_config
 from clis.data import annotation_cache, annotations, json_lists
@@ -374,31 +374,27 @@ def test_processes_that_build_at_once_do_no_harm(path):
     assert {folder.name for folder in cache_folder(path).iterdir()} == {"file", "training-drop-invalid"}
 
 
-def _spawned(rank: int, folder: str) -> None:
+def read_slowly(rank: int, folder: Path) -> None:
     """The first reads slowly, and notes when it has; so would the other, if it had to read."""
     os.environ |= {"LOCAL_RANK": str(rank), "CLIS_CACHE": f"{folder}/cache"}
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2
-    )
     annotations.CACHED_BYTES = 1
     parse = annotations.document_parts
 
     def slow(path, advance):
         time.sleep(1)
         yield from parse(path, advance)
-        Path(folder, f"read_by_{rank}").touch()
+        (folder / f"read_by_{rank}").touch()
 
     annotations.document_parts = slow
-    assert is_mapped(read_annotations(Path(folder, "train.json")))
+    assert is_mapped(read_annotations(folder / "train.json"))
     with pytest.raises(
         FileNotFoundError, match="no such annotation file"
     ):  # on both, and none waits for ever
-        read_annotations(Path(folder, "none.json"))
-    torch.distributed.destroy_process_group()
+        read_annotations(folder / "none.json")
 
 
 def test_one_process_of_a_machine_reads_for_all(path, tmp_path):
-    torch.multiprocessing.spawn(_spawned, (str(tmp_path),), nprocs=2)
+    spawn(tmp_path, read_slowly, tmp_path)
     assert [file.name for file in tmp_path.glob("read_by_*")] == ["read_by_0"]
 
 

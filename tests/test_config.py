@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from clis import config as config_module
 from clis.config import RESUMABLE, SCOPES, CLISConfig, Config, DataConfig, data_path, scoped_keys
 from clis.config_files import (
+    CLIS_OFF,
     config_differences,
     config_from_dict,
     config_to_dict,
@@ -155,6 +156,19 @@ class TestShipped:
         differing = {line.split(":")[0] for line in config_differences(baseline, clis)}
         assert differing == {f"clis.{part}" for part in parts}
         assert not any(getattr(baseline.clis, part) for part in parts)
+
+    def test_clis_off_leaves_the_other_fields_alone(self, tmp_path):
+        (tmp_path / "clis.yaml").write_text("clis: {s: 4, queue_size: 7}")
+        (tmp_path / "child.yaml").write_text("base: clis.yaml\nclis: off")
+        (tmp_path / "alone.yaml").write_text("clis: off")
+        expected = CLISConfig(**CLIS_OFF, queue_size=7)
+        assert load_config(tmp_path / "child.yaml").clis == expected
+        assert load_config(tmp_path / "clis.yaml", ["clis=off"]).clis == expected
+        assert load_config(tmp_path / "alone.yaml").clis == CLISConfig(**CLIS_OFF)
+        some = load_config(tmp_path / "child.yaml", ["clis.objectness=true"]).clis
+        assert some == dataclasses.replace(expected, objectness=True)
+        with pytest.raises(ValueError, match="clis: a section of keys is needed, not True"):
+            load_config(tmp_path / "alone.yaml", ["clis=on"])
 
     def test_backbone_weights_fit_the_backbone(self):
         weights = {shipped_name(path): load_config(path).model.backbone for path in LVIS}

@@ -72,8 +72,8 @@ def make(full=False, **options):
     return contrastive.double(), sub_network.double()
 
 
-def no_keys(embedding_dim=5):
-    return torch.zeros(0, embedding_dim), torch.zeros(0, dtype=torch.int64)
+def no_keys():
+    return torch.zeros(0, OPTIONS["embedding_dim"]), torch.zeros(0, dtype=torch.int64)
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.3, 0.999, 1.0])

@@ -29,11 +29,6 @@ from clis.models.backbone import IMAGE_MEAN, IMAGE_STD, Backbone, FixedBatchNorm
 from clis.models.heads import CosineLinear
 from clis.models.weights import load_backbone_weights
 
-OFF = (
-    "clis.task_specialized=false", "clis.objectness=false", "clis.s=0", "clis.t=0", "clis.siamese=false",
-    "clis.contrastive=false",
-)  # fmt: skip
-
 
 def combinations():
     """Every consistent setting of the switches, as overrides."""
@@ -270,7 +265,7 @@ def test_cosine_classifiers_of_both_tasks_start_like_linear_ones():
 
 def test_refinement_is_three_rounds_of_the_same_heads():
     """features <- features * spatial(deltas) + channel(logits); L_incls by .2, .2, .6; L_loc of the last."""
-    model, batch = make_model("model.roi.refinement_rounds=3", *OFF), make_batch()
+    model, batch = make_model("model.roi.refinement_rounds=3", "clis=off"), make_batch()
     pooled, features, boxes, labels = [], [], [], []
     sub_network = model.classification.sub_network
     sub_network.register_forward_pre_hook(lambda _, inputs: pooled.append(inputs[0]))
@@ -363,7 +358,7 @@ def test_every_switch_trains_and_round_trips(overrides):
 
 
 def test_all_off_is_a_plain_faster_rcnn():
-    model, batch = make_model(*OFF), make_batch()
+    model, batch = make_model("clis=off"), make_batch()
     output = model(batch, normalizers_of(batch))
     assert set(output.losses) == {"rpn_objectness", "rpn_box", "box", "instance_cls"}
     assert output.pending.rows == {}
@@ -482,7 +477,7 @@ def test_odd_batches_train_every_parameter(samples, full):
 
 def test_region_losses_equal_torchvisions_up_to_the_recipe():
     """What differs: L1 against smooth L1 with beta 1/9, and whether too few RoIs change the normalizer."""
-    model = make_model(*OFF, "model.roi.samples=1000", "model.roi.positive_fraction=1")
+    model = make_model("clis=off", "model.roi.samples=1000", "model.roi.positive_fraction=1")
     batch = make_batch(2)
     generator = torch.Generator().manual_seed(0)
     proposals = [

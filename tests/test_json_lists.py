@@ -24,7 +24,6 @@ VALUE = st.recursive(SCALAR, lambda inner: st.lists(inner) | st.dictionaries(TEX
 ITEMS = st.lists(VALUE | st.dictionaries(TEXT, VALUE, max_size=3), max_size=8)
 KEYS = ("images", "annotations", "categories")
 DOCUMENT = st.dictionaries(st.sampled_from([*KEYS, "info", "licenses"]), ITEMS | VALUE)
-INSERTS = ["", ",", "]", "}", "[", "{", '"', "1", ".", "e", "\\", "\u00a0", "NaN"]
 FORM = {
     "indent": st.none() | st.integers(0, 3),
     "ensure_ascii": st.booleans(),

@@ -19,7 +19,7 @@ from conftest import tiny_config
 from hypothesis import given
 from hypothesis import strategies as st
 from image_sets import CATEGORIES
-from runs import BASELINE, CONFIG, REPOSITORY, SHORT, assert_same_state, records
+from runs import BASELINE, CONFIG, REPOSITORY, SHORT, assert_same_state, records, save_shares
 from torch import nn
 from torchvision.io import write_png
 from torchvision.models._utils import IntermediateLayerGetter
@@ -245,13 +245,8 @@ def test_it_starts_from_weights_that_the_config_names(norm, data, tmp_path):
 # --- the steps --------------------------------------------------------------------------------------------
 
 
-def run_steps(rank: int, processes: int, accumulation: int, folder: str, norm: str) -> None:
-    """Three float64 steps of eight images on this process's share; saves weights, statistics and losses."""
-    torch.set_num_threads(1)
-    if processes > 1:
-        torch.distributed.init_process_group(
-            "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=processes
-        )
+def pretrain_share(rank: int, processes: int, accumulation: int, norm: str) -> dict:
+    """Three float64 steps of eight images on this process's share: weights, statistics and losses."""
     config = tiny_config("train.images_per_step=8")
     model = classifier(f"model.backbone.norm={norm}")
     network = wrap_ddp(model, torch.device("cpu")).train()
@@ -268,23 +263,12 @@ def run_steps(rank: int, processes: int, accumulation: int, folder: str, norm: s
     losses = torch.stack(losses)
     if processes > 1:
         torch.distributed.all_reduce(losses)
-    torch.save(
-        {"model": model.state_dict(), "losses": losses, "stem": stem[0]},
-        Path(folder, f"{processes}x{accumulation}_{rank}.pt"),
-    )
-    if processes > 1:
-        torch.distributed.destroy_process_group()
-
-
-def _spawned(rank: int, folder: str, norm: str) -> None:
-    run_steps(rank, 2, 1, folder, norm)
+    return {"model": model.state_dict(), "losses": losses, "stem": stem[0]}
 
 
 def test_processes_and_accumulation_are_the_same_mathematics(tmp_path):
     """With group norm 1 x 8 = 2 micro-batches x 4 = 8 x 1 = 2 processes x 4, weights and losses to 1e-9."""
-    for accumulation in (1, 2, 8):
-        run_steps(0, 1, accumulation, str(tmp_path), "group")
-    torch.multiprocessing.spawn(_spawned, (str(tmp_path), "group"), nprocs=2)
+    save_shares(tmp_path, pretrain_share, "group", accumulations=(1, 2, 8))
     expected = torch.load(tmp_path / "1x1_0.pt")
     for name in ("1x2_0.pt", "1x8_0.pt", "2x1_0.pt", "2x1_1.pt"):
         found = torch.load(tmp_path / name)
@@ -297,9 +281,7 @@ def test_batch_norm_is_of_the_images_that_are_taken_at_once(tmp_path):
     The running statistics of two processes are the mean of both: after one step from 0, those of the stem are
     a tenth of the mean of what it gives for each half of the images.
     """
-    for accumulation in (1, 2):
-        run_steps(0, 1, accumulation, str(tmp_path), "folded")
-    torch.multiprocessing.spawn(_spawned, (str(tmp_path), "folded"), nprocs=2)
+    save_shares(tmp_path, pretrain_share, "folded", accumulations=(1, 2))
     one, two, other = (torch.load(tmp_path / f"{name}.pt") for name in ("1x2_0", "2x1_0", "1x1_0"))
     parameters = [name for name, _ in classifier("model.backbone.norm=folded").named_parameters()]
     torch.testing.assert_close(one["losses"], two["losses"], rtol=0, atol=1e-9)

@@ -10,9 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import torch.multiprocessing
 from conftest import make_model, tiny_config
-from runs import CONFIG, SHORT
+from runs import CONFIG, SHORT, spawn
 from torch import Tensor
 from torchvision.io import write_jpeg, write_png
 
@@ -574,12 +573,8 @@ def test_unreadable_images_of_an_interrupted_search_still_count(index, root, tmp
     assert not path.exists()
 
 
-def _spawned(rank: int, folder: str) -> None:
+def search_share(rank: int, folder: Path) -> None:
     """Rank 1 takes its time once the parts are read, so that rank 0 would be far ahead if it did not wait."""
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2
-    )
     read = RegionParts.read
 
     def slow_read(parts):
@@ -589,16 +584,15 @@ def _spawned(rank: int, folder: str) -> None:
 
     if rank == 1:
         RegionParts.read = slow_read
-    index = build_index([Path(folder, "images")], CATEGORIES)
+    index = build_index([folder / "images"], CATEGORIES)
     detector = Detector()
-    make_regions(config_of(), index, detector, Path(folder, "two", "regions.npy"))
-    Path(folder, f"asked_{rank}.json").write_text(json.dumps([number for number, _ in detector.asked]))
-    torch.distributed.destroy_process_group()
+    make_regions(config_of(), index, detector, folder / "two" / "regions.npy")
+    (folder / f"asked_{rank}.json").write_text(json.dumps([number for number, _ in detector.asked]))
 
 
 def test_two_processes_make_the_file_of_one(index, tmp_path):
     make_regions(config_of(), index, Detector(), tmp_path / "one" / "regions.npy")
-    torch.multiprocessing.spawn(_spawned, (str(tmp_path),), nprocs=2)
+    spawn(tmp_path, search_share, tmp_path)
     asked = [json.loads((tmp_path / f"asked_{rank}.json").read_text()) for rank in (0, 1)]
     assert asked == [numbers_of(index)[0::2], numbers_of(index)[1::2]]
     for name in ("regions.npy", "regions.json"):

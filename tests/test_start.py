@@ -21,7 +21,7 @@ from clis.engine.run_folder import RunFolder
 from clis.engine.start import load_start, train_only
 from clis.models import build_model
 
-PLAIN = "clis={task_specialized: false, objectness: false, s: 0, t: 0, siamese: false, contrastive: false}"
+PLAIN = "clis=off"
 NEW_PARTS = (
     "localization.sub_network", "localization.fc_objectness", "image_classification.sub_network",
     "image_classification.fc_cls", "contrastive",

@@ -19,8 +19,6 @@ from clis.commands import study, study_record
 from clis.commands.study import Study, run_study
 from clis.config_files import load_config
 
-BASELINE = "clis={task_specialized: false, objectness: false, s: 0, t: 0, siamese: false, contrastive: false}"
-
 
 def write_study(path: Path, rows: dict, seeds: tuple[int, ...] = (0,)) -> Path:
     path.write_text(yaml.safe_dump({"base": CONFIG, "seeds": list(seeds), "rows": rows}, sort_keys=False))
@@ -34,7 +32,7 @@ def test_shared_stages_are_made_once_and_finished_runs_are_kept(data, tmp_path, 
         "CLIS": {"paper": [29.2, 24.4, 28.6, 31.9]},
         "again": {"overrides": ["clis.siamese=true"]},  # the default: the same run
         "w/o SS": {"overrides": ["clis.siamese=false"]},
-        "baseline": {"overrides": [BASELINE]},
+        "baseline": {"overrides": ["clis=off"]},
     }
     path = write_study(tmp_path / "small.yaml", rows)
     overrides = [*SHORT, f"data.root={data}"]
@@ -67,8 +65,8 @@ def test_shared_stages_are_made_once_and_finished_runs_are_kept(data, tmp_path, 
 def test_a_run_that_fails_is_named_and_the_others_are_done(data, tmp_path):
     """More images a step than can be divided so."""
     rows = {
-        "bad": {"overrides": [BASELINE, "train.images_per_step=3"]},
-        "good": {"overrides": [BASELINE]},
+        "bad": {"overrides": ["clis=off", "train.images_per_step=3"]},
+        "good": {"overrides": ["clis=off"]},
     }
     path = write_study(tmp_path / "small.yaml", rows)
     overrides = [*SHORT, f"data.root={data}", "train.steps=1", "train.images_per_process=2"]

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import CATEGORIES, global_counts, make_sample, tiny_config
-from runs import BASELINE, REPOSITORY, SHORT, assert_same_training, records
+from runs import BASELINE, REPOSITORY, SHORT, assert_same_training, records, spawn
 
 from clis.cli import EXIT_CODE, Preempted, run_command
 from clis.commands import run_verb
@@ -36,9 +36,9 @@ TORCHRUN = [
 ]  # fmt: skip
 
 
-def arguments_of(data: Path, output: Path, *more: str, config: str = BASELINE) -> list[str]:
+def arguments_of(data: Path, output: Path, *more: str) -> list[str]:
     longer = [f"train.steps={STEPS}", "train.save_every=4", "train.keep_last=2"]
-    return ["--config", config, *SHORT, *longer, f"data.root={data}", f"output={output}", *more]
+    return ["--config", BASELINE, *SHORT, *longer, f"data.root={data}", f"output={output}", *more]
 
 
 def start(arguments: list[str], launcher: list[str] = COMMAND, **options) -> subprocess.Popen:
@@ -326,12 +326,8 @@ def test_a_skipped_step_is_counted_over_restarts(data, tmp_path, monkeypatch, ca
     assert [record["step"] for record in records(tmp_path)] == [1, 2, 3, 4]
 
 
-def _one_rank_spoiled(rank: int, folder: str) -> None:
+def one_rank_spoiled(rank: int, folder: Path) -> None:
     """Two processes; rank 1's item has a loss that is not finite."""
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2
-    )
     config = tiny_config("train.images_per_step=2")
     torch.manual_seed(0)
     model = build_model(config, CATEGORIES)
@@ -350,12 +346,11 @@ def _one_rank_spoiled(rank: int, folder: str) -> None:
         model.forward = infinite
     normalizers = train.global_normalizers(global_counts([batch]), config)
     _, norm = train.train_step(network, model, optimizer, scaler, [batch], normalizers, 0.1, 0.0, config)
-    Path(folder, f"norm_{rank}").write_text(str(norm))
-    torch.distributed.destroy_process_group()
+    (folder / f"norm_{rank}").write_text(str(norm))
 
 
 def test_all_processes_find_the_same_gradient_not_finite(tmp_path):
-    torch.multiprocessing.spawn(_one_rank_spoiled, (str(tmp_path),), nprocs=2)
+    spawn(tmp_path, one_rank_spoiled, tmp_path)
     norms = [(tmp_path / f"norm_{rank}").read_text() for rank in (0, 1)]
     assert norms == ["nan", "nan"]
 

@@ -16,9 +16,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import torch.multiprocessing
 from conftest import CATEGORIES, LOSSES, global_counts, make_batch, make_sample, normalizers_of, tiny_config
-from runs import BASELINE, CONFIG, REPOSITORY, SHORT, assert_same_state, assert_same_training, records
+from runs import (
+    BASELINE,
+    CONFIG,
+    REPOSITORY,
+    SHORT,
+    assert_same_state,
+    assert_same_training,
+    records,
+    spawn,
+)
 from torch import nn
 
 from clis.commands import run_verb
@@ -248,8 +256,13 @@ ITEMS = [
 STEPS = 10
 
 
-def run_steps(rank: int, processes: int, accumulation: int, folder: Path, loss: str) -> None:
-    """Trains a float64 model for a few steps on this process's share of ITEMS and saves its end state."""
+QUICK = {"cross_entropy", "eqlv2", "seesaw(pcb=0.05, pcb_start=0)", "bags(objectness=false)", "loce"}
+"""Losses of each kind of state; the others take their time."""
+BY_KIND = [pytest.param(loss, marks=() if loss in QUICK else pytest.mark.slow) for loss in LOSSES]
+
+
+def train_share(rank: int, processes: int, accumulation: int, folder: Path, loss: str) -> None:
+    """Train a float64 model for a few steps on this process's share of ITEMS and save its end state."""
     torch.set_num_threads(1)
     config = tiny_config(
         f"train.images_per_step={len(ITEMS)}", "optim.clip_norm=5", "clis.momentum=0.9",
@@ -278,28 +291,28 @@ def run_steps(rank: int, processes: int, accumulation: int, folder: Path, loss: 
     torch.save(state, folder / f"{loss} {processes}x{accumulation} {rank}.pt")
 
 
-def _spawned(rank: int, folder: Path) -> None:
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2
-    )
-    for loss in LOSSES:
-        run_steps(rank, 2, 2, folder, loss)
-    torch.distributed.destroy_process_group()
+def train_shares(rank: int, folder: Path, losses: list[str]) -> None:
+    """`train_share` of two processes with two micro-batches each."""
+    for loss in losses:
+        train_share(rank, 2, 2, folder, loss)
 
 
 @pytest.fixture(scope="module")
-def two_processes(tmp_path_factory) -> Path:
-    """The end states of two processes, each with two micro-batches, for every loss."""
+def two_processes(tmp_path_factory, request) -> Path:
+    """The end states of two processes for every loss that is tested here."""
     folder = tmp_path_factory.mktemp("processes")
-    torch.multiprocessing.spawn(_spawned, (folder,), nprocs=2)
+    tested = {
+        item.callspec.params["loss"] for item in request.session.items if "two_processes" in item.fixturenames
+    }
+    spawn(folder, train_shares, folder, sorted(tested))
     return folder
 
 
-@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("loss", BY_KIND)
 def test_processes_and_accumulation_are_the_same_mathematics(loss, two_processes):
     """1 x 8 = 8 x 1 = 2 processes x 2 x 2, to 1e-9 in weights, queue, all that a loss counts, and losses."""
     for accumulation in (1, 8):
-        run_steps(0, 1, accumulation, two_processes, loss)
+        train_share(0, 1, accumulation, two_processes, loss)
     expected = torch.load(two_processes / f"{loss} 1x1 0.pt")
     assert expected["model"]["contrastive.queue.pushed"] == 2 * STEPS * 5  # both views of five pairs a step
     assert expected["model"].get("classification_loss.pcb.weight", 1) > 0  # it is at work

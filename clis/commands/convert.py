@@ -33,7 +33,6 @@ FC_CLS, FC_BOX = "classification.fc_cls", "localization.fc_box"
 SUB_NETWORK, SHARED = "classification.sub_network.", "localization.sub_network."
 """The two names of the one 2fc of a plain Faster R-CNN."""
 
-BASELINE = "clis={task_specialized: false, objectness: false, s: 0, t: 0, siamese: false, contrastive: false}"
 COCO_TEST = "test={score_threshold: 0.05, detections: 100}"
 """All three's, where the annotations are not LVIS's."""
 
@@ -72,7 +71,7 @@ class Source:
     style: str = "pytorch"
     """Of its published ResNets, see `convert`."""
     settings: tuple[str, ...]
-    """Overrides of our defaults, beside `BASELINE` and what the shapes tell."""
+    """Overrides of our defaults, beside `clis=off` and what the shapes tell."""
 
 
 TORCHVISION = Source(
@@ -171,7 +170,7 @@ def convert(
         _check_input(weights, style)
         names = _names(weights, kind)
         state = {ours: weights[its].float() for ours, its in names.items()}
-        settings = [BASELINE, *kind.settings, *_settings_of(state, style)]
+        settings = ["clis=off", *kind.settings, *_settings_of(state, style)]
         settings += [] if classes.federated else [COCO_TEST]
         config = config_from_dict(merge_overrides({}, [*settings, *overrides]), source="its config")
         _put_classes_in_order(state, kind, classes)
