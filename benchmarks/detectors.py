@@ -20,11 +20,12 @@ from torchvision.ops import FrozenBatchNorm2d
 
 from clis.config import Config
 from clis.config_files import config_from_dict, merge_overrides
-from clis.data.batch import Batch
+from clis.data.batch import Batch, Sample, collate
 from clis.models import CLISDetector, build_model
 
 SIZE = (800, 1088)
 """Height and width of an instance-level image."""
+MOSAIC = 448
 
 
 def paper_config(*overrides: str) -> Config:
@@ -46,9 +47,8 @@ def make_peer(classes: int, device: str, **options: float) -> FasterRCNN:
     """
     torch.manual_seed(0)
     backbone = resnet50(weights=None, norm_layer=FrozenBatchNorm2d)
-    peer = FasterRCNN(
-        _resnet_fpn_extractor(backbone, 3), classes + 1, rpn_post_nms_top_n_train=1000, **options
-    )
+    options = {"rpn_post_nms_top_n_train": 1000, **options}
+    peer = FasterRCNN(_resnet_fpn_extractor(backbone, 3), classes + 1, **options)
     frozen = {name.split(".")[1] for name, p in peer.backbone.named_parameters() if not p.requires_grad}
     assert frozen == {"conv1", "layer1"}, frozen
     assert not any(isinstance(module, nn.BatchNorm2d) for module in peer.modules())
@@ -80,13 +80,27 @@ def draw_dense(detector: nn.Module) -> None:
                 weight.copy_(torch.randn(weight.shape, generator=generator) * std)
 
 
-def make_batch(s: int, t: int, classes: int, device: str) -> Batch:
-    """One image of noise with ten boxes and t pasted ones, and s / 4 mosaics of 448 with a region a tile.
+def make_batch(
+    s: int,
+    t: int,
+    classes: int,
+    device: str,
+    images: int = 1,
+    size: tuple[int, int] = SIZE,
+    mosaic: int = MOSAIC,
+) -> Batch:
+    """Images of noise with ten boxes and t pasted ones each, and s / 4 mosaics with a region per tile.
 
     Sides are 0.05 to 0.4 of the image; of a region, whose image is of one object, 0.4 to 0.9 of its tile.
     """
     generator = torch.Generator().manual_seed(0)
+    samples = [_make_sample(s, t, classes, size, mosaic, seed, generator) for seed in range(images)]
+    return collate(samples).to(torch.device(device))
 
+
+def _make_sample(
+    s: int, t: int, classes: int, size: tuple[int, int], mosaic: int, seed: int, generator: torch.Generator
+) -> Sample:
     def noise(*shape: int) -> Tensor:
         return torch.randint(256, shape, dtype=torch.uint8, generator=generator)
 
@@ -95,23 +109,22 @@ def make_batch(s: int, t: int, classes: int, device: str) -> Batch:
         low = (1 - sides) * torch.rand(count, 2, generator=generator)
         return torch.cat([low, low + sides], dim=1) * torch.tensor(size[::-1]).repeat(2)
 
-    pasted = boxes(t, SIZE, 0.05, 0.4)
-    tiles = torch.tensor([[0.0, 0, 0, 0], [224, 0, 224, 0], [0, 224, 0, 224], [224, 224, 224, 224]])
-    batch = Batch(
-        images=[noise(3, *SIZE)],
-        boxes=[torch.cat([boxes(10, SIZE, 0.05, 0.4), pasted])],
-        labels=[torch.randint(classes, (10 + t,), generator=generator)],
-        mosaics=noise(s // 4, 3, 448, 448),
-        regions=boxes(s, (224, 224), 0.4, 0.9) + tiles.repeat(s // 4, 1),
+    pasted, tile = boxes(t, size, 0.05, 0.4), mosaic // 2
+    tiles = torch.tensor([[0.0, 0, 0, 0], [1, 0, 1, 0], [0, 1, 0, 1], [1, 1, 1, 1]]) * tile
+    return Sample(
+        image=noise(3, *size),
+        boxes=torch.cat([boxes(10, size, 0.05, 0.4), pasted]),
+        labels=torch.randint(classes, (10 + t,), generator=generator),
+        mosaics=noise(s // 4, 3, mosaic, mosaic),
+        regions=boxes(s, (tile, tile), 0.4, 0.9) + tiles.repeat(s // 4, 1),
         region_labels=torch.randint(classes, (s,), generator=generator),
         region_mosaics=torch.arange(s) // 4,
         pair_boxes=pasted,
-        pair_images=torch.zeros(t, dtype=torch.int64),
         pair_regions=torch.arange(t),
-        seeds=[0],
-        image_ids=[0],
+        seed=seed,
+        image_id=seed,
+        unreadable=(),
     )
-    return batch.to(torch.device(device))
 
 
 def take_turns(
@@ -136,7 +149,7 @@ def print_ratios(seconds: dict[str, list[float]], reference: str) -> None:
         ratios = [value / other for value, other in zip(values, seconds[reference])]
         low, high = min(ratios), max(ratios)
         print(
-            f"| {name} | {statistics.median(values):.2f} s "
+            f"| {name} | {statistics.median(values):.3f} s "
             f"| {statistics.median(ratios):.3f} ({low:.3f} .. {high:.3f}) |",
             flush=True,
         )

@@ -21,6 +21,8 @@ import torch
 from detectors import compare, make_batch, make_detector, make_peer, parse
 from torch import Tensor
 
+from clis.data.batch import Batch
+
 CLASSES = 1203
 THRESHOLD = 1e-4
 UNIFORM, PEAKED = 0.01, 0.4
@@ -28,14 +30,19 @@ UNIFORM, PEAKED = 0.01, 0.4
 
 
 def torchvision_inference(
-    std: float, device: str, memory_format: torch.memory_format = torch.contiguous_format
+    std: float,
+    device: str,
+    memory_format: torch.memory_format = torch.contiguous_format,
+    classes: int = CLASSES,
+    batch: Batch | None = None,
+    **options: float,
 ) -> Callable[[], object]:
     peer = make_peer(
-        CLASSES, device, box_score_thresh=THRESHOLD, box_nms_thresh=0.5, box_detections_per_img=300
+        classes, device, box_score_thresh=THRESHOLD, box_nms_thresh=0.5, box_detections_per_img=300, **options
     )
     predictor = peer.to(memory_format=memory_format).eval().roi_heads.box_predictor
     torch.nn.init.normal_(predictor.cls_score.weight, std=std)
-    image = make_batch(0, 0, CLASSES, device).images[0]
+    image = (batch or make_batch(0, 0, classes, device)).images[0]
 
     @torch.no_grad()
     def detect() -> object:
@@ -47,9 +54,17 @@ def torchvision_inference(
     return detect
 
 
-def our_inference(std: float, device: str, *overrides: str, classes: int = CLASSES) -> Callable[[], object]:
+def our_inference(
+    std: float,
+    device: str,
+    *overrides: str,
+    classes: int = CLASSES,
+    batch: Batch | None = None,
+    memory_format: torch.memory_format = torch.channels_last,
+) -> Callable[[], object]:
     detector = make_detector(classes, *overrides, f"model.roi.fc_cls_std={std}", device=device).eval()
-    image = make_batch(0, 0, classes, device).images[0]
+    detector.to(memory_format=memory_format)
+    image = (batch or make_batch(0, 0, classes, device)).images[0]
     assert detector.test_config.score_threshold == THRESHOLD
     _say_count(detector.predict([image])[0][1])
     return lambda: detector.detect([image])

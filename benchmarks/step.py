@@ -30,9 +30,12 @@ from detectors import (
     parse,
 )
 from torch import nn
+from torchvision.models.detection import FasterRCNN
 
-from clis.engine.optim import make_optimizer
+from clis.data.batch import Batch
+from clis.engine.optim import autocast, make_optimizer, make_scaler
 from clis.engine.train import global_normalizers, train_step
+from clis.models import CLISDetector
 
 CLASSES = 1203
 PAPER = {
@@ -46,27 +49,49 @@ DENSE = {
 }  # fmt: skip
 
 
-def torchvision_step(device: str, memory_format: torch.memory_format) -> Callable[[], object]:
-    peer = make_peer(CLASSES, device).to(memory_format=memory_format).train()
-    batch = make_batch(0, 0, CLASSES, device)
-    image, target = batch.images[0].float() / 255, {"boxes": batch.boxes[0], "labels": batch.labels[0] + 1}
+def torchvision_step(
+    device: str,
+    memory_format: torch.memory_format,
+    precision: str = "float32",
+    peer: FasterRCNN | None = None,
+    batch: Batch | None = None,
+) -> Callable[[], object]:
+    """A step of torchvision's detector; `peer` and `batch` are made where there are none."""
+    peer = (peer or make_peer(CLASSES, device)).to(memory_format=memory_format).train()
+    batch = batch or make_batch(0, 0, CLASSES, device)
+    images = [image.float() / 255 for image in batch.images]
+    targets = [{"boxes": boxes, "labels": labels + 1} for boxes, labels in zip(batch.boxes, batch.labels)]
     trained = [p for p in peer.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(trained, lr=1e-6, momentum=0.9, weight_decay=1e-4)
+    config = paper_config(f"train.precision={precision}")
+    scaler = make_scaler(config, torch.device(device))
 
     def step() -> None:
-        sum(peer([image], [target]).values()).backward()
+        with autocast(precision, torch.device(device)):
+            loss = sum(peer(images, targets).values())
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
         nn.utils.clip_grad_norm_(trained, float("inf"))  # ours looks at the norm, too
-        optimizer.step()
+        scaler.step(optimizer)
+        scaler.update()
         optimizer.zero_grad()
 
     return step
 
 
-def our_step(device: str, *overrides: str, classes: int = CLASSES) -> Callable[[], object]:
-    config = paper_config(*overrides, "train.images_per_step=1")
-    model = make_detector(classes, *overrides, device=device).train()
-    optimizer, scaler = make_optimizer(model, config), torch.amp.GradScaler(device, enabled=False)
-    batch = make_batch(config.clis.s, config.clis.t, classes, device)
+def our_step(
+    device: str,
+    *overrides: str,
+    classes: int = CLASSES,
+    model: CLISDetector | None = None,
+    batch: Batch | None = None,
+) -> Callable[[], object]:
+    """A step of ours with `key=value` overrides; `model` and `batch` are made where there are none."""
+    model = (model or make_detector(classes, *overrides, device=device)).train()
+    config = paper_config(*overrides)
+    batch = batch or make_batch(config.clis.s, config.clis.t, classes, device)
+    config = paper_config(*overrides, f"train.images_per_step={len(batch.images)}")
+    optimizer, scaler = make_optimizer(model, config), make_scaler(config, torch.device(device))
     normalizers = global_normalizers(batch.counts, config)
     return lambda: train_step(model, model, optimizer, scaler, [batch], normalizers, 1e-6, 0.0, config)
 

@@ -117,9 +117,9 @@ def make_sample(
     )
 
 
-def make_batch(images: int = 2, **options) -> Batch:
-    """The samples of `make_sample` with the seeds from 0 on."""
-    return collate([make_sample(seed, **options) for seed in range(images)])
+def make_batch(images: int = 2, *, seed: int = 0, **options) -> Batch:
+    """The samples of `make_sample` with the seeds from `seed` on."""
+    return collate([make_sample(seed + index, **options) for index in range(images)])
 
 
 def normalizers_of(batch: Batch) -> Normalizers:

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import torch
-from conftest import make_sample, tiny_config
+from conftest import LOSSES, make_sample, tiny_config
 
 from clis.data.batch import Batch, collate
 from clis.engine import train
 from clis.engine.describe import contrast_state, summarize_step
 from clis.engine.optim import make_optimizer
-from clis.losses import CLASSIFICATION_LOSSES
 from clis.models import CLISDetector
 
-PLAIN = "clis={task_specialized: false, objectness: false, s: 0, t: 0, siamese: false, contrastive: false}"
+PLAIN = "clis=off"
 SWITCHES = [
     (),
     (PLAIN,),
@@ -23,7 +22,6 @@ SWITCHES = [
     ("clis.contrastive=false",),
     ("clis.pasted_view=momentum",),
     ("clis.pasted_view=online", "clis.mask_same_class=true"),
-    ("clis.queue_init=noise",),
     ("clis.s=0", "clis.t=0", "clis.contrastive=false"),
     ("clis.s=8", "clis.t=4"),
     ("model.roi.class_agnostic_boxes=true", "model.roi.sampling_ratio=2"),
@@ -31,7 +29,7 @@ SWITCHES = [
     ("model.backbone.canvas=square", "data.max_size=96"),
     ("model.rpn.anchor_spacing=grid", "model.rpn.round_anchors=true"),
     ("optim.clip_norm=1",),
-    *((f"loss.classification={name}",) for name in sorted(CLASSIFICATION_LOSSES)),
+    *((f"loss.classification={name}", *overrides) for name, overrides in LOSSES.items()),
 ]
 
 
@@ -53,6 +51,8 @@ def steps(model: CLISDetector, batches: list[Batch], *overrides: str) -> list[di
     records = []
     for batch in batches:
         normalizers = train.global_normalizers(batch.counts, config)
-        outputs, norm = train.train_step(model, model, optimizer, scaler, [batch], normalizers, 0.01, config)
+        outputs, norm = train.train_step(
+            model, model, optimizer, scaler, [batch], normalizers, 0.01, 0.5, config
+        )
         records.append({"norm": norm, **summarize_step(outputs, config), **contrast_state(model, outputs)})
     return records

@@ -90,9 +90,10 @@ class TestTraining:
             assert (ours.grad is None) == (theirs.grad is None), name
             if theirs.grad is not None:
                 assert_close(ours.grad, theirs.grad, dtype, name)
-        if expected.keys is not None:
-            assert_close(found.keys[0], expected.keys[0], dtype, "keys")
-            assert torch.equal(found.keys[1].cpu(), expected.keys[1])
+        for name, value in expected.pending.sums.items():
+            assert_close(found.pending.sums[name], value, dtype, name)
+        for name, value in expected.pending.rows.items():
+            assert_close(found.pending.rows[name], value, dtype, name)
 
     def test_steps_and_all_that_is_kept(self, overrides, dtype):
         """Weights, the queue and the momentum copy behind two steps."""
@@ -116,11 +117,11 @@ def test_everything_of_a_step_is_on_the_device():
     config, batch = tiny_config("train.images_per_step=2"), make_batches()[0].to(DEVICE)
     optimizer, scaler = make_optimizer(model, config), make_scaler(config, DEVICE)
     (output,), _ = train.train_step(
-        model.train(), model, optimizer, scaler, [batch], normalizers_of(batch), 0.01, config
+        model.train(), model, optimizer, scaler, [batch], normalizers_of(batch), 0.01, 0.5, config
     )
     tensors = {
         **dict(model.named_parameters()), **dict(model.named_buffers()), **output.losses, **output.stats,
-        "key": output.keys[0], "label": output.keys[1], "f_i": output.views[0], "f_d": output.views[1],
+        **output.pending.sums, **output.pending.rows, "f_i": output.views[0], "f_d": output.views[1],
         **{f"momentum {i}": state["momentum_buffer"] for i, state in enumerate(optimizer.state.values())},
     }  # fmt: skip
     assert {name for name, tensor in tensors.items() if tensor.device.type != DEVICE.type} == set()
@@ -143,7 +144,15 @@ def test_mixed_precision(precision, overrides):
     totals, norms = [], []
     for step in range(12):
         (output,), norm = train.train_step(
-            model.train(), model, optimizer, scaler, [batch.to(DEVICE)], normalizers_of(batch), 0.02, config
+            model.train(),
+            model,
+            optimizer,
+            scaler,
+            [batch.to(DEVICE)],
+            normalizers_of(batch),
+            0.02,
+            (step + 1) / 12,
+            config,
         )
         totals.append(sum(config.loss.weights[name] * loss.item() for name, loss in output.losses.items()))
         norms.append(norm)
@@ -329,7 +338,7 @@ def test_a_step_waits_at_most_twelve_times():
 
     def step() -> None:
         train.train_step(
-            model.train(), model, optimizer, scaler, [batch], normalizers_of(batch), 0.01, config
+            model.train(), model, optimizer, scaler, [batch], normalizers_of(batch), 0.01, 0.5, config
         )
 
     step()

@@ -77,7 +77,9 @@ def test_a_step_launches_few_operators(monkeypatch):
         for _ in range(2):  # the first makes the optimizer's state
             device.launches.clear()
             device.waits.clear()
-            train.train_step(model, model, optimizer, scaler, [batch], normalizers_of(batch), 1e-4, config)
+            train.train_step(
+                model, model, optimizer, scaler, [batch], normalizers_of(batch), 1e-4, 0.5, config
+            )
     assert sum(device.waits.values()) == 7
     assert sum(device.launches.values()) < 1900
 
