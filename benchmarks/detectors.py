@@ -72,7 +72,7 @@ blocks and proposals spread around their anchors, as those of a trained detector
 def draw_dense(detector: nn.Module) -> None:
     """The same backbone and RPN in ours and torchvision's, so that their proposals are alike."""
     generator = torch.Generator().manual_seed(0)
-    for part in (detector.backbone, detector.rpn):
+    for part in map(detector.get_submodule, ("backbone", "rpn")):
         for name, weight in part.named_parameters():
             if weight.dim() == 4:  # in the same order in both
                 gain = next((gain for key, gain in GAINS.items() if key in name), 1.0)
@@ -128,7 +128,7 @@ def _make_sample(
 
 
 def take_turns(
-    variants: dict[str, Callable[[], object]], repeats: int, device: str
+    variants: Mapping[str, Callable[[], object]], repeats: int, device: str
 ) -> dict[str, list[float]]:
     """Seconds of each variant, `repeats` times in turns, behind one run of each that is not counted."""
     seconds: dict[str, list[float]] = {name: [] for name in variants}
@@ -223,7 +223,8 @@ def own_peak_megabytes(work: Callable[[], Callable[[], object]], device: str) ->
 
 def _peak_kilobytes() -> int:
     """Of this process (Linux). A child's ru_maxrss would begin with its parent's."""
-    return int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
+    (kilobytes,) = re.findall(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    return int(kilobytes)
 
 
 def operator_seconds(variant: Callable[[], object]) -> dict[str, float]:

@@ -92,7 +92,7 @@ def run_parts(
 ) -> dict[str, Any]:
     """Run each command by the key of its part, in order, and write the results after each; return them."""
     out.mkdir(parents=True, exist_ok=True)
-    results = {"machine": describe_machine(), "parts": {}}
+    results: dict[str, Any] = {"machine": describe_machine(), "parts": {}}
     deadline, keys = time.monotonic() + seconds, list(commands)
     for place, key in enumerate(keys):
         left = deadline - time.monotonic()

@@ -192,7 +192,7 @@ def device_tests(run: Run) -> None:
     ended: dict[str, str] = {}
     reasons: dict[str, str] = {}
     try:
-        for line in process.stdout:
+        for line in process.stdout or ():
             print(line, end="", flush=True)
             if (found := re.match(r"(tests/.*) (PASSED|FAILED|ERROR|SKIPPED)", line)) is not None:
                 ended[found[1]] = found[2]
@@ -228,7 +228,7 @@ def first_command(run: Run) -> None:
     process = subprocess.Popen(
         command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
-    for line in process.stdout:
+    for line in process.stdout or ():
         print(line, end="", flush=True)
         if (found := re.match(r"\d+/\d+ (.*)", line)) is not None:
             run.row(f"stage: {stage}", seconds=time.monotonic() - stage_began)
@@ -605,7 +605,8 @@ def launches_and_loader(run: Run) -> None:
     root = run.out / "photographs"
     write_photographs(root, 8 if run.tiny else 64)
     dataset = loader.make_dataset(root)
-    streams = UniformSampler(len(dataset.annotations), 1), UniformSampler(len(dataset.index), 2)
+    index = loader.image_level_index(dataset)
+    streams = UniformSampler(len(dataset.annotations), 1), UniformSampler(len(index), 2)
     items = run.scale.items
     sampler = JointSampler(*streams, 1, loader.S, seed=3)
     for workers in run.scale.workers:
@@ -642,7 +643,7 @@ def profiled_steps(run: Run) -> dict[str, float]:
         rates[name] = 1e3 / milliseconds
         counts = {event.key: event.count for event in profile.key_averages()}
 
-        def counted(*starts: str, counts=counts) -> int:
+        def counted(*starts: str, counts: dict[str, int] = counts) -> int:
             return sum(count for key, count in counts.items() if key.startswith(starts))
 
         busy = busy_milliseconds(profile) if run.is_cuda else None
@@ -685,7 +686,8 @@ def write_photographs(root: Path, count: int) -> None:
 
     if root.exists():
         return
-    images, annotations = [], []
+    images: list[dict[str, object]] = []
+    annotations: list[dict[str, object]] = []
     for number in range(count):
         name = f"{number:06}.jpg"
         write(root / "coco_mini" / "images" / name, 480, 640)
@@ -716,7 +718,9 @@ def largest_batches(run: Run) -> None:
         overrides = run.overrides(*FULL_CLIS, f"train.precision={precision}")
         model = run.detector(*FULL_CLIS)
 
-        def make(images: int, overrides=overrides, model=model) -> Callable[[], object]:
+        def make(
+            images: int, overrides: tuple[str, ...] = overrides, model: CLISDetector = model
+        ) -> Callable[[], object]:
             return step.our_step(run.device, *overrides, model=model, batch=run.batch(16, 2, images))
 
         with tf32(allowed):

@@ -19,6 +19,7 @@ mosaic, beside the same at full size.
 from __future__ import annotations
 
 import argparse
+import functools
 import io
 import itertools
 import statistics
@@ -37,8 +38,8 @@ from torchvision.tv_tensors import BoundingBoxes
 
 from clis.config_files import config_from_dict
 from clis.data.annotations import checked_for_training, load_annotations
-from clis.data.image_level import build_index
-from clis.data.images import open_image, read_bytes
+from clis.data.image_level import ImageLevelIndex, build_index
+from clis.data.images import EncodedImage, open_image, read_bytes
 from clis.data.loader import TwoStreamDataset
 from clis.data.plan import Plan, plan_sample
 from clis.data.regions import REGION_DTYPE, RegionSource
@@ -78,7 +79,7 @@ def make_dataset(root: Path) -> TwoStreamDataset:
 def files_of(dataset: TwoStreamDataset, item: WorkItem) -> list[bytes]:
     """The seventeen JPEGs of a work item."""
     image = dataset.image_folder / dataset.annotations.file_names[item.instance]
-    return [read_bytes(image)] + [dataset.index.read(i) for i in item.image_level]
+    return [read_bytes(image), *map(image_level_index(dataset).read, item.image_level)]
 
 
 def decode(data: bytes) -> Tensor:
@@ -92,6 +93,20 @@ def decode_pillow(data: bytes) -> Image.Image:
 
 def decode_pillow_tensor(data: bytes) -> Tensor:
     return v2.pil_to_tensor(decode_pillow(data))
+
+
+def image_level_index(dataset: TwoStreamDataset) -> ImageLevelIndex:
+    """The index, which a dataset of both streams has."""
+    if dataset.index is None:
+        raise ValueError("the dataset has no image-level stream")
+    return dataset.index
+
+
+def region_boxes(dataset: TwoStreamDataset) -> np.ndarray:
+    """The regions [n,4] of the image-level images, which a dataset of both streams has."""
+    if dataset.regions is None:
+        raise ValueError("the dataset has no regions")
+    return dataset.regions["box"]
 
 
 def decode_draft(data: bytes, denominator: int) -> Image.Image:
@@ -109,7 +124,7 @@ def plan_of(dataset: TwoStreamDataset, item: WorkItem) -> Plan:
         sizes[0],
         torch.from_numpy(dataset.annotations.boxes_of(item.instance)),
         sizes[1:],
-        torch.from_numpy(dataset.regions["box"][list(item.image_level)]),
+        torch.from_numpy(region_boxes(dataset)[list(item.image_level)]),
         np.random.default_rng(item.seed),
     )
 
@@ -139,7 +154,7 @@ def plain_sample(
     canvases = [Image.new("RGB", (2 * tile, 2 * tile), GRAY) for _ in range(len(sources) // 4)]
     regions = []
     for place, (source, placement) in enumerate(zip(sources, plan.placements)):
-        source, region = with_boxes(source, dataset.regions["box"][item.image_level[place]])
+        source, region = with_boxes(source, region_boxes(dataset)[item.image_level[place]])
         source, region = (v2.resize(x, list(placement.size)) for x in (source, region))
         if placement.flipped:
             source, region = v2.horizontal_flip(source), v2.horizontal_flip(region)
@@ -181,13 +196,13 @@ def compare_decoders(files: Sequence[bytes], repeats: int) -> None:
         spent = dict.fromkeys(decoders, 0.0)
         for data in files:
             for name, decoder in decoders.items():
-                spent[name] += timed(lambda decoder=decoder, data=data: decoder(data))
+                spent[name] += timed(functools.partial(decoder, data))
         for name, total in spent.items():
             seconds[name].append(total)
     first = seconds["torchvision.io.decode_image"]
-    for name, spent in seconds.items():
-        milliseconds = statistics.median(spent) / len(files) * 1000
-        ratio = spread([b / a for a, b in zip(first, spent)])
+    for name, totals in seconds.items():
+        milliseconds = statistics.median(totals) / len(files) * 1000
+        ratio = spread([b / a for a, b in zip(first, totals)])
         print(f"    {name:30} {milliseconds:7.2f} ms, {ratio} of the first")
 
 
@@ -213,8 +228,8 @@ def compare_reduced(files: Sequence[bytes], repeats: int) -> None:
             spent = [0.0, 0.0]
             for image in images:
                 size = shortest_size(image.size, *limits)
-                spent[0] += timed(lambda image=image, size=size: resize_image(image.decode(), size))
-                spent[1] += timed(lambda image=image, size=size: image.decode_resized(size))
+                spent[0] += timed(functools.partial(_decode_whole, image, size))
+                spent[1] += timed(functools.partial(image.decode_resized, size))
             whole.append(spent[0])
             reduced.append(spent[1])
         milliseconds = (statistics.median(each) / len(images) * 1000 for each in (whole, reduced))
@@ -222,6 +237,10 @@ def compare_reduced(files: Sequence[bytes], repeats: int) -> None:
             f"    {name:30} full {next(milliseconds):6.2f} ms, reduced {next(milliseconds):6.2f} ms, "
             f"{spread([b / a for a, b in zip(whole, reduced)])} of it"
         )
+
+
+def _decode_whole(image: EncodedImage, size: tuple[int, int]) -> Tensor:
+    return resize_image(image.decode(), size)
 
 
 def spread(ratios: Sequence[float]) -> str:
@@ -235,17 +254,17 @@ def compare_items(dataset: TwoStreamDataset, items: Sequence[WorkItem], repeats:
     for _ in range(repeats):
         spent = dict.fromkeys(seconds, 0.0)
         for item, encoded, plan in zip(items, files, plans):
-            spent["decode"] += timed(lambda encoded=encoded: [decode(data) for data in encoded])
-            spent["item"] += timed(lambda item=item: dataset[item])
-            spent["plain"] += timed(lambda item=item, plan=plan: plain_sample(dataset, item, plan))
+            spent["decode"] += timed(functools.partial(list, map(decode, encoded)))
+            spent["item"] += timed(functools.partial(dataset.__getitem__, item))
+            spent["plain"] += timed(functools.partial(plain_sample, dataset, item, plan))
         for name, total in spent.items():
             seconds[name].append(total)
-    for name, spent in seconds.items():
-        milliseconds = [1000 * total / len(items) for total in spent]
+    for name, totals in seconds.items():
+        milliseconds = [1000 * total / len(items) for total in totals]
         print(f"    {name:7} {statistics.median(milliseconds):7.2f} ms an item")
-    item, alone, plain = (seconds[name] for name in ("item", "decode", "plain"))
-    print(f"    item / decode: {spread([a / b for a, b in zip(item, alone)])}; at most 1.5 is asked for")
-    print(f"    plain / item:  {spread([a / b for a, b in zip(plain, item)])}; at least 2 is asked for")
+    whole, alone, plain = (seconds[name] for name in ("item", "decode", "plain"))
+    print(f"    item / decode: {spread([a / b for a, b in zip(whole, alone)])}; at most 1.5 is asked for")
+    print(f"    plain / item:  {spread([a / b for a, b in zip(plain, whole)])}; at least 2 is asked for")
 
 
 def check_same(dataset: TwoStreamDataset, items: Sequence[WorkItem]) -> None:
@@ -276,7 +295,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     torch.set_num_threads(1)
     dataset = make_dataset(arguments.data)
-    streams = UniformSampler(len(dataset.annotations), 1), UniformSampler(len(dataset.index), 2)
+    index = image_level_index(dataset)
+    streams = UniformSampler(len(dataset.annotations), 1), UniformSampler(len(index), 2)
     items = JointSampler(*streams, arguments.items, S, seed=3).items(0)
     instances = [files_of(dataset, item)[0] for item in items]
     if arguments.enlarge:
@@ -286,7 +306,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     check_same(dataset, items[:8])
 
-    image_level = [dataset.index.read(i) for i in range(len(dataset.index))]
+    image_level = [index.read(i) for i in range(len(index))]
     large = [data for data in image_level if max(open_image(data, "").size) > 900]
     for name, files in (
         ("COCO", instances),

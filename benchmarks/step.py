@@ -17,6 +17,7 @@ turns; peaks of memory (`--memory`, not for s and t) of a process for each.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 
 import torch
@@ -106,18 +107,20 @@ def _pair(s: int, t: int) -> str:
     return f"s={s} t={t}"
 
 
+def _our_pair(s: int, t: int, device: str) -> Callable[[], object]:
+    return our_step(device, *parts(s, t))
+
+
+def _our_classes(count: int, device: str) -> Callable[[], object]:
+    return our_step(device, *parts(16, 2), classes=count)
+
+
 VARIANTS: dict[str, Callable[[str], Callable[[], object]]] = {
     "torchvision": lambda device: torchvision_step(device, torch.contiguous_format),
     "torchvision, channels_last": lambda device: torchvision_step(device, torch.channels_last),
     "baseline": lambda device: our_step(device, "clis=off"),
-    **{
-        _pair(s, t): lambda device, s=s, t=t: our_step(device, *parts(s, t))
-        for s, t in (*PAPER["s"], *PAPER["t"])
-    },
-    **{
-        f"{count} classes": lambda device, count=count: our_step(device, *parts(16, 2), classes=count)
-        for count in (80, 1203, 21_842)
-    },
+    **{_pair(s, t): functools.partial(_our_pair, s, t) for s, t in (*PAPER["s"], *PAPER["t"])},
+    **{f"{count} classes": functools.partial(_our_classes, count) for count in (80, 1203, 21_842)},
 }
 
 

@@ -92,8 +92,8 @@ def sample(
         drawn.append((positive.indices, negative.indices))
         counts.append(torch.stack([(each.values >= 0).sum() for each in (positive, negative)]))
     chosen = []
-    for (positive, negative), (positives, negatives) in zip(drawn, torch.stack(counts).tolist()):
-        chosen.append((positive[:positives], negative[: min(negatives, samples - positives)]))
+    for (first, others), (positives, negatives) in zip(drawn, torch.stack(counts).tolist()):
+        chosen.append((first[:positives], others[: min(negatives, samples - positives)]))
     return chosen
 
 

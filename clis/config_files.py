@@ -212,7 +212,7 @@ def _known_keys(cls: type, prefix: str = "") -> Iterator[str]:
     for name, hint in typing.get_type_hints(cls).items():
         key = key_of(name)
         yield f"{prefix}{key}"
-        if dataclasses.is_dataclass(hint):
+        if isinstance(hint, type) and dataclasses.is_dataclass(hint):
             yield from _known_keys(hint, f"{prefix}{key}.")
 
 
@@ -221,7 +221,7 @@ _TYPE_NAMES = {bool: "true or false", int: "a whole number", float: "a number", 
 
 def _convert(value: Any, hint: Any, where: str) -> Any:
     """`value` as the annotated type, or a `ValueError` that names the key."""
-    if dataclasses.is_dataclass(hint):
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         return _build(hint, value, f"{where}.")
     origin, options = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):

@@ -63,8 +63,9 @@ def scopes_of(config: type, prefix: str = "", outer: Scope | None = None) -> dic
         if inner is not None and outer is not None:
             raise TypeError(f"{key}: its section has a scope already; remove one of the two")
         scope = outer if inner is None else inner
-        if isinstance(field.default_factory, type) and dataclasses.is_dataclass(field.default_factory):
-            found |= scopes_of(field.default_factory, f"{key}.", scope)
+        section: object = field.default_factory
+        if isinstance(section, type) and dataclasses.is_dataclass(section):
+            found |= scopes_of(section, f"{key}.", scope)
         elif scope is None:
             raise TypeError(f"{key}: has no scope; declare it as setting(default, scope)")
         else:

@@ -64,9 +64,11 @@ class Progress:
 
     def _say(self) -> None:
         self.last_line = time.time()
-        values = {"prefix": self.label, "postfix": self.text, "unit": "", "initial": self.start}
-        elapsed = self.last_line - self.began
-        say(tqdm.format_meter(self.done, self.total, elapsed, bar_format=self._format(), **values))
+        line = tqdm.format_meter(
+            self.done, self.total, self.last_line - self.began, bar_format=self._format(),
+            prefix=self.label, postfix=self.text, unit="", initial=self.start,
+        )  # fmt: skip
+        say(line)
 
     def _format(self) -> str:
         return _LINE if self.done < self.total else _LAST_LINE

@@ -12,7 +12,7 @@ from functools import lru_cache
 from io import FileIO
 from pathlib import Path
 from tarfile import BLOCKSIZE, HeaderError, nti  # type: ignore[attr-defined]  # the stubs lack nti
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -39,6 +39,20 @@ _COLUMNS = {
 """The arrays of an index and their types, in memory and on disk."""
 
 _AGAIN = "run `python -m clis prepare image-level` again"
+
+
+class LabeledImages(Protocol):
+    """Encoded images with labels and names, by row: what a search for regions needs of an index."""
+
+    @property
+    def labels(self) -> np.ndarray:
+        """Whole numbers [n]."""
+
+    def __len__(self) -> int: ...
+
+    def name(self, row: int) -> str: ...
+
+    def read(self, row: int) -> bytes: ...
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

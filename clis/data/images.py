@@ -167,9 +167,12 @@ class EncodedImage:
             image = JpegImageFile(io.BytesIO(self.data))
             if image.mode not in ("RGB", "L"):
                 return None
-            _, (_, _, *extent) = image.draft(None, least[::-1])
+            drafted = image.draft(None, least[::-1])
+            if drafted is None:
+                return None
+            (_, _, filled_width, filled_height) = drafted[1]
             image.decodermaxblock = len(self.data)  # not in blocks of 64 kB
-            return _pixels(image), tuple(extent[::-1])
+            return _pixels(image), (filled_height, filled_width)
         except Exception:
             return None
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -110,9 +110,9 @@ class TwoStreamDataset(Dataset[Sample]):
         return vars(self) | {"regions": regions}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        if isinstance(self.regions, MappedFile):
-            self.regions = self.regions.open()
+        regions = state["regions"]
+        opened = regions.open() if isinstance(regions, MappedFile) else regions
+        self.__dict__.update(state | {"regions": opened})
 
     def __getitem__(self, item: WorkItem) -> Sample:
         opened = self._open(item, whole=False)
@@ -136,7 +136,8 @@ class TwoStreamDataset(Dataset[Sample]):
             return first_readable(sound, index, length, unreadable)
 
         row, instance = first(self._open_instance, item.instance, len(self.annotations))
-        sources = [first(self._open_image_level, i, len(self.index)) for i in item.image_level]
+        length = 0 if self.index is None else len(self.index)
+        sources = [first(self._open_image_level, i, length) for i in item.image_level]
         rows = np.array([i for i, _ in sources], dtype=np.int64)
         return _Opened(row, instance, rows, [image for _, image in sources], tuple(unreadable))
 
@@ -152,16 +153,18 @@ class TwoStreamDataset(Dataset[Sample]):
             )
         return image
 
-    def _open_image_level(self, index: int) -> EncodedImage:
-        self._read_ahead(self.index, index, len(self.index))
-        return open_image(self.index.read(index), self.index.name(index))
+    def _open_image_level(self, row: int) -> EncodedImage:
+        index = self.index
+        assert index is not None  # work items have image-level images only where there is an index
+        self._read_ahead(index, row, len(index))
+        return open_image(index.read(row), index.name(row))
 
     def _sample(self, item: WorkItem, opened: _Opened) -> Sample:
         plan = self._plan(item, opened)
         image, mosaics = self._draw(plan, opened)
         labels = torch.from_numpy(self.annotations.labels_of(opened.row))
         source_labels = torch.zeros(0, dtype=torch.int64)
-        if len(opened.source_rows):
+        if self.index is not None and len(opened.source_rows):
             source_labels = torch.from_numpy(self.index.labels[opened.source_rows].astype(np.int64))
         pair_sources = [place for place, _ in plan.pastes]
         pair_boxes = torch.tensor([paste.box for _, paste in plan.pastes], dtype=torch.float32).view(-1, 4)
@@ -183,7 +186,7 @@ class TwoStreamDataset(Dataset[Sample]):
 
     def _plan(self, item: WorkItem, opened: _Opened) -> Plan:
         regions = np.zeros((0, 4), dtype=np.float32)
-        if len(opened.source_rows):
+        if self.regions is not None and len(opened.source_rows):
             regions = self.regions["box"][opened.source_rows]
         return plan_sample(
             self.data,
@@ -278,10 +281,11 @@ class ImageDataset(Dataset[tuple[int, T]]):
 
 def image_loader(
     read: Callable[[int], T], rows: Sequence[int], images_per_batch: int, workers: int
-) -> DataLoader[tuple[list[int], list[T]]]:
+) -> Iterable[tuple[list[int], list[T]]]:
     """Give lists of rows with what `read` makes of them, in order, read by `workers` processes."""
+    dataset: Dataset[Any] = ImageDataset(read, rows)
     return DataLoader(
-        ImageDataset(read, rows),
+        dataset,
         batch_size=images_per_batch,
         num_workers=workers,
         collate_fn=_unzip,

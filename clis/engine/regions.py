@@ -18,7 +18,7 @@ from clis import boxes as box_ops
 from clis.atomic import atomic_write
 from clis.config import DETECTOR_RULES, Config, RegionsConfig, data_path
 from clis.data.categories import check_same_categories
-from clis.data.image_level import ImageLevelIndex
+from clis.data.image_level import ImageLevelIndex, LabeledImages
 from clis.data.images import ImageError, open_image
 from clis.data.loader import image_loader
 from clis.data.regions import REGION_DTYPE, RegionSource, region_sidecar
@@ -133,7 +133,7 @@ def make_regions(
 
 
 def search_batches(
-    config: Config, index: ImageLevelIndex, rows: Sequence[int], detector: CLISDetector | None
+    config: Config, index: LabeledImages, rows: Sequence[int], detector: CLISDetector | None
 ) -> Iterator[tuple[list[int], list[ImageOfRow | str]]]:
     """Read the images of rows of the index, in batches of `regions.images_per_batch` of one padded size.
 
@@ -209,7 +209,7 @@ Rule = Callable[[list[int], list[ImageOfRow]], list[tuple[Tensor, float]]]
 
 
 def image_reader(
-    config: Config, index: ImageLevelIndex, detector: CLISDetector | None
+    config: Config, index: LabeledImages, detector: CLISDetector | None
 ) -> Callable[[int], ImageOfRow | str]:
     """Make the function that reads a row's image for the sizes of the config, or says what is wrong with it.
 
@@ -220,7 +220,7 @@ def image_reader(
     return functools.partial(_read, index, search_sizes(config.regions), whole)
 
 
-def _read(index: ImageLevelIndex, searched: list[tuple[int, int]], whole: bool, row: int) -> ImageOfRow | str:
+def _read(index: LabeledImages, searched: list[tuple[int, int]], whole: bool, row: int) -> ImageOfRow | str:
     try:
         image = open_image(index.read(row), index.name(row))
         sizes = [shortest_size(image.size, *each) for each in searched]  # the largest first
@@ -258,7 +258,7 @@ def _has_area(box: Tensor) -> bool:
     return bool((box[2:] > box[:2]).all())  # also false for NaN
 
 
-def region_rule(config: Config, index: ImageLevelIndex, detector: CLISDetector | None) -> Rule:
+def region_rule(config: Config, index: LabeledImages, detector: CLISDetector | None) -> Rule:
     """Make the function that finds what `regions.rule` says, at the sizes of the section."""
     name = config.regions.rule
     if name == "center":
@@ -334,7 +334,7 @@ def search_sizes(regions: RegionsConfig) -> list[tuple[int, int]]:
     return [(side, round(regions.max_size * side / largest)) for side in sorted(regions.short_side)[::-1]]
 
 
-def read_boxes(path: Path, index: ImageLevelIndex) -> dict[str, Tensor]:
+def read_boxes(path: Path, index: LabeledImages) -> dict[str, Tensor]:
     """A file as `regions.boxes` names one: a box, float32 [4], xyxy, by the name of its image.
 
     Raises:

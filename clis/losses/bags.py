@@ -77,8 +77,8 @@ class BAGS(ClassificationLoss):
     def forward(self, logits: Tensor, labels: Tensor, normalizer: Tensor | float, rows: Rows) -> Tensor:
         parts = at_least_float32(logits).split(self.sizes, dim=1)
         places = self.places[:, labels]
-        losses = [F.cross_entropy(part, place, reduction="none") for part, place in zip(parts, places)]
-        losses = torch.stack(losses, dim=1)
+        terms = [F.cross_entropy(part, place, reduction="none") for part, place in zip(parts, places)]
+        losses = torch.stack(terms, dim=1)
         return rows.mean_per_image(losses, self._weights(labels, rows).to(losses)).sum()
 
     def scores(self, logits: Tensor) -> Tensor:

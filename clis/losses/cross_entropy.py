@@ -36,9 +36,10 @@ class CrossEntropy(ClassificationLoss):
     ) -> Tensor:
         """Sum over rows of logits [N,C+1] with labels int64 [N] in 0..C, divided by `normalizer`."""
         z = at_least_float32(logits)
-        targets = (
-            labels if self.pcb is None else self.pcb.targets(labels, self.num_logits, z.dtype, rows.stage)
-        )
+        targets = labels
+        if self.pcb is not None:
+            stage = 1.0 if rows is None else rows.stage
+            targets = self.pcb.targets(labels, self.num_logits, z.dtype, stage)
         return F.cross_entropy(z, targets, reduction="sum") / normalizer
 
     def scores(self, logits: Tensor) -> Tensor:

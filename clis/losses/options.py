@@ -41,9 +41,10 @@ def check_options(options: dict[str, Any], built: type, where: str) -> None:
     Raises:
         ValueError: an unknown option, which names the nearest, or a value of another type.
     """
-    parameters = inspect.signature(built.__init__).parameters.values()
+    constructor = inspect.getattr_static(built, "__init__")
+    parameters = inspect.signature(constructor).parameters.values()
     known = [each.name for each in parameters if each.kind is inspect.Parameter.KEYWORD_ONLY]
-    hints = typing.get_type_hints(built.__init__) if options else {}
+    hints = typing.get_type_hints(constructor) if options else {}
     for name, value in options.items():
         if name not in known:
             raise ValueError(f"{where}: it has no option {name}; {nearest(name, known)}")
