@@ -59,7 +59,8 @@ PARTS = {
     "f": Part("Several processes, or one with nccl", 35, ("collectives", "DDP", "training and evaluation")),
     "g": Part("An exported program", 25, ("program",)),
     "h": Part(
-        "Launches and host waits of a step; the loader", 40, ("step, float32", "step, bfloat16", "loader, *")
+        "Launches and host waits of a step; the loader; the region search", 40,
+        ("step, float32", "step, bfloat16", "loader, *", "region search, *"),
     ),
     "i": Part("Images a process", 20, ("float32, 1 image*", "bfloat16, 1 image*", "inference, 1 image*")),
 }  # fmt: skip

@@ -94,6 +94,7 @@ def test_every_part_in_its_small_form(gpu, tmp_path):
         "program": {"export s", "program ms", "detector ms"},
         "step, bfloat16": {"operators", "launches", "nonzero", "to the host", "GPU idle"},
         "loader, 2 workers": {"images/s", "of the TF32 step's"},
+        "region search, bfloat16": {"images/s"},
         "bfloat16, 2 images": {"images/s", "peak GB"},
     }.items():
         assert wanted <= figures[name].keys(), name

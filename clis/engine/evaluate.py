@@ -84,8 +84,8 @@ def check_validation(config: Config, categories: Sequence[Category]) -> None:
 def run_detector(detector: CLISDetector, config: Config, annotations: Annotations) -> Detections:
     """Detections of all images in their order, best first in each; on ranks above 0 those of their own share.
 
-    Images of one padded size make a batch, so that none sees another's padding.
-    They wait on the CPU and are gathered there, so no device ever holds more than those of one batch.
+    Images of one padded size make a batch, so that none sees another's padding. Detections wait on the CPU
+    and are gathered there, so no device ever holds more than those of one batch.
     """
     read = functools.partial(
         read_validation_image, data_path(config, config.data.val_images), annotations.file_names
