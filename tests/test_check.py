@@ -88,7 +88,7 @@ def test_counts_and_repeat_factors_of_the_groups(root):
     report = checked(root, *baseline, "data.repeat_threshold=0.5")
     assert report.errors == []
     assert "  2 rare classes, 4 boxes, repeat factors 1.00 to 1.22" in report.notes
-    assert "  a pass is 4 images (repeat factors ceil)" in report.notes
+    assert "  a pass is 4 images (repeat-factor, rounding ceil)" in report.notes
 
 
 def test_images_that_cannot_be_used(root):
