@@ -624,15 +624,17 @@ def launches_and_loader(run: Run) -> None:
             f"loader, {workers} workers", **{"images/s": rate, "cores": os.cpu_count()},
             **{f"of the {name} step's": rate / value for name, value in images_per_second.items()},
         )  # fmt: skip
-    index = region_search.Photographs(root / "imagenet_mini", 4 if run.tiny else 256)
+    photographs = region_search.Photographs(root / "imagenet_mini", 4 if run.tiny else 256)
     sizes = ("regions.short_side=64", "regions.max_size=96") if run.tiny else ()
     for name in ("TF32", "bfloat16"):
         precision, allowed = PRECISIONS[name]
         words = (*region_search.SEARCH, *sizes, f"data.workers={run.scale.workers[0]}")
         with tf32(allowed):
-            search = region_search.search(index, run.device, *words, f"train.precision={precision}")
+            search = region_search.search(photographs, run.device, *words, f"train.precision={precision}")
             figures = run.milliseconds(search, repeats=1)
-        run.row(f"region search, {name}", ms=figures["ms"], **{"images/s": 1e3 * len(index) / figures["ms"]})
+        run.row(
+            f"region search, {name}", ms=figures["ms"], **{"images/s": 1e3 * len(photographs) / figures["ms"]}
+        )
         del search
         run.free()
 
