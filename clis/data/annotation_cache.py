@@ -1,4 +1,4 @@
-"""What was read from an annotation file, kept as .npy files that every process maps into its memory."""
+"""Contents of annotation files, cached as .npy files that every process maps into its memory."""
 
 from __future__ import annotations
 
@@ -30,14 +30,13 @@ _ABANDONED = 3600.0
 
 
 def cached(source: str | Path, form: str, build: Callable[[], Packed]) -> Packed:
-    """What `build` makes of the file `source`, from the cache if it was made of the same file before.
+    """Return what `build` makes of the file `source`, from the cache if that was made from the same file.
 
-    The arrays are memory-mapped and cannot be written to. The same file is one of the same size and time of
-    modification. A cache that is damaged is made again, with a warning; one that cannot be written is gone
-    without, also with a warning.
+    The arrays are memory-mapped and read-only. The same file is one with the same size and modification time.
+    A damaged cache is made again, with a warning; one that cannot be written is skipped, also with a warning.
 
     Args:
-        form: a name for what `build` makes, one folder's; one file may be kept in several forms.
+        form: a name for what `build` makes, which names its folder; one file may be cached in several forms.
     """
     source = Path(source).resolve()
     stamp = _stamp(source)
@@ -60,7 +59,7 @@ def cached(source: str | Path, form: str, build: Callable[[], Packed]) -> Packed
 
 
 def cache_folder(source: str | Path) -> Path:
-    """Where the cache of this annotation file is, or will be."""
+    """Return the folder of this annotation file's cache, whether or not it exists."""
     source = Path(source).resolve()
     digest = hashlib.sha256(os.fsencode(source)).hexdigest()[:16]
     return _root() / f"{source.stem}-{digest}"
@@ -79,7 +78,7 @@ def _stamp(source: Path) -> dict[str, Any]:
 
 
 def _open(folder: Path, stamp: dict[str, Any]) -> Packed | None:
-    """The cache, if there is one and it is whole and of this stamp."""
+    """Open the cache if there is one, complete and with this stamp."""
     if not folder.is_dir():
         return None
     try:
@@ -102,7 +101,7 @@ def _open(folder: Path, stamp: dict[str, Any]) -> Packed | None:
 
 
 def _write(folder: Path, stamp: dict[str, Any], packed: Packed) -> None:
-    """Puts a whole folder in the place of any old one; checksums tell what a crash of the machine damages."""
+    """Put a complete folder in place of any old one; checksums reveal what a crash of the machine damages."""
     arrays, values = packed
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.{uuid.uuid4().hex}.tmp")
     old = temporary.with_suffix(".old")
@@ -127,7 +126,7 @@ def _write(folder: Path, stamp: dict[str, Any], packed: Packed) -> None:
 
 
 def _left_behind(folder: Path) -> list[Path]:
-    """What processes that were killed while they wrote this cache have left."""
+    """Return the folders left by processes that were killed while writing this cache."""
     left = []
     for path in (path for end in ("tmp", "old") for path in folder.parent.glob(f".{folder.name}.*.{end}")):
         with contextlib.suppress(FileNotFoundError):  # another process has just removed it
@@ -137,7 +136,7 @@ def _left_behind(folder: Path) -> list[Path]:
 
 
 def _file_checksum(path: Path) -> int:
-    """CRC-32. Read and not mapped: mapped pages would count as the process's memory."""
+    """Compute the CRC-32. Reads, does not map: mapped pages would count as the process's memory."""
     checksum = 0
     with open(path, "rb", buffering=0) as file:
         while block := file.read(_BLOCK):

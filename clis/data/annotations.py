@@ -32,7 +32,7 @@ class Annotations:
 
     Annotations are grouped by image, in file order within an image; images are in file order. Labels are
     0..C-1 in ascending order of the category id. The arrays of a big file are read-only and memory-mapped:
-    processes share them, also those that they are sent to.
+    all processes share them, including those that they are sent to.
     """
 
     path: str
@@ -68,7 +68,7 @@ class Annotations:
     """Labels not exhaustively annotated, in the same form."""
 
     def __len__(self) -> int:
-        """Number of images."""
+        """Return the number of images."""
         return len(self.image_ids)
 
     @property
@@ -77,18 +77,18 @@ class Annotations:
         return len(self.categories)
 
     def boxes_of(self, image: int) -> np.ndarray:
-        """Boxes of the image at this place: float32 [G, 4], xyxy in pixels of the stored image."""
+        """Return the boxes of the image at this place: float32 [G, 4], xyxy in pixels of the stored image."""
         return _corners(self.bboxes[self._rows(image)]).astype(np.float32)
 
     def labels_of(self, image: int) -> np.ndarray:
-        """Labels of the image at this place: int64 [G]."""
+        """Return the labels of the image at this place: int64 [G]."""
         return self.labels[self._rows(image)].copy()
 
     def _rows(self, image: int) -> slice:
         return slice(self.offsets[image], self.offsets[image + 1])
 
     def __getstate__(self) -> dict[str, Any]:
-        """For another process: mapped arrays by the names of their files."""
+        """Return the state for another process: mapped arrays by the names of their files."""
         return {name: _each(value, np.ndarray, MappedFile.replace) for name, value in vars(self).items()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -97,14 +97,14 @@ class Annotations:
 
 
 def _each(value: Any, kind: type, change: Callable[[Any], Any]) -> Any:
-    """The value, or each of a tuple's, changed where it is of this kind."""
+    """Apply `change` to the value, or to each element of a tuple, where it is of this kind."""
     if isinstance(value, tuple):
         return tuple(_each(item, kind, change) for item in value)
     return change(value) if isinstance(value, kind) else value
 
 
 def load_annotations(path: str | Path, advance: Advance = lambda count: None) -> Annotations:
-    """Reads an LVIS v1, LVIS v0.5 or COCO-form JSON file; the boxes keep the file's digits.
+    """Read an LVIS v1, LVIS v0.5 or COCO-form JSON file; the boxes keep the file's digits.
 
     A category without LVIS's ``image_count`` or ``frequency`` has them counted in this file. Files of
     `CACHED_BYTES` and more are read once and then mapped from the cache, as long as they stay the same.
@@ -127,7 +127,7 @@ def load_training_annotations(
     empty_images: bool = True,
     advance: Advance = lambda count: None,
 ) -> tuple[Annotations, dict[str, int]]:
-    """What `checked_for_training` makes of `load_annotations`, cached in the same way."""
+    """Load annotations and apply `checked_for_training`, with the result cached as in `load_annotations`."""
 
     def build() -> Packed:
         annotations, counts = checked_for_training(
@@ -142,7 +142,7 @@ def load_training_annotations(
 
 
 def pack_annotations(document: Mapping[str, Any], path: str | Path) -> Annotations:
-    """The same of a loaded file; `path` is its name in errors."""
+    """Pack a loaded JSON document as `load_annotations` does; `path` is its name in errors."""
     return _unpacked(pack_records(lists_of(document), path), path)
 
 
@@ -151,7 +151,7 @@ def _is_big(path: str | Path) -> bool:
 
 
 def _packed(annotations: Annotations) -> Packed:
-    """As `pack_records` gave it."""
+    """Return the arrays in the form that `pack_records` gave them."""
     values = {field.name: getattr(annotations, field.name) for field in fields(annotations)}
     arrays = {name: value for name, value in values.items() if isinstance(value, np.ndarray)}
     for name in _PAIRS:
@@ -179,7 +179,7 @@ def _unpacked(packed: Packed, path: str | Path) -> Annotations:
 def checked_for_training(
     annotations: Annotations, *, drop_invalid: bool, empty_images: bool = True
 ) -> tuple[Annotations, dict[str, int]]:
-    """Annotations that can be learned from: no crowd; every box has area in float32 and lies in its image.
+    """Return the annotations fit for training: no crowd, every box with area in float32 and inside its image.
 
     Boxes that leave their image by up to `MAX_OVERFLOW` pixels are clipped. With `drop_invalid`, so are those
     that leave it further, and boxes are dropped that are not finite, have no area (left), a side under one
@@ -193,7 +193,8 @@ def checked_for_training(
         were clipped by more than `MAX_OVERFLOW`, and ``empty images`` were left out.
 
     Raises:
-        ValueError: an invalid box and not `drop_invalid`; the message names the first. No image is left.
+        ValueError: a box is invalid and `drop_invalid` is False (the message names the first), or no image is
+            left.
     """
     rows = np.repeat(np.arange(len(annotations)), np.diff(annotations.offsets))
     limits = np.tile(annotations.image_sizes[rows, ::-1], 2)
@@ -234,7 +235,7 @@ def checked_for_training(
 
 
 def _select_images(annotations: Annotations, keep: np.ndarray) -> Annotations:
-    """The images where the mask [N] is True; those left out have no annotation."""
+    """Select the images where the mask [N] is True; those left out have no annotation."""
     pairs = {}
     for name in _PAIRS:
         offsets, labels = getattr(annotations, name)
@@ -253,7 +254,7 @@ def _select_images(annotations: Annotations, keep: np.ndarray) -> Annotations:
 
 
 def _select(annotations: Annotations, keep: np.ndarray) -> Annotations:
-    """The annotations where the mask [A] is True; every image stays."""
+    """Select the annotations where the mask [A] is True; every image stays."""
     kept_before = np.concatenate([[0], np.cumsum(keep)]).astype(np.int64)
     return replace(
         annotations,
@@ -268,7 +269,7 @@ def _select(annotations: Annotations, keep: np.ndarray) -> Annotations:
 
 
 def _refuse(annotations: Annotations, rows: np.ndarray, bad: np.ndarray, what: str, remedy: str) -> None:
-    """Raises for the first annotation of the mask [A], if there is one."""
+    """Raise an error for the first annotation of the mask [A], if there is one."""
     if not bad.any():
         return
     first = int(np.argmax(bad))
@@ -282,5 +283,5 @@ def _refuse(annotations: Annotations, rows: np.ndarray, bad: np.ndarray, what: s
 
 
 def _corners(bboxes: np.ndarray) -> np.ndarray:
-    """xywh -> xyxy, float64 [..., 4]."""
+    """Convert boxes from xywh to xyxy, float64 [..., 4]."""
     return np.concatenate([bboxes[:, :2], bboxes[:, :2] + bboxes[:, 2:]], axis=1)

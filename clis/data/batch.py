@@ -1,4 +1,4 @@
-"""One work item as tensors, and a batch of them: what the data give and the models take."""
+"""One work item as tensors, and a batch of them: what the data pipeline yields and the models take."""
 
 from __future__ import annotations
 
@@ -40,9 +40,11 @@ class OnDevice:
         return dataclasses.replace(self, **changed)
 
     def to(self: B, device: torch.device) -> B:
+        """Return a copy with every tensor on `device`; copies from pinned memory are asynchronous."""
         return self._apply(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self: B) -> B:
+        """Return a copy with every tensor in pinned memory; `DataLoader` calls this method by its name."""
         return self._apply(Tensor.pin_memory)
 
 
@@ -98,12 +100,12 @@ class Batch(OnDevice):
 
 
 def count_batches(batches: Sequence[OnDevice], kind: type[OnDevice]) -> list[int]:
-    """Sum the `counts` of this process's micro-batches of a step, which may be none."""
+    """Sum the `counts` of this process's micro-batches of a step, of which there may be none."""
     return [sum(batch.counts[place] for batch in batches) for place in range(len(kind.COUNTED))]
 
 
 def collate(samples: Sequence[Sample]) -> Batch:
-    """Samples one below the other; rows of mosaics and regions are counted through."""
+    """Concatenate samples to a batch; rows of mosaics and regions are numbered through the whole batch."""
     mosaics_before = np.cumsum([0] + [len(sample.mosaics) for sample in samples])
     regions_before = np.cumsum([0] + [len(sample.regions) for sample in samples])
     return Batch(

@@ -25,7 +25,11 @@ class Category:
 def check_same_categories(
     first: Sequence[Category], first_source: str, second: Sequence[Category], second_source: str
 ) -> None:
-    """Raises `ValueError`, naming the sources, unless each label is the same category id and name in both."""
+    """Raise an error unless each label stands for the same category id and name in both.
+
+    Raises:
+        ValueError: they differ; the message names the sources.
+    """
     if len(first) != len(second):
         raise ValueError(
             f"{first_source} has {len(first)} categories, {second_source} has {len(second)}; they must be of "

@@ -1,4 +1,4 @@
-"""The image-level images as a classification set: random crops to learn from, central ones to be judged."""
+"""Image-level images as a classification set: random crops for training, central crops for evaluation."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ LONG_SIDE = 8
 
 @dataclass(frozen=True)
 class Split:
-    """Which of n images are trained on: all but `held_out`, which lie evenly spread over the index.
+    """Which of n images are trained on: all but `held_out`, which are spread evenly over the index.
 
-    The index is in the order of its classes, so that all classes are held out alike. Arithmetic, no lists.
+    The index is in the order of its classes, so all classes are held out alike. Arithmetic, no lists.
     """
 
     images: int
@@ -41,15 +41,17 @@ class Split:
         return self.images - self.held_out
 
     def trained_row(self, place: int) -> int:
-        """Row in the index of the images that are trained on, 0 <= place < trained; ascending."""
+        """Return the row in the index of a training image, 0 <= place < trained; ascending."""
         return place * self.images // self.trained
 
     def held_out_row(self, place: int) -> int:
-        """Row in the index of the others, 0 <= place < held_out; ascending."""
+        """Return the row in the index of a held-out image, 0 <= place < held_out; ascending."""
         return -(-(place + 1) * self.images // self.held_out) - 1
 
 
 class LabeledImage(NamedTuple):
+    """One image, uint8 [3,S,S], with its label, its name for messages, and errors of images it replaces."""
+
     image: Tensor
     label: int
     name: str
@@ -58,6 +60,8 @@ class LabeledImage(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class LabeledBatch(OnDevice):
+    """B images with their labels, and errors of the images that could not be read."""
+
     images: Tensor
     """uint8 [B,3,S,S]."""
     labels: Tensor
@@ -68,6 +72,7 @@ class LabeledBatch(OnDevice):
 
 
 def collate_labeled(samples: Sequence[LabeledImage]) -> LabeledBatch:
+    """Stack images of the same size to a batch."""
     return LabeledBatch(
         images=torch.stack([sample.image for sample in samples]),
         labels=torch.tensor([sample.label for sample in samples]),
@@ -77,7 +82,7 @@ def collate_labeled(samples: Sequence[LabeledImage]) -> LabeledBatch:
 
 
 class RandomCrops(Dataset[LabeledImage]):
-    """Maps an `ImageItem` to a random crop of its image, a pure function of the item and the files."""
+    """Map an `ImageItem` to a random crop of its image, a pure function of the item and the files."""
 
     def __init__(
         self, data: DataConfig, pretrain: PretrainConfig, index: ImageLevelIndex, split: Split
@@ -107,7 +112,7 @@ class RandomCrops(Dataset[LabeledImage]):
 
 
 def central_crop(index: ImageLevelIndex, size: int, row: int) -> Tensor | str:
-    """The central square of an image, uint8 [3,size,size], or what is wrong with the image."""
+    """Return the central square of an image, uint8 [3,size,size], or what is wrong with the image."""
     try:
         image = open_image(index.read(row), index.name(row))
         short_side = round_half_up(size * SHORT_SIDE)

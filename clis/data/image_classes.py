@@ -1,4 +1,4 @@
-"""Which image-level class is which category, and how far a set of images covers the categories."""
+"""Matching of image-level classes to categories, and how far a set of images covers the categories."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ NO_CATEGORY = -1
 
 
 def class_labels(categories: Sequence[Category], mapping: str | Path | None) -> Callable[[str], int | None]:
-    """From the name of a class to its label; None where it matches no category.
+    """Return a function from the name of a class to its label, or None where it matches no category.
 
     The name is translated by the mapping, then taken as a category's name, its synset or the synset's WordNet
-    3.0 id (wnid), else as a name regardless of case and of spaces or underscores. What two categories share
-    means neither.
+    3.0 id (wnid), else as a name regardless of case and of spaces or underscores. A key that two categories
+    share matches neither.
 
     Args:
-        mapping: file of ``name<TAB>category`` lines; a header and lines that start with # do no harm.
+        mapping: file of ``name<TAB>category`` lines; a header and lines that start with # are allowed.
 
     Raises:
         ValueError: the mapping is malformed.
@@ -64,10 +64,10 @@ def match_classes(
     strict: bool,
     where: str,
 ) -> tuple[list[int | None], tuple[str, ...]]:
-    """The label of each name (None where it matches no category), and the names that match none, sorted.
+    """Match names to labels (None where one matches no category), and list the names without match, sorted.
 
     Raises:
-        ValueError: a name matches no category and `strict`, or none does; `where` is named.
+        ValueError: a name matches no category and `strict`, or no name matches; `where` is named.
     """
     labels = [label_of(name) for name in names]
     unmatched = tuple(sorted({name for name, label in zip(names, labels) if label is None}))
@@ -85,7 +85,7 @@ def match_classes(
 
 
 def in_imagenet22k(categories: Sequence[Category]) -> np.ndarray:
-    """Which categories have a synset that is one of ImageNet-22k's 21,841 classes; bool [C].
+    """Return which categories have a synset that is one of ImageNet-22k's 21,841 classes; bool [C].
 
     They are 997 of LVIS v1's 1203 (277 r, 390 c, 330 f), as in the paper, and 1024 of v0.5's 1230, for which
     the paper says 1023.
@@ -97,17 +97,18 @@ def in_imagenet22k(categories: Sequence[Category]) -> np.ndarray:
 class MemberLabels:
     """A label file of mixed tars: lines of ``member name<TAB>class``.
 
-    Blank lines and lines that start with # are passed over. Names are kept as 64-bit hashes, 21 bytes a line:
-    of 10^8 names, two share one with a probability of 3 in 10,000.
+    Blank lines and lines that start with # are skipped. Names are kept as 64-bit hashes, 21 bytes per line:
+    among 10^8 names, some two share a hash with a probability of 3 in 10,000.
     """
 
     def __init__(self, path: str | Path, label_of: Callable[[str], int | None]) -> None:
-        """
+        """Read the label file.
+
         Args:
             label_of: see `class_labels`.
 
         Raises:
-            ValueError: a line is not two columns, a member has two lines, or there is none.
+            ValueError: a line does not have two columns, a member has two lines, or there is no line.
         """
         self.path = Path(path)
         known: dict[bytes, int] = {}
@@ -143,7 +144,7 @@ class MemberLabels:
         """The first of them."""
 
     def take(self, names: Sequence[bytes], container: str) -> np.ndarray:
-        """Labels of the members of a container; -1 where there is none, or no category; int32 [len(names)].
+        """Return the labels of a container's members: int32 [len(names)], -1 without a line or category.
 
         Raises:
             ValueError: a member of the file was taken before, by this container or another.
@@ -177,7 +178,7 @@ class MemberLabels:
         return np.sort(self._lines[~self._used])
 
     def report(self) -> dict[str, Any]:
-        """What did not match: ``members_without_label``, ``labels_without_member``, the first of them."""
+        """Count what did not match: ``members_without_label``, ``labels_without_member``; name the first."""
         lines = self.without_member
         return {
             "members_without_label": self.without_label,
@@ -188,7 +189,7 @@ class MemberLabels:
 
 
 def coverage(categories: Sequence[Category], counts: np.ndarray) -> dict[str, Any]:
-    """How far image-level images cover the categories, in numbers that JSON can hold.
+    """Measure how far image-level images cover the categories, in numbers that JSON can hold.
 
     Args:
         counts: int64 [C], images of each label.
@@ -196,8 +197,8 @@ def coverage(categories: Sequence[Category], counts: np.ndarray) -> dict[str, An
     Returns:
         ``images``; ``groups``: for ``r``, ``c``, ``f`` and ``all`` the numbers of ``classes``, of those
         ``with_images``, of those ``in_imagenet22k`` and of those that are both (``both``), and the ``min``,
-        ``median`` and ``max`` images of a class that has some (None where none has); ``fewest``: names and
-        counts of the classes with the fewest images; ``without_images``: names.
+        ``median`` and ``max`` images per class among the classes that have some (None where none has);
+        ``fewest``: names and counts of the classes with the fewest images; ``without_images``: names.
     """
     counts = np.asarray(counts)
     frequencies = np.array([category.frequency for category in categories])
@@ -226,7 +227,7 @@ def coverage(categories: Sequence[Category], counts: np.ndarray) -> dict[str, An
 
 
 def describe_coverage(covered: dict[str, Any]) -> str:
-    """The coverage as a table and some lines for the terminal; long lists are shortened.
+    """Format the coverage as a table and some lines for the terminal; long lists are shortened.
 
     Args:
         covered: from `coverage`; also what a report on classes, folders and members adds to it (see
@@ -265,12 +266,12 @@ def describe_coverage(covered: dict[str, Any]) -> str:
 
 
 def shortened(names: Sequence[str], limit: int = 10) -> str:
-    """The first names, printable; bytes of a file name that are not UTF-8 become \\udc80 and so on."""
+    r"""List the first names, printable; bytes of a file name that are not UTF-8 become \udc80 and so on."""
     return printable(", ".join(names[:limit])) + (", ..." if len(names) > limit else "")
 
 
 def printable(name: str) -> str:
-    """The name with control characters and lone surrogates escaped, so that it can go to any terminal."""
+    """Escape control characters and lone surrogates, so that the name can be printed on any terminal."""
     name = name.encode("utf-8", "backslashreplace").decode()
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)
 
@@ -282,7 +283,7 @@ def _hash(name: bytes) -> int:
 
 
 def _unshared(keys: Sequence[str]) -> dict[str, int]:
-    """Key -> label, for one key a label; without empty keys and keys that two labels share."""
+    """Map each key to its label, without empty keys and keys that two labels share."""
     counts = Counter(keys)
     return {key: label for label, key in enumerate(keys) if key and counts[key] == 1}
 
@@ -292,7 +293,7 @@ def _loose(name: str) -> str:
 
 
 def _synsets() -> dict[str, tuple[str, bool]]:
-    """Synset -> wnid, and whether it is in ImageNet-22k."""
+    """Map each synset to its wnid and whether it is in ImageNet-22k."""
     rows = (map(os.fsdecode, row) for _, row in _read_rows(_SYNSETS, 3))
     return {synset: (wnid, flag == "1") for synset, wnid, flag in rows}
 
@@ -307,7 +308,7 @@ def _read_mapping(path: Path) -> dict[str, str]:
 
 
 def _read_rows(path: Path, columns: int) -> Iterator[tuple[int, list[bytes]]]:
-    """Number and columns of each line; in bytes, for file names need not be UTF-8."""
+    """Yield the number and the columns of each line; in bytes, as file names need not be UTF-8."""
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             if not line.strip() or line.startswith(b"#"):

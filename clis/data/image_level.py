@@ -50,18 +50,22 @@ class LabeledImages(Protocol):
 
     def __len__(self) -> int: ...
 
-    def name(self, row: int) -> str: ...
+    def name(self, row: int) -> str:
+        """Return the name of an image for messages."""
+        ...
 
-    def read(self, row: int) -> bytes: ...
+    def read(self, row: int) -> bytes:
+        """Return the encoded bytes of an image; raises `ImageError` where they cannot be read."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ImageLevelIndex:
-    """n image-level images, packed: a label each, and where the bytes lie; 32 bytes an image, and its name.
+    """n image-level images, packed: their labels and where their bytes are; 32 bytes per image plus its name.
 
-    In the order of the roots as given, then of the class folders and tars, then of the names (mixed tars: of
-    the bytes in the tar). It holds no open file, so that it can be sent to loader processes. One that was
-    opened from disk is memory-mapped, and is sent as the name of its folder: its pages are shared.
+    The order is that of the given roots, then of the class folders and tars, then of the names (mixed tars:
+    of the bytes in the tar). The index holds no open file, so it can be sent to loader processes. One opened
+    from disk is memory-mapped, and is sent as the name of its folder: its pages are shared.
     """
 
     labels: np.ndarray
@@ -90,20 +94,20 @@ class ImageLevelIndex:
     """Where it was opened from; None for one in memory."""
 
     def __len__(self) -> int:
-        """Number of images."""
+        """Return the number of images."""
         return len(self.labels)
 
     def name(self, i: int) -> str:
-        """What to call the image in messages: ``n01514668.tar:foo.JPEG`` or ``n01514668/foo.JPEG``."""
+        """Return the image's name for messages: ``n01514668.tar:foo.JPEG`` or ``n01514668/foo.JPEG``."""
         container = self._container(i)
         return printable(container.name + ("/" if container.is_folder else ":") + self._name(i))
 
     def read(self, i: int) -> bytes:
-        """The stored bytes of the image; a tar is not unpacked.
+        """Return the stored bytes of the image; a tar is not unpacked.
 
         Raises:
-            ImageError: the file or the tar cannot be read, the tar has not the size that it had when it was
-                indexed, or another member at this place.
+            ImageError: the file or the tar cannot be read, or the tar has changed in size since it was
+                indexed, or has another member at this place.
         """
         container = self._container(i)
         if container.is_folder:
@@ -120,9 +124,9 @@ class ImageLevelIndex:
         return data[BLOCKSIZE:]
 
     def read_ahead(self, first: int, last: int) -> None:
-        """Asks the system to have the bytes of the images first..last - 1 in memory, each tar's in one go.
+        """Ask the system to load the bytes of the images first..last - 1 into memory, one request per tar.
 
-        A hint: of folders, and where the system has no `posix_fadvise`, nothing happens, nor at an error.
+        This is a hint: it does nothing for folders, without `posix_fadvise`, or after an error.
         """
         containers = self.container[first:last]
         starts = first + np.concatenate([[0], np.flatnonzero(np.diff(containers)) + 1]).astype(int)
@@ -168,9 +172,9 @@ def _open_tar(path: str, size: int) -> FileIO:
 
 
 def _is_header_of(header: bytes, name: str, size: int) -> bool:
-    """Whether this block stands in front of the member: a tar may have been packed anew to the same size.
+    """Check whether this block precedes the member: a tar may have been repacked to the same size.
 
-    Names of over 100 bytes are elsewhere in part, and are not compared.
+    Names of over 100 bytes are partly stored elsewhere, and are not compared.
     """
     encoded, stored, prefix = os.fsencode(name), header[:100].rstrip(b"\0"), header[345:500].rstrip(b"\0")
     elsewhere = len(encoded) > 100 or not encoded.isascii()
@@ -187,10 +191,10 @@ def build_index(
     *,
     strict: bool = True,
 ) -> ImageLevelIndex:
-    """Indexes the images of class folders and class tars, in memory.
+    """Index the images of class folders and class tars, in memory.
 
-    A root holds one folder or one uncompressed tar a class, or is a tar of class tars; both may have folders
-    in them.
+    A root holds one folder or one uncompressed tar per class, or is a tar of class tars; both may contain
+    folders.
 
     Args:
         categories: their places are the labels.
@@ -234,12 +238,12 @@ def write_index(
     categories: Sequence[Category],
     notes: dict[str, Any],
 ) -> None:
-    """Writes an index that `open_index` opens: an ``.npy`` file an array, in pieces, and at last `HEADER`.
+    """Write an index that `open_index` opens: one ``.npy`` file per array, in pieces, and `HEADER` last.
 
     Args:
-        labeled: of each container its images, and one label for all or one each (int32 [k]).
+        labeled: the images of each container, and one label for all or one for each (int32 [k]).
         notes: more for the header: ``report`` with ``unmatched``, ``mixed``, and whatever the caller keeps.
-            It is read when all of `labeled` is, which may complete it.
+            It is read after all of `labeled`, which may complete it.
 
     Raises:
         ValueError: there is no image.
@@ -271,20 +275,20 @@ def write_index(
 
 
 def mark_unfinished(folder: Path) -> None:
-    """Makes the folder one of an index that is being prepared and cannot be opened yet."""
+    """Mark the folder as an index that is being prepared and cannot be opened yet."""
     _write_header(folder, {"format": FORMAT, "finished": False})
 
 
 def is_index(folder: str | Path) -> bool:
-    """Whether the folder is a prepared index, perhaps an unfinished one, and not a root of images."""
+    """Check whether the folder is a prepared index, possibly an unfinished one, and not a root of images."""
     return Path(folder, HEADER).is_file()
 
 
 def read_header(folder: str | Path) -> dict[str, Any]:
-    """What `HEADER` says.
+    """Read the `HEADER` of a prepared index.
 
     Raises:
-        ValueError: it is damaged, of another format, or of an index that is not finished.
+        ValueError: it is damaged, has another format, or belongs to an unfinished index.
     """
     path = Path(folder, HEADER)
     try:
@@ -300,10 +304,10 @@ def read_header(folder: str | Path) -> dict[str, Any]:
 
 
 def open_index(folder: str | Path, categories: Sequence[Category] | None = None) -> ImageLevelIndex:
-    """Opens a prepared index; of the arrays only their ends are read.
+    """Open a prepared index; only the ends of its arrays are read.
 
     Args:
-        categories: what the labels are to be; None takes the index's word.
+        categories: what the labels must stand for; None accepts those that the index names.
 
     Raises:
         ValueError: the index is damaged, unfinished or of other categories.
@@ -330,12 +334,12 @@ def open_index(folder: str | Path, categories: Sequence[Category] | None = None)
 
 
 def is_intact(index: ImageLevelIndex) -> bool:
-    """Whether the arrays are those that the digest was made of; reads everything."""
+    """Check whether the arrays are those that the digest was computed from; reads everything."""
     return index.digest == _digest(index.containers, {name: getattr(index, name) for name in _COLUMNS})
 
 
 def _columns(labeled: Iterable[tuple[int | np.ndarray, Listing]]) -> Iterator[dict[str, np.ndarray]]:
-    """Pieces of the arrays `_COLUMNS`, one a container."""
+    """Yield pieces of the arrays `_COLUMNS`, one per container."""
     end = 0
     yield {"name_offsets": np.zeros(1, dtype=np.int64)}
     for place, (labels, listing) in enumerate(labeled):
@@ -360,7 +364,7 @@ def _refuse_empty(images: int, containers: Sequence[Container]) -> None:
 
 @contextlib.contextmanager
 def _appending(path: Path, dtype: str) -> Iterator[Callable[[np.ndarray], None]]:
-    """A function that adds a piece to an .npy file; its header, of fixed length, is right at last."""
+    """Yield a function that appends to an .npy file; the header, of fixed length, is corrected at the end."""
     length = 0
     with atomic_write(path) as temporary, temporary.open("wb") as file:
 

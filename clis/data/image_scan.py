@@ -1,4 +1,4 @@
-"""Which images lie in folders and tars, and where in them; nothing is unpacked."""
+"""Which images are in folders and tars, and where in them; nothing is unpacked."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ _DAMAGE = (tarfile.TarError, OSError, ValueError, IndexError, OverflowError, Mem
 
 
 class Container(NamedTuple):
-    """A folder or a tar of images: of one class, which it is named by, or of mixed ones."""
+    """A folder or a tar of images: of one class, which it is named after, or of mixed classes."""
 
     key: str
     """Place of its root among the roots and its name there; the same wherever the roots lie."""
@@ -55,16 +55,18 @@ class Container(NamedTuple):
 
     @property
     def is_folder(self) -> bool:
+        """Whether this is a folder; otherwise it is a tar."""
         return self.start == IS_FILE
 
     @property
     def class_name(self) -> str:
+        """Name of the folder, or of the tar without its suffix: the class, unless classes are mixed."""
         name = os.path.basename(self.inner or self.path)
         return name if self.is_folder else name.removesuffix(".tar")
 
     @property
     def name(self) -> str:
-        """For messages: ``n01514668``, ``n01514668.tar``, ``outer.tar:n01514668.tar``."""
+        """Name for messages: ``n01514668``, ``n01514668.tar``, ``outer.tar:n01514668.tar``."""
         return os.path.basename(self.path) + (f":{self.inner}" if self.inner else "")
 
 
@@ -81,13 +83,13 @@ class Listing(NamedTuple):
     """What is named as an image but is a link in a tar, no regular file, or larger than `MAX_BYTES`."""
 
     def split_names(self) -> list[bytes]:
-        """The k names."""
+        """Return the k names."""
         ends = np.cumsum(self.lengths).tolist()
         names = self.names.tobytes()
         return [names[start:end] for start, end in zip([0, *ends], ends)]
 
     def select(self, keep: np.ndarray) -> Listing:
-        """The images where the mask [k] is True."""
+        """Return the images where the mask [k] is True."""
         names = self.names[np.repeat(keep, self.lengths)]
         return Listing(names, self.lengths[keep], self.positions[keep], self.sizes[keep], self.skipped)
 
@@ -98,15 +100,15 @@ def find_containers(
     parts: Path | None = None,
     say: Callable[[str], None] = lambda text: None,
 ) -> list[Container]:
-    """The folders and tars of the roots, in the order of the roots, then of the names.
+    """Find the folders and tars of the roots, in the order of the roots, then of the names.
 
-    A root is a folder that holds them, or one tar. A tar whose name is no class, nor a wnid, and whose first
-    file is a tar stands for the tars in it (ImageNet-22k is distributed so).
+    A root is a folder that holds them, or one tar. A tar whose name is neither a class nor a wnid, and whose
+    first file is a tar, stands for the tars in it (ImageNet-22k is distributed this way).
 
     Args:
-        is_class: whether a name is known to be a class, so that its tar need not be looked into.
+        is_class: whether a name is known to be a class, so that its tar need not be opened.
         parts: see `list_images`.
-        say: told of what takes long.
+        say: called with a message before slow work.
 
     Raises:
         ValueError: a root is missing, or a tar is compressed, or a tar of tars is malformed.
@@ -120,11 +122,11 @@ def find_containers(
 
 
 def list_images(container: Container, *, by_name: bool, parts: Path | None = None) -> Listing:
-    """The images of a container, sorted by name or, with `by_name` False, as they lie in the tar.
+    """List the images of a container, sorted by name or, with `by_name` False, in their order in the tar.
 
     Args:
         parts: folder that keeps the listing of a tar for the next time, as long as path, size and time of
-            the file stay the same; a damaged one is made again.
+            the file stay the same; a damaged listing is made again.
 
     Raises:
         ValueError: a tar is malformed or truncated.
@@ -135,12 +137,12 @@ def list_images(container: Container, *, by_name: bool, parts: Path | None = Non
 
 
 def part_file(container: Container, *, by_name: bool, parts: Path) -> Path:
-    """Where `list_images` keeps the listing of a tar."""
+    """Return the file in which `list_images` keeps the listing of a tar."""
     return _part_file(container, is_image, by_name, parts)
 
 
 def keep_listing(container: Container, *, by_name: bool, parts: Path) -> str | None:
-    """Lists a tar for the next `list_images`; returns what is wrong with it, if anything is."""
+    """List a tar for the next `list_images`; return what is wrong with the tar, if anything is."""
     try:
         list_images(container, by_name=by_name, parts=parts)
     except ValueError as error:
@@ -149,7 +151,7 @@ def keep_listing(container: Container, *, by_name: bool, parts: Path) -> str | N
 
 
 def remove_other_parts(containers: Sequence[Container], *, by_name: bool, parts: Path) -> None:
-    """Removes listings of images of other containers, and what interrupted writing has left."""
+    """Remove the listings of the images of other containers, and leftovers of interrupted writes."""
     if parts.exists():
         used = {part_file(container, by_name=by_name, parts=parts) for container in containers}
         for path in parts.iterdir():
@@ -158,7 +160,7 @@ def remove_other_parts(containers: Sequence[Container], *, by_name: bool, parts:
 
 
 def end_with_parent() -> None:
-    """Makes this process end with the one that started it, and at Ctrl-C without a word."""
+    """Make this process end together with its parent, and end silently at Ctrl-C."""
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
@@ -173,7 +175,7 @@ def end_with_parent() -> None:
 
 
 def _entries(root: Path) -> list[Path]:
-    """The folders and tars of a root, sorted by name."""
+    """Return the folders and tars of a root, sorted by name."""
     if root.is_dir():
         paths = sorted(path for path in root.iterdir() if not path.name.startswith("."))
     elif root.exists():
@@ -199,7 +201,7 @@ def _container(place: int, path: Path) -> Container:
 def _expand(
     container: Container, is_class: Callable[[str], bool], parts: Path | None, say: Callable[[str], None]
 ) -> Iterable[Container]:
-    """The container itself, or the tars in it."""
+    """Return the container itself, or the tars in it."""
     name = container.class_name
     if container.is_folder or is_class(name) or re.fullmatch(r"n\d{8}", name) or not _holds_tars(container):
         yield container
@@ -222,7 +224,7 @@ def _expand(
 
 
 def _holds_tars(container: Container) -> bool:
-    """Whether the first file of a tar is a tar; no if it cannot be read."""
+    """Check whether the first file of a tar is a tar; False if it cannot be read."""
     with contextlib.suppress(*_DAMAGE), _opened(container) as tar:
         for member in _members(tar, container.end):
             if member.isreg():
@@ -231,12 +233,14 @@ def _holds_tars(container: Container) -> bool:
 
 
 def is_image(name: str) -> bool:
+    """Check whether a path names an image file, also a gzip'ed one; hidden files do not count."""
     name = name.rpartition("/")[2]
     # Hidden ones are a Mac's metadata: ._foo.jpg.
     return name.lower().removesuffix(".gz").endswith(IMAGE_SUFFIXES) and not name.startswith(".")
 
 
 def is_tar(name: str) -> bool:
+    """Check whether a path names a tar, also a compressed one; hidden files do not count."""
     name = name.rpartition("/")[2]
     return name.endswith((".tar", *_COMPRESSED)) and not name.startswith(".")
 
@@ -260,7 +264,7 @@ def _list_folder(path: Path) -> Listing:
 def _list_tar(
     container: Container, wanted: Callable[[str], bool], by_name: bool, parts: Path | None
 ) -> Listing:
-    """The members whose names are wanted, from `parts` if it is there."""
+    """List the members whose names are wanted, from `parts` if they are listed there."""
     if parts is None:
         return _scan_tar(container, wanted, by_name)
     file = _part_file(container, wanted, by_name, parts)
@@ -302,10 +306,10 @@ def _scan_tar(container: Container, wanted: Callable[[str], bool], by_name: bool
 
 
 def _check_end(tar: tarfile.TarFile, end: int) -> None:
-    """Raises unless there are zeros from the last member to the end.
+    """Raise an error unless there are only zeros from the last member to the end.
 
-    tarfile takes a header that is cut off or damaged for the end, and does not look behind the end mark; of
-    tars that were written one after the other it sees the first.
+    tarfile takes a truncated or damaged header for the end, and does not look past the end mark; of tars that
+    were written one after the other it sees only the first.
     """
     tar.fileobj.seek(tar.offset)
     block = tar.fileobj.read(min(tarfile.BLOCKSIZE, max(end - tar.offset, 0)))
@@ -331,7 +335,7 @@ class _Headers(io.BufferedReader):
 
 @contextlib.contextmanager
 def _opened(container: Container) -> Iterator[tarfile.TarFile]:
-    """The tar, at its place in the file; positions are those in the file."""
+    """Open the tar at its place in the file; positions are those in the file."""
     with _Headers(io.FileIO(container.path)) as file:
         file.seek(container.start)
         with tarfile.open(fileobj=file, mode="r:", encoding="utf-8") as tar:
@@ -339,9 +343,9 @@ def _opened(container: Container) -> Iterator[tarfile.TarFile]:
 
 
 def _members(tar: tarfile.TarFile, end: int) -> Iterator[tarfile.TarInfo]:
-    """The members one by one, in memory that does not grow; an error for one that ends behind `end`.
+    """Yield the members in constant memory; raise an error for one that ends after `end`.
 
-    A tar in a tar that has lost its end would otherwise go on into the next.
+    Otherwise a truncated tar inside a tar would be read on into the next one.
     """
     while (member := tar.next()) is not None:
         if member.size < 0 or member.offset_data + member.size > end:
@@ -351,7 +355,7 @@ def _members(tar: tarfile.TarFile, end: int) -> Iterator[tarfile.TarInfo]:
 
 
 def _listing(found: Iterable[tuple[str, int, int] | None], by_name: bool) -> Listing:
-    """From name, position and size of each image; None is one that is skipped."""
+    """Make a listing from name, position and size of each image; None is one that is skipped."""
     images, skipped = [], 0
     for image in found:
         if image is None:

@@ -51,7 +51,7 @@ class ImageError(ValueError):
 
 
 def read_image(path: str | Path) -> Tensor:
-    """Reads an image file: uint8 RGB [3,H,W]; see `decode_image`.
+    """Read an image file: uint8 RGB [3,H,W]; see `decode_image`.
 
     Raises:
         ImageError: the file is missing, or its bytes are not a usable image.
@@ -60,10 +60,10 @@ def read_image(path: str | Path) -> Tensor:
 
 
 def read_bytes(path: str | Path) -> bytes:
-    """The bytes of an image file.
+    """Read the bytes of an image file.
 
     Raises:
-        ImageError: the file cannot be read, is no regular file (a pipe would be waited for), or is larger
+        ImageError: the file cannot be read, is not a regular file (reading a pipe would wait), or is larger
             than `MAX_BYTES`.
     """
     try:
@@ -79,7 +79,7 @@ def read_bytes(path: str | Path) -> bytes:
 
 
 def decode_image(data: bytes, name: str) -> Tensor:
-    """`open_image` and `EncodedImage.decode`: uint8 RGB [3,H,W]."""
+    """Decode image bytes, with `open_image` and `EncodedImage.decode`: uint8 RGB [3,H,W]."""
     return open_image(data, name).decode()
 
 
@@ -87,10 +87,10 @@ def open_image(data: bytes, name: str) -> EncodedImage:
     """Read the header of JPEG, PNG, WebP or GIF bytes, also gzip'ed ones (as in ImageNet-22k).
 
     Args:
-        name: what to call the image in messages.
+        name: name of the image in messages.
 
     Raises:
-        ImageError: the bytes are empty, no image, or an image of too many pixels.
+        ImageError: the bytes are empty, not an image, or an image of too many pixels.
     """
     with _naming(name):
         data = unpacked(data)
@@ -102,7 +102,7 @@ def open_image(data: bytes, name: str) -> EncodedImage:
 
 @dataclass(frozen=True, kw_only=True)
 class EncodedImage:
-    """An image whose size is known; whether its pixels are sound shows when they are decoded."""
+    """An image whose size is known; whether its pixels are sound only shows when they are decoded."""
 
     data: bytes
     """Not gzip'ed."""
@@ -111,7 +111,7 @@ class EncodedImage:
     """Height and width as stored: EXIF rotation is never applied."""
 
     def decode(self) -> Tensor:
-        """The pixels: uint8 RGB [3,H,W], channels last in memory.
+        """Decode the pixels: uint8 RGB [3,H,W], channels last in memory.
 
         Gray, palette, CMYK, 16-bit and transparent images become RGB; alpha is dropped, not blended. Of an
         animation the first frame is taken.
@@ -126,7 +126,7 @@ class EncodedImage:
             return _pixels(_opened(self.data))
 
     def decode_resized(self, size: tuple[int, int]) -> Tensor:
-        """The pixels at another size, uint8 RGB [3,*size], of a JPEG from as few of them as serve.
+        """Decode at another size, uint8 RGB [3,*size]; a JPEG is decoded at the smallest scale that suffices.
 
         Raises:
             ImageError: the bytes are truncated or corrupt.
@@ -135,7 +135,7 @@ class EncodedImage:
         return resize_image(pixels, size, extent)
 
     def decode_reduced(self, least: tuple[int, int]) -> tuple[Tensor, tuple[float, float] | None]:
-        """The pixels, of a JPEG at 1/2, 1/4 or 1/8 of its size where that is not below `least`.
+        """Decode the pixels, a JPEG at 1/2, 1/4 or 1/8 of its size where that is not below `least`.
 
         Returns:
             uint8 RGB [3,H,W], and the height and width of it that the image fills; None is all of it.
@@ -155,10 +155,10 @@ class EncodedImage:
         return image
 
     def _decode_reduced(self, least: tuple[int, int]) -> tuple[Tensor, tuple[float, float]] | None:
-        """A JPEG at 1/2, 1/4 or 1/8 of its size but not below `least`, and the height and width it fills.
+        """Decode a JPEG at 1/2, 1/4 or 1/8 of its size, not below `least`; return it and the extent it fills.
 
-        None where `least` is above the half, or where Pillow makes no sense of it and torchvision has to say
-        what is wrong.
+        The extent is a height and width. Returns None where `least` is above the half, or where Pillow cannot
+        read the image, so that torchvision has to say what is wrong.
         """
         height, width = self.size
         if min(height // least[0], width // least[1]) < 2 or not self.data.startswith(_JPEG):
@@ -178,7 +178,7 @@ class EncodedImage:
 
 
 def _opened(data: bytes) -> ImageFile:
-    """Read the header alone. `Image.open` would do, but for its own limit of pixels."""
+    """Read only the header. `Image.open` would do, except for its own limit of pixels."""
     image_file = next((read for start, read in _FORMATS.items() if data.startswith(start)), None)
     if image_file is None:
         raise ValueError("not a JPEG, PNG, WebP or GIF image")
@@ -209,7 +209,7 @@ def _naming(name: str) -> Iterator[None]:
 
 
 def unpacked(data: bytes) -> bytes:
-    """The bytes of an image, which may have been gzip'ed.
+    """Return the bytes of an image, uncompressed if they were gzip'ed.
 
     Raises:
         ValueError, zlib.error: there are none, or the gzip data is damaged or too large.

@@ -1,4 +1,4 @@
-"""Big JSON files a part at a time: all of one as Python objects would be six times the file."""
+"""Big JSON files in parts: a whole one as Python objects would take six times the size of the file."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 
 def _fastest_loads() -> Callable[[str], Any]:
-    """orjson's, of the extra [fast], takes half the time of the standard library's."""
+    """Return orjson's `loads`, of the extra [fast] (half the time), else the standard library's."""
     try:
         from orjson import loads
     except ImportError:
@@ -30,17 +30,18 @@ _DECODER = json.JSONDecoder()
 
 
 class NotJSON(ValueError):
-    """The file is not JSON, or not all of it is there; says at which character."""
+    """The file is not JSON, or is truncated; the message gives the character."""
 
 
 def read_list(path: str | Path) -> Iterator[list[Any]]:
-    """The items of the list that a JSON file is, some thousands at a time; equal to `json.load`'s.
+    """Yield the items of the list that a JSON file holds, some thousands at a time; equal to `json.load`'s.
 
-    But where orjson is installed an integer of more than 64 bits may be a float.
+    The exception: with orjson installed, an integer of more than 64 bits may become a float.
 
     Raises:
-        FileNotFoundError, NotJSON: see there.
-        ValueError: the file is JSON, but no list.
+        FileNotFoundError: there is no such file.
+        NotJSON: it is not JSON, or is truncated.
+        ValueError: the file is JSON, but not a list.
     """
     with open(path, "rb") as file:
         text = _Text(file)
@@ -54,17 +55,18 @@ def read_list(path: str | Path) -> Iterator[list[Any]]:
 def read_lists(
     path: str | Path, keys: Collection[str], advance: Callable[[int], object] = lambda count: None
 ) -> Iterator[tuple[str, list[Any]]]:
-    """The lists of the object that a JSON file is: pairs of a key and some thousands of its list's items.
+    """Yield the lists of the object in a JSON file: pairs of a key and some thousands of its list's items.
 
-    They come in the order of the file, an empty list as one empty part. Other keys are passed over, and so
-    are values that are no lists; a file that is no object has no keys.
+    They come in the order of the file, an empty list as one empty part. Other keys are skipped, and so are
+    values that are not lists; a file that is not an object has no keys.
 
     Args:
-        keys: of the lists that are wanted.
-        advance: told the number of bytes after each part of the file that was read.
+        keys: of the wanted lists.
+        advance: called with the number of bytes after each part of the file that was read.
 
     Raises:
-        FileNotFoundError, NotJSON: see there. One of the keys that is there twice is not JSON either.
+        FileNotFoundError: there is no such file.
+        NotJSON: it is not JSON, or is truncated, or has one of the keys twice.
     """
     with open(path, "rb") as file:
         text, seen = _Text(file, advance), set()
@@ -94,7 +96,7 @@ class _Text:
         self.text, self.at, self.passed = "", 0, 0
 
     def more(self) -> bool:
-        """Drops what has been parsed and reads on; False, and nothing changes, at the end of the file."""
+        """Drop what has been parsed and read more; return False, unchanged, at the end of the file."""
         data = self.file.read(max(CHUNK, len(self.text) - self.at))  # one long value: twice as much each time
         try:
             new = self.decoder.decode(data, final=not data)
@@ -107,7 +109,7 @@ class _Text:
         return True
 
     def next(self) -> str:
-        """The next character that is no white space; empty at the end."""
+        """Return the next character that is not white space; empty at the end."""
         while True:
             space = _SPACE.match(self.text, self.at)
             assert space is not None  # it also matches no character
@@ -118,7 +120,7 @@ class _Text:
                 return ""
 
     def take(self, characters: str) -> str:
-        """Passes, and returns, one of these characters."""
+        """Consume and return one of these characters."""
         found = self.next()
         if not found or found not in characters:
             raise self.error(f"{' or '.join(characters)} is expected")
@@ -126,7 +128,7 @@ class _Text:
         return found
 
     def value(self) -> Any:
-        """Passes, and returns, one value of any kind."""
+        """Parse and return one value of any kind."""
         self.next()
         while True:
             try:
@@ -144,7 +146,7 @@ class _Text:
                     return value
 
     def skip(self) -> None:
-        """Passes one value; a list item by item."""
+        """Skip one value; a list item by item."""
         if self.next() == "[":
             self.take("[")
             for _ in self.items():
@@ -153,7 +155,7 @@ class _Text:
             self.value()
 
     def members(self) -> Iterator[str]:
-        """The keys of an object; the caller passes the value of each."""
+        """Yield the keys of an object; the caller consumes the value of each."""
         self.take("{")
         if self.next() == "}":
             self.take("}")
@@ -168,7 +170,7 @@ class _Text:
                 return
 
     def items(self) -> Iterator[list[Any]]:
-        """The items of a list whose bracket is passed, in parts; of an empty one an empty part."""
+        """Yield the items of a list after its opening bracket, in parts; an empty list as one empty part."""
         if self.next() == "]":
             self.take("]")
             yield []
@@ -183,10 +185,10 @@ class _Text:
             yield items
 
     def _fast_items(self) -> list[Any] | None:
-        """All items up to the last place between two objects.
+        """Parse all items up to the last place between two objects.
 
-        That place may also be in a nested value or behind the end of the list, but then what lies in front of
-        it is no list's inside.
+        That place may also be in a nested value or after the end of the list, but then the text before it is
+        not the inside of a list.
         """
         cut = self._last_comma()
         if cut < 0:
@@ -199,7 +201,7 @@ class _Text:
         return items
 
     def _slow_items(self) -> tuple[list[Any], bool]:
-        """Item by item until the text had to be read on, or the list has ended, which is the second."""
+        """Parse items singly until more text is read or the list ends; return them and whether it ended."""
         items, passed = [], self.passed
         while self.passed == passed:
             items.append(self.value())
@@ -208,7 +210,7 @@ class _Text:
         return items, False
 
     def _last_comma(self) -> int:
-        """The place of the last comma between an end and a start of objects, -1 if there is none."""
+        """Return the place of the last comma between an end and a start of objects, -1 if there is none."""
         end = len(self.text)
         while (brace := self.text.rfind("{", self.at, end)) > 0:
             start = max(brace - 64, self.at)
@@ -219,14 +221,15 @@ class _Text:
         return -1
 
     def end(self) -> None:
-        """Nothing may follow."""
+        """Check that nothing follows."""
         if self.next():
             raise self.error("the end of the file is expected")
 
     def ahead(self) -> str:
-        """The beginning of what is next, for messages."""
+        """Return the beginning of the unparsed text, for messages."""
         return self.text[self.at : self.at + 60]
 
     def error(self, what: str, at: int | None = None) -> NotJSON:
+        """Make the error for a fault at a position of the unparsed text."""
         at = self.at if at is None else at
         return NotJSON(f"{what} at character {self.passed + at}")

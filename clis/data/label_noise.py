@@ -1,4 +1,4 @@
-"""Wrong labels for a share of the image-level images, as a stream from a search engine has them."""
+"""Wrong labels for a share of the image-level images, as in images from a search engine."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from clis.data.image_level import ImageLevelIndex
 
 
 def with_wrong_labels(index: ImageLevelIndex, share: float, seed: int) -> ImageLevelIndex:
-    """The index with other labels for a share of its images, each another class that has images.
+    """Return the index with wrong labels for a share of its images, each of another class that has images.
 
-    Every image is drawn on its own, so that the share holds on average. The digest is another one: regions by
-    the right label are not those by the wrong one. The labels are in memory, and a loader process that is not
-    forked is sent all of the index, also of a prepared one.
+    Every image is drawn independently, so the share holds on average. The digest changes, too: regions found
+    with the right labels are not those of the wrong ones. The labels are in memory, and a loader process that
+    is not forked is sent the whole index, even a prepared one.
 
     Args:
         share: in [0, 1].
-        seed: non-negative; which images, and which labels.
+        seed: non-negative; selects the images and their labels.
 
     Raises:
         ValueError: all images are of one class.

@@ -33,12 +33,12 @@ T = TypeVar("T")
 
 
 def first_readable(read: Callable[[int], T], index: int, length: int, unreadable: list[str]) -> tuple[int, T]:
-    """The first image of a stream of `length` that can be read, from `index` on, and what `read` gave for it.
+    """Find the first readable image of a stream of `length` from `index` on; return it and `read`'s result.
 
-    Those in front of it are told in `unreadable`.
+    The errors of the images before it are appended to `unreadable`.
 
     Raises:
-        ImageError: there is none among `MAX_REPLACEMENTS`.
+        ImageError: none of `MAX_REPLACEMENTS` images can be read.
     """
     for candidate in range(index, index + MAX_REPLACEMENTS):
         try:
@@ -49,17 +49,17 @@ def first_readable(read: Callable[[int], T], index: int, length: int, unreadable
 
 
 class ReadAhead:
-    """Has a block of neighbors of an index read in one go, when the first image of it is drawn."""
+    """Read a block of neighbors of an index at once, when the first image of the block is drawn."""
 
     def __init__(self, block: int | None) -> None:
-        """`block`: images that are drawn together (`data.shuffle_block`); None does nothing."""
+        """Set up for blocks of `block` images drawn together (`data.shuffle_block`); None does nothing."""
         self.block = block
         self.current: int | None = None
 
     def __call__(
         self, index: ImageLevelIndex, image: int, length: int, row: Callable[[int], int] = int
     ) -> None:
-        """For image `image` of a stream of `length`, which is in row `row(image)` of the index."""
+        """Read ahead the block of `image`, which is in row `row(image)`, in a stream of `length` images."""
         if self.block is None or image // self.block == self.current:
             return
         self.current = image // self.block
@@ -81,7 +81,7 @@ class _Opened(NamedTuple):
 
 
 class TwoStreamDataset(Dataset[Sample]):
-    """Maps a `WorkItem` to its `Sample`, a pure function of the item and the files."""
+    """Map a `WorkItem` to its `Sample`, a pure function of the item and the files."""
 
     def __init__(
         self,
@@ -92,10 +92,11 @@ class TwoStreamDataset(Dataset[Sample]):
         index: ImageLevelIndex | None,
         regions: np.ndarray | None,
     ) -> None:
-        """
+        """Keep what the samples are made from.
+
         Args:
             annotations: instance-level, boxes checked (see `clis.data.annotations`).
-            image_folder: where `annotations.file_names` lie.
+            image_folder: folder that `annotations.file_names` are relative to.
             index: the image-level images; None where clis.s is 0.
             regions: structured [n] in the index's order (see `clis.data.regions.load_regions`).
         """
@@ -105,7 +106,7 @@ class TwoStreamDataset(Dataset[Sample]):
         self._read_ahead = ReadAhead(data.shuffle_block)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Annotations and index send no arrays to a process that is not forked, and nor do mapped regions."""
+        """Return the state for a process that is not forked, with file names in place of mapped arrays."""
         regions = None if self.regions is None else MappedFile.replace(self.regions)
         return vars(self) | {"regions": regions}
 
@@ -123,7 +124,7 @@ class TwoStreamDataset(Dataset[Sample]):
             return self._sample(item, self._open(item, whole=True))
 
     def _open(self, item: WorkItem, *, whole: bool) -> _Opened:
-        """The images of the item or their replacements: with sound headers, or sound as a `whole`."""
+        """Open the item's images or replacements: with sound headers, or, if `whole`, with sound pixels."""
         unreadable: list[str] = []
 
         def first(read: Callable[[int], EncodedImage], index: int, length: int) -> tuple[int, EncodedImage]:
@@ -199,7 +200,7 @@ class TwoStreamDataset(Dataset[Sample]):
         )
 
     def _draw(self, plan: Plan, opened: _Opened) -> tuple[Tensor, Tensor]:
-        """The image with what is pasted, uint8 [3,H,W], and the mosaics, uint8 [s/4,3,S,S]."""
+        """Draw the image with its pasted regions, uint8 [3,H,W], and the mosaics, uint8 [s/4,3,S,S]."""
         image = opened.instance.decode_resized(plan.size)
         image = image.flip(-1) if plan.flipped else image
         # Crops are whole pixels of the stored image, so these are needed at full size.
@@ -222,10 +223,10 @@ class TwoStreamDataset(Dataset[Sample]):
 
 
 class MicroBatches:
-    """The work items of one process, micro-batch after micro-batch, from one step up to another.
+    """The work items of one process, micro-batch after micro-batch, for a range of steps.
 
-    Process r of W takes the r-th of W contiguous slices of every global batch, so that the items of all
-    processes in the order of their ranks are the global batch in its order.
+    Process r of W takes the r-th of W contiguous slices of every global batch, so the items of all processes
+    in the order of their ranks are the global batch in its order.
     """
 
     def __init__(
@@ -255,7 +256,7 @@ def train_loader(
     pin: bool,
     collate: Callable[[Sequence[Any]], OnDevice] = collate,
 ) -> DataLoader[OnDevice]:
-    """Batches in the order of `batches`, loaded by `workers` processes (0: in this one)."""
+    """Load batches in the order of `batches`, in `workers` processes (0: in this one)."""
     return DataLoader(
         dataset,
         batch_sampler=batches,
@@ -267,7 +268,7 @@ def train_loader(
 
 
 class ImageDataset(Dataset[tuple[int, T]]):
-    """Images by row, or what else a reader gives."""
+    """Map a place in `rows` to its row and what `read` returns for that row, such as an image."""
 
     def __init__(self, read: Callable[[int], T], rows: Sequence[int]) -> None:
         self.read, self.rows = read, rows
@@ -282,7 +283,7 @@ class ImageDataset(Dataset[tuple[int, T]]):
 def image_loader(
     read: Callable[[int], T], rows: Sequence[int], images_per_batch: int, workers: int
 ) -> Iterable[tuple[list[int], list[T]]]:
-    """Give lists of rows with what `read` makes of them, in order, read by `workers` processes."""
+    """Load lists of rows with what `read` returns for them, in order, in `workers` processes."""
     dataset: Dataset[Any] = ImageDataset(read, rows)
     return DataLoader(
         dataset,
@@ -294,9 +295,9 @@ def image_loader(
 
 
 def _outlive_signals(worker: int) -> None:
-    """A signal to the whole process group is the main process's to answer; it still needs the batches.
+    """Outlive signals to the whole process group; the main process answers them and still needs the batches.
 
-    SIGTERM is also how a main process that exits ends its loaders, and waits for them: so not for ever.
+    SIGTERM is also how an exiting main process ends its loaders, and waits for them: so not forever.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(GRACE))

@@ -1,4 +1,4 @@
-"""Arrays that are the pages of their file, for all processes together."""
+"""Arrays mapped from their files, whose pages all processes share."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import numpy as np
 
 
 def map_array(path: str | Path) -> np.ndarray:
-    """The array of an .npy file, read-only, its pages shared by all processes that map it."""
+    """Map the array of an .npy file, read-only; all processes that map it share its pages."""
     return np.asarray(np.load(path, mmap_mode="r"))  # plain: memmap's subclass slows every slice
 
 
 @dataclass(frozen=True)
 class MappedFile:
-    """Stands for a mapped array on its way to another process, which maps it as well: no copy is sent."""
+    """Stand-in for a mapped array on its way to another process, which maps it as well: no copy is sent."""
 
     path: str
     checksum: int
@@ -24,15 +24,16 @@ class MappedFile:
 
     @classmethod
     def replace(cls, array: np.ndarray) -> np.ndarray | MappedFile:
-        """The array's file, if it is all of what `map_array` gave, else the array."""
+        """Return the array's file if the array is all of what `map_array` returned, else the array."""
         if not isinstance(array.base, np.memmap):
             return array
         return cls(str(array.base.filename), _some_checksum(array))
 
     def open(self) -> np.ndarray:
-        """
+        """Map the array.
+
         Raises:
-            ValueError: the file is not there any more, or is another.
+            ValueError: the file no longer exists, or is a different one.
         """
         try:
             array = map_array(self.path)

@@ -43,14 +43,14 @@ def plan_mosaic(
     surroundings: float | None = None,
     generator: np.random.Generator,
 ) -> tuple[list[Placement], Tensor, Tensor]:
-    """Draw how four images lie on the 2 x 2 tiles of a canvas, each scaled, flipped and cut out on its own.
+    """Draw how four images lie on the 2 x 2 tiles of a canvas, each with its own scale, flip and cutout.
 
-    An image larger than its tile is cropped at random, a smaller one lies at a random place in it. Its region
-    follows it, clipped to the tile so that it never reaches into the neighbor; cutout leaves it as it is.
+    An image larger than its tile is cropped at random, a smaller one is placed at random in it. Its region
+    follows it, clipped to the tile so that it never reaches into the neighbor; cutout leaves it unchanged.
 
     Args:
         sizes: height and width of four images, for the tiles in reading order.
-        regions: float32 [4, 4], one xyxy box an image, in pixels of that image.
+        regions: float32 [4, 4], one xyxy box per image, in pixels of that image.
         size: side of the canvas in pixels, even.
         scale_range: bounds of the uniform random scale, where 1 fits the whole image to its tile.
         flip_probability: chance of a horizontal flip of an image.
@@ -100,7 +100,7 @@ def plan_mosaic(
 
 
 def _crop_around(region: Sequence[float], size: tuple[int, int], factor: float) -> tuple[int, int, int, int]:
-    """The pixels of an image of `size` around a region, xyxy: its sides times `factor`, at least a pixel."""
+    """Return the crop, xyxy, of an image of `size` around a region: its sides times `factor`, at least 1."""
     x1, y1, x2, y2 = region
     spans = []
     for low, high, length in ((x1, x2, size[1]), (y1, y2, size[0])):
@@ -114,7 +114,7 @@ def _crop_around(region: Sequence[float], size: tuple[int, int], factor: float) 
 def _region_on_tile(
     region: Sequence[float], stored: tuple[int, int], placement: Placement, tile: int
 ) -> list[float]:
-    """Where the region of an image, or a part of one, of this size lies on its tile, clipped; xyxy."""
+    """Return the place on its tile, clipped, of the region of an image, or of a part, of this size; xyxy."""
     (height, width), (x1, y1, x2, y2) = placement.size, region
     ratio_y, ratio_x = height / stored[0], width / stored[1]
     x1, y1, x2, y2 = x1 * ratio_x, y1 * ratio_y, x2 * ratio_x, y2 * ratio_y
@@ -130,10 +130,10 @@ def _random_offset(length: int, tile: int, generator: np.random.Generator) -> in
 
 
 def draw_tile(image: Tensor, placement: Placement, canvas: Tensor, index: int) -> None:
-    """Write an image on tile `index` of a canvas, uint8 [3, size, size], as it was planned.
+    """Write an image on tile `index` of a canvas, uint8 [3, size, size], as planned.
 
     Args:
-        image: uint8 [3, H, W], as stored or, where nothing is cropped, resized to `placement.size` already;
+        image: uint8 [3, H, W], as stored or, where nothing is cropped, already resized to `placement.size`;
             not modified.
     """
     tile = canvas.shape[-1] // 2

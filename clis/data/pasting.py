@@ -91,7 +91,7 @@ def draw_paste(image: Tensor, source: Tensor, paste: Paste) -> None:
 
 
 def _crop(size: tuple[int, int], region: Tensor) -> tuple[int, int, int, int]:
-    """The whole pixels that the region touches; without area where it lies outside the image or has none."""
+    """Return the whole pixels that the region touches; no area where it is outside the image or has none."""
     x1, y1, x2, y2 = region.clamp(min=0).tolist()
     return floor(x1), floor(y1), min(ceil(x2), size[1]), min(ceil(y2), size[0])
 

@@ -1,4 +1,4 @@
-"""Everything that is random about a sample, drawn from sizes and boxes before a pixel is decoded."""
+"""The random choices for a sample, all drawn from sizes and boxes before any pixel is decoded."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def plan_sample(
     source_regions: Tensor,
     generator: np.random.Generator,
 ) -> Plan:
-    """Draws a plan for images of these sizes.
+    """Draw a plan for images of these sizes.
 
     Args:
         t: how many regions are pasted at most, of those that are kept in their mosaics.

@@ -1,4 +1,4 @@
-"""The JSON records of an LVIS or COCO-form file, checked and packed into arrays part by part."""
+"""The JSON records of an LVIS or COCO-form file, checked and packed into arrays in parts."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ MAX_NAME = 4096
 def document_parts(
     path: str | Path, advance: Callable[[int], object] = lambda count: None
 ) -> Iterator[tuple[str, list[Record]]]:
-    """The lists of an annotation file, some thousand records at a time; see `read_lists`.
+    """Yield the lists of an annotation file, some thousand records at a time; see `read_lists`.
 
     Raises:
         FileNotFoundError, ValueError: there is no such file, or it is not JSON.
@@ -44,7 +44,7 @@ def document_parts(
 
 
 def read_document(path: str | Path) -> dict[str, list[Record]]:
-    """All records of an annotation file by list, for those who need the masks."""
+    """Read all records of an annotation file by list, for callers that need the masks."""
     document: dict[str, list[Record]] = {}
     for key, records in document_parts(path):
         document.setdefault(key, []).extend(records)
@@ -52,12 +52,12 @@ def read_document(path: str | Path) -> dict[str, list[Record]]:
 
 
 def lists_of(document: Mapping[str, Any]) -> Iterator[tuple[str, list[Record]]]:
-    """The lists of a loaded file, as `document_parts` gives them."""
+    """Yield the lists of a loaded file, in the form of `document_parts`."""
     return ((key, document[key]) for key in LISTS if isinstance(document.get(key), list))
 
 
 def pack_records(parts: Iterable[tuple[str, list[Record]]], path: str | Path) -> Packed:
-    """Checks and packs the records of a file; `path` is its name in errors.
+    """Check and pack the records of a file; `path` is its name in errors.
 
     Returns:
         The arrays of `clis.data.annotations.Annotations` by their names, the pairs as ``..._offsets`` and
@@ -100,7 +100,7 @@ def pack_records(parts: Iterable[tuple[str, list[Record]]], path: str | Path) ->
 
 
 def image_file_name(record: Record) -> str:
-    """Path of an image record below the image folder.
+    """Return the path of an image record below the image folder.
 
     LVIS v1 has no ``file_name``: the last two parts of ``coco_url`` name the file (its val split holds
     train2017 images). LVIS v0.5 prefixes some names with ``COCO_val2014_``, which the 2017 files do not have.
@@ -113,7 +113,7 @@ def image_file_name(record: Record) -> str:
 def _read_columns(
     parts: Iterable[tuple[str, list[Record]]], path: str | Path
 ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], list[Record]]:
-    """The columns of the images and of the annotations, and the category records, all in file order."""
+    """Read the columns of the images and of the annotations, and the category records, all in file order."""
     columns: dict[str, list[dict[str, np.ndarray]]] = {"images": [], "annotations": []}
     categories: list[Record] = []
     counts: dict[str, int] = {}
@@ -140,13 +140,13 @@ def _read_columns(
 
 
 class _Part:
-    """Some records of one list of a file, of which the first is number `first`."""
+    """Some records of one list of a file, starting at number `first`."""
 
     def __init__(self, path: str | Path, kind: str, records: Sequence[Record], first: int = 0) -> None:
         self.path, self.kind, self.records, self.first = path, kind, records, first
 
     def fault(self, place: int, what: str) -> ValueError:
-        """The error for one record: named by its id where it has one, else by its place in the file."""
+        """Make the error for one record: named by its id where it has one, else by its place in the file."""
         record = self.records[place]
         has_id = isinstance(record, dict) and "id" in record
         name = (
@@ -158,6 +158,7 @@ class _Part:
         return ValueError(f"{self.path}: {name}{image}: {what}")
 
     def column(self, key: str) -> list[Any]:
+        """Return the values of a key, one per record; raise an error where a record lacks it."""
         try:
             return [record[key] for record in self.records]
         except (KeyError, TypeError):
@@ -168,7 +169,7 @@ class _Part:
             raise self.fault(bad.index(True), what) from None
 
     def integers(self, key: str) -> np.ndarray:
-        """int64, one a record; numpy alone would round 1.5 and parse "1"."""
+        """Return int64 values, one per record; numpy alone would round 1.5 and parse "1"."""
         values = self.column(key)
         try:
             if set(map(type, values)) == {int}:
@@ -179,7 +180,7 @@ class _Part:
         raise self.fault(place, f"{key} is {values[place]!r}; it must be an integer of 64 bits")
 
     def floats(self, key: str, values: list[Any], *width: int) -> np.ndarray:
-        """float64 of one value, or `width` values, a record."""
+        """Return one float64 value, or `width` values, per record."""
         try:
             array = np.array(values)
             if array.dtype.kind in "iuf" and array.shape == (len(values), *width):
@@ -255,7 +256,7 @@ def _check_unique(ids: np.ndarray, kind: str, path: str | Path) -> None:
 
 
 def _places(values: np.ndarray, ids: np.ndarray) -> np.ndarray:
-    """Place of each value among the unique ids, -1 where it is none of them: int64, as long as values."""
+    """Return the place of each value among the unique ids, -1 if absent: int64, as long as values."""
     order = np.argsort(ids)
     found = order[np.searchsorted(ids, values, sorter=order).clip(max=len(ids) - 1)]
     return np.where(ids[found] == values, found, -1)
@@ -264,7 +265,7 @@ def _places(values: np.ndarray, ids: np.ndarray) -> np.ndarray:
 def _references(
     annotations: dict[str, np.ndarray], key: str, ids: np.ndarray, path: str | Path
 ) -> np.ndarray:
-    """Places int64 [A] of the annotations' values among the ids."""
+    """Return the places int64 [A] of the annotations' values among the ids."""
     places = _places(annotations[key], ids)
     unknown = places < 0
     if unknown.any():
@@ -283,7 +284,7 @@ def _listed_labels(
     listed: np.ndarray, offsets: np.ndarray, category_ids: np.ndarray, image_ids: np.ndarray, key: str,
     path: str | Path,
 ) -> np.ndarray:  # fmt: skip
-    """Labels int64 of the category ids that the images list."""
+    """Return the labels, int64, of the category ids that the images list."""
     labels = _places(listed, category_ids)
     unknown = labels < 0
     if unknown.any():
@@ -306,7 +307,7 @@ def _sorted_categories(records: Sequence[Record], path: str | Path) -> tuple[lis
 def _category_fields(
     records: Sequence[Record], rows: np.ndarray, labels: np.ndarray, path: str | Path
 ) -> list[dict[str, Any]]:
-    """LVIS's own counts where the file has them, else those of boxes, and of images (rows) that hold any."""
+    """Return LVIS's own counts where the file has them, else those of boxes and of images (rows) with any."""
     part = _Part(path, "category", records)
     names = part.column("name")
     image_label_pairs = np.unique(rows * len(records) + labels)

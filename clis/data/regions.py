@@ -1,4 +1,4 @@
-"""The pre-defined regions of an image-level index: a file of one row an image."""
+"""The pre-defined regions of an image-level index: a file of one row per image."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ REGION_DTYPE = np.dtype([("box", np.float32, 4), ("score", np.float32), ("source
 
 
 def region_recipe(regions: RegionsConfig) -> dict[str, object]:
-    """How a region file of this config is made, by the names of the fields."""
+    """Return the settings that determine how a region file is made, by the names of the fields."""
     recipe: dict[str, object] = {"rule": regions.rule}
     if regions.rule in DETECTOR_RULES:
         recipe |= {"short_side": sorted(regions.short_side), "max_size": regions.max_size}
@@ -42,18 +42,18 @@ def region_recipe(regions: RegionsConfig) -> dict[str, object]:
 
 
 def region_sidecar(index: ImageLevelIndex, regions: RegionsConfig, detector: str | None) -> dict[str, object]:
-    """What the JSON beside a region file says: its index, how it is made, and what the boxes come from."""
+    """Return the content of the JSON beside a region file: its index, recipe, and source of the boxes."""
     return {"index": index.digest, "images": len(index), **region_recipe(regions), "detector": detector}
 
 
 def load_regions(
     path: str | Path, index: ImageLevelIndex, config: RegionsConfig, *, every_row: bool = False
 ) -> np.ndarray:
-    """The regions of the index's images, in its order: `REGION_DTYPE` [n], memory-mapped.
+    """Load the regions of the index's images, in its order: `REGION_DTYPE` [n], memory-mapped.
 
     Args:
-        config: how they have to be made (`region_recipe`).
-        every_row: look at the rows of a file whose sidecar says that it was completed, too.
+        config: how they must have been made (`region_recipe`).
+        every_row: also check the rows of a file whose sidecar says that it was completed.
 
     Raises:
         ValueError: the file was made for another index, by another rule or at other sizes, is unfinished, or
@@ -94,7 +94,7 @@ def load_regions(
 
 
 def _unusable(regions: np.ndarray) -> np.ndarray:
-    """Places of the regions that are unfinished or have no area."""
+    """Return the places of the regions that are unfinished or have no area."""
     x1, y1, x2, y2 = regions["box"].T
     without_area = ~((x2 > x1) & (y2 > y1)) & (regions["source"] != RegionSource.UNREADABLE)
     return np.flatnonzero(without_area | (regions["source"] == RegionSource.PENDING))

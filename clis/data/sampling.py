@@ -24,7 +24,7 @@ _REPEAT_ORDER, _REPEAT_OFFSET, _UNIFORM_ORDER, _ITEM_SEED, _BLOCK_ORDER, _BLOCK_
 
 
 def _scramble(x: int) -> int:
-    """The finalizer of splitmix64: a bijection of 64-bit integers whose output bits look independent."""
+    """Apply splitmix64's finalizer: a bijection of 64-bit integers whose output bits look independent."""
     x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
     x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _MASK
     return x ^ (x >> 31)
@@ -75,7 +75,7 @@ def repeat_factors(offsets: np.ndarray, labels: np.ndarray, num_classes: int, th
     """Compute LVIS's repeat factor of every image (Gupta et al. 2019, section 4): float64 [N], at least 1.
 
     It is the largest `class_repeat_factors` among the image's classes; 1 for an image without boxes.
-    Arguments and errors as there.
+    Arguments and errors are the same as there.
     """
     class_factors = class_repeat_factors(offsets, labels, num_classes, threshold)
     num_images = len(offsets) - 1
@@ -89,7 +89,7 @@ def class_balanced_factors(offsets: np.ndarray, labels: np.ndarray, num_classes:
 
     An image's factor is N / C times the sum of 1 / N_c over the classes that it holds, N_c the images with
     class c and C the classes that any image holds; 0 for an image without boxes. So each class draws N / C
-    images of its own an epoch. Most factors are below 1: they are for stochastic rounding.
+    images of its own per epoch. Most factors are below 1: they are for stochastic rounding.
 
     Args:
         offsets, labels, num_classes: as for `class_repeat_factors`.
@@ -105,12 +105,14 @@ def class_balanced_factors(offsets: np.ndarray, labels: np.ndarray, num_classes:
 def class_repeat_factors(
     offsets: np.ndarray, labels: np.ndarray, num_classes: int, threshold: float
 ) -> np.ndarray:
-    """Compute LVIS's repeat factor of every class: with f(c) the share of images that hold class c,
-    r(c) = max(1, sqrt(threshold / f(c))); a class without images counts as in one.
+    """Compute LVIS's repeat factor of every class, at least 1.
+
+    With f(c) the share of images that hold class c, r(c) = max(1, sqrt(threshold / f(c))); a class without
+    images counts as in one.
 
     Args:
         offsets: int64 [N + 1]; image i owns labels[offsets[i]:offsets[i + 1]].
-        labels: int64 [A], 0..C-1, one a box.
+        labels: int64 [A], 0..C-1, one per box.
         num_classes: C.
         threshold: share of images below which a class is repeated; 1e-3 on LVIS.
 
@@ -138,7 +140,7 @@ def class_repeat_factors(
 
 
 def _fixed_point_bounds(factors: np.ndarray, rounding: Rounding) -> np.ndarray:
-    """Cumulative draws of the images, int64 [N] in units of 2**-30; the last is a whole number of draws."""
+    """Return the cumulative draws of the images, int64 [N] in units of 2**-30; the last is a whole number."""
     if rounding == "none":
         factors = np.minimum(np.ceil(factors), 1)
     elif rounding == "ceil":
@@ -169,13 +171,14 @@ class RepeatSampler:
     * ``ceil``: ceil(r) times, as mmdetection's ClassBalancedDataset.
     * ``stochastic``: floor(r) or ceil(r) times, r on average, as detectron2's RepeatFactorTrainingSampler,
       but by systematic sampling: draws take the images that hold u, u + 1, u + 2, ... on the cumulative sum
-      of the factors, with one random u in [0, 1) an epoch. All epochs have the length floor(sum of r), for
-      which the fractions shrink by less than one draw in all.
+      of the factors, with one random u in [0, 1) per epoch. All epochs have the length floor(sum of r), for
+      which the fractions shrink by less than one draw in total.
     * ``none``: once.
     """
 
     def __init__(self, factors: np.ndarray, rounding: Rounding, seed: int) -> None:
-        """
+        """Prepare the stream.
+
         Args:
             factors: float [N], at least 0; an image with factor 0 is never drawn.
             rounding: see the class.
@@ -211,7 +214,8 @@ class UniformSampler:
     """Shuffled stream in which an epoch holds every one of n images exactly once; O(1) memory."""
 
     def __init__(self, n: int, seed: int) -> None:
-        """
+        """Prepare the stream.
+
         Args:
             n: number of images, at least 1.
             seed: any integer.
@@ -237,11 +241,12 @@ class PartSampler:
     """Shuffled stream over a random part of n images, the same in all epochs; O(1) memory."""
 
     def __init__(self, n: int, share: float, seed: int) -> None:
-        """
+        """Select the part.
+
         Args:
             n: number of images, at least 1.
-            share: of them that are drawn, in (0, 1], rounded to whole images, at least one.
-            seed: any integer; a larger share of the same seed holds the smaller one.
+            share: share of the images that are drawn, in (0, 1], rounded to whole images, at least one.
+            seed: any integer; a larger share with the same seed contains the smaller one.
 
         Raises:
             ValueError: there is no image.
@@ -258,22 +263,23 @@ class PartSampler:
 
 
 class BlockSampler:
-    """Shuffled stream in two levels: blocks of neighbors in random order, and in each its images.
+    """Shuffled stream in two levels: blocks of neighbors in random order, and the images of each at random.
 
     For shards of mixed classes on a disk that random access would starve: a block is read through while its
     images are drawn. An epoch holds every one of n images exactly once; O(1) memory. The last block may be
-    shorter; it has a random place among the others too.
+    shorter; it, too, has a random place among the others.
     """
 
     def __init__(self, n: int, block: int, seed: int) -> None:
-        """
+        """Prepare the stream.
+
         Args:
             n: number of images, at least 1; block b holds the images from b * block on.
-            block: images of a block, at least 1.
+            block: images per block, at least 1.
             seed: any integer.
 
         Raises:
-            ValueError: there is no image, or a block of none.
+            ValueError: there is no image, or `block` is below 1.
         """
         if n < 1 or block < 1:
             raise ValueError(f"need at least 1 image and blocks of at least 1, got {n} and {block}")
@@ -297,7 +303,7 @@ class BlockSampler:
 
 
 def item_seed(seed: int, index: int) -> int:
-    """The seed, in [0, 2**63), of the item with this place in the run."""
+    """Return the seed, in [0, 2**63), of the item with this place in the run."""
     return mix(seed, _ITEM_SEED, index) >> 1
 
 
@@ -317,7 +323,7 @@ class WorkItem:
 
 @dataclass(frozen=True)
 class ImageItem:
-    """One image of a run that draws from one stream alone."""
+    """One image of a run that draws from one stream only."""
 
     image: int
     """Index of the image in its stream."""
@@ -329,7 +335,8 @@ class SingleSampler:
     """The global batches of a run, drawn from one stream."""
 
     def __init__(self, sampler: Sampler, images_per_step: int, seed: int) -> None:
-        """
+        """Combine a stream with the size of its batches.
+
         Args:
             sampler: the stream.
             images_per_step: images in a global batch, at least 1.
@@ -357,7 +364,8 @@ class JointSampler:
         s: int,
         seed: int,
     ) -> None:
-        """
+        """Combine the two streams.
+
         Args:
             instance_sampler: stream of instance-level images.
             image_level_sampler: stream of image-level images; None where s is 0.
@@ -380,11 +388,11 @@ class JointSampler:
 
     @property
     def instance_pass(self) -> int:
-        """Draws that are one pass over the instance-level images, with their repetitions."""
+        """Number of draws in one pass over the instance-level images, with their repetitions."""
         return len(self._instance_sampler)
 
     def passes(self, steps: int) -> tuple[float, float]:
-        """Passes over the instance-level and over the image-level images in so many steps."""
+        """Return how many passes over the instance-level and the image-level images this many steps make."""
         draws = steps * self._images_per_step
         image_level = draws * self._s / len(self._image_level_sampler) if self._image_level_sampler else 0.0
         return draws / len(self._instance_sampler), image_level

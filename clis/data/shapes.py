@@ -62,7 +62,7 @@ class ShapesSpec:
 
     @property
     def num_images(self) -> int:
-        """All images, of the three kinds together."""
+        """Number of images of all three kinds together."""
         return self.train_images + self.val_images + len(CLASSES) * self.image_level_per_class
 
     def __post_init__(self) -> None:
@@ -124,7 +124,7 @@ def _cross(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 def _heart(x: np.ndarray, y: np.ndarray, half: float = 0.82, middle: float = 0.08) -> np.ndarray:
-    """A square on its corner, with a disk on each upper edge."""
+    """Join a square on its corner with a disk on each upper edge."""
     x, y = np.abs(x), y - middle
     square = (half - x - np.abs(y)) / math.sqrt(2)
     return np.maximum(square, half / math.sqrt(2) - np.hypot(x - half / 2, y + half / 2))
@@ -186,7 +186,7 @@ def frequency_order() -> np.ndarray:
 
 
 def train_image_counts(spec: ShapesSpec) -> np.ndarray:
-    """Number of training images that hold each label: int64 [50], geometric in the rank, at least 1.
+    """Return how many training images hold each label: int64 [50], geometric in the rank, at least 1.
 
     The most frequent class is in as many images as the planned number of objects allows.
     """
@@ -200,7 +200,7 @@ def train_image_counts(spec: ShapesSpec) -> np.ndarray:
 
 
 def val_image_counts(spec: ShapesSpec) -> np.ndarray:
-    """Number of validation images that hold each label: int64 [50], all equal."""
+    """Return how many validation images hold each label: int64 [50], all equal."""
     count = max(1, round(spec.mean_objects * spec.val_images / len(CLASSES)))
     return np.full(len(CLASSES), count)
 
@@ -270,8 +270,8 @@ def draw_object(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Draw one object with a random tilt, texture phase and two colors unlike `palette`, [K, 3] in 0..1.
 
-    `side` in pixels is that of the square in which the upright outline is drawn. Returns the coverage, [h, w]
-    in 0..1 and trimmed to the object, and its color, [3, h, w] in 0..1.
+    `side` is the side, in pixels, of the square in which the upright outline is drawn. Returns the coverage,
+    [h, w] in 0..1 and trimmed to the object, and its color, [3, h, w] in 0..1.
     """
     texture, outline = CLASSES[label]
     pixels = int(np.ceil(1.5 * side)) + 1
@@ -338,7 +338,7 @@ def _place_object(
 
 
 def _covers(box: np.ndarray, boxes: np.ndarray, share: float = 0.15) -> bool:
-    """Whether `box` and any of `boxes` share more than `share` of the smaller one."""
+    """Check whether `box` and any of `boxes` share more than `share` of the smaller one."""
     overlap = np.minimum(box[2:], boxes[:, 2:]) - np.maximum(box[:2], boxes[:, :2])
     smaller = np.minimum(np.prod(box[2:] - box[:2]), np.prod(boxes[:, 2:] - boxes[:, :2], axis=1))
     return bool((np.prod(overlap.clip(0), axis=1) > share * smaller).any())
@@ -363,7 +363,7 @@ def draw_gradient(rng: np.random.Generator, size: int) -> tuple[np.ndarray, np.n
 def draw_studio(rng: np.random.Generator, size: int) -> tuple[np.ndarray, np.ndarray]:
     """Draw the backdrop of an image-level image: one color, waves or noise, with a few larger blobs.
 
-    Returns as `draw_gradient`.
+    Returns the same as `draw_gradient`.
     """
     palette = _related_colors(rng)
     style = rng.integers(3)
@@ -380,7 +380,7 @@ def draw_studio(rng: np.random.Generator, size: int) -> tuple[np.ndarray, np.nda
 
 
 def _related_colors(rng: np.random.Generator) -> np.ndarray:
-    """Two colors of a backdrop, [2, 3], near enough that an object can differ from both."""
+    """Draw two colors of a backdrop, [2, 3], near enough that an object can differ from both."""
     first = rng.uniform(0.1, 0.9, 3)
     return np.stack([first, (first + rng.normal(0, 0.15, 3)).clip(0, 1)])
 
@@ -390,14 +390,14 @@ def _faint(rng: np.random.Generator, strength: float) -> np.ndarray:
 
 
 def _ramp(rng: np.random.Generator, size: int) -> np.ndarray:
-    """Signed distance to a line through the middle in a random direction, [size, size], in image sides."""
+    """Return the signed distance, [size, size] in image sides, to a random line through the middle."""
     line = (np.arange(size) + 0.5) / size - 0.5
     angle = rng.uniform(0, 2 * np.pi)
     return np.cos(angle) * line[None, :] + np.sin(angle) * line[:, None]
 
 
 def _blob(rng: np.random.Generator, size: int) -> np.ndarray:
-    """A soft spot of random place and extent, [size, size] in 0..1."""
+    """Draw a soft spot of random place and extent, [size, size] in 0..1."""
     line = (np.arange(size) + 0.5) / size
     middle, extent = rng.uniform(0, 1, 2), rng.uniform(0.04, 0.15, 2)
     profile = np.exp(-(((line - middle[:, None]) / extent[:, None]) ** 2))
@@ -413,10 +413,10 @@ def write_shapes(
 
     Makes ``train.json`` and ``val.json`` (LVIS v1 form, exhaustively annotated, file names relative to
     `folder`), ``train/000001.jpg`` and so on, ``image_level/<class name>/000001.jpg`` and so on, the boxes of
-    the latter in ``image_level_boxes.json`` (for `regions.boxes`, as an oracle), and at last ``shapes.json``,
-    whose presence says that the rest is complete. A folder that this function left
-    incomplete or wrote from another spec is rewritten. `progress` gets the number of images done and to do,
-    after each. Not for several processes at once.
+    the latter in ``image_level_boxes.json`` (for `regions.boxes`, as an oracle), and finally ``shapes.json``,
+    whose presence means that the rest is complete. A folder that this function left incomplete or wrote from
+    another spec is rewritten. `progress` gets the number of images done and to do, after each image. Must not
+    run in several processes at once.
 
     Raises ValueError where `folder` holds anything that this function did not make; nothing is changed then.
     """
@@ -434,7 +434,7 @@ def write_shapes(
 
 
 def generate_shapes(folder: Path, spec: ShapesSpec | None = None) -> None:
-    """Writes the embedded benchmark, by rank 0, if it is not there."""
+    """Write the embedded benchmark on rank 0, if it does not exist yet; the other ranks wait."""
     spec = spec or ShapesSpec()
     if is_main():
         with Progress(f"write {folder}", spec.num_images) as progress:
@@ -443,7 +443,7 @@ def generate_shapes(folder: Path, spec: ShapesSpec | None = None) -> None:
 
 
 def _read_record(folder: Path) -> dict | None:
-    """The content of ``shapes.json``, or None where there is none of ours."""
+    """Read ``shapes.json``, or return None where this module has written none."""
     try:
         record = json.loads((folder / "shapes.json").read_text())
     except (OSError, ValueError):
@@ -461,7 +461,7 @@ OWN_PATHS = re.compile(
 def _claim_folder(folder: Path) -> Path:
     """Empty a folder of what `write_shapes` made and leave its mark, later renamed to ``shapes.json``.
 
-    The mark is there before the first file is, so that a folder without it, if not empty, is somebody else's.
+    The mark is written before the first file, so a folder without it, if not empty, is somebody else's.
     """
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file; name a folder for the shapes benchmark")
@@ -555,7 +555,7 @@ def _annotation_entries(image_id: int, first_id: int, labels: np.ndarray, scene:
 
 
 def category_entries(spec: ShapesSpec) -> list[dict]:
-    """The categories of both files; as in LVIS, counts and frequency are those of training."""
+    """Return the categories of both files; as in LVIS, counts and frequency are those of training."""
     entries = []
     for label, count in enumerate(train_image_counts(spec).tolist()):
         frequency = "r" if count <= 10 else "c" if count <= 100 else "f"

@@ -35,24 +35,24 @@ from clis.progress import Progress, say
 
 
 def read_annotations(path: str | Path) -> Annotations:
-    """`load_annotations` with progress; of the processes of one machine, which all call it, one reads."""
+    """Read annotations with progress; all processes of a machine must call this, and one of them reads."""
     with _reading(path) as advance:
         return load_annotations(path, advance)
 
 
 @contextlib.contextmanager
 def _reading(path: str | Path) -> Iterator[Advance]:
-    """What the reader of a file is told its progress by; none is shown of small files and mapped ones."""
+    """Yield the progress function for the reader of a file; small and mapped files show no progress."""
     size = os.path.getsize(path) if os.path.isfile(path) else 0
     with local_main_first(), Progress(f"reading {Path(path).name}, MiB", size >> 20) as progress:
         yield (lambda count: progress.advance(count >> 20)) if size >= CACHED_BYTES else (lambda count: None)
 
 
 def make_streams(config: Config, regions_file: Path) -> tuple[Annotations, TwoStreamDataset, JointSampler]:
-    """Open the two streams of training data, and draw which images each step has of them.
+    """Open the two streams of training data, and draw which of their images each step has.
 
     Args:
-        regions_file: of the image-level images; not read without any (`clis.s` = 0).
+        regions_file: of the image-level images; not read if there are none (`clis.s` = 0).
 
     Raises:
         FileNotFoundError, ValueError: a file is missing or wrong; see the readers in `clis.data`.
@@ -90,7 +90,7 @@ def make_instance_sampler(config: Config, annotations: Annotations) -> RepeatSam
 
 
 def make_index(config: Config, annotations: Annotations) -> ImageLevelIndex:
-    """The index of the image-level images of the categories of `annotations`: the prepared one, or a new one.
+    """Open the prepared index of the image-level images, or make one, for the categories of `annotations`.
 
     Raises:
         ValueError: a prepared index is damaged, of other categories or not alone; or as `build_index`.
@@ -101,7 +101,7 @@ def make_index(config: Config, annotations: Annotations) -> ImageLevelIndex:
 
 
 def read_index(config: Config, annotations: Annotations) -> ImageLevelIndex:
-    """`make_index` with the labels as they are, whatever `data.label_noise` is."""
+    """Do the same as `make_index`, but keep the labels as they are, whatever `data.label_noise` is."""
     data = config.data
     roots = [data_path(config, root) for root in data.image_level]
     if any(map(is_index, roots)):
@@ -117,13 +117,13 @@ def read_index(config: Config, annotations: Annotations) -> ImageLevelIndex:
 
 
 def make_image_level_sampler(config: Config, index: ImageLevelIndex, images: int | None = None) -> Sampler:
-    """The shuffle of the image-level stream: over all images, over a part, or block by block.
+    """Make the shuffle of the image-level stream: over all images, over a part, or block by block.
 
     Args:
-        images: how many of the index the stream has; None is all.
+        images: how many images of the index the stream has; None is all.
 
     Raises:
-        ValueError: blocks of an index whose neighbors are of one class.
+        ValueError: blocks are set, but the neighbors in the index are of one class.
     """
     block, share, seed = config.data.shuffle_block, config.data.image_level_share, config.train.seed
     images = len(index) if images is None else images

@@ -16,12 +16,12 @@ FILL = 114
 
 
 def scaled_size(size: tuple[int, int], scale: float) -> tuple[int, int]:
-    """Height and width times the scale, in whole pixels."""
+    """Multiply height and width by the scale, rounded to whole pixels."""
     return round_half_up(size[0] * scale), round_half_up(size[1] * scale)
 
 
 def flip_boxes(boxes: Tensor, width: int) -> Tensor:
-    """Boxes of an image that is mirrored left and right: x becomes `width` - x."""
+    """Mirror boxes left and right with their image: x becomes `width` - x."""
     flipped = boxes.clone()
     flipped[:, [0, 2]] = width - boxes[:, [2, 0]]
     return flipped
