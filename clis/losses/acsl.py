@@ -59,7 +59,7 @@ class ACSL(ClassificationLoss):
         self.register_buffer("background_weights", background_weights, persistent=False)
 
     def forward(self, logits: Tensor, labels: Tensor, normalizer: Tensor | float, rows: Rows) -> Tensor:
-        """Sum the weighted sigmoid cross-entropy of the columns that count for each row; divide by `normalizer`."""
+        """Sum the weighted sigmoid cross-entropy of the columns that count, divided by `normalizer`."""
         z = at_least_float32(logits) + self.shift
         targets = one_hot(labels, self.num_logits, z.dtype)
         sure = (z.detach().sigmoid() >= self.threshold).to(z)

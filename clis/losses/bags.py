@@ -76,7 +76,7 @@ class BAGS(ClassificationLoss):
         self.register_buffer("order", group.argsort(stable=True).argsort(), persistent=False)
 
     def forward(self, logits: Tensor, labels: Tensor, normalizer: Tensor | float, rows: Rows) -> Tensor:
-        """Add up the groups' cross-entropies, each a weighted mean over an image's RoIs; ignore `normalizer`."""
+        """Add up the groups' mean cross-entropies, by `Rows.mean_per_image`; `normalizer` is unused."""
         parts = at_least_float32(logits).split(self.sizes, dim=1)
         places = self.places[:, labels]
         terms = [F.cross_entropy(part, place, reduction="none") for part, place in zip(parts, places)]

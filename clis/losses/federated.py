@@ -51,7 +51,7 @@ class Federated(ClassificationLoss):
         self.register_buffer("rates", torch.where(counts > 0, counts**power, 0), persistent=False)
 
     def forward(self, logits: Tensor, labels: Tensor, normalizer: Tensor | float, rows: Rows) -> Tensor:
-        """Sum the sigmoid cross-entropy over the kept classes of each row's image, and divide by `normalizer`."""
+        """Sum the sigmoid cross-entropy over each image's `kept_classes`, divided by `normalizer`."""
         z = at_least_float32(logits) + self.shift
         targets = one_hot(labels, self.num_classes, z.dtype)
         weights = self.kept_classes(labels, rows).to(z)[rows.images]

@@ -64,7 +64,7 @@ class Gumbel(ClassificationLoss):
         self.shift = gumbel_logit(prior)
 
     def forward(self, logits: Tensor, labels: Tensor, normalizer: Tensor | float, rows: Rows) -> Tensor:
-        """Sum the binary cross-entropy of exp(-exp(-z)) over classes and background; divide by `normalizer`."""
+        """Sum the binary cross-entropy of p = exp(-exp(-z)) over the logits, divided by `normalizer`."""
         z = at_least_float32(logits) + self.shift
         return gumbel_cross_entropy(z, one_hot(labels, self.num_logits, z.dtype)).sum() / normalizer
 
