@@ -318,7 +318,7 @@ class CLISDetector(nn.Module):
     def rank_first(
         self, images: Sequence[Tensor], labels: Tensor, max_size: int | None = None
     ) -> list[tuple[Tensor, Tensor]]:
-        """Return the box [4] and score [] of each image's label that rank first over all RoIs (section IV-A.3).
+        """Return the box [4] and score [] of each image's label that rank first of all RoIs (section IV-A.3).
 
         No score threshold and no limit of detections: tail categories score low but rank well. Images and
         boxes as for `detect_resized`; a box is NaN where the image has no RoI.
