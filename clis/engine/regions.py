@@ -71,7 +71,7 @@ def load_searcher(config: Config, device: torch.device, detector: Config | None 
 
 
 def detector_checkpoint(config: Config, detector: Config | None) -> Path:
-    """Return the checkpoint that finds the regions: of `detector` if one is to be trained, else the named one.
+    """Return the checkpoint that finds the regions: `detector`'s, or the named one where that is None.
 
     Raises:
         ValueError: the config names none.
