@@ -27,7 +27,7 @@ VERBS = {
 
 
 def run_verb(verb: str, argv: Sequence[str] | None = None, prog: str | None = None) -> None:
-    """Parse the arguments of a verb, by default the program's, and run it.
+    """Parse the arguments of a verb, by default those of the program, and run it.
 
     Args:
         prog: name of the program in its help; default ``python -m clis VERB``.

@@ -1,4 +1,4 @@
-"""``python -m clis check CONFIG``: reads every file that a run would touch, and says whether it may start."""
+"""``python -m clis check CONFIG``: reads every file that a run would touch, and reports if it may start."""
 
 from __future__ import annotations
 
@@ -54,6 +54,7 @@ _ROTATION = 0x0112  # the EXIF tag
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of `clis check`."""
     add_config(parser)
     parser.add_argument("--sample", type=int, metavar="N", help="read only N images of each stream")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes that read images")
@@ -61,6 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
+    """Check a config, print the report and exit with 0 if the run may start, else with 1."""
     config = load_config(arguments.config, arguments.overrides)
     report = check(config, arguments.overrides, workers=arguments.workers, sample=arguments.sample)
     report.say()
@@ -81,13 +83,14 @@ class Report:
 
     @contextlib.contextmanager
     def catching(self) -> Iterator[None]:
-        """An error that would end the run is a finding, and the check goes on."""
+        """Record an error that would end the run as a finding, so that the check continues."""
         try:
             yield
         except (ValueError, OSError) as error:
             self.errors.append(str(error))
 
     def say(self) -> None:
+        """Print notes, warnings and errors, then their number and whether the run may start."""
         for word, lines in (("", self.notes), ("WARNING: ", self.warnings), ("ERROR: ", self.errors)):
             for line in lines:
                 say(f"{word}{line}")
@@ -111,7 +114,7 @@ class Examined:
 def check(
     config: Config, overrides: Sequence[str] = (), *, workers: int, sample: int | None = None
 ) -> Report:
-    """Checks files and settings of a run, and of the detector that it would train for its regions.
+    """Check files and settings of a run, and of the detector that it would train for its regions.
 
     Args:
         overrides: those that `config` was made with; some hold for the detector too.
@@ -190,7 +193,7 @@ def check(
 
 
 def _checked_boxes(train: Annotations, config: Config, report: Report) -> Annotations:
-    """What the run will train on; with boxes that stop it, what is there."""
+    """Return what the run will train on, or the annotations as they are if their boxes stop it."""
     counts: dict[str, int] = {}
     with report.catching():
         train, counts = checked_for_training(
@@ -255,7 +258,7 @@ def _check_regions(config: Config, index: ImageLevelIndex, detector: Config | No
 
 
 def _check_model(config: Config, train: Annotations, report: Report) -> None:
-    """Build it, which reads the backbone's weights and tries the classification loss."""
+    """Build the model, which reads the backbone's weights and tries the classification loss."""
     folder = RunFolder(config.output)
     if config.pretrain.epochs > 0 and folder.pretraining.backbone.exists():
         build_model(config, train.categories, pretrained=starting_weights(config, folder))
@@ -290,7 +293,7 @@ def _examine(
     sample: int | None,
     report: Report,
 ) -> tuple[float, float]:
-    """Reads the images of a stream; the mean seconds and bytes of one."""
+    """Read the images of a stream; return the mean seconds and bytes per image."""
     rows: Sequence[int] = range(length)
     if sample is not None and sample < length:
         rows = np.linspace(0, length - 1, sample).astype(int).tolist()
@@ -330,7 +333,7 @@ def _examine_image_level(index: ImageLevelIndex, row: int) -> Examined:
 
 
 def _examine_image(read: Callable[[], bytes], name: str) -> tuple[Examined, tuple[int, int] | None]:
-    """What there is to say of an image, and its height and width if it can be decoded."""
+    """Return what was found in an image, and its height and width if it can be decoded."""
     began = time.perf_counter()
     try:
         data = read()
@@ -359,7 +362,7 @@ def _oddities(data: bytes) -> tuple[str, ...]:
 
 
 def _describe_step(costs: dict[str, tuple[float, float]], config: Config, report: Report) -> None:
-    """What the loaders have to do for one step, by what reading took just now."""
+    """Note what the loaders have to do for one step, by what reading took just now."""
     images = {"instance-level": config.train.images_per_step}
     images["image-level"] = config.train.images_per_step * config.clis.s
     costs = {name: cost for name, cost in costs.items() if images[name] > 0}

@@ -38,6 +38,7 @@ COCO_TEST = "test={score_threshold: 0.05, detections: 100}"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of `clis convert`."""
     parser.add_argument("source", type=Path, help="its weights: .pth, or detectron2's .pkl")
     parser.add_argument("out", type=Path, help="the checkpoint to write, a .pt file")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="change the checkpoint's config")
@@ -52,12 +53,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
+    """Convert the weights of a public detector to a checkpoint of ours."""
     convert(arguments.source, arguments.out, arguments.annotations, arguments.style, arguments.overrides)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """A public detector: how its parameters are called, and what it does otherwise than our defaults."""
+    """A public detector: how its parameters are called, and where it differs from our defaults."""
 
     name: str
     marker: str
@@ -145,17 +147,18 @@ INPUTS = {"pytorch": (IMAGE_MEAN, IMAGE_STD), "caffe": (IMAGE_MEAN[::-1], (1.0, 
 def convert(
     source: Path, out: Path, annotations: Path, style: str | None = None, overrides: Sequence[str] = ()
 ) -> None:
-    """Writes the detector in the file `source` as the checkpoint `out`, and says what was assumed.
+    """Write the detector in the file `source` as the checkpoint `out`, and print what was assumed.
 
     Args:
         source: see `clis.commands.weight_files.read_weights`.
+        out: a .pt file that does not exist yet.
         annotations: LVIS or COCO-form file with the classes of the detector.
         style: of the ResNet, ``pytorch`` (RGB, ImageNet's std) or ``caffe`` (BGR, std 1, strides in the 1x1
             convolutions); None is that of the kind's published weights.
         overrides: `key.path=value` for the checkpoint's config.
 
     Raises:
-        FileNotFoundError, FileExistsError: there is no `source`; there is an `out`.
+        FileNotFoundError, FileExistsError: `source` does not exist; `out` already exists.
         ValueError: no such detector, or one of other classes; says which parameters or how many.
     """
     if out.suffix != ".pt":
@@ -203,7 +206,7 @@ def _kind_of(weights: Mapping[str, Tensor]) -> Source:
 
 
 def _check_input(weights: Mapping[str, Tensor], style: str) -> None:
-    """Raises `ValueError` where the file says itself (older ones of detectron2) that its input is another."""
+    """Raise `ValueError` where the file itself (of an older detectron2) says that its input is another."""
     for name, expected in zip(("pixel_mean", "pixel_std"), INPUTS[style]):
         found = weights[name].flatten().tolist() if name in weights else expected
         if not np.allclose(found, expected, atol=0.01):
@@ -211,7 +214,7 @@ def _check_input(weights: Mapping[str, Tensor], style: str) -> None:
 
 
 def _names(weights: Mapping[str, Tensor], kind: Source) -> dict[str, str]:
-    """The source's name of each parameter of the box detector, by our name."""
+    """Return the source's name of each parameter of the box detector, by our name."""
     names: dict[str, str] = {}
     left_out = [name for name in weights if re.search(kind.left_out, name)]
     for its in weights:
@@ -229,7 +232,7 @@ def _names(weights: Mapping[str, Tensor], kind: Source) -> dict[str, str]:
 
 
 def _settings_of(state: Mapping[str, Tensor], style: str) -> list[str]:
-    """What the shapes of the weights, and the style, tell of the config."""
+    """Return the overrides of the config that follow from the shapes of the weights and the style."""
     blocks = [len({name.split(".")[3] for name in state if f".layer{n}." in name}) for n in range(1, 5)]
     depths = [name for name, known in BLOCKS.items() if list(known) == blocks]
     if not depths:
@@ -246,7 +249,7 @@ def _settings_of(state: Mapping[str, Tensor], style: str) -> list[str]:
 
 
 def _put_classes_in_order(state: dict[str, Tensor], kind: Source, annotations: Annotations) -> None:
-    """Last layers with a row for each of our labels, and one of background at the end of the logits'.
+    """Give the last layers one row per label of ours; background's comes last in the logits.
 
     Raises:
         ValueError: they are of another number of classes.

@@ -1,4 +1,4 @@
-"""``python -m clis evaluate``, or ``evaluate.py``: the metric of a checkpoint, which holds all else."""
+"""``python -m clis evaluate``, or ``evaluate.py``: the metric of a checkpoint, which holds its config."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ INFERENCE = scoped_keys(Scope.INFERENCE)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of `clis evaluate`."""
     parser.add_argument("checkpoint", type=Path, help="e.g. runs/shapes/clis/checkpoints/last.pt")
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value",
@@ -37,6 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
+    """Evaluate a checkpoint on the validation split of its config, print the metrics and name the files."""
     state = load_checkpoint(arguments.checkpoint)
     values = config_to_dict(config_from_dict(state["config"], source=str(arguments.checkpoint)))
     values["output"] = str(arguments.checkpoint.with_suffix(""))
@@ -54,7 +56,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def _check_same_model(config: Config, state: dict[str, Any], checkpoint: Path) -> None:
-    """Raises `ValueError` for an override of what the training has fixed."""
+    """Raise `ValueError` for an override of a field that the training has fixed."""
     trained = config_from_dict(state["config"], source=str(checkpoint))
     differences = [
         difference

@@ -29,6 +29,7 @@ CANDIDATES = 5000
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of `clis export`."""
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("out", type=Path, help="the program to write, a .pt2 file")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the section test")
@@ -46,6 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
+    """Export the detector of a checkpoint for images of one size on a device."""
     device = choose_device(arguments.device)
     export(
         arguments.checkpoint,
@@ -66,12 +68,12 @@ def nms_of_best(
     min_size: float = 0.0,
     num_candidates: int | None = None,
 ) -> Tensor:
-    """Stand in for `clis.boxes.nms_top_k` in a program, where no loop may end by what the image holds.
+    """Stand in for `clis.boxes.nms_top_k` in a program, where the image cannot decide when a loop ends.
 
     NMS runs once, over the `num_candidates` best (None is all), with no shape but that of the result left to
-    the data.
-    Candidates that do not count stay, each in a group of its own where it suppresses nothing, and go behind
-    NMS. So do two boxes that are added, for the exporter takes it that two survive at least.
+    the data. Candidates that do not count stay, each in a group of its own where it suppresses nothing, and
+    are removed after NMS. So are two boxes that are added, since the exporter assumes that at least two
+    survive.
     """
     size: int | torch.SymInt = scores.shape[0]  # of `len` the exporter would want the number
     if num_candidates is not None:
@@ -103,7 +105,7 @@ class OneImage(nn.Module):
         detector.image_classification = detector.contrastive = None
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Boxes [n,4], scores [n] and labels [n] of a uint8 RGB image [3,H,W], best first."""
+        """Return boxes [n,4], scores [n] and labels [n] of a uint8 RGB image [3,H,W], best first."""
         found = self.detector.detect([image])[0]
         return found.boxes, found.scores, found.labels
 

@@ -36,6 +36,7 @@ SMOOTHED = 20
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of `clis plot`."""
     parser.add_argument("folders", nargs="+", type=Path, metavar="RUN_FOLDER")
     parser.add_argument("--out", type=Path, default=Path("runs/plots"), metavar="FOLDER")
     parser.add_argument("--images", type=int, default=6, help="validation images with boxes")
@@ -43,6 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
+    """Draw the figures of finished runs as PNG files in one folder."""
     plot(arguments.folders, arguments.out, images=arguments.images, score=arguments.score)
 
 
@@ -58,9 +60,10 @@ class Run:
 
     @classmethod
     def read(cls, folder: Path) -> Run:
-        """
+        """Read a finished run.
+
         Raises:
-            FileNotFoundError: the run is not there, or not finished.
+            FileNotFoundError: the run does not exist or is not finished.
         """
         run = RunFolder(folder)
         for path in (run.config, run.metrics, run.result, run.detections):
@@ -76,7 +79,7 @@ class Run:
 
 
 def plot(folders: Sequence[Path], out: Path, *, images: int, score: float) -> list[Path]:
-    """Writes four PNG files of the runs, which must be of one data set, and returns their paths.
+    """Write four PNG files of the runs, which must be of one data set, and return their paths.
 
     Args:
         images: validation images that are shown, those with the rarest classes.
@@ -101,7 +104,7 @@ def plot(folders: Sequence[Path], out: Path, *, images: int, score: float) -> li
 
 
 def training_curves(runs: Sequence[Run]) -> Figure:
-    """The total loss, smoothed, over the steps; below it the AP of evaluations on the way, if any."""
+    """Draw the smoothed total loss over the steps; below it the AP of evaluations during training, if any."""
     evaluated = any("AP" in record for run in runs for record in run.records)
     figure, axes = _subplots(1 + evaluated, 1, (7, 3.2))
     for run in runs:
@@ -122,7 +125,7 @@ def training_curves(runs: Sequence[Run]) -> Figure:
 
 
 def frequency_bars(runs: Sequence[Run]) -> Figure:
-    """AP of all, rare, common and frequent classes, a bar a run; undefined ones are left out."""
+    """Draw AP of all, rare, common and frequent classes, one bar per run; undefined ones are left out."""
     figure, axes = _subplots(1, 1, (7, 3.2))
     ax, width = axes[0, 0], 0.8 / len(runs)
     for number, run in enumerate(runs):
@@ -136,7 +139,7 @@ def frequency_bars(runs: Sequence[Run]) -> Figure:
 
 
 def ap_against_images(runs: Sequence[Run], annotations: Annotations) -> Figure:
-    """AP of every class over its number of training images, and the means of `ap_by_image_count`."""
+    """Draw AP of every class over its number of training images, and the means of `ap_by_image_count`."""
     figure, axes = _subplots(1, 1, (7, 3.6))
     ax = axes[0, 0]
     counts = np.array([category.image_count for category in annotations.categories])
@@ -155,7 +158,7 @@ def ap_against_images(runs: Sequence[Run], annotations: Annotations) -> Figure:
 
 
 def boxes_on_images(runs: Sequence[Run], annotations: Annotations, images: int, score: float) -> Figure:
-    """A row an image: the ground truth, then each run's detections of at least this score."""
+    """Draw one row per image: the ground truth, then each run's detections of at least this score."""
     rows = rarest_images(annotations, images)
     figure, axes = _subplots(len(rows), 1 + len(runs), (3.2, 3.2))
     label_of = {category.id: label for label, category in enumerate(annotations.categories)}
@@ -177,7 +180,7 @@ def boxes_on_images(runs: Sequence[Run], annotations: Annotations, images: int, 
 
 
 def study_figure(rows: Mapping[str, Mapping[str, Any]], title: str) -> Figure:
-    """Of the rows of a ``study.json``: AP by frequency, and the gain over the first row by training images.
+    """Draw from the rows of a ``study.json`` AP by frequency, and the gain over the first row by images.
 
     Bars and lines are means over the seeds; whiskers and bands are a standard deviation to both sides. A gain
     is that of runs with the same seed, where both rows have it.
@@ -203,7 +206,7 @@ def study_figure(rows: Mapping[str, Mapping[str, Any]], title: str) -> Figure:
 
 
 def _draw_gain(ax: Axes, runs: Mapping[str, Any], first: Mapping[str, Any], color: tuple[float, ...]) -> None:
-    """How far the runs are above those of the same seeds in the first row."""
+    """Draw how far the runs are above those of the same seeds in the first row."""
     seeds = [seed for seed in runs if seed in first]
     if not seeds:
         return
@@ -219,12 +222,12 @@ def _draw_gain(ax: Axes, runs: Mapping[str, Any], first: Mapping[str, Any], colo
 
 
 def _spread(values: np.ndarray) -> np.ndarray | None:
-    """Standard deviation over the rows, if there is more than one."""
+    """Return the standard deviation over the rows, if there is more than one."""
     return values.std(axis=0, ddof=1) if len(values) > 1 else None
 
 
 def rarest_images(annotations: Annotations, images: int) -> list[int]:
-    """Rows of the images that hold the classes with the fewest training images, one for each class."""
+    """Return rows of images that hold the classes with the fewest training images, one for each class."""
     counts = np.array([category.image_count for category in annotations.categories])
     chosen: list[int] = []
     holders = np.repeat(np.arange(len(annotations)), np.diff(annotations.offsets))
@@ -244,7 +247,7 @@ def _draw(
     scores: np.ndarray | None,
     annotations: Annotations,
 ) -> None:
-    """An image with its boxes, one color a class in all of them."""
+    """Draw an image with its boxes, one color per class in all of them."""
     ax.imshow(pixels)
     colors = matplotlib.colormaps["tab20"]
     for place, ((x1, y1, x2, y2), label) in enumerate(zip(boxes.tolist(), labels.tolist())):
@@ -258,7 +261,7 @@ def _draw(
 
 
 def _validation(runs: Sequence[Run]) -> Annotations:
-    """The validation split, with the counts of the training split of the first run."""
+    """Read the validation split, with the counts of the training split of the first run."""
     first = runs[0].config
     for run in runs[1:]:
         other = {key: getattr(run.config.data, key) for key in ("root", "train", "val")}
@@ -269,6 +272,6 @@ def _validation(runs: Sequence[Run]) -> Annotations:
 
 
 def _subplots(rows: int, columns: int, size: tuple[float, float]) -> tuple[Figure, np.ndarray]:
-    """A figure without a screen, and its axes [rows, columns], each of this size in inches."""
+    """Make a figure without a screen, and its axes [rows, columns], each of this size in inches."""
     figure = Figure(figsize=(size[0] * columns, size[1] * max(rows, 1)), layout="constrained")
     return figure, figure.subplots(max(rows, 1), columns, squeeze=False)

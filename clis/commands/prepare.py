@@ -54,6 +54,7 @@ PARTS = "parts"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of `clis prepare`, whose only kind is `image-level`."""
     kinds = parser.add_subparsers(required=True, metavar="WHAT")
     command = kinds.add_parser(
         "image-level", help="index class folders or tars for data.image_level, and say what they cover"
@@ -72,6 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
+    """Index image-level data and print what the index covers."""
     options = vars(arguments).copy()
     prepare_image_level(options.pop("roots"), options.pop("annotations"), options.pop("out"), **options)
 
@@ -86,19 +88,20 @@ def prepare_image_level(
     strict: bool = False,
     workers: int | None = None,
 ) -> dict[str, Any]:
-    """Writes the index of the images of `roots` into `out`, for `data.image_level`; prints what it covers.
+    """Write the index of the images of `roots` into `out`, for `data.image_level`; print what it covers.
 
     The listings of finished tars are kept: after an interruption, and where tars have changed, only the
     others are scanned. If nothing has changed, the index stays as it is.
 
     Args:
-        roots: folders with a folder or a tar a class, or tars of class tars.
+        roots: folders with one folder or tar per class, or tars of class tars.
         annotations: file whose categories are the labels.
+        out: folder of the index: a new or empty one, or an index to update.
         mapping: see `clis.data.image_classes.class_labels`.
         labels: file of ``member name<TAB>class`` lines: the folders and tars of `roots` are of mixed classes,
             and the index is in the order of the bytes in the tars.
         strict: what matches nothing is an error; by default it is left out and reported.
-        workers: processes that scan tars; None is one a CPU.
+        workers: processes that scan tars; None is one per CPU.
 
     Returns:
         What `clis.data.image_classes.coverage` counts, and of what matched nothing: ``empty``, names of
@@ -148,9 +151,10 @@ def _matched(
     strict: bool,
     parts: Path,
 ) -> tuple[list[Container], list[int | None], tuple[str, ...], MemberLabels | None]:
-    """The containers to index, a label of each, the classes that match nothing, and None.
+    """Return the containers to index, a label of each, the classes that match nothing, and None.
 
-    Of mixed tars: all containers, a label of each class of the label file, the same, and the members' labels.
+    Of mixed tars: all containers, a label of each class of the label file, the classes that match nothing,
+    and the members' labels.
     """
     label_of = class_labels(categories, mapping)
     where = ", ".join(map(str, roots))
@@ -172,7 +176,7 @@ def _matched(
 
 
 def _check_out(out: Path, roots: Sequence[Path]) -> None:
-    """Raises unless `out` is new, empty or an index, and apart from the roots; removes what a crash left."""
+    """Raise unless `out` is new, empty or an index, and apart from the roots; remove what a crash left."""
     place = out.resolve()
     for root in map(Path.resolve, roots):
         if root.is_dir() and (place.is_relative_to(root) or root.is_relative_to(place)):
@@ -193,7 +197,7 @@ def _fingerprint(
     labels: str | Path | None,
     strict: bool,
 ) -> str:
-    """Changes with whatever changes the index."""
+    """Return a hash that changes with whatever changes the index."""
     digest = hashlib.sha256(
         json.dumps(
             [FORMAT, [(category.id, category.name) for category in categories], containers, found, strict]
@@ -207,7 +211,7 @@ def _fingerprint(
 
 
 def _unchanged(out: Path, made_of: str) -> ImageLevelIndex | None:
-    """The index that is there, if it was made of the same, and is whole."""
+    """Return the existing index, if it was made of the same and is whole."""
     try:
         index = open_index(out)
     except ValueError:
@@ -216,12 +220,12 @@ def _unchanged(out: Path, made_of: str) -> ImageLevelIndex | None:
 
 
 def _cpus() -> int:
-    """CPUs that this process may use."""
+    """Return the number of CPUs that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _scan(containers: Sequence[Container], by_name: bool, parts: Path, workers: int) -> None:
-    """Lists the tars that have no listing yet; one that is damaged does not keep the others from it."""
+    """List the tars that have no listing yet; a damaged one does not keep the others from it."""
     tars = [container for container in containers if not container.is_folder]
     waiting = [tar for tar in tars if not part_file(tar, by_name=by_name, parts=parts).exists()]
     if len(waiting) < len(tars):
@@ -242,7 +246,7 @@ def _scan(containers: Sequence[Container], by_name: bool, parts: Path, workers: 
 def _outcomes(
     task: Callable[[Container], str | None], tars: Sequence[Container], workers: int
 ) -> Iterator[str | None]:
-    """What the task returns of each tar, in any order, from so many processes."""
+    """Yield what the task returns of each tar, in any order, from at most `workers` processes."""
     workers = min(workers, len(tars))
     if workers <= 1:
         yield from map(task, tars)
@@ -271,7 +275,7 @@ def _labeled(
     report: dict[str, Any],
     advance: Callable[[], None],
 ) -> Iterator[tuple[int | np.ndarray, Listing]]:
-    """Labels and images of each container; at the end it completes the report on what matched nothing."""
+    """Yield labels and images of each container; at the end, complete the report on what matched nothing."""
     report |= {"empty": [], "skipped": 0, "skipped_in": []}
     for place, container in enumerate(containers):
         listing = list_images(container, by_name=members is None, parts=parts)

@@ -14,10 +14,16 @@ from clis.progress import say
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of `clis pretrain`: a config and its overrides."""
     add_config(parser)
 
 
 def run(arguments: argparse.Namespace) -> None:
+    """Pre-train the ResNet of a config as an image classifier, and print how a detector uses its weights.
+
+    Raises:
+        ValueError: `pretrain.epochs` is 0.
+    """
     config = load_config(arguments.config, arguments.overrides)
     if config.pretrain.epochs == 0:
         raise ValueError("pretrain.epochs is 0: nothing to do; pass e.g. pretrain.epochs=100")

@@ -82,7 +82,7 @@ def scan_sizes(
 def _search(
     config: Config, index: ImageLevelIndex, rows: Sequence[int], detector: CLISDetector
 ) -> np.ndarray:
-    """Regions of the rows, `REGION_DTYPE` [n], as the search of the config makes them.
+    """Find the regions of the rows, `REGION_DTYPE` [n], as the search of the config makes them.
 
     Raises:
         ImageError: an image cannot be read.
@@ -99,6 +99,6 @@ def _search(
 
 
 def _overlaps(boxes: np.ndarray, names: Sequence[str], truth: Mapping[str, Tensor]) -> np.ndarray:
-    """IoU of each box [4] with the true one of its image, where there is one."""
+    """Return the IoU of each box [4] with the true one of its image, where there is one."""
     pairs = [(torch.from_numpy(box), truth[name]) for box, name in zip(boxes, names) if name in truth]
     return np.array([box_iou(box[None], true[None]).item() for box, true in pairs])

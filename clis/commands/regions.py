@@ -15,6 +15,7 @@ from clis.engine.regions import find_regions
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of `clis regions`."""
     add_config(parser)
     parser.add_argument(
         "--scan", nargs="?", const="", metavar="SIZE,SIZE,...",
@@ -26,6 +27,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
+    """Make the region file of a config, or with `--scan` print what the search finds at each size.
+
+    Raises:
+        ValueError: options of a scan without one, a scan on several processes, or a wrong size.
+    """
     config = load_config(arguments.config, arguments.overrides)
     detector = detector_config(config, arguments.overrides)
     device = choose_device(config.train.device)

@@ -23,6 +23,7 @@ from clis.progress import say
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of `clis score`."""
     parser.add_argument(
         "--annotations", type=Path, required=True, metavar="FILE", help="LVIS or COCO-form JSON"
     )
@@ -57,6 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
+    """Judge a result file by the LVIS metric, and print what was asked for."""
     score_results(arguments)
 
 
@@ -101,7 +103,7 @@ def score_results(arguments: argparse.Namespace) -> dict[str, float]:
 
 
 def _check(arguments: argparse.Namespace) -> None:
-    """Refuses what cannot be asked for together, before anything is read."""
+    """Refuse options that do not go together, before anything is read."""
     if arguments.errors and arguments.masks:
         raise ValueError("--errors looks at boxes; leave --masks out")
     if arguments.protocol != "standard":
@@ -198,7 +200,7 @@ def _percent(value: float) -> str:
 
 
 def _column_table(columns: dict[str, list[str]]) -> str:
-    """Markdown: the first column to the left, the others to the right."""
+    """Return a Markdown table: the first column to the left, the others to the right."""
     widths = [max(map(len, [name, *values])) for name, values in columns.items()]
     rows = [list(columns), ["-" * width for width in widths], *zip(*columns.values())]
     lines = []

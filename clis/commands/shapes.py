@@ -9,9 +9,11 @@ from clis.data.shapes import ShapesSpec, generate_shapes
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of `clis shapes`."""
     parser.add_argument("folder", type=Path)
     parser.add_argument("--seed", type=int, default=0, help="of the drawing (default: 0, the benchmark)")
 
 
 def run(arguments: argparse.Namespace) -> None:
+    """Draw the embedded benchmark into a folder."""
     generate_shapes(arguments.folder, ShapesSpec(seed=arguments.seed))

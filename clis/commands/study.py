@@ -42,6 +42,7 @@ POLL = 0.5
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of `clis study`."""
     parser.add_argument("file", type=Path)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for every row")
     parser.add_argument("--rows", nargs="+", default=(), metavar="NAME", help="run only these rows")
@@ -51,6 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
+    """Run the rows and seeds of a study that are missing, then print its table."""
     folder = run_study(
         arguments.file,
         arguments.out,
@@ -81,6 +83,8 @@ class Row:
 
 @dataclass(frozen=True)
 class Study:
+    """A study file: the base config, the seeds and the rows."""
+
     name: str
     base: Path
     seeds: tuple[int, ...]
@@ -88,7 +92,7 @@ class Study:
 
     @classmethod
     def load(cls, path: Path) -> Study:
-        """Reads a study file: `base` (relative to it), `seeds`, and `rows` with the fields of `Row`.
+        """Read a study file: `base` (relative to it), `seeds`, and `rows` with the fields of `Row`.
 
         Raises:
             FileNotFoundError, ValueError: it is missing, or a key is unknown, missing or ill-typed.
@@ -103,7 +107,7 @@ class Study:
         return cls(path.stem, base, seeds, rows)
 
     def run(self, row: Row, seed: int, overrides: Sequence[str]) -> Run:
-        """One run of the study, with `overrides` that hold for all rows."""
+        """Load the run of a row and seed, with `overrides` that hold for all rows."""
         every = [*overrides, *row.overrides, f"train.seed={seed}"]
         return Run.load(row.config or self.base, every)
 
@@ -168,7 +172,7 @@ def _read_row(name: str, values: Any, path: Path) -> Row:
 
 
 def _beside(path: Path, name: str) -> Path:
-    """A config that a study names, relative to the working folder."""
+    """Return the path of a config that a study names, relative to the working folder."""
     return Path(os.path.relpath(path.parent / name))
 
 
@@ -203,10 +207,10 @@ def run_study(
     jobs: int = 2,
     overrides: Sequence[str] = (),
 ) -> Path:
-    """Runs what is not done yet and writes ``study.json`` and ``table.md`` into out/NAME after every run.
+    """Run what is not done yet and write ``study.json`` and ``table.md`` into out/NAME after every run.
 
-    Runs lie in out/runs under a name made of their config, so that equal rows of several studies are one run,
-    and a run that was cut off goes on. What the study.json of another study in `out` has is not run again.
+    Runs are in out/runs under a name made of their config, so that equal rows of several studies are one run,
+    and an interrupted run is resumed. What the study.json of another study in `out` has is not run again.
 
     Args:
         rows, seeds: only these; default all of the file. Seeds that are named hold for every row.
@@ -261,10 +265,10 @@ def run_study(
 
 
 def run_key(config: Config, regions: str | None = None, start: str | None = None) -> str:
-    """Twelve letters that are the same for runs of the same settings: all but those of machine and places.
+    """Return twelve letters that are equal for runs of the same settings, but for machine and places.
 
-    Settings that have their default are left out, so that a new field leaves the runs before it known; a
-    changed default does not, and needs another `KEY_VERSION`.
+    Settings that have their default are left out, so that a new field keeps earlier runs known; a changed
+    default does not, and needs another `KEY_VERSION`.
 
     Args:
         regions: what the region file is known by; it stands for the section.
@@ -287,7 +291,7 @@ def run_key(config: Config, regions: str | None = None, start: str | None = None
 
 
 def _regions_key(config: Config, detector: str | None) -> str:
-    """As `run_key`, of a region file: of the fields with the scope `REGIONS`, where they have an effect."""
+    """Return the key of a region file, as `run_key`: of the fields of scope `REGIONS` that have an effect."""
     searched, noisy = config.regions.rule in DETECTOR_RULES, config.data.label_noise > 0
     matters = {
         "regions.short_side": searched,
@@ -351,10 +355,10 @@ def _plan_regions(run: Run, file: Path, out: Path, plan: dict[Path, Job]) -> Job
 
 
 def _work(jobs: Sequence[Job], at_once: int, logs: Path) -> Iterator[Job]:
-    """Run the jobs, each when those before it are done, and give them back as they end.
+    """Run the jobs, each when those before it are done, and yield them as they end.
 
     Raises:
-        Preempted: on SIGTERM or SIGINT, when the running jobs, asked too, have ended.
+        Preempted: on SIGTERM or SIGINT, when the running jobs, which are stopped too, have ended.
     """
     logs.mkdir(parents=True, exist_ok=True)
     waiting, ended = list(jobs), set()

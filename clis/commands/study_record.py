@@ -30,7 +30,8 @@ class Record:
     """``study.json``: the figures of every run of a study, which later calls and other machines add to."""
 
     def __init__(self, study: Study, folder: Path, overrides: Sequence[str]) -> None:
-        """
+        """Read what an earlier call has recorded; runs of other settings than the row's are dropped.
+
         Raises:
             ValueError: the file that is there is of other overrides.
         """
@@ -51,13 +52,13 @@ class Record:
                 }
 
     def has(self, row: Row, seed: int) -> bool:
-        """Whether this run is recorded."""
+        """Return whether this run is recorded."""
         return str(seed) in self.rows.get(row.name, {})
 
     def take(self, row: Row, seed: int) -> bool:
-        """Notes this run from the study.json of another study beside this one, if one has it.
+        """Copy this run from the study.json of another study beside this one; return whether one has it.
 
-        Without its seconds a step, which may be of another day and machine.
+        Its seconds per step are left out: they may be of another day and machine.
         """
         run = self._others.get(self._key(row, seed))
         if run is not None:
@@ -66,7 +67,7 @@ class Record:
 
     @functools.cached_property
     def _others(self) -> dict[str, dict[str, Any]]:
-        """The runs of the other studies in this folder, by their key."""
+        """Return the runs of the other studies in this folder, by their key."""
         wanted, runs = (*FIGURES, "key", "by_images"), {}
         for path in sorted(self.path.parent.parent.glob("*/study.json")):
             try:
@@ -78,7 +79,7 @@ class Record:
         return runs
 
     def add(self, name: str, seed: int, folder: RunFolder) -> str:
-        """Note a finished run, in the file too; give its figures in one line."""
+        """Record a finished run, in the file too; return its figures in one line."""
         row = next(row for row in self.study.rows if row.name == name)
         figures = folder.read_result()
         run: dict[str, Any] = {figure: round(100 * figures[figure], 2) for figure in FIGURES}
@@ -91,6 +92,7 @@ class Record:
         return " ".join(f"{figure} {run[figure]:.1f}" for figure in FIGURES)
 
     def write(self) -> None:
+        """Write ``study.json`` and ``table.md``, with the rows in the order of the study file."""
         rows = {
             row.name: {
                 "overrides": list(row.overrides),
@@ -107,7 +109,7 @@ class Record:
             temporary.write_text(table(rows) + "\n" + table_by_images(rows))
 
     def draw(self) -> None:
-        """``figure.png``, if matplotlib is there."""
+        """Draw ``figure.png``; without matplotlib, print that there is no figure."""
         try:
             from clis.commands.plot import study_figure
         except ValueError as error:
@@ -122,8 +124,11 @@ class Record:
 
 
 def table(rows: Mapping[str, Mapping[str, Any]]) -> str:
-    """Markdown: mean ± standard deviation over the seeds; mean difference to the first row of the seeds that
-    both have; the paper's row."""
+    """Return the results as a Markdown table, one line per row of the study.
+
+    It has mean ± standard deviation over the seeds; the mean difference to the first row of the seeds that
+    both have; and the paper's figures.
+    """
     head = ["row", "seeds", *FIGURES, "AP to the first", "seconds a step", "paper's " + " / ".join(FIGURES)]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     first = next(iter(rows.values()))["runs"] if rows else {}
@@ -143,7 +148,10 @@ def table(rows: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def table_by_images(rows: Mapping[str, Mapping[str, Any]]) -> str:
-    """Give Markdown: AP by a class's number of training images, mean ± standard deviation over the seeds."""
+    """Return a Markdown table of AP by the number of training images of a class.
+
+    It has mean ± standard deviation over the seeds.
+    """
     bins = sorted(
         {name for row in rows.values() for run in row["runs"].values() for name in run["by_images"]},
         key=lambda name: int(name.partition("-")[0]),
@@ -161,7 +169,7 @@ def table_by_images(rows: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def _ap_by_images(folder: RunFolder) -> dict[str, float]:
-    """AP in percent by the first and last number of training images of the bins of `ap_by_image_count`."""
+    """Return AP in percent by the first and last number of training images of `ap_by_image_count`'s bins."""
     config = folder.read_config()
     train = read_annotations(data_path(config, config.data.train))
     val = load_validation(config, train.categories)

@@ -22,11 +22,13 @@ POLL = 5.0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of `clis tensorboard`."""
     parser.add_argument("folders", nargs="+", type=Path, metavar="RUN_FOLDER")
     parser.add_argument("--follow", action="store_true", help="continue while the runs continue")
 
 
 def run(arguments: argparse.Namespace) -> None:
+    """Write the event files of run folders, once or while the runs continue."""
     write_events(arguments.folders, arguments.follow)
 
 
@@ -34,10 +36,10 @@ class EventFile:
     """The records of one run, written as events into the folder ``tensorboard`` of the run folder."""
 
     def __init__(self, folder: Path) -> None:
-        """
+        """Find the records of a run; nothing is written before `update`.
+
         Raises:
             FileNotFoundError: the folder has no metrics.jsonl.
-            ValueError: TensorBoard is not installed.
         """
         run = RunFolder(folder)
         self.metrics, self.folder = run.metrics, run.tensorboard
@@ -47,7 +49,11 @@ class EventFile:
         self.written: list[str] = []
 
     def update(self) -> int:
-        """Writes the new records, or all again where a resumed run has taken some back; their number."""
+        """Write the new records, or all again where a resumed run has taken some back; return their number.
+
+        Raises:
+            ValueError: TensorBoard is not installed.
+        """
         lines = self.metrics.read_text().split("\n")[:-1]  # what is behind the last newline is not whole yet
         if self.writer is None or lines[: len(self.written)] != self.written:
             self.writer, self.written = self._start_over(), []
@@ -74,7 +80,7 @@ class EventFile:
 
 
 def write_events(folders: Sequence[Path], follow: bool) -> None:
-    """Makes the event files of the runs, and with `follow` goes on until it is interrupted."""
+    """Write the event files of the runs, and with `follow` continue until interrupted."""
     files = [EventFile(folder) for folder in folders]
     for file in files:
         say(f"{file.folder}: {file.update()} records; look at them with: tensorboard --logdir {file.folder}")
@@ -85,7 +91,7 @@ def write_events(folders: Sequence[Path], follow: bool) -> None:
 
 
 def _tag(name: str) -> str:
-    """TensorBoard draws what has the same word before the slash side by side."""
+    """Return the tag of a value; TensorBoard groups tags by the word before the slash."""
     if name == "loss" or name in LossConfig().weights:
         return f"loss/{'total' if name == 'loss' else name}"
     return f"{'evaluation' if name in METRICS or name.startswith('AR@') else 'run'}/{name}"

@@ -10,6 +10,7 @@ from clis.engine.train import recipe
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of `clis train`."""
     parser.add_argument("--config", required=True, help="e.g. configs/shapes/clis.yaml")
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value",
@@ -19,6 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
+    """Train and evaluate the detector of a config, after everything that it needs first."""
     config = load_config(arguments.config, arguments.overrides)
     device = choose_device(config.train.device)
     with process_group(device):

@@ -17,9 +17,9 @@ Order = Literal["C", "F"]
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """The tensors of a file of torch.save, by name, or of a pickle of NumPy arrays (.pkl).
+    """Read the tensors, by name, of a file of torch.save or of a pickle of NumPy arrays (.pkl).
 
-    They may lie below ``state_dict`` (mmdetection) or ``model`` (detectron2).
+    They may be below ``state_dict`` (mmdetection) or ``model`` (detectron2).
 
     Raises:
         FileNotFoundError: there is none.
@@ -53,7 +53,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
 
 class _ArrayUnpickler(pickle.Unpickler):
-    """Reads plain Python values, and arrays of numbers into `_Array`; refuses whatever else is asked for."""
+    """Reads plain Python values, and arrays of numbers into `_Array`; refuses everything else."""
 
     def find_class(self, module: str, name: str) -> Any:
         wanted = f"{module}.{name}".replace("numpy._core.", "numpy.core.")  # NumPy 2's name

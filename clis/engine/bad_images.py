@@ -14,7 +14,7 @@ B = TypeVar("B", bound=OnDevice)
 
 
 def check_bad_images(unreadable: Sequence[str], allowed: int) -> None:
-    """Of a single look at image-level images: raises `ImageError` if too many of them cannot be read.
+    """Raise `ImageError` if too many of the image-level images of a single look cannot be read.
 
     Args:
         unreadable: what is wrong with each, by name.
@@ -30,11 +30,15 @@ def check_bad_images(unreadable: Sequence[str], allowed: int) -> None:
 class BadImages:
     """Loads the batches of a process and keeps count of the images that were replaced in them.
 
-    What is found by one process (`new`, `gone`) is for all to know before `verdict` is asked.
+    What one process finds (`new`, `gone`) has to reach all processes before `verdict` is called.
     """
 
     def __init__(self, allowed: int) -> None:
-        """`allowed`: `data.max_bad_images`, over all processes."""
+        """Start with no image replaced.
+
+        Args:
+            allowed: `data.max_bad_images`, over all processes.
+        """
         self.allowed, self.total = allowed, 0
         self.named: set[str] = set()
         self.new: list[str] = []
@@ -43,7 +47,7 @@ class BadImages:
         """Why the last `load` has no batches: nothing of a stream can be read."""
 
     def load(self, batches: Iterator[B], count: int, device: torch.device) -> list[B]:
-        """The next batches, on the device; names images that were replaced for the first time."""
+        """Load the next `count` batches onto the device; print each replaced image when it is first met."""
         loaded: list[B] = []
         self.gone = None
         try:
@@ -58,7 +62,7 @@ class BadImages:
         return loaded
 
     def verdict(self, new: int, gone: int) -> ImageError | None:
-        """Give the error that ends the run before this step, or None.
+        """Return the error that ends the run before this step, or None.
 
         Args:
             new: images in `new`, of all processes.

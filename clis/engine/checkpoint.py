@@ -26,7 +26,7 @@ FORMAT = 1
 
 
 def detector_state(model: CLISDetector | ImageClassifier, config: Config, step: int = 0) -> dict[str, Any]:
-    """What of a checkpoint makes the detector: all that evaluation, `load_detector` and regions read."""
+    """Return the part of a checkpoint that evaluation, `load_detector` and the region search read."""
     return {
         "format": FORMAT,
         "step": step,
@@ -48,7 +48,7 @@ def save_checkpoint(
     """Write ``step_00000600.pt`` and ``last.pt`` of a run and remove all but the last `keep_last`.
 
     Raises:
-        OSError: it could not be written (a full disk, a read-only folder); the checkpoints before are whole.
+        OSError: it could not be written (a full disk, a read-only folder); the earlier checkpoints are whole.
     """
     path = folder.checkpoint(step)
     state = detector_state(model, config, step) | {
@@ -95,7 +95,7 @@ def mark_best(folder: RunFolder, step: int, ap: float) -> None:
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
-    """Reads a checkpoint onto the CPU; no code is run, neither in it nor of a module that its config names.
+    """Read a checkpoint onto the CPU, running no code: neither in it nor of a module that its config names.
 
     Raises:
         FileNotFoundError: there is none.
@@ -115,7 +115,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
 
 
 def load_last_checkpoint(folder: RunFolder) -> tuple[dict[str, Any], Path] | None:
-    """Load the last readable checkpoint of a run; give it with its path, or None where there is none at all.
+    """Load the last readable checkpoint of a run and return it with its path, or None where there is none.
 
     One that is damaged is named, and the one before it used.
 
@@ -142,7 +142,7 @@ def resume(
     config: Config,
     within: Collection[str] | None = None,
 ) -> tuple[int, int]:
-    """Load the last readable checkpoint of a run folder, if there is one; give its step and skipped steps.
+    """Load the last readable checkpoint of a run folder; return its step and skipped steps, or 0 and 0.
 
     Args:
         within: sections and keys of the config that matter here; None is all of them.
@@ -169,14 +169,14 @@ def resume(
 
 
 def load_model(state: dict[str, Any], config: Config, source: str) -> CLISDetector:
-    """The checkpoint's detector, built as `config` says.
+    """Build the checkpoint's detector as `config` says, and load its weights.
 
     Where its `loss.classification` is ``module:Class``, that module is imported, from the working folder or
     Python's path; no other code is run for a checkpoint.
 
     Raises:
         ValueError: the config is of another model, and the tensors that differ are named; or its
-            classification loss is not there.
+            classification loss cannot be found.
     """
     categories = [Category(**category) for category in state["categories"]]
     try:
@@ -188,9 +188,10 @@ def load_model(state: dict[str, Any], config: Config, source: str) -> CLISDetect
 
 
 def load_detector(path: str | Path, device: str | torch.device = "cpu") -> CLISDetector:
-    """A trained detector, ready for `detect`, from nothing but its checkpoint and its classification loss.
+    """Load a trained detector, ready for `detect`, from its checkpoint alone.
 
-    A checkpoint with a loss of one's own names its module, which is imported (see `load_model`).
+    A user-defined loss is the exception: the checkpoint names its module, which is imported (see
+    `load_model`).
 
     Raises:
         FileNotFoundError, ValueError: as `load_checkpoint` and `load_model`.

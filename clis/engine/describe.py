@@ -27,7 +27,7 @@ def describe_run(
     model: CLISDetector,
     accumulation: int,
 ) -> str:
-    """The recipe as it will run on these data and processes, line by line."""
+    """Return the recipe as it will run on these data and processes, line by line."""
     data, clis, train, optim = config.data, config.clis, config.train, config.optim
     groups = [category.frequency for category in annotations.categories]
     counts = " ".join(f"{groups.count(group)} {group}" for group in "rcf")
@@ -84,7 +84,7 @@ def describe_run(
 def describe_pretraining(
     config: Config, images: int, held_out: int, model: ImageClassifier, accumulation: int
 ) -> str:
-    """As `describe_run`, of pre-training.
+    """Return the recipe of a pre-training as it will run, line by line.
 
     Args:
         config: with `train` and `optim` as they are in pre-training.
@@ -105,7 +105,7 @@ def describe_pretraining(
 
 
 def summarize_step(outputs: Sequence[TrainOutput], config: Config) -> dict[str, float]:
-    """Weighted total and raw losses of the global batch; its counts for each instance-level image."""
+    """Return weighted total and raw losses of the global batch, and its counts per instance-level image."""
     losses = {name: _sum(output.losses[name] for output in outputs) for name in outputs[0].losses}
     stats = {name: _sum(output.stats[name] for output in outputs) for name in outputs[0].stats}
     summed = torch.stack([value.double() for value in (*losses.values(), *stats.values())])
@@ -122,8 +122,11 @@ def _sum(values: Iterable[Tensor]) -> Tensor:
 
 
 def contrast_state(model: CLISDetector, outputs: Sequence[TrainOutput]) -> dict[str, float]:
-    """Say how alike the views of the global batch's pairs are, how many keys the queue holds, and how alike
-    the keys are (1: all equal); empty without L_con."""
+    """Return what the log says of L_con: similarities of the pairs' views, and the state of the queue.
+
+    `queue_filled` is the number of keys that the queue holds, `queue_concentration` says how alike they are
+    (1: all equal). Empty without L_con.
+    """
     if model.contrastive is None:
         return {}
     f_i, f_d = (all_gather_rows(torch.cat(views)) for views in zip(*(output.views for output in outputs)))
@@ -150,7 +153,7 @@ class ContrastWatch:
         self.said = False
 
     def look(self, step: int, record: Mapping[str, float]) -> str | None:
-        """Give the warning that is due after a record of metrics.jsonl, or None."""
+        """Return the warning that is due after a record of metrics.jsonl, or None."""
         if self.said or "contrast_other" not in record:
             return None
         positive, other, queue = (record[f"contrast_{name}"] for name in ("positive", "other", "queue"))
@@ -173,7 +176,7 @@ class ContrastWatch:
 def step_metrics(
     device: torch.device, norm: float, rate: float, seconds: Sequence[tuple[float, float]], images: int
 ) -> dict[str, float]:
-    """Give what metrics.jsonl has beside losses and counts; times are means in seconds, as rank 0 saw them.
+    """Return what metrics.jsonl has beside losses and counts; times are rank 0's mean seconds.
 
     Args:
         seconds: of each step since the last record, waiting for data and computing.
@@ -201,10 +204,10 @@ _SHORT = {
 
 
 def format_losses(record: dict[str, float]) -> str:
-    """The losses in few letters: with rate and time left, the line fits 100 columns."""
+    """Return the losses in few letters: with rate and time left, the line fits 100 columns."""
     return " ".join(f"{short} {_four(record[name])}" for name, short in _SHORT.items() if name in record)
 
 
 def _four(value: float) -> str:
-    """In four characters, up to 9999."""
+    """Format a number in four characters, up to 9999."""
     return f"{value:.2f}" if value < 9.995 else f"{value:.1f}" if value < 99.95 else f"{value:.0f}"

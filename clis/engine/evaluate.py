@@ -54,7 +54,11 @@ def evaluate_detector(detector: CLISDetector, config: Config, folder: RunFolder)
 
 
 def load_validation(config: Config, categories: Sequence[Category]) -> Annotations:
-    """The annotations of `data.val`, with the frequency groups of the training split's `categories`."""
+    """Read the annotations of `data.val`, with the frequency groups of the training split's `categories`.
+
+    Raises:
+        FileNotFoundError, ValueError: they cannot be read, or are of other categories.
+    """
     annotations = read_annotations(data_path(config, config.data.val))
     check_same_categories(categories, "the detector", annotations.categories, annotations.path)
     return dataclasses.replace(annotations, categories=tuple(categories))
@@ -75,17 +79,18 @@ def measure_calibration(detector: CLISDetector, config: Config) -> None:
 
 
 def check_validation(config: Config, categories: Sequence[Category]) -> None:
-    """Fails now rather than after the training, if the validation split cannot be read."""
+    """Read the validation annotations and one image, so that errors surface before training."""
     read_validation_image(
         data_path(config, config.data.val_images), load_validation(config, categories).file_names, 0
     )
 
 
 def run_detector(detector: CLISDetector, config: Config, annotations: Annotations) -> Detections:
-    """Detections of all images in their order, best first in each; on ranks above 0 those of their own share.
+    """Return the detections of all images in their order, best first in each image.
 
-    Images of one padded size make a batch, so that none sees another's padding. Detections wait on the CPU
-    and are gathered there, so no device ever holds more than those of one batch.
+    Ranks above 0 return those of their own share. Images of one padded size make a batch, so that none sees
+    another's padding. Detections wait on the CPU and are gathered there, so no device ever holds more than
+    those of one batch.
     """
     read = functools.partial(
         read_validation_image, data_path(config, config.data.val_images), annotations.file_names
@@ -114,7 +119,7 @@ def run_detector(detector: CLISDetector, config: Config, annotations: Annotation
 
 
 def _columns(row: int, boxes: Tensor, scores: Tensor, labels: Tensor) -> Tensor:
-    """Rows of image row, label, score, x y w h; float64 [n,7] holds each exactly."""
+    """Return rows of image row, label, score, x y w h; float64 [n,7] holds each exactly."""
     boxes = boxes.double()
     image = torch.full_like(scores, row, dtype=torch.float64)
     sizes = boxes[:, 2:] - boxes[:, :2]
@@ -122,7 +127,7 @@ def _columns(row: int, boxes: Tensor, scores: Tensor, labels: Tensor) -> Tensor:
 
 
 def _padded_size(detector: CLISDetector, image: Tensor) -> tuple[int, ...]:
-    """What is equal for images that can share a batch: in it each is padded as it would be alone."""
+    """Return what is equal for images that can share a batch: in it each is padded as it would be alone."""
     if detector.backbone.square:
         return ()
     test = detector.test_config
@@ -131,5 +136,5 @@ def _padded_size(detector: CLISDetector, image: Tensor) -> tuple[int, ...]:
 
 
 def read_validation_image(folder: Path, file_names: np.ndarray, row: int) -> Tensor:
-    """Image `row` of an annotation file, uint8 RGB [3,H,W]."""
+    """Read image `row` of an annotation file, uint8 RGB [3,H,W]."""
     return read_image(folder / str(file_names[row]))

@@ -45,7 +45,8 @@ class Feed(Generic[B]):
         device: torch.device,
         max_bad_images: int,
     ) -> None:
-        """
+        """Wrap the loader; its processes start with the first `take`.
+
         Args:
             loader: the micro-batches of this process, in order.
             kind: their class.
@@ -63,7 +64,7 @@ class Feed(Generic[B]):
         self.batches.close()
 
     def take(self, stop: bool, save: bool) -> StepInput[B]:
-        """Load the next step's batches and exchange requests and counts; called on all processes.
+        """Load the next step's batches and exchange requests and counts; to be called on all processes.
 
         Args:
             stop: this process was asked to stop.
@@ -79,5 +80,5 @@ class Feed(Generic[B]):
 
 
 def _iterated(loader: Iterable[B]) -> Generator[B, None, None]:
-    """A loader's iterator that can be closed."""
+    """Iterate over a loader by a generator, which can be closed."""
     yield from loader

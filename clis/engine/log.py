@@ -15,10 +15,10 @@ TIME_FIELDS = ("data_time", "compute_time", "images_per_second", "peak_memory")
 
 
 class MetricsLog:
-    """metrics.jsonl of a run folder: a record a line, appended; written by rank 0 alone."""
+    """metrics.jsonl of a run folder: one record per line, appended; written by rank 0 alone."""
 
     def __init__(self, path: Path, resume_step: int) -> None:
-        """Drops the records of steps after `resume_step`, which a resumed run will make again."""
+        """Drop the records of steps after `resume_step`, which a resumed run will make again."""
         self.path = path
         if not is_main():
             return
@@ -37,11 +37,11 @@ class MetricsLog:
             temporary.write_text("".join(kept))
 
     def has_evaluation(self, step: int) -> bool:
-        """Whether the record of the evaluation behind this step was kept; only rank 0 knows."""
+        """Return whether the record of the evaluation after this step was kept; only rank 0 knows."""
         return is_main() and any(record["step"] == step and "AP" in record for record in self.kept)
 
     def write(self, record: Mapping[str, float | int]) -> None:
-        """Appends a line; a number that is not finite (a skipped step's) becomes null: JSON has none."""
+        """Append a line; a number that is not finite (a skipped step's) becomes null: JSON has none."""
         if is_main():
             finite = {name: value if math.isfinite(value) else None for name, value in record.items()}
             with self.path.open("a") as file:

@@ -16,7 +16,7 @@ B = TypeVar("B")
 
 
 def make_optimizer(model: nn.Module, config: Config) -> torch.optim.SGD:
-    """SGD on every trainable parameter; the learning rate is set anew each step."""
+    """Make SGD over every trainable parameter; `gradient_step` sets the learning rate of each step."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     return torch.optim.SGD(
         parameters, lr=0.0, momentum=config.optim.momentum, weight_decay=config.optim.weight_decay
@@ -24,11 +24,15 @@ def make_optimizer(model: nn.Module, config: Config) -> torch.optim.SGD:
 
 
 def make_scaler(config: Config, device: torch.device) -> torch.amp.GradScaler:
+    """Make the loss scaler of `train.precision`; it is enabled for float16 alone."""
     return torch.amp.GradScaler(device.type, enabled=config.train.precision == "float16")
 
 
 def learning_rate(step: int, optim: OptimConfig, images_per_step: int) -> float:
-    """Rate of step 0, 1, ...: linear warm-up, a factor at each decay step, scaled to the global batch."""
+    """Return the rate of step 0, 1, ..., scaled to the global batch: linear warm-up, then step decay.
+
+    Each step of `optim.decay_steps` multiplies it by `optim.decay_factor`.
+    """
     rate = optim.lr * images_per_step / optim.lr_images
     rate *= optim.decay_factor ** sum(step >= decay for decay in optim.decay_steps)
     if step < optim.warmup_steps:
@@ -37,7 +41,7 @@ def learning_rate(step: int, optim: OptimConfig, images_per_step: int) -> float:
 
 
 def split_batch(config: Config, processes: int, section: str = "train") -> tuple[int, int]:
-    """Images a process takes at once, and micro-batches a step (gradient accumulation).
+    """Return images per micro-batch of a process, and its micro-batches per step (gradient accumulation).
 
     Args:
         section: of the config that has these settings, for the message.
@@ -66,7 +70,7 @@ def gradient_step(
     config: Config,
     device: torch.device,
 ) -> float:
-    """One step on this process's micro-batches: forward and backward of each, clip, step.
+    """Make one step on this process's micro-batches: forward and backward of each, clip, step.
 
     A gradient that is NaN or infinite changes nothing. It is looked for in the reduced gradient, so that all
     processes find the same, and a process whose own loss is not finite still takes part in the reduction.
@@ -100,7 +104,7 @@ def gradient_step(
 
 
 def autocast(precision: str, device: torch.device) -> torch.autocast:
-    """The type that `train.precision` computes in."""
+    """Return the autocast to the type that `train.precision` names; disabled for float32."""
     return torch.autocast(
         device.type,
         getattr(torch, precision if precision != "float32" else "bfloat16"),

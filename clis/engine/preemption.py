@@ -40,7 +40,7 @@ class StopRequest:
 
 
 def stop(folder: RunFolder, step: int) -> Preempted:
-    """Note in the run folder that it stops on request, with `step` saved; give the exception to raise."""
+    """Note in the run folder that it stops on request, with `step` saved; return the exception to raise."""
     folder.mark_preempted(step)
     barrier()
     return Preempted(f"{folder}: stopped on request; step {step} saved, re-run the same command to resume")

@@ -25,7 +25,7 @@ class PlannedRun:
     """That finds its regions."""
 
     def walk(self) -> Iterator[PlannedRun]:
-        """Give all runs, each after those that it needs."""
+        """Yield all runs, each after those that it needs."""
         for needed in (self.start, self.detector):
             if needed is not None:
                 yield from needed.walk()
@@ -97,7 +97,7 @@ def shared_overrides(overrides: Sequence[str]) -> list[str]:
 
 
 def checkpoint_of(source: str, trained: Config | None) -> Path:
-    """Give the checkpoint that a source names: of `trained`, if it is a config's run, else its own.
+    """Return the checkpoint that a source names: of `trained`, if it is a config's run, else its own.
 
     Args:
         source: a checkpoint or a run folder; not read if there is a config.

@@ -165,7 +165,7 @@ def classification_step(
     rate: float,
     config: Config,
 ) -> tuple[Tensor, float]:
-    """One step of softmax cross-entropy on this process's micro-batches.
+    """Make one step of softmax cross-entropy on this process's micro-batches.
 
     Args:
         network: the model, or DDP around it.
@@ -202,7 +202,7 @@ def classification_step(
 def held_out_accuracy(
     model: ImageClassifier, config: Config, index: ImageLevelIndex, split: Split, device: torch.device
 ) -> dict[str, float | None]:
-    """Whether the first guess is right on the central crop of the images that were held out and can be read.
+    """Measure how often the first guess is right on the central crops of the held-out images.
 
     Returns:
         ``top1``, a share or None where there are no such images, and ``held_out_images``, their number; the
@@ -230,7 +230,7 @@ def held_out_accuracy(
 
 
 def _as_stage(config: Config, images: int) -> Config:
-    """The config with `train` and `optim` as they are in pre-training with so many images."""
+    """Return the config with `train` and `optim` as they are in pre-training with `images` images."""
     pretrain = config.pretrain
 
     def steps(epochs: int) -> int:
@@ -254,14 +254,14 @@ def _as_stage(config: Config, images: int) -> Config:
 
 
 def _running_statistics(model: nn.Module) -> list[Tensor]:
-    """Running means and variances of batch norm, [channels] each; empty with group norm."""
+    """Return running means and variances of batch norm, [channels] each; empty with group norm."""
     norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
     values = [value for norm in norms for value in (norm.running_mean, norm.running_var)]
     return [value for value in values if value is not None]
 
 
 def _not_finite(step: int, sums: Tensor, batches: Sequence[LabeledBatch]) -> str:
-    """The loss of which images was not finite in a step."""
+    """Say which images had a loss that was not finite in a step."""
     bad = [batch for loss, batch in zip(sums[:, 0].tolist(), batches) if not math.isfinite(loss)]
     images = shortened([name for batch in bad or batches for name in batch.names])
     return f"step {step + 1}: not finite: the {'loss' if bad else 'gradient'}, images {images}"

@@ -24,11 +24,12 @@ class RegionParts:
     """A folder of files of `PART_DTYPE` records beside a region file, one from each process.
 
     A record is appended whole or, where a process dies, cut off at the end; that end is dropped. The folder's
-    name has the hash of what the regions are made of, so that others' are never resumed.
+    name has the hash of what the regions are made of, so that those of another recipe are never resumed.
     """
 
     def __init__(self, path: Path, length: int, recipe: Mapping[str, Any]) -> None:
-        """
+        """Derive the folder's name from the recipe; nothing is written before `open`.
+
         Args:
             path: of the region file.
             length: images of the index.
@@ -47,7 +48,7 @@ class RegionParts:
 
     @contextlib.contextmanager
     def writer(self, process: int) -> Iterator[Callable[[Sequence[int], np.ndarray], None]]:
-        """Give a function that appends rows of the index with their regions to this process's file."""
+        """Yield a function that appends rows of the index with their regions to this process's file."""
         with self._file(process).open("ab") as file:
             file.truncate(file.tell() // PART_DTYPE.itemsize * PART_DTYPE.itemsize)
 

@@ -41,7 +41,7 @@ T = TypeVar("T")
 
 
 def find_regions(config: Config, device: torch.device, detector: Config | None = None) -> None:
-    """Make the region file of the config, if it is not there, by `detector` or `regions.detector`."""
+    """Make the region file of the config by `detector` or `regions.detector`, if it does not exist yet."""
     path = regions_file(config)
     if broadcast_flag(path.exists()):
         if is_main():
@@ -71,7 +71,7 @@ def load_searcher(config: Config, device: torch.device, detector: Config | None 
 
 
 def detector_checkpoint(config: Config, detector: Config | None) -> Path:
-    """Give the checkpoint that finds the regions: of `detector` if that is to be trained, else the named one.
+    """Return the checkpoint that finds the regions: `detector`'s, or the named one where that is None.
 
     Raises:
         ValueError: the config names none.
@@ -179,12 +179,15 @@ def _unzipped(pairs: list[tuple[int, T]]) -> tuple[list[int], list[T]]:
 
 
 def given_boxes(config: Config) -> Path:
-    """Give the file of boxes of the rule ``given``."""
+    """Return the path of the file of boxes of the rule ``given``."""
     return data_path(config, str(config.regions.boxes))
 
 
 def detector_of(config: Config) -> str | None:
-    """What the sidecar says that the boxes come from: the detector, the given file by its hash, or None."""
+    """Return where the sidecar says that the boxes come from.
+
+    That is the detector, or the path of the given file with its hash; None for rules that need neither.
+    """
     if config.regions.rule == "given":
         path = given_boxes(config)
         return f"{path} {hashlib.sha256(path.read_bytes()).hexdigest()}" if path.is_file() else str(path)
@@ -231,7 +234,7 @@ def _read(index: LabeledImages, searched: list[tuple[int, int]], whole: bool, ro
 
 
 def padded_sizes(image: ImageOfRow | str) -> tuple[tuple[int, int], ...] | None:
-    """What is equal for images that fill their batches alike; None of an image that cannot be read."""
+    """Return what is equal for images that fill their batches alike; None for an unreadable image."""
     if isinstance(image, str):
         return None
     return tuple((-(-height // 32), -(-width // 32)) for height, width in image.sizes)
@@ -286,7 +289,7 @@ def _rank_first(
 def _top_score(
     detector: CLISDetector, images: list[Tensor], labels: np.ndarray, max_size: int
 ) -> list[tuple[Tensor, Tensor]]:
-    """The best detection, whatever its class."""
+    """Return the best detection, whatever its class."""
     return [
         (each.boxes[0], each.scores[0])
         if len(each.boxes)
@@ -302,7 +305,7 @@ def _best_over_sizes(
     labels: np.ndarray,
     find: Callable[[CLISDetector, list[Tensor], np.ndarray, int], list[tuple[Tensor, Tensor]]],
 ) -> list[tuple[Tensor, float]]:
-    """The box [4] of each image, in its stored pixels, and score that are best over `regions.short_side`.
+    """Return the box [4] of each image, in its stored pixels, and score that are best over `short_side`.
 
     Args:
         find: the rule, for images that have their size: boxes in their pixels, and scores.
@@ -323,19 +326,19 @@ def _best_over_sizes(
 
 
 def _rank(found: tuple[Tensor, float]) -> tuple[bool, float]:
-    """A box before none, then by the score."""
+    """Return the sort key that puts a box above none, then goes by the score."""
     box, score = found
     return _has_area(box), score
 
 
 def search_sizes(regions: RegionsConfig) -> list[tuple[int, int]]:
-    """Give short side and longest side of each size that the detector looks at, largest first."""
+    """Return short side and longest side of each size that the detector looks at, largest first."""
     largest = max(regions.short_side)
     return [(side, round(regions.max_size * side / largest)) for side in sorted(regions.short_side)[::-1]]
 
 
 def read_boxes(path: Path, index: LabeledImages) -> dict[str, Tensor]:
-    """A file as `regions.boxes` names one: a box, float32 [4], xyxy, by the name of its image.
+    """Read a file as `regions.boxes` names one: a box, float32 [4], xyxy, by the name of its image.
 
     Raises:
         FileNotFoundError, ValueError: it is missing, not a JSON file of boxes, or of none of these images.
@@ -363,7 +366,7 @@ def read_boxes(path: Path, index: LabeledImages) -> dict[str, Tensor]:
 
 
 def center_box(size: tuple[int, int]) -> Tensor:
-    """The central box [4] of half the area of an image of `size`, in its proportions."""
+    """Return the central box [4] of half the area of an image of `size`, in its proportions."""
     full = _full_box(size)
     return full[[2, 3, 2, 3]] * torch.tensor([0.5 - 0.125**0.5] * 2 + [0.5 + 0.125**0.5] * 2)
 

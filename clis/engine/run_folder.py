@@ -16,7 +16,7 @@ from clis.distributed import barrier, is_main
 class RunFolder:
     """A folder with one training: config, metrics, checkpoints and results.
 
-    It belongs to the config in its config.yaml. The results of an evaluation on the way, and those of a
+    It belongs to the config in its config.yaml. The results of an evaluation during training, and those of a
     single checkpoint, are in folders of the same names.
     """
 
@@ -46,24 +46,25 @@ class RunFolder:
 
     @property
     def pretraining(self) -> RunFolder:
-        """The folder of this run's pre-training."""
+        """Return the folder of this run's pre-training."""
         return RunFolder(self.path / "pretrain")
 
     @property
     def detector(self) -> RunFolder:
-        """The folder of the detector that finds this run's regions, where the run's own was named."""
+        """Return the folder of the detector that finds this run's regions, where the run's own was named."""
         return RunFolder(self.path / "detector")
 
     @property
     def start(self) -> RunFolder:
-        """The folder of the run that this one starts from, where the run's own was named."""
+        """Return the folder of the run that this one starts from, where the run's own was named."""
         return RunFolder(self.path / "start")
 
     def checkpoint(self, step: int) -> Path:
+        """Return the path of the checkpoint after `step` steps."""
         return self.checkpoints / f"step_{step:08d}.pt"
 
     def evaluation(self, step: int) -> RunFolder:
-        """The results of the evaluation after so many steps."""
+        """Return the folder with the results of the evaluation after `step` steps."""
         return RunFolder(self.evaluations / f"step_{step:08d}")
 
     def saved_checkpoints(self) -> list[Path]:
@@ -74,10 +75,12 @@ class RunFolder:
         return [self.last, *(path for path in steps if not path.samefile(self.last))]
 
     def read_config(self) -> Config:
+        """Read the config that the folder belongs to."""
         return config_from_dict(read_yaml(self.config), source=str(self.config))
 
     def read_result(self) -> dict[str, float]:
-        """
+        """Read the metrics of the validation split, fractions by name.
+
         Raises:
             FileNotFoundError: the run is not finished.
         """
@@ -122,11 +125,11 @@ class RunFolder:
                 temporary.write_text(json.dumps({"step": step}) + "\n")
 
     def clear_preempted(self) -> None:
-        """Remove the note on rank 0: the run is resumed."""
+        """Remove that note on rank 0: the run is resumed."""
         if is_main():
             self.preempted.unlink(missing_ok=True)
 
 
 def regions_file(config: Config) -> Path:
-    """Give the path of the config's region file, which may not exist yet."""
+    """Return the path of the config's region file, which may not exist yet."""
     return Path(config.regions.file) if config.regions.file else RunFolder(config.output).regions

@@ -10,7 +10,7 @@ from clis.config import TrainConfig
 
 @dataclass(frozen=True)
 class Due:
-    """What a training does after a step."""
+    """What is due after a training step."""
 
     record: bool
     """Write a line of metrics.jsonl."""
@@ -21,7 +21,7 @@ class Due:
 
 
 def due_after(done: int, train: TrainConfig) -> Due:
-    """Give what is due after `done` steps."""
+    """Return what is due after `done` steps."""
     last, every = done == train.steps, train.eval_every
     evaluation = every is not None and done % every == 0 and 0 < done < train.steps
     return Due(
@@ -39,8 +39,9 @@ class SaveClock:
         self.restart()
 
     def restart(self) -> None:
-        """Start from now: a checkpoint was written."""
+        """Start the time from now: a checkpoint was written."""
         self.began = time.monotonic()
 
     def is_over(self) -> bool:
+        """Return whether `train.save_minutes` have passed; never where they are None."""
         return self.minutes is not None and time.monotonic() - self.began >= 60 * self.minutes

@@ -17,7 +17,8 @@ class SkippedSteps:
     def __init__(
         self, total: int, scaler: torch.amp.GradScaler, folder: RunFolder, train: TrainConfig, advice: str
     ) -> None:
-        """
+        """Start from the number of steps that the run has skipped so far.
+
         Args:
             total: those of the run so far.
             advice: settings that may help.
@@ -26,10 +27,10 @@ class SkippedSteps:
         self.scaler, self.folder, self.train, self.advice = scaler, folder, train, advice
 
     def check(self, norm: float, what: Callable[[], str]) -> None:
-        """Take note of a step.
+        """Check the norm of a step's gradient, and count the step if it is not finite.
 
         float16 scaling expects some that are not finite, lowers its scale and does not count them. A loss
-        that stays so shows in their number in a row, or in a scale below 1.
+        that stays not finite shows in their number in a row, or in a scale below 1.
 
         Args:
             norm: of the step's gradient, the same on all processes.

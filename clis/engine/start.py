@@ -45,7 +45,11 @@ def starting_model(
 
 
 def starting_weights(config: Config, folder: RunFolder) -> bool | Path:
-    """Give what the backbone starts from: `model.backbone.weights`, or what this run's pre-training made."""
+    """Return what the backbone starts from: `model.backbone.weights` (True), or this run's pre-trained ones.
+
+    Raises:
+        FileNotFoundError: the run's own pre-training has not made them yet.
+    """
     if config.pretrain.epochs == 0:
         return True
     path = folder.pretraining.backbone
@@ -132,7 +136,7 @@ def _load_parts(model: CLISDetector, start: StartConfig, given: dict[str, Tensor
 
 
 def _matches(name: str, prefixes: Iterable[str]) -> bool:
-    """Whether a dotted name is one of the prefixes or lies below one."""
+    """Return whether a dotted name is one of the prefixes or is below one."""
     return any(f"{name}.".startswith(f"{prefix}.") for prefix in prefixes)
 
 

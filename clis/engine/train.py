@@ -236,7 +236,7 @@ def train_step(
 
 
 def global_normalizers(counts: Sequence[int], config: Config) -> Normalizers:
-    """Give what the losses are divided by: regions and pairs of the global batch, at least one of each."""
+    """Return what the losses are divided by: regions and pairs of the global batch, at least one of each."""
     regions, pairs = (max(1, count) / world_size() for count in counts)
     return Normalizers(config.train.images_per_step / world_size(), regions, pairs)
 

@@ -43,7 +43,8 @@ class ACSL(ClassificationLoss):
         common: float = 0.1,
         prior: float = 0.01,
     ) -> None:
-        """
+        """Set the weights of background by the frequency group of each class.
+
         Args:
             categories: with `frequency`.
             threshold: least probability at which an object is a negative of another class.
@@ -58,6 +59,7 @@ class ACSL(ClassificationLoss):
         self.register_buffer("background_weights", background_weights, persistent=False)
 
     def forward(self, logits: Tensor, labels: Tensor, normalizer: Tensor | float, rows: Rows) -> Tensor:
+        """Sum the weighted sigmoid cross-entropy of the columns that count, divided by `normalizer`."""
         z = at_least_float32(logits) + self.shift
         targets = one_hot(labels, self.num_logits, z.dtype)
         sure = (z.detach().sigmoid() >= self.threshold).to(z)
@@ -66,4 +68,5 @@ class ACSL(ClassificationLoss):
         return F.binary_cross_entropy_with_logits(z, targets, weights, reduction="sum") / normalizer
 
     def scores(self, logits: Tensor) -> Tensor:
+        """Return s(z_c) [N,C]; the background logit takes no part."""
         return (at_least_float32(logits)[:, :-1] + self.shift).sigmoid()

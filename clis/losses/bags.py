@@ -50,7 +50,8 @@ class BAGS(ClassificationLoss):
         ratio: float = 8.0,
         objectness: bool = True,
     ) -> None:
-        """
+        """Group the classes by their number of training instances.
+
         Args:
             categories: with `instance_count`.
             limits: least training instances of the groups beyond the first, ascending.
@@ -75,6 +76,7 @@ class BAGS(ClassificationLoss):
         self.register_buffer("order", group.argsort(stable=True).argsort(), persistent=False)
 
     def forward(self, logits: Tensor, labels: Tensor, normalizer: Tensor | float, rows: Rows) -> Tensor:
+        """Add up the groups' mean cross-entropies, by `Rows.mean_per_image`; `normalizer` is unused."""
         parts = at_least_float32(logits).split(self.sizes, dim=1)
         places = self.places[:, labels]
         terms = [F.cross_entropy(part, place, reduction="none") for part, place in zip(parts, places)]
@@ -82,6 +84,7 @@ class BAGS(ClassificationLoss):
         return rows.mean_per_image(losses, self._weights(labels, rows).to(losses)).sum()
 
     def scores(self, logits: Tensor) -> Tensor:
+        """Return softmax within the group, times the foreground probability if there is a group 0; [N,C]."""
         parts = at_least_float32(logits).split(self.sizes, dim=1)
         scores = [part.softmax(dim=1)[:, 1:] for part in parts]
         if not self.has_objectness:

@@ -51,11 +51,11 @@ _NEEDED = (
 
 
 def find_classification_loss(text: str) -> functools.partial[ClassificationLoss]:
-    """Find the loss that `loss.classification` names: what builds it from the categories.
+    """Find the loss that `loss.classification` names, as a function that builds it from the categories.
 
     The text is the name of one of `CLASSIFICATION_LOSSES`, or ``module:Class``, with options as in a call:
     ``seesaw``, ``eqlv2(gamma=10)``, ``my_loss:Focal(alpha=0.25)``; their values are Python literals. Such a
-    module is imported, so code of it runs: from the working folder, which is put on Python's path for good,
+    module is imported, so its code runs: from the working folder, which is put on Python's path for good,
     as `python -m` does (`python FILE` and torchrun have the file's folder there), or from the path.
 
     Raises:
@@ -72,10 +72,10 @@ def find_classification_loss(text: str) -> functools.partial[ClassificationLoss]
 def build_classification_loss(text: str, categories: Sequence[Any]) -> ClassificationLoss:
     """Build the loss that `loss.classification` names, for C categories.
 
-    It is tried on no rows, so that errors surface before training.
+    A trial call on no rows makes errors surface before training.
 
     Raises:
-        ValueError: as `find_classification_loss`; or it cannot be built, or gives what it must not.
+        ValueError: as `find_classification_loss`; or it cannot be built, or returns a wrong shape or value.
     """
     where = f"loss.classification={text}"
     build = find_classification_loss(text)

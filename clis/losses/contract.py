@@ -67,7 +67,8 @@ class ClassificationLoss(nn.Module):
     to 1. `test.calibration` needs them."""
 
     def __init__(self, categories: Sequence[Any]) -> None:
-        """
+        """Keep the number of classes; a subclass also sets `num_logits`.
+
         Args:
             categories: one object per class, its place is the label; those of a data set have `image_count`,
                 `instance_count` and `frequency` of the training split.
@@ -97,7 +98,7 @@ class ClassificationLoss(nn.Module):
         return self(logits, labels, normalizer, rows)
 
     def scores(self, logits: Tensor) -> Tensor:
-        """Give the scores [N,C] in 0..1 that rank the detections, float32 at least, without background."""
+        """Return the scores [N,C] in 0..1 that rank the detections, float32 at least, without background."""
         raise NotImplementedError
 
     def statistics(self, logits: Tensor, labels: Tensor, rows: Rows) -> Tensor:
@@ -116,5 +117,5 @@ class ClassificationLoss(nn.Module):
         """
 
     def summary(self) -> dict[str, float]:
-        """Give what metrics.jsonl shall have of the state, by name; by default nothing."""
+        """Return the values that describe the state in metrics.jsonl, by name; by default none."""
         return {}

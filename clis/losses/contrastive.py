@@ -18,7 +18,9 @@ def info_nce(
     temperature: float,
     normalizer: Tensor | float,
 ) -> Tensor:
-    """-log(exp(q.p / tau) / (exp(q.p / tau) + sum over negatives of exp(q.n / tau))), summed over pairs.
+    """Compute InfoNCE (Eq. 1), summed over the pairs and divided by `normalizer`.
+
+    Of a pair: -log(exp(q.p / tau) / (exp(q.p / tau) + sum over negatives of exp(q.n / tau))).
 
     Args:
         queries, positives: [P,E] of unit length, f_i and f_d.

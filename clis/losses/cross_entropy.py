@@ -23,7 +23,8 @@ class CrossEntropy(ClassificationLoss):
     softmax_scores = True
 
     def __init__(self, categories: Sequence[Any], *, pcb: float = 0.0, pcb_start: float = 2 / 3) -> None:
-        """
+        """Set C + 1 logits, and PCB if its weight is not 0.
+
         Args:
             pcb, pcb_start: see `PairwiseClassBalance`; officially 0.4.
         """
@@ -43,17 +44,20 @@ class CrossEntropy(ClassificationLoss):
         return F.cross_entropy(z, targets, reduction="sum") / normalizer
 
     def scores(self, logits: Tensor) -> Tensor:
-        """Class probabilities [N,C] in 0..1, without background's."""
+        """Return the softmax probabilities of the classes, [N,C] in 0..1, without background's."""
         return at_least_float32(logits).softmax(dim=1)[:, :-1]
 
     def statistics(self, logits: Tensor, labels: Tensor, rows: Rows) -> Tensor:
+        """Count what PCB needs, from the softmax over the C classes; nothing without PCB."""
         if self.pcb is None:
             return super().statistics(logits, labels, rows)
         return self.pcb.statistics(at_least_float32(logits)[:, :-1].softmax(dim=1), labels)
 
     def update(self, statistics: Tensor, progress: float) -> None:
+        """Move PCB's confusion matrix, if there is one."""
         if self.pcb is not None:
             self.pcb.update(statistics, progress)
 
     def summary(self) -> dict[str, float]:
+        """Return PCB's values; none without PCB."""
         return {} if self.pcb is None else self.pcb.summary()

@@ -40,7 +40,8 @@ class Drop(ClassificationLoss):
     def __init__(
         self, categories: Sequence[Any], *, tail_images: int = 100, prior: float = 0.001, gumbel: bool = False
     ) -> None:
-        """
+        """Mark the tail classes, those with few training images.
+
         Args:
             categories: with `image_count`.
             tail_images: most training images of a tail class; -1 is no tail class, so nothing is dropped.
@@ -54,6 +55,7 @@ class Drop(ClassificationLoss):
         self.register_buffer("is_tail", is_tail, persistent=False)
 
     def forward(self, logits: Tensor, labels: Tensor, normalizer: Tensor | float, rows: Rows) -> Tensor:
+        """Sum the binary cross-entropy, divided by `normalizer`; negatives of tail classes weigh 0 or m."""
         z = at_least_float32(logits) + self.shift
         targets = one_hot(labels, self.num_classes, z.dtype)
         weights = torch.where(self.is_tail, self._tail_weights(labels, rows).to(z)[:, None], 1.0)
@@ -63,6 +65,7 @@ class Drop(ClassificationLoss):
         return F.binary_cross_entropy_with_logits(z, targets, weights, reduction="sum") / normalizer
 
     def scores(self, logits: Tensor) -> Tensor:
+        """Return the activation of each class, [N,C]: the sigmoid, or exp(-exp(-z)) with `gumbel`."""
         z = at_least_float32(logits) + self.shift
         return gumbel(z) if self.gumbel else z.sigmoid()
 

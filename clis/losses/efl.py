@@ -49,11 +49,15 @@ class EFL(ClassificationLoss):
         prior: float = 0.001,
         positive_fraction: float = 0.25,
     ) -> None:
-        """
+        """Check and keep the factors of the terms.
+
         Args:
             gamma, scale, alpha: of the terms, see above; `gamma` above 0.
             prior: probability that all sigmoids start from; 0 is none, i.e. 1/2.
             positive_fraction: as `model.roi.positive_fraction`.
+
+        Raises:
+            ValueError: `gamma` or `positive_fraction` is not above 0.
         """
         super().__init__(categories)
         for name, value in (("gamma", gamma), ("positive_fraction", positive_fraction)):
@@ -66,13 +70,16 @@ class EFL(ClassificationLoss):
         self.ratio = GradientRatio(self.num_classes)
 
     def forward(self, logits: Tensor, labels: Tensor, normalizer: Tensor | float, rows: Rows) -> Tensor:
+        """Sum the focal terms, divided by `normalizer` times `positive_fraction`."""
         return self.image_level(logits, labels, normalizer * self.positive_fraction, rows)
 
     def image_level(self, logits: Tensor, labels: Tensor, normalizer: Tensor | float, rows: Rows) -> Tensor:
+        """Sum the focal terms of regions, which are all positive, divided by `normalizer` alone."""
         log_p, modulation, _, _ = self._terms(logits, labels)
         return -(modulation * log_p).sum() / normalizer
 
     def scores(self, logits: Tensor) -> Tensor:
+        """Return s(z_c) [N,C]."""
         return (at_least_float32(logits) + self.shift).sigmoid()
 
     def statistics(self, logits: Tensor, labels: Tensor, rows: Rows) -> Tensor:
@@ -82,9 +89,11 @@ class EFL(ClassificationLoss):
         return gradient_sums(modulation * (rest - gamma * (1 - rest) * log_p), targets)
 
     def update(self, statistics: Tensor, progress: float) -> None:
+        """Add the gradient sums [2,C] of the step to those of the training."""
         self.ratio.update(statistics)
 
     def summary(self) -> dict[str, float]:
+        """Return median and minimum of the gradient ratios g."""
         return self.ratio.summary("efl")
 
     def _terms(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -33,7 +33,8 @@ class EQL(ClassificationLoss):
     is_tail: Tensor
 
     def __init__(self, categories: Sequence[Any], *, tail_images: int = 100, prior: float = 0.001) -> None:
-        """
+        """Mark the tail classes, those with few training images.
+
         Args:
             categories: with `image_count`.
             tail_images: most training images of a tail class.
@@ -46,6 +47,7 @@ class EQL(ClassificationLoss):
         self.register_buffer("is_tail", is_tail, persistent=False)
 
     def forward(self, logits: Tensor, labels: Tensor, normalizer: Tensor | float, rows: Rows) -> Tensor:
+        """Sum the sigmoid cross-entropy, over `normalizer`; objects are no negatives of tail classes."""
         z = at_least_float32(logits) + self.shift
         targets = one_hot(labels, self.num_classes, z.dtype)
         is_object = (labels < self.num_classes)[:, None]
@@ -53,4 +55,5 @@ class EQL(ClassificationLoss):
         return F.binary_cross_entropy_with_logits(z, targets, weights, reduction="sum") / normalizer
 
     def scores(self, logits: Tensor) -> Tensor:
+        """Return s(z_c) [N,C]."""
         return (at_least_float32(logits) + self.shift).sigmoid()

@@ -48,7 +48,8 @@ class EQLv2(ClassificationLoss):
         pcb: float = 0.0,
         pcb_start: float = 2 / 3,
     ) -> None:
-        """
+        """Set C logits, one more for background with `objectness`, and the gradient ratios at 100.
+
         Args:
             gamma, mu, alpha: of the weights, see above.
             prior: probability that all sigmoids start from; 0 is none, i.e. 1/2.
@@ -64,12 +65,15 @@ class EQLv2(ClassificationLoss):
         self.pcb = make_pcb(categories, pcb, pcb_start)
 
     def forward(self, logits: Tensor, labels: Tensor, normalizer: Tensor | float, rows: Rows) -> Tensor:
+        """Sum the weighted sigmoid cross-entropy of classes and background, divided by `normalizer`."""
         return self._sum(self._shifted(logits), labels, rows) / normalizer
 
     def image_level(self, logits: Tensor, labels: Tensor, normalizer: Tensor | float, rows: Rows) -> Tensor:
+        """Sum the weighted sigmoid cross-entropy of the classes alone, divided by `normalizer`."""
         return self._sum(self._shifted(logits)[:, : self.num_classes], labels, rows) / normalizer
 
     def scores(self, logits: Tensor) -> Tensor:
+        """Return s(z_c) (1 - s(z_background)), or s(z_c) without a background channel; [N,C]."""
         probabilities = self._shifted(logits).sigmoid()
         classes, background = probabilities.tensor_split([self.num_classes], dim=1)
         return classes * (1 - background) if self.has_objectness else classes
@@ -85,12 +89,14 @@ class EQLv2(ClassificationLoss):
         return torch.cat([counted.flatten(), self.pcb.statistics(predicted, labels).flatten()])
 
     def update(self, statistics: Tensor, progress: float) -> None:
+        """Add the gradient sums of the step to those of the training, and move PCB's confusion matrix."""
         own, of_pcb = statistics.flatten().tensor_split([2 * self.num_classes])
         self.ratio.update(own.unflatten(0, (2, -1)))
         if self.pcb is not None:
             self.pcb.update(of_pcb.unflatten(0, (self.num_classes, -1)), progress)
 
     def summary(self) -> dict[str, float]:
+        """Return median and minimum of g, the share of classes with g below mu, and PCB's values."""
         below = (self.ratio() < self.mu).double().mean().item()
         values = self.ratio.summary("eqlv2") | {"eqlv2_below_mu": below}
         return values if self.pcb is None else values | self.pcb.summary()

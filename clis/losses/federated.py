@@ -37,7 +37,8 @@ class Federated(ClassificationLoss):
     def __init__(
         self, categories: Sequence[Any], *, classes: int = 50, power: float = 0.5, prior: float = 0.01
     ) -> None:
-        """
+        """Set the rate n_j^power at which each class is drawn.
+
         Args:
             classes: that count in each image; more only if its RoIs have more.
             power: of the number of training images. Classes without any are never drawn.
@@ -50,17 +51,20 @@ class Federated(ClassificationLoss):
         self.register_buffer("rates", torch.where(counts > 0, counts**power, 0), persistent=False)
 
     def forward(self, logits: Tensor, labels: Tensor, normalizer: Tensor | float, rows: Rows) -> Tensor:
+        """Sum the sigmoid cross-entropy over each image's `kept_classes`, divided by `normalizer`."""
         z = at_least_float32(logits) + self.shift
         targets = one_hot(labels, self.num_classes, z.dtype)
         weights = self.kept_classes(labels, rows).to(z)[rows.images]
         return F.binary_cross_entropy_with_logits(z, targets, weights, reduction="sum") / normalizer
 
     def image_level(self, logits: Tensor, labels: Tensor, normalizer: Tensor | float, rows: Rows) -> Tensor:
+        """Sum the sigmoid cross-entropy over all classes, divided by `normalizer`."""
         z = at_least_float32(logits) + self.shift
         targets = one_hot(labels, self.num_classes, z.dtype)
         return F.binary_cross_entropy_with_logits(z, targets, reduction="sum") / normalizer
 
     def scores(self, logits: Tensor) -> Tensor:
+        """Return s(z_c) [N,C]."""
         return (at_least_float32(logits) + self.shift).sigmoid()
 
     def kept_classes(self, labels: Tensor, rows: Rows) -> Tensor:

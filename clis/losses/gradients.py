@@ -28,7 +28,7 @@ class GradientRatio(nn.Module):
         self.sums += statistics
 
     def summary(self, name: str) -> dict[str, float]:
-        """Return median and least ratio, for the log."""
+        """Return the median and minimum ratio, for the log."""
         ratio = self()
         return {f"{name}_ratio_median": ratio.median().item(), f"{name}_ratio_min": ratio.min().item()}
 

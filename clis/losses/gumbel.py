@@ -19,7 +19,11 @@ def gumbel(z: Tensor) -> Tensor:
 
 
 def gumbel_logit(prior: float) -> float:
-    """Return the logit whose activation is `prior`, in [0,1); 0, which stands for no prior, gives 0."""
+    """Return the logit whose activation is `prior`, in [0,1); 0, which stands for no prior, gives 0.
+
+    Raises:
+        ValueError: `prior` is not in [0,1).
+    """
     if not 0 <= prior < 1:
         raise ValueError(f"prior={prior:g}: must be at least 0, which switches it off, and below 1")
     return -math.log(-math.log(prior)) if prior > 0 else 0.0
@@ -50,7 +54,8 @@ class Gumbel(ClassificationLoss):
     """
 
     def __init__(self, categories: Sequence[Any], *, prior: float = 0.0006) -> None:
-        """
+        """Set C + 1 logits and the constant that is added to them.
+
         Args:
             prior: probability that all activations start from; 0 is none, i.e. 1/e.
         """
@@ -59,8 +64,10 @@ class Gumbel(ClassificationLoss):
         self.shift = gumbel_logit(prior)
 
     def forward(self, logits: Tensor, labels: Tensor, normalizer: Tensor | float, rows: Rows) -> Tensor:
+        """Sum the binary cross-entropy of p = exp(-exp(-z)) over the logits, divided by `normalizer`."""
         z = at_least_float32(logits) + self.shift
         return gumbel_cross_entropy(z, one_hot(labels, self.num_logits, z.dtype)).sum() / normalizer
 
     def scores(self, logits: Tensor) -> Tensor:
+        """Return exp(-exp(-z_c)) [N,C]; the background logit takes no part."""
         return gumbel(at_least_float32(logits)[:, :-1] + self.shift)

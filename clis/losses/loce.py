@@ -26,7 +26,7 @@ class LOCE(CrossEntropy):
 
     What differs from the official code, and why:
     - The loss alone, without the memory of RoI features from which LOCE samples rare classes.
-    - n counts images with the class instead of objects, whose RoIs are averaged first: a loss is not told
+    - n counts images with the class instead of objects, whose RoIs are averaged first: a loss does not know
       which object a RoI belongs to.
     - s moves after the step, not before its loss, and counts all processes.
 
@@ -43,11 +43,15 @@ class LOCE(CrossEntropy):
         start: float = 0.01,
         background: float = 0.01,
     ) -> None:
-        """
+        """Start the mean score of every class at `start`.
+
         Args:
             momentum: of the mean scores, for each image with the class.
             start: first value of the mean scores.
             background: mean score of background.
+
+        Raises:
+            ValueError: `start` or `background` is not above 0.
         """
         super().__init__(categories)
         for name, value in (("start", start), ("background", background)):
@@ -59,6 +63,7 @@ class LOCE(CrossEntropy):
     def forward(
         self, logits: Tensor, labels: Tensor, normalizer: Tensor | float, rows: Rows | None = None
     ) -> Tensor:
+        """Sum the softmax cross-entropy of z_j + log s_j, divided by `normalizer`."""
         z = at_least_float32(logits)
         margins = F.pad(self.mean_scores, (0, 1), value=self.background).log()
         return super().forward(z + margins.to(z), labels, normalizer, rows)
@@ -74,11 +79,13 @@ class LOCE(CrossEntropy):
         return both.view(2, rows.num_images, self.num_logits).sum(dim=1)[:, :-1]
 
     def update(self, statistics: Tensor, progress: float) -> None:
+        """Move s_j to 0.9^n s_j + (1 - 0.9^n) times the mean of the step, n being its images with class j."""
         total, count = statistics
         kept = self.momentum**count
         self.mean_scores.mul_(kept).add_((1 - kept) * total / count.clamp(min=1))
 
     def summary(self) -> dict[str, float]:
+        """Return median and minimum of the mean scores s."""
         return {
             "mean_score_median": self.mean_scores.median().item(),
             "mean_score_min": self.mean_scores.min().item(),

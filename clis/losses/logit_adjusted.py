@@ -19,7 +19,7 @@ class BalancedSoftmax(CrossEntropy):
 
     Cross-entropy over C classes and background of z_j + log n_j, where n_j is the number of training images
     of class j, at least 1; the score is the softmax of z. The formula has no background: here its logit is
-    untouched. So training starts with background far behind every class, and at test the odds against
+    untouched. So training starts with background far below every class, and at test the odds against
     background are lower than in training by n_j.
 
     What differs from the official code, and why:
@@ -40,10 +40,12 @@ class BalancedSoftmax(CrossEntropy):
     def forward(
         self, logits: Tensor, labels: Tensor, normalizer: Tensor | float, rows: Rows | None = None
     ) -> Tensor:
+        """Sum the softmax cross-entropy of z_j + log n_j, divided by `normalizer`."""
         z = at_least_float32(logits)
         return super().forward(z + self.shift.to(z), labels, normalizer, rows)
 
     def image_level(self, logits: Tensor, labels: Tensor, normalizer: Tensor | float, rows: Rows) -> Tensor:
+        """Sum the plain softmax cross-entropy, divided by `normalizer`."""
         return super().forward(logits, labels, normalizer, rows)
 
 
@@ -56,7 +58,8 @@ class LogitAdjusted(BalancedSoftmax):
     """
 
     def __init__(self, categories: Sequence[Any], *, tau: float = 1.0) -> None:
-        """
+        """Set the shifts tau (log n_j - m); background has none.
+
         Args:
             tau: strength of the adjustment; 0 is none.
         """

@@ -40,11 +40,15 @@ class PairwiseClassBalance(nn.Module):
     expected: Tensor
 
     def __init__(self, categories: Sequence[Any], weight: float, start: float) -> None:
-        """
+        """Start with an empty confusion matrix [C,C] and targets that are not softened.
+
         Args:
             categories: with `image_count`.
             weight: A, in (0,1].
             start: share of the training, in [0,1], after which the targets are softened.
+
+        Raises:
+            ValueError: `weight` or `start` is out of range, or there are more than `MAX_CLASSES` classes.
         """
         super().__init__()
         count = len(categories)
@@ -92,7 +96,7 @@ class PairwiseClassBalance(nn.Module):
         self.weight.copy_(all_seen * (self.final_weight if progress >= self.start else 0.0))
 
     def summary(self) -> dict[str, float]:
-        """Return the weight of the next step, and how many classes with training images are unseen yet."""
+        """Return the weight of the next step, and how many classes with training images are not yet seen."""
         unseen = (self.matrix.sum(dim=1) == 0) & self.expected
         return {"pcb_weight": self.weight.item(), "pcb_unseen": unseen.sum().item()}
 

@@ -7,5 +7,5 @@ from torch import Tensor
 
 
 def at_least_float32(x: Tensor) -> Tensor:
-    """float16 and bfloat16 become float32; wider types stay."""
+    """Convert float16 and bfloat16 to float32; wider types stay."""
     return x.to(torch.promote_types(x.dtype, torch.float32))

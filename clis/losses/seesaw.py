@@ -51,12 +51,16 @@ class Seesaw(ClassificationLoss):
         pcb: float = 0.0,
         pcb_start: float = 2 / 3,
     ) -> None:
-        """
+        """Start the counts of RoIs at 0; with `objectness`, two more logits tell object from background.
+
         Args:
             p, q: exponents of mitigation and compensation; 0 switches either off.
             eps: least p_y that p_j is divided by.
             objectness: whether there are two logits for object and background, and their factor in the score.
             pcb, pcb_start: see `PairwiseClassBalance`.
+
+        Raises:
+            ValueError: `eps` is not in (0,1].
         """
         super().__init__(categories)
         if not 0 < eps <= 1:
@@ -68,6 +72,10 @@ class Seesaw(ClassificationLoss):
         self.pcb = make_pcb(categories, pcb, pcb_start)
 
     def forward(self, logits: Tensor, labels: Tensor, normalizer: Tensor | float, rows: Rows) -> Tensor:
+        """Sum the softmax cross-entropy of z_j + log(M_yj K_yj), and that of object and background.
+
+        Both are divided by `normalizer`; background rows have the second alone, objects both.
+        """
         classes, objectness = self._split(logits)
         if self.pcb is None:
             targets = one_hot(labels, self.num_classes, classes.dtype)  # all 0 for background
@@ -80,9 +88,11 @@ class Seesaw(ClassificationLoss):
         return loss / normalizer
 
     def image_level(self, logits: Tensor, labels: Tensor, normalizer: Tensor | float, rows: Rows) -> Tensor:
+        """Sum the plain softmax cross-entropy over the C classes, divided by `normalizer`."""
         return F.cross_entropy(self._split(logits)[0], labels, reduction="sum") / normalizer
 
     def scores(self, logits: Tensor) -> Tensor:
+        """Return the softmax over the classes times the probability of an object, if there is one; [N,C]."""
         classes, objectness = self._split(logits)
         scores = classes.softmax(dim=1)
         return scores * objectness.softmax(dim=1)[:, :1] if self.has_objectness else scores
@@ -95,11 +105,13 @@ class Seesaw(ClassificationLoss):
         return self.pcb.statistics(self._split(logits)[0].softmax(dim=1), labels)
 
     def update(self, statistics: Tensor, progress: float) -> None:
+        """Add the step's RoIs of each class to the counts n, and move PCB's confusion matrix."""
         self.counts += statistics[:, -1]
         if self.pcb is not None:
             self.pcb.update(statistics, progress)
 
     def summary(self) -> dict[str, float]:
+        """Return median and minimum of the counts n, and PCB's values."""
         values = {
             "seesaw_count_median": self.counts.median().item(), "seesaw_count_min": self.counts.min().item()
         }  # fmt: skip

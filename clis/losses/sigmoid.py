@@ -18,6 +18,9 @@ def prior_logit(prior: float) -> float:
 
     Added to the logits, it does what the usual start of the bias does, without a head that knows its loss;
     and weight decay pulls the bias to the prior, not to a probability of 1/2.
+
+    Raises:
+        ValueError: `prior` is not in [0,1).
     """
     if not 0 <= prior < 1:
         raise ValueError(f"prior={prior:g}: must be at least 0, which switches it off, and below 1")

@@ -39,7 +39,7 @@ def build_model(config: Config, categories: Sequence[Any], *, pretrained: bool |
     siamese, image classification *is* instance classification.
 
     Args:
-        categories: one object a class; the label is the place in this sequence. The classification loss may
+        categories: one object per class; the label is the place in this sequence. The classification loss may
             read `image_count` and `frequency` of `clis.data.categories.Category`.
         pretrained: load `model.backbone.weights`, if the config names any; a path loads those weights in
             place of them, e.g. what a run's own pre-training (`pretrain.epochs` > 0) has made.
@@ -127,7 +127,7 @@ def build_model(config: Config, categories: Sequence[Any], *, pretrained: bool |
 def build_classifier(
     config: Config, categories: Sequence[Any], *, pretrained: bool = True
 ) -> ImageClassifier:
-    """The detector's ResNet as an image classifier, at the start of its pre-training.
+    """Build the detector's ResNet as an image classifier, at the start of its pre-training.
 
     Arguments and errors as `build_model`; `pretrained` loads `model.backbone.weights`.
     """

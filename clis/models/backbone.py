@@ -54,7 +54,7 @@ Norm = Callable[[int], nn.Module]
 
 
 def make_norm(config: BackboneConfig, channels: int) -> nn.Module:
-    """`folded`, `frozen` or `group` (16 channels a group); see `BackboneConfig.norm`."""
+    """Build the norm of `BackboneConfig.norm`: `folded`, `frozen` or `group` (16 channels per group)."""
     if config.norm == "group":
         return nn.GroupNorm(channels // 16, channels, config.norm_eps)
     return FixedBatchNorm(channels, config.norm_eps).requires_grad_(config.norm == "folded")
@@ -65,7 +65,7 @@ Folded = Mapping[nn.Module, tuple[Tensor, Tensor]]
 
 
 def fold(norms: Sequence[FixedBatchNorm]) -> Folded:
-    """Compute what all of `norms` do, with one launch for all where one each would be five times as many."""
+    """Compute scale and shift of all `norms` together: one each would take five times as many launches."""
     if not norms:
         return {}
     weight, bias, mean, variance = (
@@ -79,7 +79,7 @@ def fold(norms: Sequence[FixedBatchNorm]) -> Folded:
 
 
 def conv_norm(x: Tensor, conv: nn.Conv2d, norm: nn.Module, folded: Folded) -> Tensor:
-    """norm(conv(x)), as one convolution where the statistics are fixed."""
+    """Return norm(conv(x)), as one convolution where the statistics are fixed."""
     if norm not in folded:
         return norm(conv(x))
     scale, shift = folded[norm]
@@ -102,6 +102,7 @@ class BasicBlock(nn.Module):
         self.downsample = _shortcut(inputs, width, stride, norm)
 
     def forward(self, x: Tensor, folded: Folded) -> Tensor:
+        """Return relu(shortcut + two convolutions of x) [B, width, H/stride, W/stride]."""
         out = conv_norm(x, self.conv1, self.bn1, folded).relu_()
         out = conv_norm(out, self.conv2, self.bn2, folded)
         return out.add_(_shortened(x, self.downsample, folded)).relu_()
@@ -122,6 +123,7 @@ class Bottleneck(nn.Module):
         self.downsample = _shortcut(inputs, outputs, stride, norm)
 
     def forward(self, x: Tensor, folded: Folded) -> Tensor:
+        """Return relu(shortcut + three convolutions of x) [B, 4 width, H/stride, W/stride]."""
         out = conv_norm(x, self.conv1, self.bn1, folded).relu_()
         out = conv_norm(out, self.conv2, self.bn2, folded).relu_()
         out = conv_norm(out, self.conv3, self.bn3, folded)
@@ -182,7 +184,7 @@ class ResidualLayers(nn.Module):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def features(self, x: Tensor) -> list[Tensor]:
-        """C2-C5 (strides 4-32) of normalized images [B,3,H,W]."""
+        """Return C2-C5 (strides 4-32) of normalized images [B,3,H,W]."""
         stem, *stages = self.fixed_norms
         x = conv_norm(x, self.conv1, self.bn1, fold(stem)).relu_()
         x = F.max_pool2d(x, 3, 2, 1)
@@ -202,11 +204,12 @@ class ResNet(ResidualLayers):
         super().__init__(config, functools.partial(make_norm, config))
 
     def forward(self, x: Tensor) -> list[Tensor]:
+        """Return C2-C5 (strides 4-32) of normalized images [B,3,H,W]."""
         return self.features(x)
 
 
 class Normalize(nn.Module):
-    """RGB in 0..255 to the mean 0 and standard deviation 1 of ImageNet; of the type of its buffers."""
+    """Map RGB in 0..255 to the mean 0 and standard deviation 1 of ImageNet, in the type of its buffers."""
 
     mean: Tensor
     std: Tensor
@@ -217,6 +220,7 @@ class Normalize(nn.Module):
         self.register_buffer("std", torch.tensor(IMAGE_STD)[:, None, None], persistent=False)
 
     def forward(self, images: Tensor) -> Tensor:
+        """Return (images - mean) / std of images [...,3,H,W]."""
         return (images - self.mean) / self.std
 
 
@@ -236,7 +240,7 @@ class ImageClassifier(ResidualLayers):
         self.categories = tuple(categories)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits [B,C] of uint8 RGB images [B,3,H,W]."""
+        """Return logits [B,C] of uint8 RGB images [B,3,H,W]."""
         return self.fc(self.features(self.normalize(images))[-1].mean(dim=(2, 3)))
 
 
@@ -255,7 +259,7 @@ class Backbone(nn.Module):
         )
 
     def forward(self, images: Sequence[Tensor], max_size: int | None = None) -> list[Tensor]:
-        """Features P2-P6, [B, fpn_channels, H/stride, W/stride], of RGB images [3,H,W] in 0..255.
+        """Return features P2-P6, [B, fpn_channels, H/stride, W/stride], of RGB images [3,H,W] in 0..255.
 
         Args:
             max_size: the longest side that such images may have; see `BackboneConfig.canvas`.
@@ -265,11 +269,11 @@ class Backbone(nn.Module):
 
     @property
     def last_layers(self) -> nn.ModuleList:
-        """The 3x3 convolution of each of P2-P5, with its norm if there is one."""
+        """Return the 3x3 convolution of each of P2-P5, with its norm if there is one."""
         return self.fpn.layer_blocks
 
     def merge(self, images: Sequence[Tensor], max_size: int | None = None) -> list[Tensor]:
-        """The pyramid's top-down sums, from which `last_layers` make P2-P5."""
+        """Return the pyramid's top-down sums, from which `last_layers` make P2-P5."""
         features = self.body(self.batch(images, max_size))
         merged = [lateral(x) for lateral, x in zip(self.fpn.inner_blocks, features)]
         for level in range(len(merged) - 2, -1, -1):
@@ -278,7 +282,7 @@ class Backbone(nn.Module):
         return merged
 
     def batch(self, images: Sequence[Tensor], max_size: int | None = None) -> Tensor:
-        """Normalized images, zero-padded at the right and bottom to a common multiple of 32; [B,3,H,W]."""
+        """Normalize images and zero-pad them, right and bottom, to a common multiple of 32: [B,3,H,W]."""
         least = max_size if self.square and max_size is not None else 0
         height = max(least, *(image.shape[1] for image in images))
         width = max(least, *(image.shape[2] for image in images))

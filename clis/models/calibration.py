@@ -27,7 +27,7 @@ class Calibration(nn.Module):
         self.register_buffer("weights", weights, persistent=False)
 
     def measure(self, num_images: int, centers: Tensor, labels: Tensor) -> None:
-        """Set the weights by the training annotations, where the categories do not suffice.
+        """Set the weights from the training annotations, where the categories do not suffice.
 
         Args:
             num_images: of the training split.
@@ -36,7 +36,11 @@ class Calibration(nn.Module):
         """
 
     def forward(self, scores: Tensor) -> Tensor:
-        """Calibrate class probabilities [N,C], whose sum is at most 1: the rest is background."""
+        """Calibrate class probabilities [N,C], whose sum is at most 1: the rest is background.
+
+        Raises:
+            ValueError: the weights are not measured yet.
+        """
         if self.weights is None:
             raise ValueError(
                 "test.calibration needs the training annotations (data.train), which evaluate.py reads; "
@@ -75,6 +79,7 @@ class FRACAL(Calibration):
         self.counts = torch.tensor([max(1, each.image_count) for each in categories], dtype=torch.float64)
 
     def measure(self, num_images: int, centers: Tensor, labels: Tensor) -> None:
+        """Set the weights (I / (C n))^(1 / ln 10) / D^power, D being the classes' fractal dimensions."""
         dimensions = fractal_dimensions(centers, labels, len(self.counts))
         shift = (num_images / (len(self.counts) * self.counts)).log10()
         self.weights = shift.exp() / dimensions**self.power
@@ -111,11 +116,11 @@ CALIBRATIONS: dict[str, type[Calibration]] = {"fracal": FRACAL, "norcal": NorCal
 
 
 def find_calibration(text: str | None, loss: str) -> functools.partial[Calibration] | None:
-    """Find the calibration that `test.calibration` names: what builds it from the categories.
+    """Find the calibration that `test.calibration` names, as a function that builds it from the categories.
 
     Args:
         text: the name of one of `CALIBRATIONS`, with options as in a call; None is none.
-        loss: `loss.classification`, whose scores it shall calibrate.
+        loss: `loss.classification`, whose scores are to be calibrated.
 
     Raises:
         ValueError: an unknown name or option, an option of the wrong type, or scores that are no softmax.

@@ -43,10 +43,11 @@ class KeyQueue(nn.Module):
         self.register_buffer("pushed", torch.tensor(0))
 
     def filled(self) -> Tensor:
-        """bool [Q], true where there is a key."""
+        """Return where there is a key, bool [Q]."""
         return torch.arange(len(self.keys), device=self.keys.device) < self.pushed
 
     def num_filled(self) -> int:
+        """Return the number of keys in the queue, at most Q."""
         return min(int(self.pushed), len(self.keys))
 
     def mean_key(self) -> Tensor:
@@ -55,7 +56,7 @@ class KeyQueue(nn.Module):
 
     @torch.no_grad()
     def push(self, keys: Tensor, labels: Tensor) -> None:
-        """Adds keys [n,E] with their labels [n] over the oldest ones; of more than Q the last Q stay."""
+        """Write keys [n,E] with their labels [n] over the oldest ones; of more than Q the last Q stay."""
         size, skipped = len(self.keys), max(0, len(keys) - len(self.keys))
         index = (self.pushed + torch.arange(skipped, len(keys), device=keys.device)) % size
         self.keys[index] = keys[skipped:].to(self.keys.dtype)
@@ -111,7 +112,7 @@ class ContrastiveRegularization(nn.Module):
         labels: Tensor,
         normalizer: Tensor | float,
     ) -> ContrastiveOutput:
-        """L_con of P pairs, and their keys for `update`.
+        """Compute L_con of P pairs, and their keys for `update`.
 
         Args:
             image_features: [P,D], the regions through the image-classification sub-network.
@@ -142,13 +143,13 @@ class ContrastiveRegularization(nn.Module):
 
     @torch.no_grad()
     def make_keys(self, pooled_pasted: Tensor, pooled_regions: Tensor) -> Tensor:
-        """Keys [2P,E] of both views by the momentum copy."""
+        """Make keys [2P,E] of both views by the momentum copy, each pair's pasted view before its region."""
         views = torch.stack([pooled_pasted, pooled_regions], dim=1).flatten(0, 1)
         return normalize(self.momentum_mlp(self.momentum_sub_network(views)))
 
     @torch.no_grad()
     def update(self, sub_network: TwoFC, keys: Tensor, labels: Tensor) -> None:
-        """After the optimizer's step: move the momentum copy, then push the global batch's keys."""
+        """Move the momentum copy after the optimizer's step, then push the global batch's keys."""
         for copied, source in (
             (self.momentum_sub_network, sub_network),
             (self.momentum_mlp, self.instance_mlp),
@@ -159,7 +160,7 @@ class ContrastiveRegularization(nn.Module):
 
 
 def normalize(features: Tensor) -> Tensor:
-    """Unit length, in float32 or wider."""
+    """Scale features [n,E] to unit length, in float32 or wider."""
     return F.normalize(at_least_float32(features), dim=1)
 
 

@@ -51,6 +51,8 @@ class Pending:
 
 @dataclass(frozen=True)
 class TrainOutput:
+    """What one training pass gives: losses, counts, and what waits for the optimizer's step."""
+
     losses: dict[str, Tensor]
     """Raw, unweighted scalars."""
     stats: dict[str, Tensor]
@@ -95,7 +97,8 @@ class CLISDetector(nn.Module):
         max_size: int,
         categories: Sequence[Any],
     ) -> None:
-        """
+        """Assemble the detector from its parts; `build_model` makes them from a config.
+
         Args:
             max_size: longest side of the instance-level images in training, in pixels.
         """
@@ -117,10 +120,11 @@ class CLISDetector(nn.Module):
 
     @property
     def num_classes(self) -> int:
+        """Return the number of classes C, without background."""
         return len(self.categories)
 
     def forward(self, batch: Batch, normalizers: Normalizers) -> TrainOutput:
-        """One training pass over a batch of both streams (Figure 2); a function of batch and seeds."""
+        """Make one training pass over a batch of both streams (Figure 2); a function of batch and seeds."""
         sizes = [image_size(image) for image in batch.images]
 
         # instance-level images: proposals and their RoIs
@@ -201,7 +205,7 @@ class CLISDetector(nn.Module):
             self.contrastive.update(self.classification.sub_network, keys, labels)
 
     def _rows(self, images: Tensor, batch: Batch, normalizers: Normalizers) -> Rows:
-        """Say of rows of logits which images they belong to; `images` int64 [N] are places in the batch."""
+        """Describe which images rows of logits belong to; `images` int64 [N] are places in the batch."""
 
         def uniform(count: int) -> Tensor:
             return torch.stack([box_ops.uniform(count, seed, images.device) for seed in batch.seeds])
@@ -225,7 +229,7 @@ class CLISDetector(nn.Module):
     def _instance_classification(
         self, rounds: Sequence[Round], labels: Tensor, normalizer: float, rows: Rows
     ) -> tuple[Tensor, Tensor]:
-        """L_incls of RoIs over the rounds, and what it counts: in every round, as in PCB's code."""
+        """Compute L_incls of RoIs over the rounds, and what it counts: in every round, as in PCB's code."""
         compute, parts = self.classification_loss, []
         for (weight, stage), (logits, _) in zip(self.schedule, rounds, strict=True):
             at_stage = replace(rows, stage=stage)
@@ -235,7 +239,7 @@ class CLISDetector(nn.Module):
         return sum(losses), sum(counted)
 
     def _localization_features(self, pooled: Tensor, instance_features: Tensor) -> Tensor:
-        """[N,D] of the localization sub-network, computed anew only if it is one of its own."""
+        """Return [N,D] of the localization sub-network, computed again only if it is one of its own."""
         if self.localization.sub_network is self.classification.sub_network:
             return instance_features
         return self.localization.sub_network(pooled)
@@ -243,7 +247,7 @@ class CLISDetector(nn.Module):
     def _localization_losses(
         self, features: Tensor, rois: SampledRoIs, normalizers: Normalizers
     ) -> dict[str, Tensor]:
-        """L_loc on the positives, for the box of their own class, and L_obj on all RoIs."""
+        """Compute L_loc on the positives, for the box of their own class, and L_obj on all RoIs."""
         count = normalizers.images * self.roi_config.samples
         is_object = rois.labels < self.num_classes
         deltas = self.localization.deltas(features[rois.positives])
@@ -258,7 +262,7 @@ class CLISDetector(nn.Module):
     def predict(
         self, images: Sequence[Tensor], max_size: int | None = None
     ) -> list[tuple[Tensor, Tensor, Tensor]]:
-        """Of each image, as it is given: RoIs [n,4], scores [n,C] and box deltas [n, C or 1, 4].
+        """Return of each image, at the given size: RoIs [n,4], scores [n,C] and box deltas [n, C or 1, 4].
 
         The score is the class probability, calibrated as `test.calibration` says, times the objectness where
         there is one (section III-B.5).
@@ -287,9 +291,10 @@ class CLISDetector(nn.Module):
 
     @torch.no_grad()
     def detect(self, images: Sequence[Tensor]) -> list[ImageDetections]:
-        """Detects objects in uint8 RGB images [3,H,W] of any sizes, resized as `test_config` says.
+        """Detect objects in uint8 RGB images [3,H,W] of any sizes, resized as `test_config` says.
 
-        Returns the detections of each image, boxes in pixels of the image that was given.
+        Returns:
+            The detections of each image, boxes in pixels of the given image.
         """
         short_side, max_size = self.test_config.short_side, self.test_config.max_size
         sizes = [image_size(image) for image in images]
@@ -303,7 +308,7 @@ class CLISDetector(nn.Module):
         ]
 
     def detect_resized(self, images: Sequence[Tensor], max_size: int | None = None) -> list[ImageDetections]:
-        """As `detect`, of images that have their size; boxes are in their pixels."""
+        """Detect objects as `detect`, in images that already have their size; boxes are in their pixels."""
         return [
             select_detections(*prediction, image_size(image), self.test_config, self.nms)
             for image, prediction in zip(images, self.predict(images, max_size))
@@ -313,7 +318,7 @@ class CLISDetector(nn.Module):
     def rank_first(
         self, images: Sequence[Tensor], labels: Tensor, max_size: int | None = None
     ) -> list[tuple[Tensor, Tensor]]:
-        """The box [4] and score [] of each image's own label that rank first over all RoIs (section IV-A.3).
+        """Return the box [4] and score [] of each image's label that rank first of all RoIs (section IV-A.3).
 
         No score threshold and no limit of detections: tail categories score low but rank well. Images and
         boxes as for `detect_resized`; a box is NaN where the image has no RoI.
@@ -331,18 +336,19 @@ class CLISDetector(nn.Module):
         return found
 
     def resized_size(self, size: tuple[int, int], short_side: int, max_size: int) -> tuple[int, int]:
-        """Height and width, rounded as `test.resize` says, of an image that is resized from `size`."""
+        """Return height and width, rounded as `test.resize` says, of an image that is resized from `size`."""
         to_whole = math.floor if self.test_config.resize == "torchvision" else round_half_up
         return shortest_size(size, short_side, max_size, to_whole)
 
     def resize(
         self, image: Tensor, size: tuple[int, int], extent: tuple[float, float] | None = None
     ) -> Tensor:
-        """A uint8 image [3,H,W] at another size, on the model's device, 0..255, as `test.resize` says.
+        """Resize a uint8 image [3,H,W] on the model's device, 0..255, as `test.resize` says.
 
-        uint8, or, with torchvision's resizing, of the model's type.
+        The result is uint8, or, with torchvision's resizing, of the model's type.
 
         Args:
+            size: height and width of the result.
             extent: height and width of what is resized, where the image was decoded at a part of its size;
                 see `resize_image`. Not with torchvision's resizing.
         """

@@ -19,6 +19,7 @@ class TwoFC(nn.Module):
             nn.init.zeros_(layer.bias)
 
     def forward(self, pooled: Tensor) -> Tensor:
+        """Return features [N,D] of pooled [N, channels, 7, 7]."""
         return self.fc2(self.fc1(pooled.flatten(1)).relu_()).relu_()
 
 
@@ -34,6 +35,7 @@ class CosineLinear(nn.Linear):
         self.scale = scale
 
     def forward(self, features: Tensor) -> Tensor:
+        """Return scale cos(x, w_k) + b_k of features [N,D]: [N,outputs], float32 at least."""
         features, weight = (
             each / (at_least_float32(each).norm(dim=1, keepdim=True) + 1e-6)
             for each in (features, self.weight)
@@ -52,7 +54,8 @@ class ClassificationHead(nn.Module):
     """2fc + fc-incls (or fc-imcls): features for the projection MLP, and logits."""
 
     def __init__(self, sub_network: TwoFC, num_logits: int, std: float, cosine: float | None) -> None:
-        """
+        """Add the last layer, with random weights, to a sub-network.
+
         Args:
             std: of the last layer's first weights.
             cosine: scale of a cosine classifier, or None for a linear one.
@@ -75,7 +78,8 @@ class Refinement(nn.Module):
     def __init__(
         self, rounds: int, *, num_logits: int, num_boxes: int, channels: int, pool_size: int
     ) -> None:
-        """
+        """Build the layers of `spatial` and `channel`, and set the weight and stage of each round.
+
         Args:
             rounds: of the heads in all, 2 to 5.
             num_logits, num_boxes: outputs of the heads, per RoI.
@@ -111,5 +115,5 @@ class LocalizationHead(nn.Module):
         self.fc_objectness = _last(sub_network.fc2.out_features, 1, std=0.01) if objectness else None
 
     def deltas(self, features: Tensor) -> Tensor:
-        """[N, num_boxes, 4] of features [N,D]."""
+        """Return box deltas [N, num_boxes, 4] of features [N,D], float32 at least."""
         return at_least_float32(self.fc_box(features).unflatten(1, (-1, 4)))

@@ -43,7 +43,7 @@ def sample_rois(
     num_classes: int,
     seeds: Sequence[int],
 ) -> SampledRoIs:
-    """Samples RoIs of each image from its proposals [n,4] and ground truth [G,4], which is added to them.
+    """Sample RoIs of each image from its proposals [n,4] and ground truth [G,4], which is added to them.
 
     Args:
         seeds: of each image, for the choice of RoIs.
@@ -76,7 +76,7 @@ class RoIPooler(nn.Module):
         self.config = config
 
     def levels(self, boxes: Tensor) -> Tensor:
-        """Level 0..3 (P2..P5) of each box, int64 [N]."""
+        """Return the level 0..3 (P2..P5) of each box, int64 [N]."""
         side = ((boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])).clamp(min=0).sqrt()
         return torch.log2(side / self.config.finest_scale + 1e-6).floor().clamp(0, 3).long()
 
@@ -87,7 +87,7 @@ class RoIPooler(nn.Module):
         images: Tensor,
         last_layers: Sequence[nn.Sequential] | None = None,
     ) -> Tensor:
-        """Pooled features [N, channels, pool_size, pool_size] of boxes [N,4] on rows `images` int64 [N].
+        """Pool features [N, channels, pool_size, pool_size] of boxes [N,4] on rows `images` int64 [N].
 
         They are float32 at least: RoIAlign takes boxes in the type of the features, and bfloat16 holds 701 px
         as 700.
@@ -116,7 +116,7 @@ class RoIPooler(nn.Module):
 
 
 def _cells(boxes: Tensor, stride: Tensor | int) -> tuple[Tensor, Tensor]:
-    """First cell, and one past the last, int64 [n,2] of x and y, that RoIAlign reads for boxes [n,4].
+    """Return the first cell, and one past the last, int64 [n,2] (x, y), that RoIAlign reads for boxes [n,4].
 
     It reads from half a cell before the box (`aligned`) to the right neighbor of its last point, of a box
     that is one cell wide at least (not `aligned`).
@@ -127,8 +127,10 @@ def _cells(boxes: Tensor, stride: Tensor | int) -> tuple[Tensor, Tensor]:
 def _rows_and_windows(
     boxes: Tensor, levels: Tensor
 ) -> tuple[tuple[Tensor, ...], list[tuple[int, int] | None]]:
-    """The rows of each level, and width and height of a window, in cells, that holds any of its boxes (None
-    where it has none); the host waits once for both."""
+    """Return the rows of each level, and the size of a window that holds any of its boxes.
+
+    The size is width and height in cells, or None where a level has no box. The host waits once for both.
+    """
     low, high = _cells(boxes, STRIDES[0] * 2 ** levels[:, None])
     of_level = levels == torch.arange(4, device=levels.device)[:, None]
     largest = (
@@ -142,11 +144,11 @@ def _rows_and_windows(
 def _last_layer_around(
     rois: Tensor, feature: Tensor, layer: nn.Sequential, stride: int, side: tuple[int, int]
 ) -> tuple[Tensor, Tensor]:
-    """layer(feature) where RoIAlign reads it for rois [n,5], and the rois in the coordinates of that.
+    """Return layer(feature) where RoIAlign reads it for rois [n,5], and the rois in the coordinates of that.
 
-    One window a RoI, all of one size, moved inside the map so that a window ends where the map does: RoIAlign
-    treats its border as the map's. The whole map instead where that is less work, or where the layer has a
-    norm, whose statistics are the map's.
+    One window per RoI, all of one size, moved inside the map so that a window ends where the map does:
+    RoIAlign treats its border as the map's. The whole map instead where that is less work, or where the layer
+    has a norm, whose statistics are the map's.
 
     Args:
         side: width and height in cells that hold what RoIAlign reads for any of the rois.
@@ -189,14 +191,14 @@ def select_detections(
     config: TestConfig,
     nms: Callable[..., Tensor] = box_ops.nms_top_k,
 ) -> ImageDetections:
-    """The `detections` best boxes above the score threshold, not too small, after NMS within classes.
+    """Select the `detections` best boxes above the score threshold, not too small, after NMS within classes.
 
     Args:
         rois: [n,4].
         scores: [n,C].
         deltas: [n,C,4], or [n,1,4] where the boxes are class-agnostic.
         size: height and width of the image.
-        nms: takes and gives what `nms_top_k` does.
+        nms: takes and returns what `nms_top_k` does.
     """
     num_classes, num_boxes = scores.shape[1], deltas.shape[1]
 

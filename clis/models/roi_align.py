@@ -20,8 +20,8 @@ def roi_align(
     sampling at the paper's size its gradient needs more memory than any device has.)
 
     Args:
-        scale: cells a pixel.
-        sampling_ratio: points a bin in each direction; 0 is as many as a bin has cells.
+        scale: cells per pixel.
+        sampling_ratio: points per bin in each direction; 0 is as many as a bin has cells.
         aligned: a cell's value is at its center.
     """
     if feature.device.type == "cpu" or not torch.are_deterministic_algorithms_enabled():
@@ -32,7 +32,7 @@ def roi_align(
 def roi_align_by_products(
     feature: Tensor, rois: Tensor, size: int, scale: float, sampling_ratio: int, aligned: bool
 ) -> Tensor:
-    """As `roi_align`, and equal to torchvision's but for rounding.
+    """Pool as `roi_align`, by matrix products; equal to torchvision's operator but for rounding.
 
     The points of a bin are a grid and their interpolation is bilinear, so the mean over a bin is a product of
     weights over the rows and weights over the columns of the map.
@@ -49,7 +49,7 @@ def roi_align_by_products(
 
 
 def _weights(ends: Tensor, cells: int, size: int, scale: float, sampling_ratio: int, aligned: bool) -> Tensor:
-    """Weights [N, size, cells] of the cells along one axis in each bin of RoIs from `ends` [N,2]."""
+    """Return weights [N, size, cells] of the cells along one axis in each bin of RoIs from `ends` [N,2]."""
     first, last = (ends * scale - (0.5 if aligned else 0.0)).unbind(dim=1)
     length = last - first if aligned else (last - first).clamp(min=1.0)
     side = length / size

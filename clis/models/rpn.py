@@ -19,7 +19,7 @@ from clis.models.windows import windows_around
 
 
 def cell_anchors(config: RPNConfig, stride: int) -> Tensor:
-    """The anchors [A,4] of a cell at the origin; each ratio has the area (anchor_scale * stride)^2 pixels."""
+    """Return the anchors [A,4] of a cell at the origin, each of (anchor_scale * stride)^2 square pixels."""
     side = config.anchor_scale * stride
     ratios = torch.tensor(config.anchor_ratios)
     half = torch.stack([side / ratios.sqrt(), side * ratios.sqrt()], dim=1) / 2
@@ -28,7 +28,7 @@ def cell_anchors(config: RPNConfig, stride: int) -> Tensor:
 
 
 def grid_anchors(cell: Tensor, height: int, width: int, spacing: tuple[int, int]) -> Tensor:
-    """Anchors of one level, [height * width * A, 4], row by row, centered on the cells' top left corners.
+    """Return a level's anchors, [height * width * A, 4], row by row, centered on the cells' top left corners.
 
     Args:
         cell: [A,4], as from `cell_anchors`.
@@ -72,7 +72,7 @@ class RPN(nn.Module):
         self.register_buffer("cell_anchors", cells, persistent=False)
 
     def forward(self, features: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        """Of every level: objectness logits [B,n] and deltas [B,n,4]."""
+        """Return objectness logits [B,n] and deltas [B,n,4] of every level."""
         objectness, deltas = [], []
         for feature in features:
             hidden = self.conv(feature).relu_()
@@ -83,7 +83,7 @@ class RPN(nn.Module):
         return objectness, deltas
 
     def anchors(self, features: Sequence[Tensor]) -> list[Tensor]:
-        """Anchors [n,4] of every level."""
+        """Return the anchors [n,4] of every level."""
         anchors = []
         padded_height, padded_width = (STRIDES[0] * side for side in features[0].shape[2:])
         for feature, stride, cell in zip(features, STRIDES, self.cell_anchors):
@@ -97,7 +97,7 @@ class RPN(nn.Module):
     def predict_at(
         self, features: Sequence[Tensor], images: Tensor, anchors: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Logits [n] and deltas [n,4] of single anchors, with a gradient; the same values as `forward` has.
+        """Return logits [n] and deltas [n,4] of single anchors, equal to `forward`'s and with a gradient.
 
         Args:
             images: int64 [n], row of the batch.
@@ -120,7 +120,7 @@ class RPN(nn.Module):
         anchors: Sequence[Tensor],
         sizes: Sequence[tuple[int, int]],
     ) -> list[Tensor]:
-        """Proposals of each image, at most `proposals` boxes [n,4], best first, inside the image.
+        """Return the proposals of each image: at most `proposals` boxes [n,4], best first, inside the image.
 
         The best of each level are decoded and clipped; boxes without area, or of a side up to `min_size`, go;
         NMS is within levels.
@@ -158,7 +158,7 @@ class RPN(nn.Module):
         seeds: Sequence[int],
         normalizer: float,
     ) -> dict[str, Tensor]:
-        """L_rpn: objectness of sampled anchors and L1 of the positives, for `boxes` [G,4] of each image.
+        """Compute L_rpn for `boxes` [G,4] of each image: objectness of sampled anchors, L1 of the positives.
 
         Anchors that are centered outside their image, in the padding, are neither positive nor negative.
 

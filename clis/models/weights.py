@@ -18,7 +18,7 @@ WEIGHTS_URL = {
 
 
 def load_backbone_weights(body: ResidualLayers, name: str, path: Path, download: bool = False) -> None:
-    """Loads a ResNet state dict with torchvision's names; a classifier and batch counters are left alone.
+    """Load a ResNet state dict with torchvision's names; a classifier and batch counters are left alone.
 
     Raises:
         FileNotFoundError: no such file, and `download` is false; says where to get it.
@@ -55,11 +55,14 @@ def _is_backbone(key: str) -> bool:
 
 
 def load_state(module: nn.Module, state: dict[str, Tensor], source: str, hint: str = "") -> None:
-    """`load_state_dict`, strict, with an error that lists what is missing, left over or of another shape.
+    """Load a state dict strictly, with an error that lists what is missing, left over or of another shape.
 
     Args:
         source: what the error calls the state.
         hint: what it ends with.
+
+    Raises:
+        ValueError: the tensors are not those of the module.
     """
     own = module.state_dict()
     problems = [f"missing {key}" for key in own if key not in state]

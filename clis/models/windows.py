@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def windows(feature: Tensor, images: Tensor, y: Tensor, x: Tensor) -> Tensor:
-    """Windows [n,C,h,w] of maps [B,C,H,W], zero outside the map.
+    """Return windows [n,C,h,w] of maps [B,C,H,W], zero outside the map.
 
     Args:
         images: int64 [n], row of the batch.
@@ -25,10 +25,10 @@ def windows(feature: Tensor, images: Tensor, y: Tensor, x: Tensor) -> Tensor:
 
 
 def windows_around(features: Sequence[Tensor], images: Tensor, cells: Tensor, reach: int) -> Tensor:
-    """Windows [n,C,2*reach+1,2*reach+1] around cells of several maps, zero outside of a cell's map.
+    """Return windows [n,C,2*reach+1,2*reach+1] around cells of several maps, zero outside of a cell's map.
 
-    From one table of all maps, since one look-up costs a GPU less than one a map; and the host need not wait
-    for how many cells are of which map.
+    They come from one table of all maps, since one look-up costs a GPU less than one per map; and the host
+    need not wait for the number of cells per map.
 
     Args:
         features: maps [B,C,H,W] of different sizes.
@@ -40,7 +40,7 @@ def windows_around(features: Sequence[Tensor], images: Tensor, cells: Tensor, re
     is_beyond = [cells >= start for start in starts[1:]]
 
     def of_map(values: Sequence[int]) -> Tensor:
-        """The value of each cell's map, int64 [n]."""
+        """Return the value of each cell's map, int64 [n]."""
         chosen = torch.full_like(cells, values[0])
         for beyond, value in zip(is_beyond, values[1:]):
             chosen = torch.where(beyond, value, chosen)
@@ -64,12 +64,12 @@ def _inside(cells: Tensor, side: Tensor | int) -> Tensor:
 
 
 def _rows(feature: Tensor) -> Tensor:
-    """Cells [B*H*W, C]; a view where the channels come last in memory."""
+    """Return the cells [B*H*W, C]; a view where the channels come last in memory."""
     return feature.permute(0, 2, 3, 1).flatten(0, 2)
 
 
 def _picked(rows: Tensor, places: Tensor, inside: Tensor) -> Tensor:
-    """Windows [n,C,h,w] of rows [cells, C] at `places` [n,h,w], zero where they are not `inside` [n,h,w].
+    """Return windows [n,C,h,w] of rows [cells, C] at `places` [n,h,w], zero where not `inside` [n,h,w].
 
     A look-up, for its gradient is a sum in a fixed order; that of indexing is not, on many threads.
     """
