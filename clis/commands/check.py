@@ -1,4 +1,4 @@
-"""``python -m clis check CONFIG``: reads every file that a run would touch, and reports if it may start."""
+"""``python -m clis check CONFIG``: reads every file that a run would touch; reports whether it may start."""
 
 from __future__ import annotations
 

@@ -58,12 +58,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Judge a result file by the LVIS metric, and print what was asked for."""
+    """Judge a result file by the LVIS metric, and print the requested tables."""
     score_results(arguments)
 
 
 def score_results(arguments: argparse.Namespace) -> dict[str, float]:
-    """Print what was asked for and return the figures."""
+    """Print the requested tables and return the figures."""
     _check(arguments)
     limit = 300 if arguments.max_detections is None else arguments.max_detections
     annotations, masks = _ground_truth(arguments)

@@ -33,7 +33,7 @@ class Record:
         """Read what an earlier call has recorded; runs of other settings than the row's are dropped.
 
         Raises:
-            ValueError: the file that is there is of other overrides.
+            ValueError: the existing file was made with other overrides.
         """
         self.study, self.path = study, folder / "study.json"
         self.overrides = list(overrides)

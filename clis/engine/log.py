@@ -1,4 +1,4 @@
-"""What a run says: progress on the terminal, one JSON line a record in metrics.jsonl."""
+"""What a run says: progress on the terminal, one JSON line per record in metrics.jsonl."""
 
 from __future__ import annotations
 

@@ -202,7 +202,7 @@ def classification_step(
 def held_out_accuracy(
     model: ImageClassifier, config: Config, index: ImageLevelIndex, split: Split, device: torch.device
 ) -> dict[str, float | None]:
-    """Measure how often the first guess is right on the central crops of the held-out images.
+    """Measure how often the first guess is right on the central crops of the readable held-out images.
 
     Returns:
         ``top1``, a share or None where there are no such images, and ``held_out_images``, their number; the

@@ -1,4 +1,4 @@
-"""Pre-defined regions: where the instance that an image-level image is labeled with lies (IV-A.3)."""
+"""Pre-defined regions: where in an image-level image the instance of its label is (section IV-A.3)."""
 
 from __future__ import annotations
 

@@ -55,8 +55,8 @@ def find_classification_loss(text: str) -> functools.partial[ClassificationLoss]
 
     The text is the name of one of `CLASSIFICATION_LOSSES`, or ``module:Class``, with options as in a call:
     ``seesaw``, ``eqlv2(gamma=10)``, ``my_loss:Focal(alpha=0.25)``; their values are Python literals. Such a
-    module is imported, so its code runs: from the working folder, which is put on Python's path for good,
-    as `python -m` does (`python FILE` and torchrun have the file's folder there), or from the path.
+    module is imported, so its code runs: from the working folder, which stays on Python's path afterwards,
+    as with `python -m` (`python FILE` and torchrun have the file's folder there), or from the path.
 
     Raises:
         ValueError: an unknown name or option, an option of the wrong type, a module that cannot be imported,

@@ -47,7 +47,7 @@ class EQL(ClassificationLoss):
         self.register_buffer("is_tail", is_tail, persistent=False)
 
     def forward(self, logits: Tensor, labels: Tensor, normalizer: Tensor | float, rows: Rows) -> Tensor:
-        """Sum the sigmoid cross-entropy, over `normalizer`; objects are no negatives of tail classes."""
+        """Sum the sigmoid cross-entropy, divided by `normalizer`; objects are no tail-class negatives."""
         z = at_least_float32(logits) + self.shift
         targets = one_hot(labels, self.num_classes, z.dtype)
         is_object = (labels < self.num_classes)[:, None]

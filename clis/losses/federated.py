@@ -21,7 +21,7 @@ class Federated(ClassificationLoss):
     Sigmoid cross-entropy of C classes without background, the score is s(z). Of each image only some classes
     count: those that its sampled RoIs have, background being one of them, and others up to 50 in all. The
     others are drawn without replacement, with probabilities proportional to n_j^0.5 for n_j training images.
-    So an object that is there but not annotated seldom becomes a negative of its class.
+    So an object that is present but not annotated seldom becomes a negative of its class.
 
     What differs from the official code, and why:
     - Classes are drawn per image, not per GPU, and from the image's seed: the same on any number of

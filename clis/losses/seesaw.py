@@ -74,7 +74,8 @@ class Seesaw(ClassificationLoss):
     def forward(self, logits: Tensor, labels: Tensor, normalizer: Tensor | float, rows: Rows) -> Tensor:
         """Sum the softmax cross-entropy of z_j + log(M_yj K_yj), and that of object and background.
 
-        Both are divided by `normalizer`; background rows have the second alone, objects both.
+        Both are divided by `normalizer`. The first has no term for background rows, and `objectness=False`
+        leaves the second out.
         """
         classes, objectness = self._split(logits)
         if self.pcb is None:
