@@ -17,11 +17,11 @@ class Scope(enum.Flag):
     """What a field is for: exactly one of the first three, and all of the others that hold."""
 
     SHARED = enum.auto()
-    """Belongs to this run and to the detector that finds its regions: an override holds for both."""
+    """Belongs to this run and to the detector that finds its regions: an override applies to both."""
     OWN = enum.auto()
-    """Belongs to this run alone."""
+    """Belongs to this run only."""
     IMAGE_LEVEL = enum.auto()
-    """Belongs to this run alone and has no effect without its image-level stream."""
+    """Belongs to this run only and has no effect without its image-level stream."""
     MACHINE = enum.auto()
     """Changes speed, memory, places or reports, but no result of a run; a resumed run may change it."""
     INFERENCE = enum.auto()

@@ -156,7 +156,7 @@ def all_gather_rows(rows: Tensor) -> Tensor:
 def gather_rows(rows: Tensor) -> Tensor:
     """Gather rows as `all_gather_rows`, but on rank 0 only; the others get theirs back.
 
-    Goes from CPU to CPU also beside nccl.
+    Rows on the CPU travel from CPU to CPU (gloo), even where CUDA uses nccl.
     """
     if not dist.is_initialized():
         return rows

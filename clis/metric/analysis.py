@@ -19,7 +19,7 @@ from clis.progress import Progress
 
 GROUPS = {"all": "rcf", "r": "r", "c": "c", "f": "f"}
 COUNT_BINS = (0, 1, 3, 10, 30, 100, 300, 1000, 3000, 10_000, 30_000, 100_000)
-"""First training-image count of each bin: three bins a decade are too few images, one is too coarse."""
+"""First training-image count per bin; three bins per decade would hold too few images, one is too coarse."""
 ERRORS = ("class", "location", "both", "duplicate", "background", "missed")
 FOREGROUND_IOU, BACKGROUND_IOU = 0.5, 0.1
 
@@ -173,7 +173,7 @@ class ErrorShares:
 
     ap50: dict[str, float]
     lost: dict[str, dict[str, float]]
-    """By error (`ERRORS`), then by group: AP50 with this kind alone mended, less AP50; -1 where undefined."""
+    """By error (`ERRORS`), then by group: AP50 with only this kind fixed, minus AP50; -1 where undefined."""
     counts: dict[str, int]
     """How many detections (missed: ground truths) are of each kind."""
 

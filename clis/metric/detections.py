@@ -141,7 +141,7 @@ def _reject(bad: np.ndarray, problem: str, values: np.ndarray) -> None:
 
 def _read_npz(path: Path) -> dict[str, Any]:
     with open(path, "rb") as file:
-        if not zipfile.is_zipfile(file):  # the table of contents is at the end: a cut file has none
+        if not zipfile.is_zipfile(file):  # the table of contents is at the end: a truncated file has none
             raise ValueError("not a whole .npz file; write it again")
     try:
         with np.load(path) as columns:

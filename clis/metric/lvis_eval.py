@@ -142,7 +142,7 @@ def accumulate(matches: Matches, image_weights: np.ndarray | None = None, num_ar
     truth_weights = None if image_weights is None else image_weights[matches.truth_images]
     bounds = np.searchsorted(matches.labels, np.arange(matches.num_classes + 1))
     false_positive = SETTING_BITS & ~(matches.true_positive | matches.ignored)
-    # Most detections are false, or ignored, at all thresholds alike: these are counted once an area range.
+    # Most detections are false, or ignored, at all thresholds alike: these are counted once per area range.
     steady = (false_positive & IN_ALL_RANGES) * RANGE_BITS == false_positive
     steady &= matches.true_positive == 0
     moving = np.flatnonzero(~steady)
@@ -269,7 +269,7 @@ def _curves(
     false = num_false[hits] - np.repeat(num_false[starts], num_hits) + in_front[hits]
     precision = true / (false + true + np.spacing(1))
 
-    # The first true positive at which each recall is reached; behind the class's last one, it never is.
+    # The first true positive at which each recall is reached; after the class's last one, it never is.
     reached = np.searchsorted(num_true[1:], num_true[first, None] + needed)
     reached = reached.clip(first[:, None], last[:, None])
     best = np.maximum.reduceat(np.append(precision, 0.0), reached.ravel()).reshape(reached.shape)

@@ -31,7 +31,7 @@ AREA_RANGES = {
 """Square pixels, both ends inclusive: a box of 32 x 32 is small and medium."""
 
 FIXED_LIMIT = 10_000
-"""Detections a class over the split for fixed and pooled AP (Dave et al., arXiv 2102.01066)."""
+"""Detections per class over the split for fixed and pooled AP (Dave et al., arXiv 2102.01066)."""
 
 Protocol = Literal["standard", "fixed", "pooled"]
 T, A = len(IOU_THRESHOLDS), len(AREA_RANGES)
