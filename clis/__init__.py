@@ -47,7 +47,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Imports what is asked for, so that `import clis` costs nothing."""
+    """Import the requested name when it is first used, so that `import clis` costs nothing."""
     if name not in _HOME:
         raise AttributeError(f"module 'clis' has no attribute {name!r}")
     return getattr(importlib.import_module(_HOME[name]), name)

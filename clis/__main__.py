@@ -11,7 +11,7 @@ from clis.commands import VERBS, run_verb
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the verb that the first argument names with the others."""
+    """Run the verb named by the first argument with the remaining arguments."""
     argv = sys.argv[1:] if argv is None else list(argv)
     if argv and argv[0] in VERBS:
         run_verb(argv[0], argv[1:])

@@ -1,4 +1,4 @@
-"""Files that a crash must not cut in half."""
+"""Files that a crash must not leave half-written."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from pathlib import Path
 
 @contextlib.contextmanager
 def atomic_write(path: str | Path) -> Iterator[Path]:
-    """A temporary path in the folder of `path` that takes its place when the block ends without an error.
+    """Yield a temporary path beside `path`, which it replaces when the block ends without an error.
 
-    Makes the folder. The temporary name keeps the suffix, for writers that add one of their own.
+    Makes the folder. The temporary name keeps the suffix, for writers that would otherwise add their own.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -34,7 +34,7 @@ def remove_partial_files(folder: Path) -> None:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Puts the new name itself on the disk, where the system lets a folder be synced."""
+    """Flush the new name itself to the disk, where the system lets a folder be synced."""
     with contextlib.suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
         try:

@@ -22,9 +22,10 @@ ROI_STDS: Stds = (0.1, 0.2)
 
 
 def encode(boxes: Tensor, targets: Tensor, stds: Stds) -> Tensor:
-    """Deltas that move `boxes` [N,4] onto `targets` [N,4]: center shift by size, log size ratio, over `stds`.
+    """Compute deltas that move `boxes` [N,4] onto `targets` [N,4], divided by `stds`.
 
-    Both need sides above zero. Returns [N,4]. Source: Faster R-CNN's parametrization, mmdetection's stds.
+    They are the center shift relative to size and the log size ratio. Both arguments need sides above zero.
+    Returns [N,4]. Source: Faster R-CNN's parametrization, mmdetection's stds.
     """
     size, target_size = boxes[:, 2:] - boxes[:, :2], targets[:, 2:] - targets[:, :2]
     shift = (targets[:, :2] + targets[:, 2:] - boxes[:, :2] - boxes[:, 2:]) / (2 * size)
@@ -32,7 +33,7 @@ def encode(boxes: Tensor, targets: Tensor, stds: Stds) -> Tensor:
 
 
 def decode(boxes: Tensor, deltas: Tensor, stds: Stds, shrink_limit: float = 0.016) -> Tensor:
-    """The inverse of `encode`: boxes [...,4] moved by deltas [...,4], shrunk to `shrink_limit` at most."""
+    """Invert `encode`: move boxes [...,4] by deltas [...,4], shrinking them to `shrink_limit` at most."""
     size = boxes[..., 2:] - boxes[..., :2]
     center = boxes[..., :2] + size / 2 + deltas[..., :2] * stds[0] * size
     least = math.log(shrink_limit) if shrink_limit > 0 else -math.inf
@@ -41,14 +42,14 @@ def decode(boxes: Tensor, deltas: Tensor, stds: Stds, shrink_limit: float = 0.01
 
 
 def clip(boxes: Tensor, size: tuple[int, int]) -> Tensor:
-    """Boxes [...,4] inside an image of `size` (height, width)."""
+    """Clip boxes [...,4] to an image of `size` (height, width)."""
     height, width = size
     x, y = boxes[..., 0::2].clamp(0, width), boxes[..., 1::2].clamp(0, height)
     return torch.stack([x, y], dim=-1).flatten(-2)
 
 
 def match(iou: Tensor, positive_iou: float, negative_iou: float, low_quality: bool) -> Tensor:
-    """Ground truth of each box, from `iou` [G,N]: an index 0..G-1, `NEGATIVE` or `IGNORED`; int64 [N].
+    """Assign ground truth to each box by `iou` [G,N]: an index 0..G-1, `NEGATIVE` or `IGNORED`; int64 [N].
 
     A box takes the ground truth of its highest IoU if that is at least `positive_iou`, and is negative
     below `negative_iou`. With `low_quality`, the boxes that reach a ground truth's highest IoU belong to it
@@ -74,7 +75,7 @@ def sample(
 ) -> list[tuple[Tensor, Tensor]]:
     """Choose positives of each image at random (up to their fraction), and negatives up to `samples` in all.
 
-    The choice is a function of seed and matches alone, on any device, and the host waits for the device once.
+    The choice is a function of only seed and matches, on any device, and the host waits for the device once.
 
     Args:
         matches: int64 [N] of each image, as from `match`.
@@ -98,7 +99,7 @@ def sample(
 
 
 def random_order(count: int, seed: int, device: torch.device) -> Tensor:
-    """Give different int64 numbers [count] in an order that looks random, by seed and place alone.
+    """Return different int64 numbers [count] in an order that looks random, by seed and place alone.
 
     A hash instead of a generator, which would draw on the host or differ from device to device. Source of its
     multiplier: T. Mueller's 32-bit integer hash, chosen there for how evenly input bits change output bits.
@@ -110,7 +111,7 @@ def random_order(count: int, seed: int, device: torch.device) -> Tensor:
 
 
 def uniform(count: int, seed: int, device: torch.device) -> Tensor:
-    """Give numbers in [0,1), float64 [count], that look random, by seed and place alone.
+    """Return numbers in [0,1), float64 [count], that look random, by seed and place alone.
 
     They are independent of `random_order`'s for the same seed.
     """
@@ -118,7 +119,7 @@ def uniform(count: int, seed: int, device: torch.device) -> Tensor:
 
 
 def _mix(x: Tensor) -> Tensor:
-    """A bijection of int64 numbers in [0, 2**32)."""
+    """Apply a bijection to int64 numbers in [0, 2**32)."""
     for _ in range(2):
         x = ((x >> 16) ^ x) * 0x45D9F3B & 0xFFFFFFFF
     return (x >> 16) ^ x
@@ -138,7 +139,7 @@ def nms_top_k(
     score_threshold: float = -math.inf,
     min_size: float = 0.0,
 ) -> Tensor:
-    """The first `k` survivors of NMS over all candidates, exactly, without looking at most of them.
+    """Return the first `k` survivors of NMS over all candidates, exactly, without looking at most of them.
 
     Whether a candidate survives depends only on those before it, so the survivors among the top K are
     survivors among all. We take K, suppress, and double K until `k` survive or no candidate is left.
@@ -147,8 +148,8 @@ def nms_top_k(
         scores: float [N]. The order is total: score descending, then index ascending.
         candidates: maps int64 indices [n] to their boxes [n,4] and groups int64 [n]; only boxes of one group
             suppress each other.
-        score_threshold: candidates at or below it do not take part.
-        min_size: nor do boxes with a side below it.
+        score_threshold: candidates at or below it are left out.
+        min_size: boxes with a side below it are left out, too.
 
     Returns:
         int64 indices into `scores`, at most `k`, in order.
@@ -167,7 +168,7 @@ def nms_top_k(
 
 
 def _top(scores: Tensor, size: int) -> Tensor:
-    """Indices of the `size` highest scores, ties by index, also at the cut."""
+    """Return the indices of the `size` highest scores, ties by index, also at the cut."""
     if len(scores) > SORTED_WHOLE and size > 0:  # sort no more than the best, though the host waits for them
         lowest = scores.topk(size, sorted=False).values.min()
         inside = torch.nonzero(~(scores < lowest)).squeeze(1)
@@ -176,7 +177,7 @@ def _top(scores: Tensor, size: int) -> Tensor:
 
 
 def grouped_nms(boxes: Tensor, groups: Tensor, iou_threshold: float) -> Tensor:
-    """NMS within groups of boxes that are in order already; positions that survive, ascending."""
+    """Apply NMS within groups of boxes already in order; return the positions that survive, ascending."""
     if boxes.shape[0] == 0:
         return torch.zeros(0, dtype=torch.int64, device=boxes.device)
     # float64: 1203 groups set apart by 2000 px do not fit float32

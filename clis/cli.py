@@ -1,4 +1,4 @@
-"""How a command ends: what a user can fix as one line, and an exit code."""
+"""How a command ends: errors that a user can fix in one line each, and an exit code."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ EXIT_CODE = 75
 
 
 class Preempted(Exception):
-    """The run was asked to stop, has saved its state and can be called again."""
+    """The run was asked to stop, has saved its state and can be resumed."""
 
 
 def is_worker_death(error: BaseException) -> bool:
-    """Whether this is what torch raises, anywhere in the main process, when a loader process is killed."""
+    """Check for what torch raises, anywhere in the main process, when a loader process is killed."""
     return isinstance(error, RuntimeError) and "DataLoader worker" in str(error)
 
 
 def run_command(main: Callable[[], None]) -> None:
-    """Run a command; what a user can fix is reported in one line, without a traceback.
+    """Run a command; an error that a user can fix is reported in one line, without a traceback.
 
     Exit codes: 0 done, 1 an error of this kind, 75 a training or study that was asked to stop and can resume,
     130 interrupted. With CLIS_DEBUG=1 the traceback is shown.

@@ -20,6 +20,8 @@ SHARED, OWN, IMAGE_LEVEL, MACHINE, INFERENCE, PRETRAINING, REGIONS = Scope
 
 @dataclass(frozen=True, kw_only=True)
 class BackboneConfig:
+    """The ResNet with its feature pyramid: architecture, normalization and initial weights."""
+
     name: Literal["resnet10", "resnet18", "resnet50", "resnet101"] = setting("resnet50", SHARED | PRETRAINING)
     """ResNet depth; 50 and 101 have bottleneck blocks, 10 (one block per stage) and 18 basic ones."""
     width: int = setting(64, SHARED | PRETRAINING)
@@ -64,6 +66,8 @@ class BackboneConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RPNConfig:
+    """The region proposal network: anchors, matching, sampling and the proposals that are kept."""
+
     anchor_scale: float = setting(8.0, SHARED)
     """Anchor side in strides (mmdetection: 8)."""
     anchor_ratios: tuple[float, ...] = setting((0.5, 1.0, 2.0), SHARED)
@@ -101,6 +105,8 @@ class RPNConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RoIConfig:
+    """The RoI heads: sampling, RoIAlign, the two sub-networks and their output layers."""
+
     samples: int = 512
     """RoIs sampled per image in training."""
     positive_fraction: float = 0.25
@@ -139,6 +145,8 @@ class RoIConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
+    """The detector: backbone, region proposal network and RoI heads."""
+
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
     rpn: RPNConfig = field(default_factory=RPNConfig)
     roi: RoIConfig = field(default_factory=RoIConfig, metadata=scoped(SHARED))
@@ -226,6 +234,8 @@ class LossConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
+    """Files of both streams, the order in which images are drawn, augmentation and loading."""
+
     root: str | None = setting(None, SHARED | MACHINE)
     """Folder that the paths below are relative to; null is $CLIS_DATA, or ``data`` if that is unset."""
     generate: Literal["shapes"] | None = setting(None, SHARED)
@@ -355,7 +365,7 @@ class RegionsConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class StartConfig:
-    """A run may start from another one's weights, e.g. to train its last layer again with another loss."""
+    """Start from the weights of another run, e.g. to train its last layer again with another loss."""
 
     from_: str | None = None
     """Checkpoint or run folder, or a config (then trained first, in its own run folder); null starts from
@@ -373,6 +383,8 @@ class StartConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimConfig:
+    """SGD and its learning-rate schedule."""
+
     lr: float = setting(0.02, SHARED)
     """Learning rate for a global batch of `lr_images`; scaled linearly to `train.images_per_step`."""
     lr_images: int = setting(16, SHARED)
@@ -394,6 +406,8 @@ class OptimConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
+    """The training run: length, batch, precision, device, logging and saving."""
+
     steps: int = setting(90000, SHARED)
     images_per_step: int = setting(16, SHARED)
     """B_d, instance-level images in the global batch."""
@@ -431,11 +445,11 @@ class TrainConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class PretrainConfig:
-    """The detector's ResNet is first trained as a classifier of the image-level images (section IV-D.4: the
-    paper's comparison, not part of CLIS).
+    """Pre-training of the detector's ResNet as a classifier of the image-level images.
 
-    Momentum, weight decay, decay factor and clipping are those of `optim`, without warm-up; seed, precision,
-    logging and saving those of `train`; flip, loaders and bad images those of `data`.
+    This is section IV-D.4: the paper's comparison, not part of CLIS. Momentum, weight decay, decay factor
+    and clipping are those of `optim`, without warm-up; seed, precision, logging and saving those of `train`;
+    flip, loaders and bad images those of `data`.
     """
 
     epochs: int = 0
@@ -470,6 +484,8 @@ class PretrainConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TestConfig:
+    """Inference: image size, and which detections are kept."""
+
     score_threshold: float = setting(1e-4, SHARED)
     nms_iou: float = setting(0.5, SHARED)
     detections: int = setting(300, SHARED)
@@ -499,6 +515,8 @@ class TestConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
+    """All settings of a run, in sections."""
+
     model: ModelConfig = field(default_factory=ModelConfig)
     clis: CLISConfig = field(default_factory=CLISConfig, metadata=scoped(OWN))
     loss: LossConfig = field(default_factory=LossConfig, metadata=scoped(OWN))
@@ -513,7 +531,7 @@ class Config:
     """The run folder; `load_config` sets it to ``runs/`` + the config's path below ``configs/``."""
 
     def __post_init__(self) -> None:
-        """Check the rules between sections; those of a section are its own."""
+        """Check the rules between sections; each section checks its own."""
         for key, value in (("clis.s", self.clis.s), ("pretrain.epochs", self.pretrain.epochs)):
             if value > 0 and not self.data.image_level:
                 raise ValueError(

@@ -24,7 +24,7 @@ CLIS_OFF = {
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Reads a YAML config with its parents and applies `key.path=value` overrides.
+    """Read a YAML config with its parents and apply `key.path=value` overrides.
 
     A relative `base`, `regions.detector` or `start.from` in a file is relative to that file; in an override
     it is relative to the working folder, as is `data.root` everywhere. `data.root` is made
@@ -42,14 +42,14 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 
 def resolve_data_root(config: Config) -> Config:
-    """The config with `data.root` absolute: as given, else $CLIS_DATA, else ``data``."""
+    """Make `data.root` absolute: the one of the config, else $CLIS_DATA, else ``data``."""
     root = config.data.root or os.environ.get("CLIS_DATA") or "data"
     data = dataclasses.replace(config.data, root=str(Path(root).expanduser().resolve()))
     return dataclasses.replace(config, data=data)
 
 
 def config_from_dict(values: Mapping[str, Any], source: str = "config") -> Config:
-    """Builds a checked `Config` from nested mappings; `source` names them in errors (all `ValueError`)."""
+    """Build a checked `Config` from nested mappings; `source` names them in errors (all `ValueError`)."""
     try:
         return _build(Config, values, prefix="")
     except ValueError as error:
@@ -57,19 +57,20 @@ def config_from_dict(values: Mapping[str, Any], source: str = "config") -> Confi
 
 
 def config_to_dict(config: Config) -> dict[str, Any]:
-    """The whole configuration as nested plain dicts, lists and scalars."""
+    """Return the whole configuration as nested plain dicts, lists and scalars."""
     return _plain(dataclasses.asdict(config))
 
 
 def config_to_yaml(config: Config) -> str:
+    """Return the whole configuration as YAML that `load_config` can read, in the order of the fields."""
     return yaml.safe_dump(config_to_dict(config), sort_keys=False)
 
 
 def config_differences(a: Config, b: Config, within: Collection[str] | None = None) -> list[str]:
-    """Dotted keys, with both values, in which two configs differ beyond what a resumed run may change.
+    """List the dotted keys, with both values, in which two configs differ beyond what resuming may change.
 
     Args:
-        within: sections and keys that are looked at; None is all of them.
+        within: sections and keys that are compared; None is all of them.
     """
     flat_a, flat_b = flatten(config_to_dict(a)), flatten(config_to_dict(b))
     return [
@@ -82,7 +83,7 @@ def config_differences(a: Config, b: Config, within: Collection[str] | None = No
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as one, of dotted keys."""
+    """Flatten nested mappings to one with dotted keys."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
         dotted = f"{prefix}{key}"
@@ -91,7 +92,7 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def merge_overrides(values: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """Nested values with `key.path=value` overrides applied; the values are read as YAML.
+    """Apply `key.path=value` overrides to nested values; the overriding values are read as YAML.
 
     A mapping (`data={workers: 0}`) changes the keys that it names and leaves the section's others alone.
 
@@ -105,7 +106,7 @@ def merge_overrides(values: Mapping[str, Any], overrides: Sequence[str]) -> dict
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """The mapping in one YAML file, without its parents; an empty file is an empty mapping."""
+    """Read the mapping in one YAML file, without its parents; an empty file is an empty mapping."""
     try:
         values = yaml.load(path.read_text(encoding="utf-8"), Loader=_StrictLoader)
     except FileNotFoundError:
@@ -122,7 +123,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """Refuses a key that is there twice, of which YAML readers silently keep the last."""
+    """Reject a key that occurs twice, of which YAML readers silently keep the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen = set()
@@ -200,7 +201,7 @@ def _build(cls: type, values: Any, prefix: str) -> Any:
 
 
 def _nearest(key: str, prefix: str, siblings: Mapping[str, Any]) -> str:
-    """What may have been meant: the key in another section, a like one in this section, or any of this."""
+    """Suggest what was meant: the key in another section, a similar one in this section, or list them all."""
     elsewhere = [dotted for dotted in _known_keys(Config) if dotted.split(".")[-1] == key]
     like = difflib.get_close_matches(key, siblings, n=1, cutoff=0.6)
     meant = elsewhere or [f"{prefix}{name}" for name in like]
@@ -208,7 +209,7 @@ def _nearest(key: str, prefix: str, siblings: Mapping[str, Any]) -> str:
 
 
 def _known_keys(cls: type, prefix: str = "") -> Iterator[str]:
-    """Dotted names of all sections and keys."""
+    """Yield the dotted names of all sections and keys."""
     for name, hint in typing.get_type_hints(cls).items():
         key = key_of(name)
         yield f"{prefix}{key}"
@@ -220,7 +221,7 @@ _TYPE_NAMES = {bool: "true or false", int: "a whole number", float: "a number", 
 
 
 def _convert(value: Any, hint: Any, where: str) -> Any:
-    """`value` as the annotated type, or a `ValueError` that names the key."""
+    """Convert `value` to the annotated type, or raise a `ValueError` that names the key."""
     if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         return _build(hint, value, f"{where}.")
     origin, options = typing.get_origin(hint), typing.get_args(hint)

@@ -13,9 +13,11 @@ class Rules:
     """
 
     def __init__(self, prefix: str, section: object) -> None:
-        """
+        """Prepare checks of a section.
+
         Args:
             prefix: the section's dotted key, e.g. ``model.backbone``.
+            section: the section itself.
         """
         self.prefix, self.section = prefix, section
 
@@ -25,7 +27,7 @@ class Rules:
             raise ValueError(f"{self.prefix}.{name}={_shown(getattr(self.section, name))}: {rule}")
 
     def at_least(self, least: int, *names: str, or_null: bool = False) -> None:
-        """Check a lower bound; floats must be finite, too."""
+        """Check a lower bound; floats must also be finite."""
         for name in names:
             value = getattr(self.section, name)
             finite = " and finite" if isinstance(value, float) else ""

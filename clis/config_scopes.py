@@ -1,6 +1,6 @@
 """What a field of the config is for: its scope, written beside its default.
 
-Code that needs to know, for instance which fields a resumed run may change, asks for the scope and keeps no
+Code that needs to know, for instance which fields a resumed run may change, looks up the scope and keeps no
 list of names. A field without a scope is an error at import.
 """
 
@@ -17,11 +17,11 @@ class Scope(enum.Flag):
     """What a field is for: exactly one of the first three, and all of the others that hold."""
 
     SHARED = enum.auto()
-    """Belongs to this run and to the detector that finds its regions: an override holds for both."""
+    """Belongs to this run and to the detector that finds its regions: an override applies to both."""
     OWN = enum.auto()
-    """Belongs to this run alone."""
+    """Belongs to this run only."""
     IMAGE_LEVEL = enum.auto()
-    """Belongs to this run alone and has no effect without its image-level stream."""
+    """Belongs to this run only and has no effect without its image-level stream."""
     MACHINE = enum.auto()
     """Changes speed, memory, places or reports, but no result of a run; a resumed run may change it."""
     INFERENCE = enum.auto()
@@ -38,12 +38,15 @@ def scoped(scope: Scope) -> dict[str, Scope]:
 
 
 def setting(default: T, scope: Scope) -> T:
-    """Declare a field by its default and scope, e.g. ``width: int = setting(64, SHARED | PRETRAINING)``."""
+    """Declare a field by its default value and its scope.
+
+    Example: ``width: int = setting(64, SHARED | PRETRAINING)``.
+    """
     return dataclasses.field(default=default, metadata=scoped(scope))
 
 
 def key_of(name: str) -> str:
-    """Give the key in a file of a field's name, which ends with ``_`` where the key is a word of Python's."""
+    """Return a field name's key in a file; the name ends with ``_`` where the key is a Python keyword."""
     return name.removesuffix("_")
 
 
@@ -51,11 +54,11 @@ def scopes_of(config: type, prefix: str = "", outer: Scope | None = None) -> dic
     """Collect the scope of every field of a config class and its sections, by dotted key.
 
     Args:
-        prefix: of the keys, e.g. ``model.``.
+        prefix: prefix of the keys, e.g. ``model.``.
         outer: the scope on the section's own field, if it has one.
 
     Raises:
-        TypeError: a field has no scope, one beside that of its section, or a contradictory one.
+        TypeError: a field has no scope, one in addition to that of its section, or a contradictory one.
     """
     found: dict[str, Scope] = {}
     for field in dataclasses.fields(config):

@@ -23,19 +23,26 @@ TIMEOUT = timedelta(hours=3)
 
 
 def rank() -> int:
+    """Return this process's number among all processes, 0 without torchrun."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def world_size() -> int:
+    """Return the number of processes, 1 without torchrun."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def is_main() -> bool:
+    """Return whether this process has rank 0."""
     return rank() == 0
 
 
 def choose_device(name: str) -> torch.device:
-    """`auto` is this process's CUDA device where there is one, else the CPU."""
+    """Return the device of this name; `auto` is this process's CUDA device where there is one, else the CPU.
+
+    Raises:
+        ValueError: the name is not a device's, or the machine has no CUDA device.
+    """
     if name != "auto" and not name.startswith("cuda"):
         try:
             return torch.device(name)
@@ -52,7 +59,7 @@ def choose_device(name: str) -> torch.device:
 
 @contextlib.contextmanager
 def process_group(device: torch.device) -> Iterator[None]:
-    """Joins the processes that torchrun started (nccl on CUDA, gloo else) for the length of the block."""
+    """Join the processes that torchrun started (nccl on CUDA, gloo else) for the length of the block."""
     if "WORLD_SIZE" not in os.environ or int(os.environ["WORLD_SIZE"]) == 1 or dist.is_initialized():
         yield
         return
@@ -68,11 +75,11 @@ def process_group(device: torch.device) -> Iterator[None]:
 
 
 def _own_names(store: dist.Store, place: int, size: int) -> dist.Store:
-    """The store under a new name that these processes agree on.
+    """Return the store under a new name that these processes agree on.
 
     torchrun's c10d store outlives a restart, and with it the addresses of processes that are gone. The number
-    of restarts is no name: every node has its own, and it stays where a node joins or leaves. So each process
-    asks with a word of its own, and an answer to one that is gone is heard by nobody.
+    of restarts cannot serve as the name: every node has its own, and it does not change when a node joins or
+    leaves. So each process asks with a word of its own, and an answer to one that is gone is heard by nobody.
     """
     if place > 0:
         question = uuid.uuid4().hex
@@ -94,15 +101,16 @@ def _own_names(store: dist.Store, place: int, size: int) -> dist.Store:
 
 
 def barrier() -> None:
+    """Wait until all processes have reached this call; does nothing on one process."""
     if dist.is_initialized():
         dist.barrier()
 
 
 @contextlib.contextmanager
 def local_main_first() -> Iterator[None]:
-    """Rank 0 of each machine runs the block before its others, who find what it has put into files.
+    """Run the block on rank 0 of each machine before its other ranks, which find the files that it wrote.
 
-    All processes have to come here. An error of the first does not hold the others up.
+    All processes must come here. An error in the first rank does not hold up the others.
     """
     first = int(os.environ.get("LOCAL_RANK", 0)) == 0
     if not first:
@@ -115,19 +123,19 @@ def local_main_first() -> Iterator[None]:
 
 
 def all_reduce_sum(values: Tensor) -> Tensor:
-    """Sum over all ranks; the same on each. Changes and returns `values`."""
+    """Sum over all ranks, the same on each. Changes `values` in place and returns it."""
     if dist.is_initialized():
         dist.all_reduce(values)
     return values
 
 
 def broadcast_flag(answer: bool) -> bool:
-    """The answer of rank 0, on all ranks."""
+    """Return the answer of rank 0, on all ranks."""
     return bool(all_reduce_sum(torch.tensor(int(answer and is_main()))))
 
 
 def from_main(value: T) -> T:
-    """Give the value of rank 0 to all ranks; what the others pass does not matter."""
+    """Return the value of rank 0 on all ranks; what the others pass does not matter."""
     if not dist.is_initialized():
         return value
     values = [value]
@@ -136,7 +144,7 @@ def from_main(value: T) -> T:
 
 
 def all_gather_rows(rows: Tensor) -> Tensor:
-    """Rows [n,...] of all ranks, n different on each, one below the other in the order of the ranks."""
+    """Concatenate rows [n,...] of all ranks, in the order of the ranks; n may differ."""
     if not dist.is_initialized():
         return rows
     padded, counts = _padded(rows)
@@ -146,7 +154,10 @@ def all_gather_rows(rows: Tensor) -> Tensor:
 
 
 def gather_rows(rows: Tensor) -> Tensor:
-    """As `all_gather_rows`, on rank 0 alone; the others get theirs back. From CPU to CPU also beside nccl."""
+    """Gather rows as `all_gather_rows`, but on rank 0 only; the others get theirs back.
+
+    Rows on the CPU travel from CPU to CPU (gloo), even where CUDA uses nccl.
+    """
     if not dist.is_initialized():
         return rows
     padded, counts = _padded(rows)
@@ -156,7 +167,7 @@ def gather_rows(rows: Tensor) -> Tensor:
 
 
 def _padded(rows: Tensor) -> tuple[Tensor, list[int]]:
-    """Rows filled up to the longest rank's number, and the number of each rank."""
+    """Pad rows to the longest rank's number; return them and the number of each rank."""
     lengths = torch.zeros(world_size(), dtype=torch.int64)
     lengths[rank()] = len(rows)
     counts = all_reduce_sum(lengths).tolist()
@@ -166,7 +177,7 @@ def _padded(rows: Tensor) -> tuple[Tensor, list[int]]:
 
 
 def wrap_ddp(model: nn.Module, device: torch.device) -> nn.Module:
-    """The model in DDP, which leaves its buffers alone."""
+    """Wrap the model in DDP, which does not synchronize its buffers; one process gets the model itself."""
     if world_size() == 1:
         return model
     # the queue is the same on all ranks by construction: 59 MB that need not travel each step
@@ -179,7 +190,7 @@ def wrap_ddp(model: nn.Module, device: torch.device) -> nn.Module:
 
 @contextlib.contextmanager
 def no_sync(network: nn.Module, local: bool) -> Iterator[None]:
-    """With `local` the gradients of the block do not travel between the processes yet."""
+    """Keep the gradients of the block from being synchronized between processes yet, if `local`."""
     if local and isinstance(network, DistributedDataParallel):
         with network.no_sync():
             yield

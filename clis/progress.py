@@ -1,4 +1,4 @@
-"""What a person sees while waiting: lines and progress on the terminal, from rank 0 alone."""
+"""Messages and progress on the terminal while a person waits, printed by rank 0 only."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ _LAST_LINE = "{desc} {n}/{total} {rate_noinv_fmt} in {elapsed}{postfix}"
 
 
 def say(text: str) -> None:
-    """Prints a line, from rank 0 alone."""
+    """Print a line on rank 0 only."""
     if is_main():
         tqdm.write(text, file=sys.stdout)
         sys.stdout.flush()
 
 
 class Progress:
-    """Rate and time left of a loop, from rank 0 alone: tqdm's line on a terminal, plain lines otherwise.
+    """Rate and time left of a loop, on rank 0 only: tqdm's line on a terminal, plain lines otherwise.
 
-    Use as a context manager and call `advance` as the work goes on; without a call it says nothing.
+    Use as a context manager and call `advance` as the work progresses; without a call it prints nothing.
     """
 
     def __init__(self, label: str, total: int, start: int = 0) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def image_size(image: Tensor) -> tuple[int, int]:
-    """Height and width of an image [..., H, W]."""
+    """Return the height and width of an image [..., H, W]."""
     height, width = image.shape[-2:]
     return height, width
 
@@ -26,7 +26,7 @@ def shortest_size(
     max_size: float,
     to_whole: Callable[[float], int] = round_half_up,
 ) -> tuple[int, int]:
-    """Height and width with a short side of `short_side` pixels, but a long side of at most `max_size`."""
+    """Scale height and width to a short side of `short_side` pixels, but a long one of at most `max_size`."""
     scale = min(short_side / min(size), max_size / max(size))
     height, width = (max(to_whole(side * scale), 1) for side in size)
     return height, width
@@ -44,11 +44,11 @@ def resize_image(
         extent: height and width of what is resized, from the upper left corner; None is the whole image. An
             image that was decoded at 1 / k of its size ends somewhere in its last row and column. It is not
             smaller than `size`.
-        antialias: without, four pixels make one whatever the scale, as in OpenCV.
+        antialias: without it, four pixels make one at any scale, as in OpenCV.
 
     Returns:
-        uint8 [3, *size]; `image` itself where nothing is to be done. The order in memory (channels first or
-        last) is kept.
+        uint8 [3, *size]; `image` itself where nothing changes. The order in memory (channels first or last)
+        is kept.
     """
     if tuple(extent or image.shape[-2:]) == tuple(size):
         return image
@@ -65,7 +65,7 @@ def resize_image(
 
 
 def scale_boxes(boxes: Tensor, size: tuple[int, int], new_size: tuple[int, int]) -> Tensor:
-    """Boxes [...,4] of an image that is resized from `size` to `new_size`, both (height, width).
+    """Scale boxes [...,4] of an image resized from `size` to `new_size`, both (height, width).
 
     Each axis is scaled by the ratio of the actual sizes, which rounding makes differ slightly.
     """

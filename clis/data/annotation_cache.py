@@ -21,12 +21,12 @@ from clis.data.mapped import map_array
 from clis.data.records import Packed
 
 FORMAT = 3
-"""Of the folders; another number makes them stale. Raise it when what is kept in them changes."""
+"""Version of the cache folders; those of another version are stale. Raise it when their content changes."""
 
 _INDEX = "index.json"
 _BLOCK = 1 << 20
 _ABANDONED = 3600.0
-"""Seconds after which nobody is still writing."""
+"""Seconds after which a temporary folder counts as abandoned."""
 
 
 def cached(source: str | Path, form: str, build: Callable[[], Packed]) -> Packed:
@@ -48,7 +48,7 @@ def cached(source: str | Path, form: str, build: Callable[[], Packed]) -> Packed
     try:
         _write(folder, stamp, packed)
     except OSError as error:
-        warnings.warn(  # the same words for all forms, so that they are said once
+        warnings.warn(  # the same text for all forms, so that it is shown once
             f"{_root()}: the annotation cache cannot be written ({error.strerror}); {source} is read anew at "
             "every start and each process holds a copy of its own; set CLIS_CACHE to a folder that can be "
             "written",

@@ -16,14 +16,14 @@ from clis.data.mapped import MappedFile
 from clis.data.records import Packed, document_parts, lists_of, pack_records
 
 MAX_OVERFLOW = 1.0
-"""Pixels by which a training box may leave its image and be clipped without a word: LVIS's own rounding."""
+"""Pixels by which a training box may leave its image and be clipped silently: LVIS's own rounding."""
 CACHED_BYTES = 8_000_000
-"""Size of an annotation file from which on what was read of it is kept (see `clis.data.annotation_cache`)."""
+"""Size in bytes from which on an annotation file is cached (see `clis.data.annotation_cache`)."""
 
 _PAIRS = ("negatives", "not_exhaustive")
 
 Advance = Callable[[int], object]
-"""Told the number of bytes after each part of a file that was read."""
+"""Called with the number of bytes after each part of a file that was read."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -20,7 +20,7 @@ from clis.data.sampling import ImageItem
 from clis.resize import round_half_up, shortest_size
 
 SHORT_SIDE = 256 / 224
-"""Short side of the image of which the central crop is taken, relative to the crop's (torchvision)."""
+"""Short side of the image from which the central crop is taken, relative to the crop's (torchvision)."""
 LONG_SIDE = 8
 """Limit of its long side, relative to the short one: a strip of one pixel would fill the memory."""
 
@@ -67,7 +67,7 @@ class LabeledBatch(OnDevice):
     labels: Tensor
     """int64 [B]."""
     names: list[str]
-    """B, for messages."""
+    """B names, for messages."""
     unreadable: tuple[str, ...]
 
 

@@ -24,7 +24,7 @@ _LISTS = {
 }
 
 NO_CATEGORY = -1
-"""Label of what is left out."""
+"""Label of images that are left out."""
 
 
 def class_labels(categories: Sequence[Category], mapping: str | Path | None) -> Callable[[str], int | None]:

@@ -24,7 +24,7 @@ from clis.data.images import ImageError, read_bytes
 from clis.data.mapped import map_array
 
 FORMAT = 1
-"""Of a prepared index; another one is refused."""
+"""Version of a prepared index; other versions are rejected."""
 HEADER = "index.json"
 """The file by which a folder is known as a prepared index; `finished` is false while arrays are written."""
 
@@ -89,9 +89,9 @@ class ImageLevelIndex:
     digest: str
     """SHA-256 of the labels and the locations below the roots; it ties a region file to its index."""
     mixed: bool = False
-    """Whether it is of tars of mixed classes, in their order, so that blocks of neighbors make sense."""
+    """Whether the tars have mixed classes, indexed in their order, so that blocks of neighbors make sense."""
     folder: Path | None = None
-    """Where it was opened from; None for one in memory."""
+    """Folder that it was opened from; None for an index in memory."""
 
     def __len__(self) -> int:
         """Return the number of images."""

@@ -22,10 +22,10 @@ import numpy as np
 from clis.atomic import atomic_write
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif")
-"""In any case, also with .gz behind; other files are passed over, and so are hidden ones."""
+"""In upper or lower case, also followed by .gz; other files are skipped, and so are hidden ones."""
 
 MAX_BYTES = 2**30
-"""A larger file or member, or one that unpacks to more, is taken for no image and never read."""
+"""A larger file or member, or one that unpacks to more, is not taken for an image and is never read."""
 
 IS_FILE = -1
 """Position and size of an image that is a file of its own."""
@@ -33,8 +33,8 @@ IS_FILE = -1
 _COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 _LISTING_VERSION = 2
 _MAX_HEADER = 2**24
-# What tarfile lets through of a damaged or hostile tar: also numbers that are none or do not fit, cut-off
-# sparse maps, and headers of headers without end.
+# What tarfile lets through for a damaged or hostile tar: also malformed or too large numbers, truncated
+# sparse maps, and endless headers of headers.
 _DAMAGE = (tarfile.TarError, OSError, ValueError, IndexError, OverflowError, MemoryError, RecursionError)
 
 
@@ -42,9 +42,9 @@ class Container(NamedTuple):
     """A folder or a tar of images: of one class, which it is named after, or of mixed classes."""
 
     key: str
-    """Place of its root among the roots and its name there; the same wherever the roots lie."""
+    """Place of its root among the roots and its name there; the same wherever the roots are."""
     path: str
-    """Absolute; of the outer tar where this one lies in a tar."""
+    """Absolute; of the outer tar where this one is in a tar."""
     inner: str = ""
     """Name of this tar in the outer one."""
     start: int = IS_FILE
@@ -80,7 +80,7 @@ class Listing(NamedTuple):
     positions: np.ndarray
     sizes: np.ndarray
     skipped: int = 0
-    """What is named as an image but is a link in a tar, no regular file, or larger than `MAX_BYTES`."""
+    """Number of image names that are links in a tar, no regular files, or larger than `MAX_BYTES`."""
 
     def split_names(self) -> list[bytes]:
         """Return the k names."""

@@ -25,9 +25,9 @@ from clis.data.sampling import ImageItem, JointSampler, SingleSampler, WorkItem
 from clis.data.transforms import FILL
 
 GRACE = 30
-"""Seconds that a loader process lives on behind SIGTERM, for the step to be finished."""
+"""Seconds that a loader process lives on after SIGTERM, so that the step can be finished."""
 MAX_REPLACEMENTS = 100
-"""Unreadable images in a row after which a stream is taken to be gone."""
+"""Unreadable images in a row after which a stream counts as unavailable."""
 
 T = TypeVar("T")
 
@@ -120,7 +120,7 @@ class TwoStreamDataset(Dataset[Sample]):
         try:
             return self._sample(item, opened)
         except ImageError:
-            # Sound headers, but not the pixels of every image: replaced, it is another plan.
+            # The headers were sound, but not all pixels: with a replacement, the plan is another one.
             return self._sample(item, self._open(item, whole=True))
 
     def _open(self, item: WorkItem, *, whole: bool) -> _Opened:

@@ -20,7 +20,7 @@ class MappedFile:
 
     path: str
     checksum: int
-    """CRC-32 of some of the array's bytes: the file may have got another since it was mapped."""
+    """CRC-32 of some of the array's bytes: the file may have been replaced since it was mapped."""
 
     @classmethod
     def replace(cls, array: np.ndarray) -> np.ndarray | MappedFile:

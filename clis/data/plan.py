@@ -26,7 +26,7 @@ class Plan:
     boxes: Tensor
     """float32 [G,4] xyxy, the ground truth in the resized and flipped image."""
     placements: list[Placement]
-    """s, four to a mosaic."""
+    """s of them, four per mosaic."""
     regions: Tensor
     """float32 [s,4] xyxy in pixels of their mosaic."""
     kept: Tensor

@@ -13,14 +13,14 @@ from clis.data.json_lists import NotJSON, read_lists
 
 Record = dict[str, Any]
 Packed = tuple[dict[str, np.ndarray], dict[str, Any]]
-"""Arrays by name, and the few values beside them that JSON can hold."""
+"""Arrays by name, and a few further values that JSON can hold."""
 
 LISTS = {"images": "image", "annotations": "annotation", "categories": "category"}
 """The lists of an instance file, and what one of their records is called."""
 
 
 MAX_NAME = 4096
-"""Characters of a file name: a longer one is no path, and all names take as much memory as the longest."""
+"""Characters of a file name: a longer one is not a path, and all names take as much memory as the longest."""
 
 
 def document_parts(

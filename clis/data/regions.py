@@ -13,7 +13,7 @@ from clis.data.image_level import ImageLevelIndex
 from clis.data.mapped import map_array
 
 _ROWS = 1 << 20
-"""Rows that are checked at once, for memory that does not grow with the file."""
+"""Rows that are checked at once, so that memory does not grow with the file."""
 
 
 class RegionSource(enum.IntEnum):

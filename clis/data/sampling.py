@@ -17,7 +17,7 @@ _MASK = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15
 _FEISTEL_ROUNDS = 6
 _FRACTION_BITS = 30
-"""Cumulative repeat factors are int64 in units of 2**-30: exact, and room for 2**33 draws an epoch."""
+"""Cumulative repeat factors are int64 in units of 2**-30: exact, with room for 2**33 draws per epoch."""
 
 # Tags that keep hashes of one seed apart by what they are for.
 _REPEAT_ORDER, _REPEAT_OFFSET, _UNIFORM_ORDER, _ITEM_SEED, _BLOCK_ORDER, _BLOCK_PLACE, _PART = range(7)

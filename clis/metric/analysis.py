@@ -1,4 +1,4 @@
-"""What stands behind an AP: by class, by training images, by kind of error, and how sure a difference is."""
+"""Details of an AP: per class, by training images, by kind of error, and how certain a difference is."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from clis.progress import Progress
 
 GROUPS = {"all": "rcf", "r": "r", "c": "c", "f": "f"}
 COUNT_BINS = (0, 1, 3, 10, 30, 100, 300, 1000, 3000, 10_000, 30_000, 100_000)
-"""First training-image count of each bin: three bins a decade are too few images, one is too coarse."""
+"""First training-image count per bin; three bins per decade would hold too few images, one is too coarse."""
 ERRORS = ("class", "location", "both", "duplicate", "background", "missed")
 FOREGROUND_IOU, BACKGROUND_IOU = 0.5, 0.1
 
@@ -30,7 +30,7 @@ FOREGROUND_IOU, BACKGROUND_IOU = 0.5, 0.1
 def write_class_table(
     path: str | Path, matches: Matches, curves: Curves, categories: Sequence[Category]
 ) -> None:
-    """A CSV file with one line a class: its counts in training and here, AP and recall; undefined is empty.
+    """Write a CSV file with one line per class: counts in training and here, AP, recall; undefined is empty.
 
     ``images`` and ``instances`` are those of the evaluated split that count (over all areas).
     """
@@ -57,7 +57,7 @@ def write_class_table(
 
 
 def ap_by_image_count(curves: Curves, categories: Sequence[Category]) -> list[tuple[int, int, int, float]]:
-    """AP against training images, a bin each: first count, last count, classes with ground truth, mean AP."""
+    """Compute AP by training images, per bin: first count, last count, classes with ground truth, mean AP."""
     counts = np.array([category.image_count for category in categories])
     ap = curves.class_ap()
     rows = []
@@ -87,13 +87,13 @@ def bootstrap(
     samples: int = 200,
     seed: int = 0,
 ) -> dict[str, Interval]:
-    """Paired bootstrap over images: how far the figures of `second` are above those of `first`.
+    """Estimate, by a paired bootstrap over images, how far `second`'s figures are above those of `first`.
 
     Every sample draws the split's images with replacement, the same for both. A class is left out of a sample
     that holds none of its ground truth. Percentile interval (Efron & Tibshirani 1993, chapter 13).
 
     Returns:
-        Of AP, AP50, AP75, APr, APc and APf those that are defined, on the split and in any sample: the
+        For those of AP, AP50, AP75, APr, APc and APf that are defined on the split and in any sample: the
         difference on the whole split with its interval.
     """
     columns = ("truth_places", "truth_labels", "truth_images")
@@ -130,7 +130,7 @@ def _difference(
     names: Sequence[str],
     image_weights: np.ndarray | None,
 ) -> np.ndarray:
-    """float64 [names]; NaN where a sample holds no class of the group."""
+    """Return the difference per figure, float64 [names]; NaN where a sample holds no class of the group."""
     below, above = (_figures(matches, categories, image_weights) for matches in (first, second))
     return np.array([above[name] - below[name] if below[name] >= 0 else np.nan for name in names])
 
@@ -139,7 +139,7 @@ def _difference(
 
 
 def class_agnostic(annotations: Annotations, detections: Detections, matches: Matches) -> dict[str, float]:
-    """AP, AP50, AP75 and AR of the boxes alone: what is judged against all ground truth, classes erased.
+    """Compute AP, AP50, AP75 and AR of the boxes alone: matched to all ground truth regardless of class.
 
     Unmatched detections are ignored in an image where any class is not exhaustively annotated.
     """
@@ -173,7 +173,7 @@ class ErrorShares:
 
     ap50: dict[str, float]
     lost: dict[str, dict[str, float]]
-    """By error (`ERRORS`), then by group: AP50 with this kind alone mended, less AP50; -1 where undefined."""
+    """By error (`ERRORS`), then by group: AP50 with only this kind fixed, minus AP50; -1 where undefined."""
     counts: dict[str, int]
     """How many detections (missed: ground truths) are of each kind."""
 
@@ -181,14 +181,14 @@ class ErrorShares:
 def error_shares(
     annotations: Annotations, detections: Detections, matches: Matches, categories: Sequence[Category]
 ) -> ErrorShares:
-    """The share of AP50 lost to each kind of error, in the sense of TIDE (Bolya et al., arXiv 2008.08115).
+    """Compute the share of AP50 lost to each kind of error, as in TIDE (Bolya et al., arXiv 2008.08115).
 
     A judged false positive is, in this order: poorly located (IoU 0.1 to 0.5 with a ground truth of its
     class), of the wrong class (at least 0.5 with one of another class), a duplicate (at least 0.5 with one of
     its class, which is taken), background (below 0.1 with everything), or wrong in both. A ground truth that
-    nothing takes and that no location or class error could have taken is missed. Mended, the best location or
-    class error of a free ground truth becomes its true positive, and all other errors of the kind vanish;
-    missed ground truth is not asked for. Detections that the metric ignores are no errors.
+    nothing takes and that no location or class error could have taken is missed. To fix a kind of error, the
+    best location or class error of a free ground truth becomes its true positive, and all other errors of the
+    kind vanish; missed ground truth is no longer required. Detections that the metric ignores are not errors.
     """
     taken = (matches.truth_found & 1) != 0
     counted = matches.truth_counts[:, 0]
@@ -226,9 +226,9 @@ def error_shares(
 def _best_overlaps(
     annotations: Annotations, detections: Detections, matches: Matches, chosen: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Of each chosen detection the highest IoU with a ground truth of its image and class, and which it is.
+    """Find, for each chosen detection, the highest IoU with a ground truth of its image and class, and which.
 
-    Then the same of other classes. IoU 0 and ground truth 0 where there is none.
+    Then the same for other classes. IoU 0 and ground truth 0 where there is none.
     """
     by_image = np.flatnonzero(matches.truth_counts[:, 0])
     by_image = by_image[np.argsort(matches.truth_images[by_image], kind="stable")]
@@ -253,7 +253,7 @@ def _best_overlaps(
 
 
 def _mend(matches: Matches, errors: np.ndarray, targets: np.ndarray | None, free: np.ndarray) -> Matches:
-    """The matches without these detections, but the best one of each free target is its true positive."""
+    """Remove these detections from the matches, but make each free target's best one its true positive."""
     true_positive, labels = matches.true_positive.copy(), matches.labels.copy()
     gone = np.zeros(len(labels), bool)
     gone[errors] = True

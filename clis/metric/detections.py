@@ -105,7 +105,7 @@ class Detections:
         area of their box, and those without a mask their box for a mask.
 
         Raises ValueError with the path, and the row (counted from 0) and value where there is one, for a file
-        that is not whole, a missing or ill-typed column or key, and all that the class itself rejects.
+        that is truncated, a missing or ill-typed column or key, and all that the class itself rejects.
         """
         path = Path(path)
         try:
@@ -119,14 +119,14 @@ class Detections:
 
     @classmethod
     def from_records(cls, records: Sequence[Mapping[str, Any]], masks: bool = False) -> Detections:
-        """The same from a loaded LVIS result list."""
+        """Make detections from a loaded LVIS result list, with the rules of `load`."""
         if not isinstance(records, list):
             raise ValueError(f"an LVIS result file is a list of objects, found {reprlib.repr(records)}")
         return cls(**_columns(iter([records]), masks))
 
 
 def _all_finite(boxes: np.ndarray) -> np.ndarray:
-    """bool [D], without a temporary of the size of the boxes."""
+    """Return which boxes are finite, bool [D], without a temporary of the size of the boxes."""
     finite = np.isfinite(boxes[:, 0])
     for column in boxes.T[1:]:
         finite &= np.isfinite(column)
@@ -141,7 +141,7 @@ def _reject(bad: np.ndarray, problem: str, values: np.ndarray) -> None:
 
 def _read_npz(path: Path) -> dict[str, Any]:
     with open(path, "rb") as file:
-        if not zipfile.is_zipfile(file):  # the table of contents is at the end: a cut file has none
+        if not zipfile.is_zipfile(file):  # the table of contents is at the end: a truncated file has none
             raise ValueError("not a whole .npz file; write it again")
     try:
         with np.load(path) as columns:
@@ -154,7 +154,7 @@ def _read_npz(path: Path) -> dict[str, Any]:
 
 
 def _parts(path: Path) -> Iterator[list[Any]]:
-    """The rows of a result file, some thousands at a time."""
+    """Yield the rows of a result file, some thousands at a time."""
     num_rows = 0
     try:
         for rows in read_list(path):
@@ -188,7 +188,7 @@ def _columns(parts: Iterator[list[Any]], masks: bool) -> dict[str, Any]:
 
 
 def _fast_columns(rows: list[Any], boxes: bool, masks: bool) -> dict[str, Any]:
-    """The columns of some rows; raises one of several errors where a row is not what it should be."""
+    """Return the columns of some rows; raise one of several errors where a row is malformed."""
     columns: dict[str, Any] = {
         "image_id": _typed([row["image_id"] for row in rows], "iu", np.int64),
         "category_id": _typed([row["category_id"] for row in rows], "iu", np.int64),
@@ -210,12 +210,12 @@ def _fast_columns(rows: list[Any], boxes: bool, masks: bool) -> dict[str, Any]:
 
 
 def _rectangle(x: float, y: float, w: float, h: float) -> list[list[float]]:
-    """A box as polygons."""
+    """Return a box as polygons."""
     return [[x, y, x, y + h, x + w, y + h, x + w, y]]
 
 
 def _typed(values: list[Any], kinds: str, dtype: type, width: int | None = None) -> np.ndarray:
-    """[len(values)], or [len(values), width], of this type."""
+    """Return an array [len(values)], or [len(values), width], of this type."""
     shape = (len(values),) if width is None else (len(values), width)
     array = np.array(values)
     if not values:
@@ -226,7 +226,7 @@ def _typed(values: list[Any], kinds: str, dtype: type, width: int | None = None)
 
 
 def _check_row(number: int, row: object, boxes: bool) -> None:
-    """Says what is wrong with a row, if anything is."""
+    """Raise an error that says what is wrong with a row, if anything is."""
     if not isinstance(row, dict):
         raise ValueError(f"row {number}: an object is needed, found {reprlib.repr(row)}")
     needed = ("image_id", "category_id", "bbox" if boxes else "segmentation", "score")

@@ -1,10 +1,10 @@
-"""The LVIS metric: annotations and detections as arrays in, average precision out, in NumPy alone.
+"""The LVIS metric: from annotations and detections as arrays to average precision, in NumPy alone.
 
 The numbers equal those of the `lvis` package (Gupta et al., LVIS, CVPR 2019), which follows pycocotools.
 Shapes: T IoU thresholds, R recall points, C classes, A area ranges, N images.
 
-`matching` says what each detection is. Average precision then needs the true positives alone, with the false
-positives counted in front of each.
+`matching` determines what each detection is. Average precision then needs only the true positives, with
+the number of false positives before each.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Curves:
     """float64 [T, C, A] in [0, 1] or -1: with all detections counted."""
 
     def mean_precision(self) -> np.ndarray:
-        """Over the recalls: float64 [T, C, A], -1 where undefined."""
+        """Precision averaged over the recalls: float64 [T, C, A], -1 where undefined."""
         return self.precision.mean(axis=1)
 
     def class_ap(self) -> np.ndarray:
@@ -64,20 +64,21 @@ def evaluate(
     max_detections: int = 300,
     protocol: Protocol = "standard",
 ) -> dict[str, float]:
-    """The LVIS figures of a split as fractions, undefined ones -1, under the names of the `lvis` package.
+    """Compute the LVIS figures of a split as fractions, under the `lvis` package's names; -1 where undefined.
 
     AP, AP50, AP75, APs, APm, APl, APr, APc, APf, AR@300, ARs@300, ARm@300, ARl@300 (300 is `max_detections`).
-    The fixed and the pooled protocol (Dave et al., arXiv 2102.01066) keep `FIXED_LIMIT` detections a class
-    instead of 300 an image, and their names begin with ``fixed_`` and ``pooled_``; pooled AP ranks the
+    The fixed and the pooled protocol (Dave et al., arXiv 2102.01066) keep `FIXED_LIMIT` detections per class
+    instead of 300 per image, and their names begin with ``fixed_`` and ``pooled_``; pooled AP ranks the
     detections of all classes together and has no AP by area and no AR.
 
     Args:
         ground_truth: an annotation file of LVIS or COCO form, its loaded JSON, or `Annotations`.
         detections: a file that `Detections.load` reads, a loaded LVIS result list, or `Detections`.
-        iou_type: "segm" compares masks; both arguments must then have them, so `Annotations` do not do.
+        iou_type: "segm" compares masks; both arguments must then have them, so `Annotations` cannot be used.
 
     Raises:
-        ValueError: bad input, named; FileNotFoundError: no such file.
+        ValueError: bad input; the message names it.
+        FileNotFoundError: there is no such file.
     """
     matches, annotations = load_and_match(ground_truth, detections, iou_type, max_detections, protocol)
     return summarize(matches, annotations.categories, max_detections, protocol)
@@ -90,7 +91,10 @@ def load_and_match(
     max_detections: int = 300,
     protocol: Protocol = "standard",
 ) -> tuple[Matches, Annotations]:
-    """What `evaluate` summarizes, for further analysis; arguments as there."""
+    """Return the matches that `evaluate` summarizes, for further analysis, and the annotations.
+
+    The arguments are those of `evaluate`.
+    """
     if iou_type not in ("bbox", "segm"):
         raise ValueError(f"iou_type is {iou_type!r}; it must be bbox or segm")
     segm = iou_type == "segm"
@@ -138,7 +142,7 @@ def accumulate(matches: Matches, image_weights: np.ndarray | None = None, num_ar
     truth_weights = None if image_weights is None else image_weights[matches.truth_images]
     bounds = np.searchsorted(matches.labels, np.arange(matches.num_classes + 1))
     false_positive = SETTING_BITS & ~(matches.true_positive | matches.ignored)
-    # Most detections are false, or ignored, at all thresholds alike: these are counted once an area range.
+    # Most detections are false, or ignored, at all thresholds alike: these are counted once per area range.
     steady = (false_positive & IN_ALL_RANGES) * RANGE_BITS == false_positive
     steady &= matches.true_positive == 0
     moving = np.flatnonzero(~steady)
@@ -177,7 +181,7 @@ def summarize(
     image_weights: np.ndarray | None = None,
     num_areas: int = A,
 ) -> dict[str, float]:
-    """The figures of `evaluate`, averaged over what is defined; fewer `num_areas` leave out those by area.
+    """Average the figures of `evaluate` over what is defined; fewer `num_areas` leave out those by area.
 
     `image_weights` as in `accumulate`.
     """
@@ -208,7 +212,7 @@ def summarize(
 
 
 def _by_threshold(precision: np.ndarray) -> dict[str, np.ndarray]:
-    """Of precision [T, C, A] over all areas."""
+    """Return the AP, AP50 and AP75 parts of precision [T, C, A] over all areas."""
     return {
         "AP": precision[..., 0],
         "AP50": precision[IOU_THRESHOLDS == 0.5, :, 0],
@@ -217,7 +221,7 @@ def _by_threshold(precision: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def defined_mean(values: np.ndarray) -> float:
-    """The mean of what is not -1, and -1 where nothing is."""
+    """Return the mean of the values that are not -1, or -1 if there are none."""
     defined = values[values > -1]
     return float(defined.mean()) if defined.size else -1.0
 
@@ -226,7 +230,7 @@ def defined_mean(values: np.ndarray) -> float:
 
 
 def _needed(num_truth: np.ndarray) -> np.ndarray:
-    """int64 [C, R]: the fewest ground truths n whose share, n / num_truth as a float, reaches each recall."""
+    """Return the fewest truths n whose share, n / num_truth as a float, reaches each recall: int64 [C, R]."""
     total = np.maximum(num_truth, 1)[:, None]
     needed = np.ceil(RECALLS * total).astype(np.int64)
     needed -= (needed > 0) & ((needed - 1) / total >= RECALLS)
@@ -235,7 +239,7 @@ def _needed(num_truth: np.ndarray) -> np.ndarray:
 
 
 def _running_sum(counted: np.ndarray, weights: np.ndarray | None) -> np.ndarray:
-    """int64 [D + 1]: the weight of what is True in front of each place."""
+    """Return the weight of what is True before each place: int64 [D + 1]."""
     sums = np.zeros(len(counted) + 1, np.int64)
     np.cumsum(counted if weights is None else counted * weights, out=sums[1:])
     return sums
@@ -250,12 +254,12 @@ def _curves(
     ends: np.ndarray,
     needed: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Precision [C, R] and the number of true positives [C] of the classes at one setting.
+    """Return precision [C, R] and the number of true positives [C] of the classes at one setting.
 
     Args:
         hits: the places of the true positives, ascending; class c has the places starts[c]:ends[c].
-        num_false: the false positives in front of each place, over all classes.
-        in_front: further ones in front of each place, of its class.
+        num_false: the false positives before each place, over all classes.
+        in_front: further ones before each place, of its class.
         needed: the true positives that reach each recall, [C, R].
     """
     num_true = _running_sum(np.ones(len(hits), bool), None if weights is None else weights[hits])
@@ -265,7 +269,7 @@ def _curves(
     false = num_false[hits] - np.repeat(num_false[starts], num_hits) + in_front[hits]
     precision = true / (false + true + np.spacing(1))
 
-    # The first true positive at which each recall is reached; behind the class's last one, it never is.
+    # The first true positive at which each recall is reached; after the class's last one, it never is.
     reached = np.searchsorted(num_true[1:], num_true[first, None] + needed)
     reached = reached.clip(first[:, None], last[:, None])
     best = np.maximum.reduceat(np.append(precision, 0.0), reached.ravel()).reshape(reached.shape)
@@ -274,7 +278,7 @@ def _curves(
 
 
 def format_table(rows: dict[str, dict[str, float]]) -> str:
-    """A Markdown table of `evaluate` results by run name: percent, one decimal, `-` where undefined."""
+    """Format `evaluate` results by run name as a Markdown table: percent, one decimal, `-` if undefined."""
     columns = ("AP", "AP50", "AP75", "APr", "APc", "APf", "AR")
     width = max(map(len, ["run", *rows]))
     lines = [

@@ -16,7 +16,7 @@ RLE = dict[str, Any]
 
 
 def ground_truth_masks(source: str | Path | Mapping[str, Any]) -> tuple[Annotations, list[RLE]]:
-    """The annotations of a file or of loaded JSON, and the mask of each in their order.
+    """Load the annotations of a file or of loaded JSON, and the mask of each in their order.
 
     Raises:
         ValueError: as `load_annotations`, or a mask that pycocotools cannot read; the annotation is named.
@@ -34,10 +34,10 @@ def ground_truth_masks(source: str | Path | Mapping[str, Any]) -> tuple[Annotati
 
 
 def compressed(segmentation: Any, height: int, width: int, where: str) -> RLE:
-    """Polygons, an uncompressed or a compressed RLE as a compressed one of this image size.
+    """Convert polygons, an uncompressed or a compressed RLE to a compressed RLE of this image size.
 
     Raises:
-        ValueError: it is none of them, or of another size; begins with `where`.
+        ValueError: it is none of them, or has another size; the message begins with `where`.
     """
     try:
         if isinstance(segmentation, list):
@@ -71,7 +71,7 @@ class MaskIoU:
         self.truth, self.annotations, self.crowd = truth, annotations, crowd
 
     def __call__(self, detections: np.ndarray, truths: np.ndarray) -> np.ndarray:
-        """The pairs of one detection lie together."""
+        """Compute the IoU of each pair; the pairs of one detection must be adjacent."""
         overlap = np.empty(len(detections))
         firsts = np.flatnonzero(np.diff(detections, prepend=-1))
         counts = np.diff(firsts, append=len(detections))

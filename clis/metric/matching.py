@@ -1,4 +1,4 @@
-"""Who is judged, and what each detection is: matching to ground truth at all settings of the LVIS metric.
+"""Which detections are judged, and with what result: matching at all settings of the LVIS metric.
 
 Shapes: T IoU thresholds, A area ranges, C classes, N images, D judged detections, G ground truths.
 
@@ -31,7 +31,7 @@ AREA_RANGES = {
 """Square pixels, both ends inclusive: a box of 32 x 32 is small and medium."""
 
 FIXED_LIMIT = 10_000
-"""Detections a class over the split for fixed and pooled AP (Dave et al., arXiv 2102.01066)."""
+"""Detections per class over the split for fixed and pooled AP (Dave et al., arXiv 2102.01066)."""
 
 Protocol = Literal["standard", "fixed", "pooled"]
 T, A = len(IOU_THRESHOLDS), len(AREA_RANGES)
@@ -77,7 +77,7 @@ class Matches:
     num_images: int
 
     def with_labels(self, label_of: np.ndarray) -> Matches:
-        """The same matches under new labels, int64 [C]: matched by class, counted by group; -1 drops."""
+        """Relabel the matches, int64 [C] by old label: matched by class, counted by group; -1 drops."""
         labels, truth_labels = label_of[self.labels], label_of[self.truth_labels]
         order = np.lexsort((-self.scores, labels))
         order = order[labels[order] >= 0]
@@ -105,7 +105,7 @@ def match(
 ) -> Matches:
     """Match the detections of every class to its ground truth in each image, at all settings.
 
-    An image keeps its `max_detections` highest scores over all classes (fixed and pooled: a class its
+    An image keeps its `max_detections` highest scores over all classes (fixed and pooled: a class keeps its
     `FIXED_LIMIT` highest over all images).
 
     Federated annotations are judged as the `lvis` package does: boxes without area are dropped, and so are
@@ -113,7 +113,7 @@ def match(
     detections of a class that is not exhaustively annotated in the image are ignored.
 
     Other annotations are judged as pycocotools does: every image is exhaustive for every class, boxes without
-    area stay, a crowd absorbs any number of detections, and `max_detections` is by image and class.
+    area stay, a crowd absorbs any number of detections, and `max_detections` is per image and class.
 
     Args:
         truth_masks: compressed RLE of each annotation, A of them: masks are compared instead of boxes.
@@ -181,7 +181,7 @@ def _check_truth(annotations: Annotations) -> None:
 
 
 def _ground_truth(annotations: Annotations) -> np.ndarray:
-    """The annotations that count, `_TRUTH` [G], by image and class, in file order within a pair."""
+    """Return the annotations that count, `_TRUTH` [G], by image and class, in file order within a pair."""
     truth = np.empty(len(annotations.labels), _TRUTH)
     truth["label"] = annotations.labels
     truth["image"] = _ranks_of_rows(annotations, annotations.offsets)
@@ -200,7 +200,7 @@ def _ground_truth(annotations: Annotations) -> np.ndarray:
 def _judged(
     annotations: Annotations, detections: Detections, truth: np.ndarray, max_detections: int | None
 ) -> dict[str, np.ndarray]:
-    """The detections that are judged, best first in each class: their rows, labels, images and truths."""
+    """Return the judged detections, best first in each class: their rows, labels, images and truths."""
     num_classes = annotations.num_classes
     category_ids = np.array([category.id for category in annotations.categories], dtype=np.int64)
     images = _places(detections.image_id, np.sort(annotations.image_ids))
@@ -254,18 +254,18 @@ def _judged(
 
 
 def _parts(count: int) -> Iterator[slice]:
-    """Slices of 0..count-1 that are worked through one by one: temporaries then stay in the cache."""
+    """Yield slices of 0..count-1 to work through one by one: temporaries then stay in the cache."""
     for start in range(0, count, PART):
         yield slice(start, min(start + PART, count))
 
 
 def _smallest(count: int) -> type:
-    """The integer type for 0..count-1; NumPy sorts one of 16 bits in linear time."""
+    """Return the integer type for 0..count-1; NumPy sorts one of 16 bits in linear time."""
     return np.uint16 if count <= 1 << 16 else np.int64
 
 
 def _places(ids: np.ndarray, known: np.ndarray) -> np.ndarray:
-    """The place of each id in `known`, which ascends, int32 [D]; -1 where it is none of them."""
+    """Return the place of each id in `known`, which ascends: int32 [D], -1 where it is none of them."""
     places = np.empty(len(ids), np.int32)
     low, high = int(known[0]), int(known[-1])
     dense = high - low < 2 * (len(ids) + len(known))
@@ -291,13 +291,13 @@ def _unknown(places: np.ndarray, ids: np.ndarray, what: str, path: str) -> str:
 
 
 def _ranks_of_rows(annotations: Annotations, offsets: np.ndarray) -> np.ndarray:
-    """The rank of the image id for every row of a column packed by `offsets` (images are in file order)."""
+    """Return the rank of the image id for each row of a column packed by `offsets` (images in file order)."""
     ranks = np.argsort(np.argsort(annotations.image_ids))
     return np.repeat(ranks, np.diff(offsets))
 
 
 def _pair_keys(annotations: Annotations, pairs: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
-    """One integer for each (image, class) of one of the federated lists."""
+    """Return one integer for each (image, class) of one of the federated lists."""
     offsets, labels = pairs
     return _ranks_of_rows(annotations, offsets) * annotations.num_classes + labels
 
@@ -305,7 +305,7 @@ def _pair_keys(annotations: Annotations, pairs: tuple[np.ndarray, np.ndarray]) -
 def _within_limit(
     images: np.ndarray, labels: np.ndarray, scores: np.ndarray, max_detections: int | None, federated: bool
 ) -> np.ndarray:
-    """bool [D]: the best of each image (not federated: of each image and class; no maximum: of a class)."""
+    """Return the best of each image (not federated: image and class; no maximum: class): bool [D]."""
     if max_detections is None:
         groups, limit = labels + 1, FIXED_LIMIT
     elif federated:
@@ -336,13 +336,13 @@ def _has_area(areas: np.ndarray) -> np.ndarray:
 
 
 def _in_ranges(areas: np.ndarray) -> np.ndarray:
-    """bool [..., A]: which areas lie in each range."""
+    """Return which areas are in each range: bool [..., A]."""
     ranges = AREA_RANGES.values()
     return np.stack([(areas >= low) & (areas <= high) for low, high in ranges], axis=-1)
 
 
 def _range_bits(in_ranges: np.ndarray) -> np.ndarray:
-    """bool [..., A] -> int64 [...]: all thresholds of the ranges that are True."""
+    """Return all thresholds of the ranges that are True: bool [..., A] -> int64 [...]."""
     bits = np.zeros(in_ranges.shape[:-1], np.int64)
     for a in range(A):
         bits |= in_ranges[..., a] * np.int64(RANGE_BITS << (a * T))
@@ -365,7 +365,7 @@ class BoxIoU:
         self.crowd = crowd if crowd.any() else None
 
     def __call__(self, detections: np.ndarray, truths: np.ndarray) -> np.ndarray:
-        """Rounds as pycocotools does."""
+        """Compute the IoU of each pair, rounded as in pycocotools."""
         overlap = np.zeros(len(detections))
         (left, top, right, bottom, area), truth = self.boxes, self.truth
         width = np.minimum(right[detections], truth[2][truths]) - np.maximum(
@@ -383,7 +383,7 @@ class BoxIoU:
 
 
 def _box_columns(boxes: np.ndarray) -> tuple[np.ndarray, ...]:
-    """Left, top, right, bottom and area, float64, of boxes x y w h."""
+    """Return left, top, right, bottom and area, float64, of boxes x y w h."""
     x, y, w, h = boxes.T.astype(np.float64, copy=False)
     return x, y, x + w, y + h, w * h
 
@@ -420,7 +420,7 @@ def _match_pairs(
 def _operations(
     starts: np.ndarray, counts: np.ndarray, truth: np.ndarray, iou: BoxIoU | MaskIoU
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Candidate matches in the order in which a pair goes through them: detection, truth, bits [n] each."""
+    """Return candidate matches in the order in which a pair tries them: detection, truth, bits [n] each."""
     detection, chosen, overlap = _candidates(starts, counts, iou)
     fits = ((1 << np.searchsorted(IOU_THRESHOLDS, overlap, side="right")) - 1) * IN_ALL_RANGES
     several = np.bincount(detection, minlength=1)[detection] > 1
@@ -439,7 +439,7 @@ def _operations(
 def _candidates(
     starts: np.ndarray, counts: np.ndarray, iou: BoxIoU | MaskIoU
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The (detection, truth) of one image and class with an IoU of at least 0.5, and that IoU."""
+    """Return the (detection, truth) of one image and class with an IoU of at least 0.5, and that IoU."""
     found: list[tuple[np.ndarray, ...]] = [(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0))]
     with_truth = np.flatnonzero(counts)
     ends = np.cumsum(counts[with_truth])
@@ -460,7 +460,7 @@ def _candidates(
 
 
 def _rounds(pairs: np.ndarray) -> Iterator[np.ndarray]:
-    """The places of the first operation of every pair, then of every second one, and so on."""
+    """Yield the places of the first operation of every pair, then of every second one, and so on."""
     by_pair = np.argsort(pairs, kind="stable")
     ordered = pairs[by_pair]
     number = np.arange(len(ordered)) - np.searchsorted(ordered, ordered)

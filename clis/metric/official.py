@@ -1,4 +1,4 @@
-"""The published evaluators beside ours: `lvis` for federated annotations, pycocotools for others."""
+"""The published evaluators for comparison: `lvis` for federated annotations, pycocotools for others."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from pycocotools.cocoeval import COCOeval
 def official_precision(
     annotations: str | Path, results: str | Path, iou_type: str = "bbox", max_detections: int = 300
 ) -> tuple[dict[str, float], np.ndarray, np.ndarray]:
-    """The figures, precision [T, R, C, A] and recall [T, C, A] of the published package on two JSON files.
+    """Return the published package's figures, precision [T, R, C, A] and recall [T, C, A] for two JSON files.
 
     Federated annotations go to `lvis` (all 13 figures), others to pycocotools (AP, AP50, AP75, APs, APm, APl,
     and AR, ARs, ARm, ARl at `max_detections`). Slow: see RESULTS.md.
@@ -43,7 +43,7 @@ def official_precision(
 def load_lvis(
     annotations: str | Path, results: str | Path, iou_type: str = "bbox", max_detections: int = 300
 ) -> LVISEval:
-    """The evaluator of the `lvis` package with both files loaded."""
+    """Make the evaluator of the `lvis` package with both files loaded."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # the package's logger.warn
         truth = LVIS(str(annotations))
@@ -53,7 +53,7 @@ def load_lvis(
 
 
 def run_lvis(evaluator: LVISEval) -> tuple[dict[str, float], np.ndarray, np.ndarray]:
-    """Figures, precision and recall as `official_precision` returns them."""
+    """Compute figures, precision and recall as `official_precision` returns them."""
     with _float_in_numpy(), warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         evaluator.run()
@@ -63,7 +63,7 @@ def run_lvis(evaluator: LVISEval) -> tuple[dict[str, float], np.ndarray, np.ndar
 
 @contextlib.contextmanager
 def _float_in_numpy() -> Iterator[None]:
-    """`numpy.float`, which NumPy 1.24 removed and lvis 0.5.3 uses, for the length of one call."""
+    """Provide `numpy.float`, which NumPy 1.24 removed and lvis 0.5.3 uses, for the length of one call."""
     if "float" in vars(np):
         yield
         return
