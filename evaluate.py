@@ -1,5 +1,8 @@
-"""Evaluate a checkpoint, ``python evaluate.py CHECKPOINT``, or the result files of any detector,
-``python evaluate.py --annotations FILE --results FILE`` (which is ``python -m clis score``)."""
+"""Evaluate a checkpoint, or the result files of any detector.
+
+``python evaluate.py CHECKPOINT``, or ``python evaluate.py --annotations FILE --results FILE`` (which is
+``python -m clis score``).
+"""
 
 import sys
 
