@@ -62,7 +62,7 @@ Folded = Mapping[nn.Module, tuple[Tensor, Tensor]]
 
 
 def fold(norms: Sequence[FixedBatchNorm]) -> Folded:
-    """Compute what all of `norms` do, with one launch for all where one each would be five times as many."""
+    """Compute scale and shift of all `norms` together: ten launches on a GPU instead of five per norm."""
     if not norms:
         return {}
     weight, bias, mean, variance = (
