@@ -6,7 +6,8 @@ Needs this repository, torch, torchvision and the other packages of pyproject.to
 data: images are made. Parts run in the order of their worth, each in a process of its own with a time limit:
 a crash or a time-out ends a part and not the run, and later parts get the time that earlier ones have left.
 After each part FOLDER/gpu.json and FOLDER/gpu.md hold all results so far, also those of a part that was cut
-off, and FOLDER/part_X.log what it said. `--tiny --device cpu` runs every part in a small form, as a trial.
+off, and FOLDER/part_X.log what it said. What the parts make (data, runs) is removed unless there is --keep.
+`--tiny --device cpu` runs every part in a small form, as a trial.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import shutil
 import signal
 import subprocess
 import sys
@@ -27,6 +29,8 @@ from pathlib import Path
 from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+WORK = "work"
+"""Folder below that of the results for what the parts make."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--tiny", action="store_true", help="small networks and few steps, to try the script")
     parser.add_argument("--parts", default="".join(PARTS), help="letters, e.g. a,c (default: all)")
+    parser.add_argument("--keep", action="store_true", help="keep the data and runs of the parts")
     parser.add_argument("--minutes", type=float, default=8.75, help="limit of the whole run")
     arguments = parser.parse_args(argv)
     keys = [key for key in arguments.parts if key != ","]
@@ -85,6 +90,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return [*script, str(arguments.out), arguments.device, *(["--tiny"] if arguments.tiny else [])]
 
     results = run_parts({key: command(key) for key in keys}, arguments.out, 60 * arguments.minutes)
+    if not arguments.keep:
+        shutil.rmtree(arguments.out / WORK, ignore_errors=True)
     return int(any(result["status"] != "ok" for result in results["parts"].values()))
 
 
@@ -153,7 +160,7 @@ def is_kept(promise: str, name: str) -> bool:
 def environment(out: Path) -> dict[str, str]:
     """Of a part: this repository's code, and a cache in the folder."""
     path = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")]))
-    return {**os.environ, "PYTHONPATH": path, "CLIS_CACHE": str(out.resolve() / "cache")}
+    return {**os.environ, "PYTHONPATH": path, "CLIS_CACHE": str(out.resolve() / WORK / "cache")}
 
 
 def last_line(log: Path) -> str:

@@ -110,9 +110,10 @@ class Run:
     """One part: where it runs, how large, and where its rows go."""
 
     def __init__(self, key: str, out: Path, device: str, tiny: bool) -> None:
-        self.out, self.device, self.tiny = out.resolve(), device, tiny
+        self.work, self.device, self.tiny = out.resolve() / gpu.WORK, device, tiny
+        self.work.mkdir(parents=True, exist_ok=True)
         self.scale = TINY if tiny else Scale()
-        self.rows = self.out / f"part_{key}.jsonl"
+        self.rows = out.resolve() / f"part_{key}.jsonl"
         self.is_cuda = device.startswith("cuda")
 
     def row(self, name: str, **figures: Any) -> None:
@@ -218,11 +219,11 @@ def device_tests(run: Run) -> None:
 
 def first_command(run: Run) -> None:
     """`python train.py --config configs/shapes/clis.yaml`, stage by stage."""
-    folder, words = run.out / "first", [f"train.device={run.device}", "data.workers=4"]
+    folder, words = run.work / "first", [f"train.device={run.device}", "data.workers=4"]
     if run.tiny:
         words += [*small_words(run), "data.workers=1", "train.steps=4", "train.eval_every=null"]
     else:
-        words += [f"data.root={run.out / 'data'}"]
+        words += [f"data.root={run.work / 'data'}"]
     command = [sys.executable, "train.py", "--config", "configs/shapes/clis.yaml", *words, f"output={folder}"]
     began = stage_began = time.monotonic()
     stage = "start"
@@ -254,7 +255,7 @@ def first_command(run: Run) -> None:
 
 def small_words(run: Run) -> list[str]:
     """A small form of the embedded benchmark, written once, and a short recipe for it."""
-    data = run.out / "small"
+    data = run.work / "small"
     if not (data / "shapes").exists():
         write_shapes(data / "shapes", faults.DATA)
     return [*faults.SHORT, f"data.root={data}", f"train.device={run.device}"]
@@ -382,7 +383,7 @@ def equal_bits(run: Run) -> None:
     """Trainings with deterministic algorithms: short ones, twice and resumed; steps at the paper's size."""
     os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # read when cuBLAS starts
     words = [*small_words(run), "train.steps=30", "regions.rule=center", "regions.detector=null"]
-    folders = {name: run.out / "bits" / name for name in ("reference", "again", "resumed")}
+    folders = {name: run.work / "bits" / name for name in ("reference", "again", "resumed")}
     start = [sys.executable, "-c", DETERMINISTIC, "--config", CONFIG]
     commands = {name: [*start, *words, f"output={folder}"] for name, folder in folders.items()}
     began = time.monotonic()
@@ -455,7 +456,7 @@ def processes(run: Run) -> None:
     small_words(run)  # the data, once
     command = [
         sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={count}", "--rdzv-backend=c10d",
-        "--rdzv-endpoint=localhost:0", str(Path(__file__)), "f-process", str(run.out), run.device,
+        "--rdzv-endpoint=localhost:0", str(Path(__file__)), "f-process", str(run.rows.parent), run.device,
         *(["--tiny"] if run.tiny else []),
     ]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -464,7 +465,7 @@ def processes(run: Run) -> None:
 
 def one_of_the_processes(run: Run) -> None:
     """What each process of part f does."""
-    run.rows = run.out / "part_f.jsonl"
+    run.rows = run.rows.with_name("part_f.jsonl")
     device = distributed.choose_device("auto" if run.is_cuda else run.device)
     if int(os.environ["WORLD_SIZE"]) == 1:  # which is without a group elsewhere
         dist.init_process_group("cpu:gloo,cuda:nccl" if run.is_cuda else "gloo")
@@ -536,7 +537,7 @@ def _ddp(run: Run, device: torch.device) -> None:
 
 def _train_on_all(run: Run) -> None:
     """A short training with its evaluation, by the command's own functions."""
-    folder = run.out / "processes"
+    folder = run.work / "processes"
     words = [*small_words(run), "train.steps=8", "train.eval_every=4", "regions.rule=center"]
     device = "auto" if run.is_cuda else run.device
     began = time.monotonic()
@@ -567,7 +568,7 @@ def exported(run: Run) -> None:
     config = detectors.paper_config(*overrides)
     model = build_model(config, categories)
     detectors.draw_dense(model)
-    checkpoint, out = run.out / "exported.pt", run.out / "exported.pt2"
+    checkpoint, out = run.work / "exported.pt", run.work / "exported.pt2"
     torch.save(detector_state(model, config), checkpoint)
     began = time.monotonic()
     size = [str(side) for side in run.scale.size]
@@ -603,7 +604,7 @@ WAITS = (
 
 def launches_and_loader(run: Run) -> None:
     images_per_second = profiled_steps(run)
-    root = run.out / "photographs"
+    root = run.work / "photographs"
     write_photographs(root, 8 if run.tiny else 64)
     dataset = loader.make_dataset(root)
     index = loader.image_level_index(dataset)

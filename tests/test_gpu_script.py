@@ -98,4 +98,5 @@ def test_every_part_in_its_small_form(gpu, tmp_path):
         "bfloat16, 2 images": {"images/s", "peak GB"},
     }.items():
         assert wanted <= figures[name].keys(), name
+    assert not (tmp_path / gpu.WORK).exists()
     assert (tmp_path / "gpu.md").read_text().count("\n## ") == len(gpu.PARTS)

@@ -65,7 +65,7 @@ Folded = Mapping[nn.Module, tuple[Tensor, Tensor]]
 
 
 def fold(norms: Sequence[FixedBatchNorm]) -> Folded:
-    """Compute scale and shift of all `norms` together: one each would take five times as many launches."""
+    """Compute scale and shift of all `norms` together: ten launches on a GPU instead of five per norm."""
     if not norms:
         return {}
     weight, bias, mean, variance = (
