@@ -89,18 +89,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         script = [sys.executable, str(REPOSITORY / "benchmarks" / "gpu_parts.py"), key]
         return [*script, str(arguments.out), arguments.device, *(["--tiny"] if arguments.tiny else [])]
 
-    results = run_parts({key: command(key) for key in keys}, arguments.out, 60 * arguments.minutes)
+    form = f"{arguments.device}, {'small form: its times mean nothing' if arguments.tiny else 'full size'}"
+    commands = {key: command(key) for key in keys}
+    results = run_parts(commands, arguments.out, 60 * arguments.minutes, form=form)
     if not arguments.keep:
         shutil.rmtree(arguments.out / WORK, ignore_errors=True)
     return int(any(result["status"] != "ok" for result in results["parts"].values()))
 
 
 def run_parts(
-    commands: Mapping[str, Sequence[str]], out: Path, seconds: float, parts: Mapping[str, Part] = PARTS
+    commands: Mapping[str, Sequence[str]],
+    out: Path,
+    seconds: float,
+    parts: Mapping[str, Part] = PARTS,
+    form: str = "",
 ) -> dict[str, Any]:
     """Run each command by the key of its part, in order, and write the results after each; return them."""
     out.mkdir(parents=True, exist_ok=True)
-    results: dict[str, Any] = {"machine": describe_machine(), "parts": {}}
+    results: dict[str, Any] = {"machine": describe_machine() | {"run": form}, "parts": {}}
     deadline, keys = time.monotonic() + seconds, list(commands)
     for place, key in enumerate(keys):
         left = deadline - time.monotonic()
