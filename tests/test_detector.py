@@ -433,7 +433,7 @@ def test_pairs_are_pooled_exactly_on_their_boxes():
 
 def test_memory_format_changes_nothing():
     model, batch = make_model(), make_batch(2)
-    assert model.backbone.merge(batch.images)[0].is_contiguous(memory_format=torch.channels_last)
+    assert model.backbone.top_down(batch.images)[0].is_contiguous(memory_format=torch.channels_last)
     results = []
     for memory_format in (torch.channels_last, torch.contiguous_format):
         model.to(memory_format=memory_format)

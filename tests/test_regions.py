@@ -18,6 +18,7 @@ from torchvision.io import write_jpeg, write_png
 from clis.__main__ import main
 from clis.commands import region_scan
 from clis.config import Config, RegionsConfig
+from clis.data import loader
 from clis.data.categories import Category
 from clis.data.image_level import ImageLevelIndex, build_index
 from clis.data.images import ImageError
@@ -407,13 +408,13 @@ class TestSizes:
                 taken.extend(rows)
                 yield rows, images
 
-        for rows, images in regions.like_shapes(counted(), 4, lambda image: image):
+        for rows, images in loader.like_shapes(counted(), 4, lambda image: image):
             assert len(set(images)) == 1
             assert [row % 60 for row in rows] == images
             done += rows
             most = max(most, len(taken) - len(done))
         assert sorted(done) == list(range(600))
-        assert most <= 4 * regions.MOST_WAITING + 4
+        assert most <= 4 * loader.MOST_WAITING + 4
 
     @pytest.mark.parametrize(
         ("resize", "whole"), [("pillow", False), ("opencv", True), ("torchvision", True)]

@@ -452,7 +452,7 @@ def region_boxes(count, height, width, random):
 
 @pytest.mark.parametrize("aligned", [True, False])
 @pytest.mark.parametrize("sampling_ratio", [0, 2])
-def test_last_layers_around_the_boxes_are_those_of_the_maps(aligned, sampling_ratio):
+def test_output_convs_around_the_boxes_are_those_of_the_maps(aligned, sampling_ratio):
     """Pooled values, and the gradients of features and layers."""
     torch.manual_seed(0)
     config = RoIConfig(aligned=aligned, sampling_ratio=sampling_ratio, finest_scale=12)

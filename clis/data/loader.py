@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -28,6 +29,9 @@ GRACE = 30
 """Seconds that a loader process lives on after SIGTERM, so that the step can be finished."""
 MAX_REPLACEMENTS = 100
 """Unreadable images in a row after which a stream counts as unavailable."""
+
+MOST_WAITING = 8
+"""Batches of images that may wait for others of their shape."""
 
 T = TypeVar("T")
 
@@ -292,6 +296,30 @@ def image_loader(
         collate_fn=_unzip,
         worker_init_fn=_outlive_signals,
     )
+
+
+def like_shapes(
+    batches: Iterable[tuple[list[int], list[T]]], size: int, shape_of: Callable[[T], Any]
+) -> Iterator[tuple[list[int], list[T]]]:
+    """Sort batches of rows and images into batches of up to `size` images of one shape.
+
+    What has no shape (None) is passed on alone, at once. No more than `MOST_WAITING` batches wait: then the
+    fullest goes as it is.
+    """
+    waiting: dict[Any, list[tuple[int, T]]] = defaultdict(list)
+    for rows, images in batches:
+        for pair in zip(rows, images):
+            shape = shape_of(pair[1])
+            waiting[shape].append(pair)
+            if len(waiting[shape]) == size or shape is None:
+                yield _unzipped(waiting.pop(shape))
+            elif sum(map(len, waiting.values())) >= MOST_WAITING * size:
+                yield _unzipped(waiting.pop(max(waiting, key=lambda each: len(waiting[each]))))
+    yield from map(_unzipped, waiting.values())
+
+
+def _unzipped(pairs: list[tuple[int, T]]) -> tuple[list[int], list[T]]:
+    return [row for row, _ in pairs], [image for _, image in pairs]
 
 
 def _outlive_signals(worker: int) -> None:

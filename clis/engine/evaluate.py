@@ -20,10 +20,9 @@ from clis.config import (
 from clis.data.annotations import Annotations
 from clis.data.categories import Category, check_same_categories
 from clis.data.images import read_image
-from clis.data.loader import image_loader
+from clis.data.loader import image_loader, like_shapes
 from clis.data.streams import read_annotations
 from clis.distributed import from_main, gather_rows, is_main, rank, world_size
-from clis.engine.regions import like_shapes
 from clis.engine.run_folder import RunFolder
 from clis.metric.detections import Detections
 from clis.metric.lvis_eval import METRICS, evaluate

@@ -5,10 +5,10 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from clis.config import DETECTOR_RULES, Config, RegionsConfig, data_path
 from clis.data.categories import check_same_categories
 from clis.data.image_level import ImageLevelIndex, LabeledImages
 from clis.data.images import ImageError, open_image
-from clis.data.loader import image_loader
+from clis.data.loader import image_loader, like_shapes
 from clis.data.regions import REGION_DTYPE, RegionSource, region_sidecar
 from clis.data.streams import make_index, read_annotations
 from clis.distributed import barrier, broadcast_flag, from_main, is_main, rank, world_size
@@ -33,11 +33,6 @@ from clis.engine.run_folder import regions_file
 from clis.models import CLISDetector
 from clis.progress import Progress, say
 from clis.resize import scale_boxes, shortest_size
-
-MOST_WAITING = 8
-"""Batches of images that may wait for others of their shape."""
-
-T = TypeVar("T")
 
 
 def find_regions(config: Config, device: torch.device, detector: Config | None = None) -> None:
@@ -152,30 +147,6 @@ def _own_memory(
     return rows, [
         image if isinstance(image, str) else image._replace(pixels=image.pixels.clone()) for image in images
     ]
-
-
-def like_shapes(
-    batches: Iterable[tuple[list[int], list[T]]], size: int, shape_of: Callable[[T], Any]
-) -> Iterator[tuple[list[int], list[T]]]:
-    """Sort batches of rows and images into batches of up to `size` images of one shape.
-
-    What has no shape (None) is passed on alone, at once. No more than `MOST_WAITING` batches wait: then the
-    fullest goes as it is.
-    """
-    waiting: dict[Any, list[tuple[int, T]]] = defaultdict(list)
-    for rows, images in batches:
-        for pair in zip(rows, images):
-            shape = shape_of(pair[1])
-            waiting[shape].append(pair)
-            if len(waiting[shape]) == size or shape is None:
-                yield _unzipped(waiting.pop(shape))
-            elif sum(map(len, waiting.values())) >= MOST_WAITING * size:
-                yield _unzipped(waiting.pop(max(waiting, key=lambda each: len(waiting[each]))))
-    yield from map(_unzipped, waiting.values())
-
-
-def _unzipped(pairs: list[tuple[int, T]]) -> tuple[list[int], list[T]]:
-    return [row for row, _ in pairs], [image for _, image in pairs]
 
 
 def given_boxes(config: Config) -> Path:

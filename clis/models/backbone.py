@@ -264,22 +264,22 @@ class Backbone(nn.Module):
         Args:
             max_size: the longest side that such images may have; see `BackboneConfig.canvas`.
         """
-        levels = [layer(x) for layer, x in zip(self.last_layers, self.merge(images, max_size))]
+        levels = [layer(x) for layer, x in zip(self.output_convs, self.top_down(images, max_size))]
         return [*levels, F.max_pool2d(levels[-1], 1, 2)]
 
     @property
-    def last_layers(self) -> nn.ModuleList:
+    def output_convs(self) -> nn.ModuleList:
         """Return the 3x3 convolution of each of P2-P5, with its norm if there is one."""
         return self.fpn.layer_blocks
 
-    def merge(self, images: Sequence[Tensor], max_size: int | None = None) -> list[Tensor]:
-        """Return the pyramid's top-down sums, from which `last_layers` make P2-P5."""
+    def top_down(self, images: Sequence[Tensor], max_size: int | None = None) -> list[Tensor]:
+        """Return the pyramid's top-down sums, from which `output_convs` make P2-P5."""
         features = self.body(self.batch(images, max_size))
-        merged = [lateral(x) for lateral, x in zip(self.fpn.inner_blocks, features)]
-        for level in range(len(merged) - 2, -1, -1):
-            size = merged[level].shape[2:]
-            merged[level] = merged[level] + F.interpolate(merged[level + 1], size=size, mode="nearest")
-        return merged
+        summed = [lateral(x) for lateral, x in zip(self.fpn.inner_blocks, features)]
+        for level in range(len(summed) - 2, -1, -1):
+            size = summed[level].shape[2:]
+            summed[level] = summed[level] + F.interpolate(summed[level + 1], size=size, mode="nearest")
+        return summed
 
     def batch(self, images: Sequence[Tensor], max_size: int | None = None) -> Tensor:
         """Normalize images and zero-pad them, right and bottom, to a common multiple of 32: [B,3,H,W]."""

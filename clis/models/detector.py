@@ -162,9 +162,9 @@ class CLISDetector(nn.Module):
         # image-level images: image-classification task on the pre-defined regions
         views = None
         if self.image_classification is not None:
-            merged = self.backbone.merge(batch.mosaics.unbind())  # P2-P5 follow around the regions alone
+            summed = self.backbone.top_down(batch.mosaics.unbind())  # P2-P5 follow around the regions alone
             pooled_regions = self.roi_align(
-                merged, batch.regions, batch.region_mosaics, self.backbone.last_layers
+                summed, batch.regions, batch.region_mosaics, self.backbone.output_convs
             )
             image_features = self.image_classification.sub_network(pooled_regions)
             image_logits = self.image_classification.fc_cls(image_features)

@@ -85,7 +85,7 @@ class RoIPooler(nn.Module):
         features: Sequence[Tensor],
         boxes: Tensor,
         images: Tensor,
-        last_layers: Sequence[nn.Sequential] | None = None,
+        output_convs: Sequence[nn.Sequential] | None = None,
     ) -> Tensor:
         """Pool features [N, channels, pool_size, pool_size] of boxes [N,4] on rows `images` int64 [N].
 
@@ -94,22 +94,22 @@ class RoIPooler(nn.Module):
 
         Args:
             features: P2-P5.
-            last_layers: a level's 3x3 convolution that `features` still lack; it is computed where it is
+            output_convs: a level's 3x3 convolution that `features` still lack; it is computed where it is
                 pooled from, which for a few boxes is a small part of the maps.
         """
         levels = self.levels(boxes)
         rois = torch.cat([images[:, None].to(boxes), boxes], dim=1)
         size, ratio, aligned = self.config.pool_size, self.config.sampling_ratio, self.config.aligned
         sides: list[tuple[int, int] | None]
-        if last_layers is None:
+        if output_convs is None:
             rows, sides = box_ops.rows_by_group(levels, 4), [None] * 4
         else:
             rows, sides = _rows_and_windows(boxes, levels)
         pooled = []
         for level, (feature, stride, row, side) in enumerate(zip(features[:4], STRIDES, rows, sides)):
             here = rois[row]
-            if last_layers is not None and side is not None:
-                feature, here = _last_layer_around(here, feature, last_layers[level], stride, side)
+            if output_convs is not None and side is not None:
+                feature, here = _output_conv_around(here, feature, output_convs[level], stride, side)
             feature = at_least_float32(feature)
             pooled.append(roi_align(feature, here.to(feature.dtype), size, 1 / stride, ratio, aligned))
         return torch.cat(pooled)[torch.cat(rows).argsort()]
@@ -141,7 +141,7 @@ def _rows_and_windows(
     return rows, [(width, height) if count else None for count, width, height in zip(counts, *sides)]
 
 
-def _last_layer_around(
+def _output_conv_around(
     rois: Tensor, feature: Tensor, layer: nn.Sequential, stride: int, side: tuple[int, int]
 ) -> tuple[Tensor, Tensor]:
     """Return layer(feature) where RoIAlign reads it for rois [n,5], and the rois in the coordinates of that.
