@@ -574,7 +574,7 @@ def exported(run: Run) -> None:
     size = [str(side) for side in run.scale.size]
     run_verb(
         "export",
-        [str(checkpoint), str(out), "test.export_candidates=10000", "--size", *size, "--device", run.device],
+        [str(checkpoint), str(out), "--candidates", "10000", "--size", *size, "--device", run.device],
     )
     seconds = time.monotonic() - began
     program = torch.export.load(out).module()

@@ -51,6 +51,8 @@ LOSSES: dict[str, tuple[str, ...]] = {
     "seesaw(pcb=0.05, pcb_start=0)": (*OWN_OBJECTNESS, "model.roi.refinement_rounds=3"),
 }
 """Every classification loss and its variants, with the overrides that the tiny config needs for them."""
+QUICK = {"cross_entropy", "eqlv2", "seesaw(pcb=0.05, pcb_start=0)", "bags(objectness=false)"}
+"""One loss of each kind of state; what takes seconds for each has the others marked slow."""
 MOSAIC = 64
 
 TINY = {

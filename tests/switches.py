@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
-from conftest import LOSSES, make_sample, tiny_config
+from conftest import LOSSES, QUICK, make_sample, tiny_config
 
 from clis.data.batch import Batch, collate
 from clis.engine import train
@@ -29,7 +30,14 @@ SWITCHES = [
     ("model.backbone.canvas=square", "data.max_size=96"),
     ("model.rpn.anchor_spacing=grid", "model.rpn.round_anchors=true"),
     ("optim.clip_norm=1",),
-    *((f"loss.classification={name}", *overrides) for name, overrides in LOSSES.items()),
+]
+LOSS_SWITCHES = {name: (f"loss.classification={name}", *overrides) for name, overrides in LOSSES.items()}
+SWITCHES_AND_LOSSES = [
+    *(pytest.param(each, id=" ".join(each)) for each in SWITCHES),
+    *(
+        pytest.param(each, id=" ".join(each), marks=() if name in QUICK else pytest.mark.slow)
+        for name, each in LOSS_SWITCHES.items()
+    ),
 ]
 
 

@@ -20,7 +20,7 @@ import pytest
 import torch
 from conftest import CATEGORIES, make_batch, normalizers_of, tiny_config
 from runs import CONFIG, SHORT, records
-from switches import SWITCHES, make_batches, steps
+from switches import SWITCHES, SWITCHES_AND_LOSSES, make_batches, steps
 from torch import Tensor
 
 from clis.commands import run_verb
@@ -73,7 +73,7 @@ def assert_close(found: Tensor, expected: Tensor, dtype: torch.dtype, name: str 
 
 
 @pytest.mark.parametrize("dtype", TYPES)
-@pytest.mark.parametrize("overrides", SWITCHES, ids=" ".join)
+@pytest.mark.parametrize("overrides", SWITCHES_AND_LOSSES)
 class TestTraining:
     def test_losses_and_gradients(self, overrides, dtype):
         reference, model = make_pair(dtype, *overrides)
@@ -190,9 +190,7 @@ def assert_same_detections(found: ImageDetections, expected: ImageDetections, dt
 
 
 @pytest.mark.parametrize("dtype", TYPES)
-@pytest.mark.parametrize(
-    "overrides", [each for each in SWITCHES if not any("loss" in word for word in each)], ids=" ".join
-)
+@pytest.mark.parametrize("overrides", SWITCHES, ids=" ".join)
 def test_detections(overrides, dtype):
     reference, model = make_pair(dtype, *overrides, *SIZE)
     for found, expected in zip(model.eval().detect(images()), reference.eval().detect(images())):

@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import CATEGORIES, make_batch, normalizers_of, tiny_config
 from pretended_device import DEVICE, OnDevice, PretendedDevice, on_host
-from switches import SWITCHES, make_batches, steps
+from switches import SWITCHES_AND_LOSSES, make_batches, steps
 from torch import Tensor
 
 from clis.config_files import config_from_dict
@@ -21,7 +21,7 @@ from clis.models import CLISDetector, build_model
 from clis.resize import resize_image
 
 
-@pytest.mark.parametrize("overrides", SWITCHES, ids=" ".join)
+@pytest.mark.parametrize("overrides", SWITCHES_AND_LOSSES)
 def test_a_training_step_mixes_no_devices(overrides, monkeypatch):
     """And gives what it gives on the CPU, bit for bit: the kernels are the same."""
     models = []

@@ -16,7 +16,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import CATEGORIES, LOSSES, global_counts, make_batch, make_sample, normalizers_of, tiny_config
+from conftest import (
+    CATEGORIES,
+    LOSSES,
+    QUICK,
+    global_counts,
+    make_batch,
+    make_sample,
+    normalizers_of,
+    tiny_config,
+)
 from runs import (
     BASELINE,
     CONFIG,
@@ -256,8 +265,6 @@ ITEMS = [
 STEPS = 10
 
 
-QUICK = {"cross_entropy", "eqlv2", "seesaw(pcb=0.05, pcb_start=0)", "bags(objectness=false)", "loce"}
-"""Losses of each kind of state; the others take their time."""
 BY_KIND = [pytest.param(loss, marks=() if loss in QUICK else pytest.mark.slow) for loss in LOSSES]
 
 
