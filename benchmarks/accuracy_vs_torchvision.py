@@ -5,7 +5,7 @@
 Both have the same backbone and pyramid (random weights), see the same images in the same order, take the same
 steps with the same optimizer, and are evaluated by the same metric. What is torchvision's own stays: its RPN
 and RoI losses (smooth L1), its RoIAlign (two points a bin, not aligned), anchors, matching and inference.
-Results are kept in OUT, so that an interrupted run goes on with the next seed.
+Results are kept in OUT, so that an interrupted run resumes with the next seed.
 """
 
 from __future__ import annotations

@@ -130,7 +130,7 @@ def _make_sample(
 def take_turns(
     variants: Mapping[str, Callable[[], object]], repeats: int, device: str
 ) -> dict[str, list[float]]:
-    """Seconds of each variant, `repeats` times in turns, behind one run of each that is not counted."""
+    """Seconds of each variant, `repeats` times in turns, after one run of each that is not counted."""
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     for repeat in range(repeats + 1):
         for name, variant in variants.items():

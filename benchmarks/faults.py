@@ -42,7 +42,7 @@ SHORT = [
     "data.short_sides=[48,64]", "data.mosaic_size=64", "data.paste_size=[10,24]", "test.short_side=48",
 ]  # fmt: skip
 PATIENCE = 300
-"""Seconds for a start to reach its kill, or to end by itself behind one."""
+"""Seconds for a start to reach its kill, or to end by itself after one."""
 
 
 def command(config: str, processes: int, overrides: Sequence[str]) -> list[str]:
@@ -112,7 +112,7 @@ class Run:
         return {path.name for path in (self.folder / "checkpoints").glob(".*.tmp*")}
 
     def is_evaluating(self) -> bool:
-        """Between the step before an evaluation and its record, or behind the last step."""
+        """Between the step before an evaluation and its record, or after the last step."""
         records = self.records()
         return bool(records) and records[-1]["step"] % EVAL_EVERY == 0 and "AP" not in records[-1]
 

@@ -171,7 +171,7 @@ def tf32(allowed: bool) -> Iterator[None]:
 def device_tests(run: Run) -> None:
     """The tests marked device; `--tiny` leaves out the many of every switch, which pytest runs anyway.
 
-    Counted as they end, so that those of a part that is cut off are told.
+    Counted as they end, so that a part that is cut off reports those that it finished.
     """
     command = [
         sys.executable,
@@ -415,7 +415,7 @@ def equal_bits(run: Run) -> None:
 
 
 def paper_size_bits(run: Run) -> None:
-    """Of the gradients, which SGD's momentum holds, and all of the model behind a few steps."""
+    """Hash the gradients, which SGD's momentum holds, and the whole model after a few steps."""
     batch, states, figures = run.batch(16, 2), [], {}
     config = detectors.paper_config(
         *run.overrides(*FULL_CLIS), "train.images_per_step=1", "optim.clip_norm=1"

@@ -17,7 +17,7 @@ class Scope(enum.Flag):
     """What a field is for: exactly one of the first three, and all of the others that hold."""
 
     SHARED = enum.auto()
-    """Belongs to this run and to the detector that finds its regions: an override applies to both."""
+    """Belongs to this run and to those that it needs first: an override applies to all."""
     OWN = enum.auto()
     """Belongs to this run only."""
     IMAGE_LEVEL = enum.auto()

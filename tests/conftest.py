@@ -24,7 +24,9 @@ from clis.models import CLISDetector, Normalizers, build_model
 from clis.models.contrastive import KeyQueue
 
 CATEGORIES = tuple(
-    Category(id=label + 1, name=f"class{label}", frequency=frequency, image_count=count)
+    Category(
+        id=label + 1, name=f"class{label}", frequency=frequency, image_count=count, instance_count=3 * count
+    )
     for label, (count, frequency) in enumerate([(1, "r"), (10, "r"), (11, "c"), (100, "c"), (1000, "f")])
 )
 NUM_CLASSES = len(CATEGORIES)
@@ -36,7 +38,7 @@ LOSSES: dict[str, tuple[str, ...]] = {
     "bags(objectness=false)": (),
     "balanced_softmax": (),
     "cross_entropy": (),
-    "cross_entropy(pcb=0.4, pcb_start=0)": (),
+    "cross_entropy(pcb=0.4, pcb_start=0)": ("model.roi.refinement_rounds=3",),
     "drop": (),
     "efl": (),
     "eql": (),

@@ -22,6 +22,18 @@ PACKAGE = str(Path(__file__).resolve().parents[1] / "clis")
 COPIES = ("aten._to_copy.default", "aten.copy_.default")
 
 
+WAITING = ("nonzero", "nms", "masked_select", "_local_scalar_dense", "aten.equal.", "unique")
+
+
+def is_wait(name: str, arguments: tuple) -> bool:
+    """Whether the host waits for an operator: for the size of its result, or for a value."""
+    if any(word in name for word in WAITING):
+        return True
+    if not name.startswith(("aten.index.", "aten.index_put")):
+        return False
+    return any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in arguments[1])
+
+
 class OnDevice(Tensor):
     """A tensor of the pretended device around one on the CPU."""
 
@@ -85,7 +97,9 @@ class PretendedDevice(TorchDispatchMode):
         here = [tensor for tensor in tensors if isinstance(tensor, OnDevice)]
         target = next((leaf for leaf in leaves if isinstance(leaf, torch.device)), None)
         if here and name not in COPIES:
-            self._note(function, name, [each for each in tensors if not isinstance(each, OnDevice)])
+            self._note(
+                function, name, arguments, [each for each in tensors if not isinstance(each, OnDevice)]
+            )
         result = function(*tree_map(_inner, arguments), **tree_map(_inner, options))
         if name == "aten.copy_.default":
             if len(here) == 1:
@@ -99,10 +113,10 @@ class PretendedDevice(TorchDispatchMode):
         result = tree_map(lambda each: OnDevice(each) if isinstance(each, Tensor) else each, result)
         return return_and_correct_aliasing(function, arguments, options, result) if here else result
 
-    def _note(self, function: Any, name: str, elsewhere: list[Tensor]) -> None:
+    def _note(self, function: Any, name: str, arguments: tuple, elsewhere: list[Tensor]) -> None:
         if any(tensor.dim() > 0 for tensor in elsewhere):
             self.mixed[name, _line()] += 1
-        if "nonzero" in name or "nms" in name or "_local_scalar_dense" in name:
+        if is_wait(name, arguments):
             self.waits[name, _line()] += 1
         aliases = [each.alias_info for each in function._schema.returns]
         if not any(alias is not None and not alias.is_write for alias in aliases):

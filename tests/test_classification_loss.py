@@ -104,7 +104,7 @@ def test_the_loss_is_given_the_categories_with_their_training_images(modules):
         ("sound_loss.py:Weighted", r"write module:Class"),
         (
             "sond_loss:Weighted",
-            r"there is no module sond_loss in FOLDER or on Python's path; call from the folder that it lies",
+            r"there is no module sond_loss in FOLDER or on Python's path; call from the folder that it is",
         ),
         ("losses.sound_loss:Weighted", r"there is no module losses in FOLDER or"),
         (

@@ -155,7 +155,7 @@ def test_a_bad_row_far_into_the_file_has_its_own_number(
     with pytest.raises(ValueError, match="row 47: score is not a number: 'high'"):
         Detections.load(tmp_path / "results.json")
     (tmp_path / "results.json").write_text(json.dumps(rows[:40])[:-20])
-    with pytest.raises(ValueError, match=r"results.json: not whole JSON behind \d\d rows"):
+    with pytest.raises(ValueError, match=r"results.json: not whole JSON after \d\d rows"):
         Detections.load(tmp_path / "results.json")
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 import yaml
+from conftest import rows_of
 from runs import CONFIG, REPOSITORY, SHORT
 
 import clis
@@ -153,7 +154,8 @@ def test_the_shown_loss_is_the_built_in_one():
         build_classification_loss("logit_adjusted", categories),
     )
     logits, labels = torch.randn(8, 4, generator=torch.Generator().manual_seed(0)), torch.arange(8) % 4
-    torch.testing.assert_close(ours(logits, labels, 8.0), shown(logits, labels, 8.0, None))
+    rows = rows_of([0] * 8)
+    torch.testing.assert_close(ours(logits, labels, 8.0, rows), shown(logits, labels, 8.0, rows))
     torch.testing.assert_close(ours.scores(logits), shown.scores(logits))
 
 

@@ -119,7 +119,7 @@ def extent(mask: Tensor) -> Tensor:
 
 
 def filled(boxes: Tensor, height: int, width: int, grow: float = 0.0) -> Tensor:
-    """bool [H,W]: pixels whose center lies in one of the boxes, each grown by `grow` pixels."""
+    """bool [H,W]: pixels whose center is in one of the boxes, each grown by `grow` pixels."""
     x, y = torch.arange(width) + 0.5, torch.arange(height)[:, None] + 0.5
     inside = torch.zeros(height, width, dtype=torch.bool)
     for x1, y1, x2, y2 in boxes.tolist():

@@ -253,6 +253,22 @@ def test_statistics_are_the_gradient_of_the_loss(name):
     torch.testing.assert_close(loss.statistics(logits, labels, rows), expected, rtol=1e-7, atol=1e-8)
 
 
+def test_statistics_of_soft_targets_are_the_gradient_too():
+    """A target t of PCB is between 0 and 1: |dL/dz| counts as positive by t, as negative by 1 - t."""
+    loss = build_classification_loss("eqlv2(objectness=false, pcb=0.5, pcb_start=0)", CATEGORIES)
+    loss.ratio.sums.copy_(RATIO)
+    loss.pcb.matrix.copy_(uniform(5, 5, seed=3).softmax(dim=1))
+    loss.pcb.weight.fill_(0.5)
+    logits = (8 * uniform(7, 5, seed=5) - 4).requires_grad_()
+    labels, rows = torch.tensor([0, 1, 2, 3, 4, 5, 5]), rows_of([0] * 7)
+    (gradient,) = torch.autograd.grad(loss(logits, labels, 1.0, rows), logits)
+    targets = loss.pcb.targets(labels, 5, logits.dtype, 1.0)
+    assert ((targets > 0.01) & (targets < 0.99)).any()
+    expected = [(gradient.abs() * part).sum(dim=0) for part in (targets, 1 - targets)]
+    counted = loss.statistics(logits.detach(), labels, rows)[:10].unflatten(0, (2, 5))
+    torch.testing.assert_close(counted, torch.stack(expected))
+
+
 class TestAccumulation:
     def test_gradients_over_three_steps_by_hand(self):
         """At logits 0 every |s - t| is 1/2, and with weights 1 so is the gradient.

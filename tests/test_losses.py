@@ -41,7 +41,7 @@ def test_cross_entropy_equals_formula():
     )
     loss = CrossEntropy(range(5))
     assert loss.num_logits == 6
-    assert loss(logits, labels, 7.0).item() == pytest.approx(expected / 7)
+    assert loss(logits, labels, 7.0, rows_of([0] * 20)).item() == pytest.approx(expected / 7)
 
 
 def test_cross_entropy_scores_leave_out_background_only():
@@ -273,7 +273,7 @@ def all_losses(dtype):
     logits, deltas, unit_rows = (x.to(dtype) for x in (logits, deltas, unit_rows))
     labels, everything = torch.arange(6) % 4, torch.ones(6, dtype=torch.bool)
     return {
-        "cross_entropy": CrossEntropy(range(3))(logits, labels, 6.0),
+        "cross_entropy": CrossEntropy(range(3))(logits, labels, 6.0, rows_of([0] * 6)),
         "l1": l1_loss(deltas, logits, 6.0),
         "objectness": objectness_loss(logits[:, 0], labels > 1, 6.0),
         "info_nce": info_nce(unit_rows, unit_rows.roll(1, 0), unit_rows.flip(0), everything, 0.2, 6.0),
@@ -303,7 +303,7 @@ def test_at_least_float32_keeps_wider_types():
 def test_nothing_costs_nothing_and_keeps_the_graph():
     logits, deltas, features = (torch.zeros(0, n, requires_grad=True) for n in (4, 4, 8))
     losses = (
-        CrossEntropy(range(3))(logits, torch.zeros(0, dtype=torch.int64), 1.0),
+        CrossEntropy(range(3))(logits, torch.zeros(0, dtype=torch.int64), 1.0, rows_of([])),
         l1_loss(deltas, torch.zeros(0, 4), 1.0),
         objectness_loss(logits[:, 0], torch.zeros(0, dtype=torch.bool), 1.0),
         info_nce(features, features, torch.zeros(5, 8), torch.ones(0, 5, dtype=torch.bool), 0.2, 1.0),

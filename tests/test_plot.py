@@ -13,13 +13,13 @@ from runs import BASELINE, SHORT
 
 from clis.__main__ import main
 from clis.commands import plot, run_verb
-from clis.commands.plot import Run
+from clis.commands.plot import FinishedRun
 from clis.engine.evaluate import load_validation
 
 
 @pytest.fixture(scope="module")
-def runs(finished) -> list[Run]:
-    return [Run.read(folder) for folder in (finished / "detector", finished)]
+def runs(finished) -> list[FinishedRun]:
+    return [FinishedRun.read(folder) for folder in (finished / "detector", finished)]
 
 
 @pytest.fixture(scope="module")

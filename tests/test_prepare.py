@@ -120,7 +120,7 @@ def test_it_travels_as_the_name_of_its_folder(tmp_path):
     assert pickle.loads(data).read(4999) == b"bytes of 004999.jpg"
     write_tar(tmp_path / "root" / "bird.tar", *names[1:])
     prepared(tmp_path, tmp_path / "root")
-    with pytest.raises(ValueError, match="index: prepared anew while it was in use"):
+    with pytest.raises(ValueError, match="index: prepared again while it was in use"):
         pickle.loads(data)
 
 
@@ -387,10 +387,10 @@ def test_what_is_behind_the_end_mark(tmp_path):
         assert len(prepared(tmp_path, tar.parent)) == 1
     for rest in (two, bytes(2**24) + b"x"):
         tar.write_bytes(one + rest)
-        with pytest.raises(ValueError, match=r"bird\.tar: .* behind the end mark at byte 1024, as of concat"):
+        with pytest.raises(ValueError, match=r"bird\.tar: .* after the end mark at byte 1024, as of concat"):
             prepared(tmp_path, tar.parent)
     (tmp_path / "whole.tar").write_bytes(tar_of({"bird.tar": one + two}))
-    with pytest.raises(ValueError, match=r"whole\.tar:bird\.tar: .* behind the end mark at byte 1536"):
+    with pytest.raises(ValueError, match=r"whole\.tar:bird\.tar: .* after the end mark at byte 1536"):
         prepared(tmp_path, tmp_path / "whole.tar")
 
 

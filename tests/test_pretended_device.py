@@ -153,5 +153,9 @@ def test_the_pretended_device_tells_what_mixes(monkeypatch):
         x + torch.ones(3)
         float(x.sum())
         torch.ones(3, device=DEVICE).tolist()
+        x[x > 1]
+        torch.equal(x, x)
     assert [name for name, _ in device.mixed] == ["aten.index.Tensor", "aten.add.Tensor"]
-    assert [name for name, _ in device.waits] == ["aten._local_scalar_dense.default", "tolist"]
+    assert [name for name, _ in device.waits] == [
+        "aten._local_scalar_dense.default", "tolist", "aten.index.Tensor", "aten.equal.default",
+    ]  # fmt: skip

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -115,6 +117,12 @@ def second(tmp_path, monkeypatch) -> Path:
     return path
 
 
+def errors_of(path: Path, overrides: list[str], *more: str) -> list[str]:
+    """What `check` finds wrong with a config."""
+    overrides = [*overrides, *more]
+    return check.check(load_config(path, overrides), overrides=overrides, workers=0, sample=1).errors
+
+
 class TestRecipe:
     def test_both_trainings_in_one_command(self, second, data, tmp_path, capsys):
         arguments = ["--config", str(second), *SHORT, f"data.root={data}", f"output={tmp_path / 'run'}"]
@@ -159,14 +167,34 @@ class TestRecipe:
             ("clis.objectness=true", r"run to start from: .* missing localization\.fc_objectness\.weight"),
             ("start.from=gone.pt", r"gone\.pt: no such checkpoint"),
             ("start.from=gone.yaml", r"gone\.yaml: no such config"),
-            ("start.from=loop.yaml", r"loop\.yaml: this run would have to be finished before it begins"),
+            ("start.from=loop.yaml", r"start\.from=loop\.yaml: this run needs itself"),
         ):
             with pytest.raises((ValueError, FileNotFoundError), match=message):
                 run_verb("train", [*arguments, override])
-            config = load_config(second, [*arguments[2:], override])
-            report = check.check(config, overrides=[*arguments[2:], override], workers=0, sample=1)
-            assert len(report.errors) >= 1, override
+            assert any(re.search(message, error) for error in errors_of(second, arguments[2:], override))
+            nothing = [*arguments[2:], f"data.root={tmp_path}", "data.generate=shapes", override]
+            assert any(re.search(message, error) for error in errors_of(second, nothing))
+        assert errors_of(second, arguments[2:]) == []
         assert not (tmp_path / "run").exists()
+
+    def test_a_finished_run_needs_no_start_and_no_other_folder(self, second, data, tmp_path, capsys):
+        """Nor is it held up by what a folder that it does not need belongs to."""
+        arguments = ["--config", str(second), *SHORT, f"data.root={data}", f"output={tmp_path / 'run'}"]
+        run_verb("train", arguments)
+        for name in ("start", "checkpoints"):
+            shutil.rmtree(tmp_path / "run" / name)
+        RunFolder(tmp_path / "run" / "start").claim(load_config(BASELINE, ["optim.lr=0.5"]))
+        capsys.readouterr()
+        run_verb("train", arguments)
+        assert "1/1" in (said := capsys.readouterr().out)
+        assert "is already finished" in said
+
+    def test_the_backbones_weights_are_not_read_beside_a_start(self, second, data, tmp_path):
+        missing = "model.backbone={weights: gone.pth, norm: folded}"
+        assert any(
+            "gone.pth" in error for error in errors_of(Path(BASELINE), [*SHORT, f"data.root={data}", missing])
+        )
+        assert errors_of(second, [*SHORT, f"data.root={data}", f"output={tmp_path / 'run'}", missing]) == []
 
 
 def test_contradictory_settings(tmp_path):
@@ -199,7 +227,15 @@ class TestStudies:
         assert runs["second"].start.key == runs["plain"].key
         assert runs["first"].start.key != runs["plain"].key  # the momentum is the start's, too
         other = [loaded.run(row, 1, []).start for row in loaded.rows if row.name == "second"]
-        assert other[0].config.train.seed == 1
+        assert other[0].plan.config.train.seed == 1
+
+    def test_a_mistake_in_a_row_is_reported_before_any_job(self, second, data):
+        study = {"base": CONFIG, "seeds": [0], "rows": {"second": {"config": str(second)}}}
+        study["rows"]["second"]["overrides"] = ["start.fresh=[tpyo]"]
+        Path("rows.yaml").write_text(yaml.safe_dump(study))
+        with pytest.raises(ValueError, match=r"start\.fresh: tpyo matches no parameter"):
+            run_study(Path("rows.yaml"), Path("out"), overrides=[*SHORT, f"data.root={data}"])
+        assert not Path("out").exists()
 
     def test_rows_share_the_run_that_they_start_from(self, second, data, capsys):
         rows = {"plain": {"config": BASELINE}, "second": {"config": str(second)}}

@@ -7,6 +7,7 @@ from collections import Counter
 import pytest
 import torch
 from conftest import CATEGORIES, LOSSES, make_batch, normalizers_of, tiny_config
+from pretended_device import is_wait
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from clis.engine import train
@@ -35,13 +36,8 @@ class Waits(TorchDispatchMode):
         return call
 
     def __torch_dispatch__(self, function, types, arguments=(), options=None):
-        name = str(function)
-        if "nonzero" in name or "nms" in name or "masked_select" in name or "_local_scalar_dense" in name:
+        if is_wait(name := str(function), arguments):
             self.counts[name] += 1
-        if name.startswith("aten.index.") and any(
-            index is not None and index.dtype == torch.bool for index in arguments[1]
-        ):
-            self.counts["boolean index"] += 1
         return function(*arguments, **(options or {}))
 
 

@@ -39,11 +39,10 @@ from clis.data.streams import (
 from clis.engine.checkpoint import load_checkpoint
 from clis.engine.prerequisites import PlannedRun, plan_run
 from clis.engine.pretrain import SETTINGS as PRETRAINING
-from clis.engine.regions import detector_checkpoint, read_boxes
+from clis.engine.regions import detector_checkpoint, given_boxes, read_boxes
 from clis.engine.run_folder import RunFolder, regions_file
-from clis.engine.start import check_start, starting_weights
-from clis.losses import find_classification_loss
-from clis.models import build_classifier, build_model, find_calibration
+from clis.engine.start import check_run, starting_weights
+from clis.models import build_classifier, build_model
 from clis.progress import Progress, say
 from clis.resize import image_size
 
@@ -114,22 +113,14 @@ class Examined:
 def check(
     config: Config, overrides: Sequence[str] = (), *, workers: int, sample: int | None = None
 ) -> Report:
-    """Check files and settings of a run, and of the detector that it would train for its regions.
+    """Check files and settings of a run, and of the runs that it would train first.
 
     Args:
-        overrides: those that `config` was made with; some hold for the detector too.
+        overrides: those that `config` was made with; some hold for these runs too.
         workers: processes that read images.
         sample: images of each stream that are read, spread evenly; None reads all.
     """
     report = Report()
-    if config.data.generate == "shapes" and not data_path(config, config.data.train).exists():
-        report.notes.append(
-            f"{data_path(config, 'shapes')}: the embedded benchmark will be written at the start"
-        )
-        with report.catching():
-            find_classification_loss(config.loss.classification)
-            find_calibration(config.test.calibration, config.loss.classification)
-        return report
     plan = PlannedRun("the run", config, None, None)
     with report.catching():
         plan = plan_run(config, "the run", overrides)
@@ -140,7 +131,12 @@ def check(
             with report.catching():
                 RunFolder(each.config.output).pretraining.check(each.config, PRETRAINING)
         with report.catching():
-            check_start(each)
+            check_run(each)
+    if config.data.generate == "shapes" and not data_path(config, config.data.train).exists():
+        report.notes.append(
+            f"{data_path(config, 'shapes')}: the embedded benchmark will be written at the start"
+        )
+        return report
     detector = None if plan.detector is None else plan.detector.config
     train = val = index = None
     with report.catching():
@@ -251,8 +247,7 @@ def _check_regions(config: Config, index: ImageLevelIndex, detector: Config | No
         if detector is None:
             load_checkpoint(checkpoint)
     if config.regions.rule == "given":
-        assert config.regions.boxes is not None  # a rule of Config
-        read_boxes(data_path(config, config.regions.boxes), index)
+        read_boxes(given_boxes(config), index)
     made_by = config.regions.detector if config.regions.rule in DETECTOR_RULES else config.regions.rule
     report.notes.append(f"{path}: will be made, by {made_by}")
 
@@ -260,7 +255,8 @@ def _check_regions(config: Config, index: ImageLevelIndex, detector: Config | No
 def _check_model(config: Config, train: Annotations, report: Report) -> None:
     """Build the model, which reads the backbone's weights and tries the classification loss."""
     folder = RunFolder(config.output)
-    if config.pretrain.epochs > 0 and folder.pretraining.backbone.exists():
+    has_weights = config.pretrain.epochs > 0 and folder.pretraining.backbone.exists()
+    if has_weights or config.start.from_ is not None:
         build_model(config, train.categories, pretrained=starting_weights(config, folder))
         return
     backbone = config.model.backbone

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from clis.atomic import atomic_write
 from clis.boxes import grouped_nms
-from clis.config_files import config_from_dict, config_to_dict, merge_overrides
+from clis.config_files import config_from_dict, config_to_dict, merge_overrides, resolve_data_root
 from clis.distributed import choose_device
 from clis.engine.checkpoint import load_checkpoint, load_model
+from clis.engine.evaluate import measure_calibration
 from clis.models import CLISDetector
 from clis.progress import say
 
@@ -146,6 +147,7 @@ def export(
     values = config_to_dict(config_from_dict(state["config"], source=str(checkpoint)))
     config = config_from_dict(merge_overrides(values, overrides), source="override")
     detector = load_model(state, config, str(checkpoint)).to(device).eval()
+    measure_calibration(detector, resolve_data_root(config))
     detector.to(memory_format=torch.contiguous_format)  # in which torch.export.save stores all weights
     generator = torch.Generator().manual_seed(0)
     noise = torch.randint(256, (3, *size), dtype=torch.uint8, generator=generator).to(device)

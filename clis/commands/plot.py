@@ -49,7 +49,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 @dataclass(frozen=True)
-class Run:
+class FinishedRun:
     """What a run folder has for the figures."""
 
     name: str
@@ -59,7 +59,7 @@ class Run:
     detections: Detections
 
     @classmethod
-    def read(cls, folder: Path) -> Run:
+    def read(cls, folder: Path) -> FinishedRun:
         """Read a finished run.
 
         Raises:
@@ -88,7 +88,7 @@ def plot(folders: Sequence[Path], out: Path, *, images: int, score: float) -> li
     Raises:
         FileNotFoundError, ValueError: a run is not finished, or they are of different data sets.
     """
-    runs = [Run.read(folder) for folder in folders]
+    runs = [FinishedRun.read(folder) for folder in folders]
     annotations = _validation(runs)
     figures = {
         "curves.png": training_curves(runs),
@@ -103,7 +103,7 @@ def plot(folders: Sequence[Path], out: Path, *, images: int, score: float) -> li
     return [out / name for name in figures]
 
 
-def training_curves(runs: Sequence[Run]) -> Figure:
+def training_curves(runs: Sequence[FinishedRun]) -> Figure:
     """Draw the smoothed total loss over the steps; below it the AP of evaluations during training, if any."""
     evaluated = any("AP" in record for run in runs for record in run.records)
     figure, axes = _subplots(1 + evaluated, 1, (7, 3.2))
@@ -124,7 +124,7 @@ def training_curves(runs: Sequence[Run]) -> Figure:
     return figure
 
 
-def frequency_bars(runs: Sequence[Run]) -> Figure:
+def frequency_bars(runs: Sequence[FinishedRun]) -> Figure:
     """Draw AP of all, rare, common and frequent classes, one bar per run; undefined ones are left out."""
     figure, axes = _subplots(1, 1, (7, 3.2))
     ax, width = axes[0, 0], 0.8 / len(runs)
@@ -138,7 +138,7 @@ def frequency_bars(runs: Sequence[Run]) -> Figure:
     return figure
 
 
-def ap_against_images(runs: Sequence[Run], annotations: Annotations) -> Figure:
+def ap_against_images(runs: Sequence[FinishedRun], annotations: Annotations) -> Figure:
     """Draw AP of every class over its number of training images, and the means of `ap_by_image_count`."""
     figure, axes = _subplots(1, 1, (7, 3.6))
     ax = axes[0, 0]
@@ -157,7 +157,9 @@ def ap_against_images(runs: Sequence[Run], annotations: Annotations) -> Figure:
     return figure
 
 
-def boxes_on_images(runs: Sequence[Run], annotations: Annotations, images: int, score: float) -> Figure:
+def boxes_on_images(
+    runs: Sequence[FinishedRun], annotations: Annotations, images: int, score: float
+) -> Figure:
     """Draw one row per image: the ground truth, then each run's detections of at least this score."""
     rows = rarest_images(annotations, images)
     figure, axes = _subplots(len(rows), 1 + len(runs), (3.2, 3.2))
@@ -260,7 +262,7 @@ def _draw(
     ax.set_axis_off()
 
 
-def _validation(runs: Sequence[Run]) -> Annotations:
+def _validation(runs: Sequence[FinishedRun]) -> Annotations:
     """Read the validation split, with the counts of the training split of the first run."""
     first = runs[0].config
     for run in runs[1:]:

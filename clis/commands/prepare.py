@@ -259,8 +259,8 @@ def _outcomes(
                 yield future.result()
         except BrokenProcessPool as error:
             raise OSError(
-                "a process that scans tars was ended, perhaps for want of memory; the same command goes on "
-                "where it was, and fewer --workers need less"
+                "a process that scans tars was killed, perhaps for lack of memory; re-run the same command "
+                "to resume, with fewer --workers if memory is short"
             ) from error
         finally:
             pool.shutdown(cancel_futures=True)

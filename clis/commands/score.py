@@ -135,7 +135,7 @@ def _ground_truth(arguments: argparse.Namespace) -> tuple[Annotations, list | No
 
 def _say_errors(annotations: Annotations, detections: Detections, matches: Matches) -> None:
     shares = analysis.error_shares(annotations, detections, matches, annotations.categories)
-    say("\nAP50 and what each kind of error takes from it (mended alone, AP50 would rise by so much)")
+    say("\nAP50, and how much it would rise if one kind of error alone were corrected")
     rows = [
         ("AP50", shares.ap50, ""),
         *((name, shares.lost[name], shares.counts[name]) for name in shares.lost),

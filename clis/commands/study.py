@@ -31,8 +31,7 @@ from clis.data.shapes import generate_shapes
 from clis.engine.preemption import StopRequest
 from clis.engine.prerequisites import PlannedRun, plan_run, shared_overrides
 from clis.engine.run_folder import RunFolder
-from clis.losses import find_classification_loss
-from clis.models import find_calibration
+from clis.engine.start import check_plan
 from clis.progress import say
 
 KEY_VERSION = 3
@@ -106,23 +105,23 @@ class Study:
         base = _beside(path, values["base"])
         return cls(path.stem, base, seeds, rows)
 
-    def run(self, row: Row, seed: int, overrides: Sequence[str]) -> Run:
+    def run(self, row: Row, seed: int, overrides: Sequence[str]) -> StudyRun:
         """Load the run of a row and seed, with `overrides` that hold for all rows."""
         every = [*overrides, *row.overrides, f"train.seed={seed}"]
-        return Run.load(row.config or self.base, every)
+        return StudyRun.load(row.config or self.base, every)
 
 
 @dataclass(frozen=True)
-class Run:
+class StudyRun:
     """One row with one seed, or a run that another one needs."""
 
     base: Path
     overrides: list[str]
-    """All that make `config` of `base`."""
-    config: Config
-    start: Run | None
+    """All that make the plan's config of `base`."""
+    plan: PlannedRun
+    start: StudyRun | None
     """Whose weights it starts from, if that is to be trained."""
-    detector: Run | None
+    detector: StudyRun | None
     """That finds the regions, if it is to be trained."""
     regions: str | None
     """What the region file is known by; None without image-level images."""
@@ -130,7 +129,7 @@ class Run:
     """What the run is known by."""
 
     @classmethod
-    def load(cls, base: Path, overrides: Sequence[str]) -> Run:
+    def load(cls, base: Path, overrides: Sequence[str]) -> StudyRun:
         """Load a run and those that it needs.
 
         Raises:
@@ -139,7 +138,7 @@ class Run:
         return cls._of(plan_run(load_config(base, overrides), str(base), overrides), base, list(overrides))
 
     @classmethod
-    def _of(cls, plan: PlannedRun, base: Path, overrides: list[str]) -> Run:
+    def _of(cls, plan: PlannedRun, base: Path, overrides: list[str]) -> StudyRun:
         config, passed = plan.config, shared_overrides(overrides)
         start = detector = regions = None
         if plan.start is not None:
@@ -149,7 +148,7 @@ class Run:
         if config.clis.s > 0:
             regions = _regions_key(config, None if detector is None else detector.key)
         key = run_key(config, regions, None if start is None else start.key)
-        return cls(base, overrides, config, start, detector, regions, key)
+        return cls(base, overrides, plan, start, detector, regions, key)
 
 
 def _read_row(name: str, values: Any, path: Path) -> Row:
@@ -259,7 +258,7 @@ def run_study(
     failed = [job.title for job in plan.values() if job.failed]
     if failed:
         raise ValueError(
-            f"{len(failed)} of {len(plan)} jobs failed: {', '.join(failed)}; call again to retry"
+            f"{len(failed)} of {len(plan)} jobs failed: {', '.join(failed)}; re-run the command to retry"
         )
     return folder
 
@@ -322,15 +321,14 @@ def _plan(
 ) -> None:
     """Add the job of a row and seed, and of what it needs, to those that are planned already."""
     run = study.run(row, seed, overrides)
-    find_classification_loss(run.config.loss.classification)  # a typo is reported before any work starts
-    find_calibration(run.config.test.calibration, run.config.loss.classification)
+    check_plan(run.plan)  # a typo is reported before any work starts
     _plan_training(run, f"training of {row.name}, seed {seed}", out, plan).results.append((row.name, seed))
 
 
-def _plan_training(run: Run, title: str, out: Path, plan: dict[Path, Job]) -> Job:
+def _plan_training(run: StudyRun, title: str, out: Path, plan: dict[Path, Job]) -> Job:
     """Add the training of a run, after those that it needs."""
     folder, after, more = out / "runs" / run.key, [], []
-    seed = run.config.train.seed
+    seed = run.plan.config.train.seed
     if run.start is not None:
         after.append(_plan_training(run.start, f"training to start from, seed {seed}", out, plan))
         more.append(f"start.from={out / 'runs' / run.start.key}")
@@ -343,14 +341,14 @@ def _plan_training(run: Run, title: str, out: Path, plan: dict[Path, Job]) -> Jo
     return plan.setdefault(folder, job)
 
 
-def _plan_regions(run: Run, file: Path, out: Path, plan: dict[Path, Job]) -> Job:
+def _plan_regions(run: StudyRun, file: Path, out: Path, plan: dict[Path, Job]) -> Job:
     """Add the search of a run's regions, after the training of their detector."""
-    after, more, seed = [], [f"regions.file={file}"], run.config.train.seed
+    after, more, seed = [], [f"regions.file={file}"], run.plan.config.train.seed
     if run.detector is not None:
         after.append(_plan_training(run.detector, f"detector of the regions, seed {seed}", out, plan))
         more.append(f"regions.detector={out / 'runs' / run.detector.key}")
     command = [sys.executable, "-m", "clis", "regions", str(run.base), *run.overrides, *more]
-    title = f"regions by {run.config.regions.rule}, seed {seed}"
+    title = f"regions by {run.plan.config.regions.rule}, seed {seed}"
     return plan.setdefault(file, Job(title, command, file, after))
 
 

@@ -15,7 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value",
         help="change the config, e.g. train.steps=100 output=runs/short. Those of the model, the "
-        "instance-level data and the training also apply to the detector that finds the regions",
+        "instance-level data and the training also apply to the runs that it needs first",
     )  # fmt: skip
 
 

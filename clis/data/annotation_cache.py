@@ -49,8 +49,8 @@ def cached(source: str | Path, form: str, build: Callable[[], Packed]) -> Packed
         _write(folder, stamp, packed)
     except OSError as error:
         warnings.warn(  # the same text for all forms, so that it is shown once
-            f"{_root()}: the annotation cache cannot be written ({error.strerror}); {source} is read anew at "
-            "every start and each process holds a copy of its own; set CLIS_CACHE to a folder that can be "
+            f"{_root()}: the annotation cache cannot be written ({error.strerror}); {source} is read again "
+            "at every start and each process holds a copy of its own; set CLIS_CACHE to a folder that can be "
             "written",
             stacklevel=1,
         )

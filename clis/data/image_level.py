@@ -153,7 +153,7 @@ class ImageLevelIndex:
         if state["folder"] is not None:
             opened = open_index(state["folder"])
             if opened.digest != state["digest"]:
-                raise ValueError(f"{state['folder']}: prepared anew while it was in use; start the run again")
+                raise ValueError(f"{state['folder']}: prepared again while it was in use; restart the run")
             state = opened.__dict__
         self.__dict__.update(state)
 
@@ -299,7 +299,7 @@ def read_header(folder: str | Path) -> dict[str, Any]:
     if form != FORMAT:
         raise ValueError(f"{path}: format {form}, this version reads {FORMAT}; {_AGAIN}")
     if not finished:
-        raise ValueError(f"{folder}: this index is not finished; {_AGAIN}, and it goes on where it was")
+        raise ValueError(f"{folder}: this index is not finished; {_AGAIN}, which resumes it")
     return header
 
 

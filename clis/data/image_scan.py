@@ -300,9 +300,7 @@ def _scan_tar(container: Container, wanted: Callable[[str], bool], by_name: bool
     except _DAMAGE as error:
         where = container.path + (f":{container.inner}" if container.inner else "")
         what = str(error) or type(error).__name__
-        raise ValueError(
-            f"{where}: no readable uncompressed tar ({what}); fetch it again or pack it anew"
-        ) from error
+        raise ValueError(f"{where}: no readable uncompressed tar ({what}); fetch or pack it again") from error
 
 
 def _check_end(tar: tarfile.TarFile, end: int) -> None:
@@ -319,7 +317,7 @@ def _check_end(tar: tarfile.TarFile, end: int) -> None:
         block = tar.fileobj.read(min(_MAX_HEADER, end - tar.fileobj.tell()))
     if block:
         raise tarfile.ReadError(
-            f"more data behind the end mark at byte {tar.offset}, as of concatenated tars, which "
+            f"more data after the end mark at byte {tar.offset}, as of concatenated tars, which "
             "`tar --ignore-zeros` unpacks"
         )
 
@@ -349,7 +347,7 @@ def _members(tar: tarfile.TarFile, end: int) -> Iterator[tarfile.TarInfo]:
     """
     while (member := tar.next()) is not None:
         if member.size < 0 or member.offset_data + member.size > end:
-            raise tarfile.ReadError(f"truncated: {member.name} ends behind byte {end}")
+            raise tarfile.ReadError(f"truncated: {member.name} ends after byte {end}")
         yield member
         tar.members.clear()  # type: ignore[attr-defined]  # not public, but the one way to drop them
 

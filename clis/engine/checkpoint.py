@@ -114,6 +114,11 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     return state
 
 
+def saved_categories(state: dict[str, Any]) -> list[Category]:
+    """Return the classes of a checkpoint, in the order of their labels."""
+    return [Category(**category) for category in state["categories"]]
+
+
 def load_last_checkpoint(folder: RunFolder) -> tuple[dict[str, Any], Path] | None:
     """Load the last readable checkpoint of a run and return it with its path, or None where there is none.
 
@@ -159,8 +164,7 @@ def resume(
     differences = config_differences(config_from_dict(state["config"], source=str(path)), config, within)
     if differences:
         raise ValueError(f"{path} is of another config: {'; '.join(differences[:5])}; remove it")
-    saved = [Category(**category) for category in state["categories"]]
-    check_same_categories(saved, str(path), model.categories, "the training split")
+    check_same_categories(saved_categories(state), str(path), model.categories, "the training split")
     load_state(model, state["model"], str(path))
     optimizer.load_state_dict(state["optimizer"])
     scaler.load_state_dict(state["scaler"])
@@ -178,9 +182,8 @@ def load_model(state: dict[str, Any], config: Config, source: str) -> CLISDetect
         ValueError: the config is of another model, and the tensors that differ are named; or its
             classification loss cannot be found.
     """
-    categories = [Category(**category) for category in state["categories"]]
     try:
-        model = build_model(config, categories, pretrained=False)
+        model = build_model(config, saved_categories(state), pretrained=False)
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from error
     load_state(model, state["model"], source)
@@ -190,8 +193,8 @@ def load_model(state: dict[str, Any], config: Config, source: str) -> CLISDetect
 def load_detector(path: str | Path, device: str | torch.device = "cpu") -> CLISDetector:
     """Load a trained detector, ready for `detect`, from its checkpoint alone.
 
-    A user-defined loss is the exception: the checkpoint names its module, which is imported (see
-    `load_model`).
+    There are two exceptions. A checkpoint with a user-defined loss names its module, which is imported (see
+    `load_model`); and `test.calibration=fracal` first has to measure the training annotations.
 
     Raises:
         FileNotFoundError, ValueError: as `load_checkpoint` and `load_model`.

@@ -64,7 +64,7 @@ def load_validation(config: Config, categories: Sequence[Category]) -> Annotatio
 
 
 def measure_calibration(detector: CLISDetector, config: Config) -> None:
-    """Let the detector's calibration measure `data.train`, if it needs to and has not yet."""
+    """Let the detector's calibration measure `data.train`, if it needs to and did not do so before."""
     calibration = detector.calibration
     if calibration is None or calibration.weights is not None:
         return

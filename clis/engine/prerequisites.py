@@ -45,23 +45,24 @@ def plan_run(
         FileNotFoundError, ValueError: a config cannot be read, or a run needs itself.
     """
 
-    def needed(role: str, source: str | None, each: Config | None) -> PlannedRun | None:
+    def needed(key: str, role: str, source: str | None, each: Config | None) -> PlannedRun | None:
         if source is None or each is None:
             return None
         path = Path(source).resolve()
         if path in outer:
-            raise ValueError(f"{source}: this run would have to be finished before it begins")
-        passed = shared_overrides(overrides)
-        if "output" in merge_overrides({}, overrides):
-            passed.append(f"output={each.output}")
+            raise ValueError(f"{key}={source}: this run needs itself; name another config, or a checkpoint")
+        passed = _passed(overrides, RunFolder(each.output))
         return plan_run(each, f"{role}: {source}", passed, [*outer, path])
 
     return PlannedRun(
         title,
         config,
-        start=needed("run to start from", config.start.from_, start_config(config, overrides)),
+        start=needed("start.from", "run to start from", config.start.from_, start_config(config, overrides)),
         detector=needed(
-            "detector for the regions", config.regions.detector, detector_config(config, overrides)
+            "regions.detector",
+            "detector for the regions",
+            config.regions.detector,
+            detector_config(config, overrides),
         ),
     )
 
@@ -110,7 +111,10 @@ def checkpoint_of(source: str, trained: Config | None) -> Path:
 def _config_of(source: str | None, folder: RunFolder, overrides: Sequence[str]) -> Config | None:
     if source is None or Path(source).suffix not in (".yaml", ".yml"):
         return None
+    return load_config(source, _passed(overrides, folder))
+
+
+def _passed(overrides: Sequence[str], folder: RunFolder) -> list[str]:
+    """Return the overrides of a prerequisite; `folder` is its own if the run's was named."""
     passed = shared_overrides(overrides)
-    if "output" in merge_overrides({}, overrides):
-        passed.append(f"output={folder}")
-    return load_config(source, passed)
+    return [*passed, f"output={folder}"] if "output" in merge_overrides({}, overrides) else passed

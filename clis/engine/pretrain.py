@@ -23,7 +23,7 @@ from clis.data.image_level import ImageLevelIndex
 from clis.data.loader import MicroBatches, image_loader, train_loader
 from clis.data.sampling import SingleSampler
 from clis.data.streams import make_image_level_sampler, make_index, read_annotations
-from clis.distributed import all_reduce_sum, barrier, is_main, rank, world_size, wrap_ddp
+from clis.distributed import all_reduce_sum, barrier, broadcast_flag, is_main, rank, world_size, wrap_ddp
 from clis.engine.bad_images import check_bad_images
 from clis.engine.checkpoint import resume, save_checkpoint
 from clis.engine.describe import describe_pretraining, step_metrics
@@ -61,7 +61,7 @@ def pretrain(config: Config, device: torch.device) -> Path:
     folder = RunFolder(config.output).pretraining
     folder.claim(config, SETTINGS)
     path = folder.backbone
-    if path.exists():
+    if broadcast_flag(path.exists()):
         say(f"{path} already exists")
         return path
     annotations = read_annotations(data_path(config, config.data.train))

@@ -61,6 +61,7 @@ def load_searcher(config: Config, device: torch.device, detector: Config | None 
     annotations = read_annotations(data_path(config, config.data.train))
     checkpoint = detector_checkpoint(config, detector or detector_config(config))
     model = load_detector(checkpoint, device)
+    model.calibration = None  # it compares classes, and the search ranks boxes within one
     check_same_categories(model.categories, str(checkpoint), annotations.categories, annotations.path)
     return model
 

@@ -67,6 +67,11 @@ class RunFolder:
         """Return the folder with the results of the evaluation after `step` steps."""
         return RunFolder(self.evaluations / f"step_{step:08d}")
 
+    @property
+    def has_begun(self) -> bool:
+        """Whether the run has something to resume from, or is finished."""
+        return self.result.exists() or bool(self.saved_checkpoints())
+
     def saved_checkpoints(self) -> list[Path]:
         """List the checkpoints to resume from, last first: ``last.pt``, then those of other steps."""
         steps = sorted(self.checkpoints.glob("step_*.pt"), reverse=True)

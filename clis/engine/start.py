@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor, nn
 
 from clis.config import Config, StartConfig
 from clis.data.categories import Category, check_same_categories
-from clis.engine.checkpoint import load_checkpoint
+from clis.engine.checkpoint import load_checkpoint, saved_categories
 from clis.engine.prerequisites import PlannedRun, checkpoint_of, start_config
 from clis.engine.run_folder import RunFolder
-from clis.models import CLISDetector, build_model
+from clis.losses import find_classification_loss
+from clis.models import CLISDetector, build_model, find_calibration
 from clis.models.weights import load_state
 
 
@@ -33,12 +33,9 @@ def starting_model(
         FileNotFoundError, ValueError: the weights are missing or do not fit.
     """
     source = config.start.from_
-    if source is None:
-        model = build_model(config, categories, pretrained=starting_weights(config, folder))
-    else:
-        model = build_model(config, categories, pretrained=False)
-        if not folder.saved_checkpoints():
-            load_start(model, config.start, checkpoint_of(source, start or start_config(config)))
+    model = build_model(config, categories, pretrained=starting_weights(config, folder))
+    if source is not None and not folder.has_begun:
+        load_start(model, config.start, checkpoint_of(source, start or start_config(config)))
     if config.start.train:
         train_only(model, config.start.train)
     return model
@@ -47,29 +44,48 @@ def starting_model(
 def starting_weights(config: Config, folder: RunFolder) -> bool | Path:
     """Return what the backbone starts from: `model.backbone.weights` (True), or this run's pre-trained ones.
 
+    False with `start.from`, whose weights replace them.
+
     Raises:
-        FileNotFoundError: the run's own pre-training has not made them yet.
+        FileNotFoundError: the run's own pre-training is not finished.
     """
     if config.pretrain.epochs == 0:
-        return True
+        return config.start.from_ is None
     path = folder.pretraining.backbone
     if not path.exists():
         raise FileNotFoundError(f"{path}: the backbone is not pre-trained yet; run train.py on the config")
     return path
 
 
+def check_plan(plan: PlannedRun) -> None:
+    """Check what can be known of a run, and of those that it needs, without any data; see `check_run`."""
+    for run in plan.walk():
+        check_run(run)
+
+
+def check_run(run: PlannedRun) -> None:
+    """Check the names of a run's loss and calibration, and the weights that it starts from.
+
+    Raises:
+        FileNotFoundError, ValueError: a name is unknown, or the weights are missing or would not fit.
+    """
+    find_classification_loss(run.config.loss.classification)
+    find_calibration(run.config.test.calibration, run.config.loss.classification)
+    check_start(run)
+
+
 def check_start(run: PlannedRun) -> None:
-    """Check that the weights of a run that has not begun will fit, before those of a prerequisite are made.
+    """Check that a new run will be able to load the weights that it starts from, before any are trained.
 
     Raises:
         FileNotFoundError, ValueError: they are missing, or would not fit.
     """
     start, folder = run.config.start, RunFolder(run.config.output)
-    if (start.from_ is None and not start.train) or folder.saved_checkpoints():
+    if (start.from_ is None and not start.train) or folder.has_begun:
         return
     if start.from_ is not None and run.start is None:
         checkpoint = checkpoint_of(start.from_, None)
-        categories = _categories(load_checkpoint(checkpoint))
+        categories = saved_categories(load_checkpoint(checkpoint))
         model = build_model(run.config, categories, pretrained=False)
         load_start(model, start, checkpoint)
     else:
@@ -92,7 +108,7 @@ def load_start(model: CLISDetector, start: StartConfig, checkpoint: Path) -> Non
             a prefix matches nothing.
     """
     state = load_checkpoint(checkpoint)
-    check_same_categories(_categories(state), str(checkpoint), model.categories, "the training split")
+    check_same_categories(saved_categories(state), str(checkpoint), model.categories, "the training split")
     _load_parts(model, start, state["model"], str(checkpoint))
 
 
@@ -104,9 +120,8 @@ def train_only(model: nn.Module, prefixes: Sequence[str]) -> None:
     Raises:
         ValueError: a prefix matches no parameter.
     """
-    names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
-    _check_prefixes("start.train", prefixes, names)
     parameters = list(model.named_parameters(remove_duplicate=False))
+    _check_prefixes("start.train", prefixes, [name for name, _ in parameters])
     trained = {id(parameter) for name, parameter in parameters if _matches(name, prefixes)}
     for _, parameter in parameters:
         parameter.requires_grad_(parameter.requires_grad and id(parameter) in trained)
@@ -117,10 +132,6 @@ _ANY_CLASSES = [
     for number in (1, 2)
 ]
 """Whether weights fit does not depend on the number of classes, if it is the same."""
-
-
-def _categories(state: dict[str, Any]) -> list[Category]:
-    return [Category(**category) for category in state["categories"]]
 
 
 def _load_parts(model: CLISDetector, start: StartConfig, given: dict[str, Tensor], source: str) -> None:

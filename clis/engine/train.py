@@ -45,10 +45,9 @@ from clis.engine.regions import find_regions
 from clis.engine.run_folder import RunFolder, regions_file
 from clis.engine.schedule import SaveClock, due_after
 from clis.engine.skipped import SkippedSteps
-from clis.engine.start import check_start, starting_model
-from clis.losses import find_classification_loss
+from clis.engine.start import check_plan, starting_model
 from clis.metric.lvis_eval import format_table
-from clis.models import CLISDetector, Normalizers, Pending, TrainOutput, find_calibration
+from clis.models import CLISDetector, Normalizers, Pending, TrainOutput
 from clis.progress import Progress, say
 
 ADVICE = "a lower optim.lr or loss.beta, a longer optim.warmup_steps or an optim.clip_norm may help"
@@ -58,17 +57,15 @@ ADVICE = "a lower optim.lr or loss.beta, a longer optim.warmup_steps or an optim
 def recipe(config: Config, name: str, overrides: Sequence[str], device: torch.device) -> None:
     """Run the stages that the config needs and that are not done yet; then print the comparison."""
     plan = plan_run(config, name, overrides)
+    check_plan(plan)  # mistakes are reported before any work starts
     runs = list(plan.walk())
-    for each in runs:  # mistakes are reported before any work starts
-        find_classification_loss(each.config.loss.classification)
-        find_calibration(each.config.test.calibration, each.config.loss.classification)
-        check_start(each)
-    for each in runs:
-        RunFolder(each.config.output).claim(each.config)
     stages: dict[tuple[str, str], tuple[str, Callable[[], object]]] = {}
     if config.data.generate == "shapes":
         stages["", "data"] = ("embedded benchmark", lambda: generate_shapes(data_path(config, "shapes")))
     _add_stages(stages, plan, device)
+    for each in runs:
+        if (each.config.output, "train") in stages:  # others are not needed, whatever their folders hold
+            RunFolder(each.config.output).claim(each.config)
     for number, (title, stage) in enumerate(stages.values(), 1):
         say(f"{number}/{len(stages)} {title}")
         stage()
@@ -81,8 +78,7 @@ def _add_stages(
 ) -> None:
     """Add the stages of a run by its folder and kind, each after those that it needs."""
     config, folder = plan.config, RunFolder(plan.config.output)
-    started = broadcast_flag(folder.result.exists() or len(folder.saved_checkpoints()) > 0)
-    if plan.start is not None and not started:
+    if plan.start is not None and not broadcast_flag(folder.has_begun):
         _add_stages(stages, plan.start, device)
     if config.clis.s > 0 and not broadcast_flag(regions_file(config).exists()):
         detector = None if plan.detector is None else plan.detector.config
@@ -104,7 +100,7 @@ def run(config: Config, device: torch.device, start: Config | None = None) -> No
     """
     folder = RunFolder(config.output)
     folder.claim(config)
-    if folder.result.exists():
+    if broadcast_flag(folder.result.exists()):
         say(f"{folder} is already finished")
         return
     detector = train(config, folder, device, start)

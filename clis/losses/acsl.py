@@ -53,6 +53,8 @@ class ACSL(ClassificationLoss):
         """
         super().__init__(categories)
         self.num_logits = self.num_classes + 1
+        if not 0 <= threshold <= 1:
+            raise ValueError(f"threshold={threshold:g}: must be between 0 and 1")
         self.threshold, self.shift = threshold, prior_logit(prior)
         weights = [{"r": rare, "c": common}.get(each.frequency, 1.0) for each in categories]
         background_weights = torch.tensor([*weights, 1.0], dtype=torch.float64)

@@ -61,6 +61,8 @@ class BAGS(ClassificationLoss):
         super().__init__(categories)
         if list(limits) != sorted(set(limits)):
             raise ValueError(f"limits={limits}: must ascend")
+        if not ratio >= 0:
+            raise ValueError(f"ratio={ratio:g}: must be at least 0")
         self.has_objectness, self.ratio = objectness, ratio
         instances = torch.tensor([each.instance_count for each in categories], dtype=torch.int64)
         group = torch.bucketize(instances, torch.tensor(limits, dtype=torch.int64), right=True)

@@ -84,6 +84,7 @@ def build_classification_loss(text: str, categories: Sequence[Any]) -> Classific
         logits, labels = torch.zeros(0, loss.num_logits), torch.zeros(0, dtype=torch.int64)
         rows = Rows(labels, 0, 1.0, lambda count: torch.zeros(0, count, dtype=torch.float64))
         values = [loss(logits, labels, 1.0, rows), loss.image_level(logits, labels, 1.0, rows)]
+        counted = loss.statistics(logits, labels, rows)
         are_sums = all(value.shape == () and value.item() == 0 for value in values)
         shape = tuple(loss.scores(logits).shape)
     except ValueError as error:  # the value of an option
@@ -97,6 +98,11 @@ def build_classification_loss(text: str, categories: Sequence[Any]) -> Classific
         raise ValueError(
             f"{where}: it gives {', '.join(str(value.tolist()) for value in values)} for no rows; return one "
             "number, the sum over the rows divided by `normalizer`, which is 0 then"
+        )
+    if counted.dtype != torch.float64 or counted.any():
+        raise ValueError(
+            f"{where}: statistics gives {counted.dtype} with {int(counted.count_nonzero())} values that are "
+            "not 0 for no rows; return float64 that adds up over images, which is 0 then"
         )
     if shape != (0, len(categories)):
         raise ValueError(
@@ -144,6 +150,6 @@ def _import(name: str, where: str) -> ModuleType:
         if isinstance(error, ModuleNotFoundError) and f"{name}.".startswith(f"{error.name}."):
             problem = (
                 f"there is no module {error.name} in {folder} or on Python's path; call from the folder that "
-                "it lies in, or name that folder in PYTHONPATH"
+                "it is in, or name that folder in PYTHONPATH"
             )
         raise ValueError(f"{where}: {problem}") from error

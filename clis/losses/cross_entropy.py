@@ -32,15 +32,12 @@ class CrossEntropy(ClassificationLoss):
         self.num_logits = len(categories) + 1
         self.pcb = make_pcb(categories, pcb, pcb_start)
 
-    def forward(
-        self, logits: Tensor, labels: Tensor, normalizer: Tensor | float, rows: Rows | None = None
-    ) -> Tensor:
+    def forward(self, logits: Tensor, labels: Tensor, normalizer: Tensor | float, rows: Rows) -> Tensor:
         """Sum over rows of logits [N,C+1] with labels int64 [N] in 0..C, divided by `normalizer`."""
         z = at_least_float32(logits)
         targets = labels
         if self.pcb is not None:
-            stage = 1.0 if rows is None else rows.stage
-            targets = self.pcb.targets(labels, self.num_logits, z.dtype, stage)
+            targets = self.pcb.targets(labels, self.num_logits, z.dtype, rows.stage)
         return F.cross_entropy(z, targets, reduction="sum") / normalizer
 
     def scores(self, logits: Tensor) -> Tensor:

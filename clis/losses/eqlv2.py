@@ -82,7 +82,7 @@ class EQLv2(ClassificationLoss):
         """Sum |dL/dz| of the classes before the division, [2,C] for positives and negatives; and PCB's."""
         z = self._shifted(logits)[:, : self.num_classes]
         targets, predicted = self._targets(labels, z, rows), z.sigmoid()
-        gradients = self._weights(targets) * (targets + predicted - 2 * targets * predicted)
+        gradients = self._weights(targets) * (predicted - targets).abs()
         counted = gradient_sums(gradients, targets)
         if self.pcb is None:
             return counted

@@ -46,6 +46,8 @@ class Federated(ClassificationLoss):
         """
         super().__init__(categories)
         self.num_logits = self.num_classes
+        if classes < 1:
+            raise ValueError(f"classes={classes}: must be at least 1")
         self.classes, self.shift = classes, prior_logit(prior)
         counts = torch.tensor([each.image_count for each in categories], dtype=torch.float64)
         self.register_buffer("rates", torch.where(counts > 0, counts**power, 0), persistent=False)

@@ -26,6 +26,7 @@ class LOCE(CrossEntropy):
 
     What differs from the official code, and why:
     - The loss alone, without the memory of RoI features from which LOCE samples rare classes.
+    - With rounds of refinement an image with the class counts once per round.
     - n counts images with the class instead of objects, whose RoIs are averaged first: a loss does not know
       which object a RoI belongs to.
     - s moves after the step, not before its loss, and counts all processes.
@@ -51,18 +52,18 @@ class LOCE(CrossEntropy):
             background: mean score of background.
 
         Raises:
-            ValueError: `start` or `background` is not above 0.
+            ValueError: `start` or `background` is not above 0, or `momentum` not in 0..1.
         """
         super().__init__(categories)
         for name, value in (("start", start), ("background", background)):
             if not value > 0:
                 raise ValueError(f"{name}={value:g}: must be above 0")
+        if not 0 <= momentum <= 1:
+            raise ValueError(f"momentum={momentum:g}: must be between 0 and 1")
         self.momentum, self.background = momentum, background
         self.register_buffer("mean_scores", torch.full((self.num_classes,), start, dtype=torch.float64))
 
-    def forward(
-        self, logits: Tensor, labels: Tensor, normalizer: Tensor | float, rows: Rows | None = None
-    ) -> Tensor:
+    def forward(self, logits: Tensor, labels: Tensor, normalizer: Tensor | float, rows: Rows) -> Tensor:
         """Sum the softmax cross-entropy of z_j + log s_j, divided by `normalizer`."""
         z = at_least_float32(logits)
         margins = F.pad(self.mean_scores, (0, 1), value=self.background).log()

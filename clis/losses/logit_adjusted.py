@@ -37,9 +37,7 @@ class BalancedSoftmax(CrossEntropy):
         counts = torch.tensor([max(1, each.image_count) for each in categories], dtype=torch.float64)
         self.register_buffer("shift", F.pad(counts.log(), (0, 1)), persistent=False)
 
-    def forward(
-        self, logits: Tensor, labels: Tensor, normalizer: Tensor | float, rows: Rows | None = None
-    ) -> Tensor:
+    def forward(self, logits: Tensor, labels: Tensor, normalizer: Tensor | float, rows: Rows) -> Tensor:
         """Sum the softmax cross-entropy of z_j + log n_j, divided by `normalizer`."""
         z = at_least_float32(logits)
         return super().forward(z + self.shift.to(z), labels, normalizer, rows)

@@ -161,7 +161,7 @@ def _parts(path: Path) -> Iterator[list[Any]]:
             yield rows
             num_rows += len(rows)
     except NotJSON as error:
-        raise ValueError(f"not whole JSON behind {num_rows} rows ({error}); write it again") from error
+        raise ValueError(f"not whole JSON after {num_rows} rows ({error}); write it again") from error
 
 
 def _columns(parts: Iterator[list[Any]], masks: bool) -> dict[str, Any]:

@@ -50,7 +50,7 @@ class FixedBatchNorm(nn.Module):
 
 
 Norm = Callable[[int], nn.Module]
-"""Makes the norm of so many channels."""
+"""Makes a norm from its number of channels."""
 
 
 def make_norm(config: BackboneConfig, channels: int) -> nn.Module:

@@ -132,7 +132,7 @@ class CLISDetector(nn.Module):
         anchors = self.rpn.anchors(features)
         count = normalizers.images * self.rpn.config.samples
         losses = self.rpn.losses(features, anchors, batch.boxes, sizes, batch.seeds, count)
-        with torch.no_grad():  # behind the losses: autocast keeps what it casts, here without a gradient
+        with torch.no_grad():  # after the losses: autocast keeps what it casts, here without a gradient
             objectness, deltas = self.rpn(features)
         proposals = self.rpn.propose(objectness, deltas, anchors, sizes)
         rois = sample_rois(
@@ -210,7 +210,8 @@ class CLISDetector(nn.Module):
         def uniform(count: int) -> Tensor:
             return torch.stack([box_ops.uniform(count, seed, images.device) for seed in batch.seeds])
 
-        return Rows(images, len(batch.images), normalizers.images, uniform)
+        _, stage = self.schedule[0]  # of the first round, which regions have alone
+        return Rows(images, len(batch.images), normalizers.images, uniform, stage)
 
     def _rounds(self, pooled: Tensor, instance_features: Tensor) -> list[Round]:
         """Apply the heads to pooled RoIs and their classification features: once, or as often as refined."""
@@ -234,7 +235,8 @@ class CLISDetector(nn.Module):
         for (weight, stage), (logits, _) in zip(self.schedule, rounds, strict=True):
             at_stage = replace(rows, stage=stage)
             loss = weight * compute(logits, labels, normalizer, at_stage)
-            parts.append((loss, compute.statistics(logits.detach(), labels, at_stage)))
+            with torch.no_grad():
+                parts.append((loss, compute.statistics(logits, labels, at_stage)))
         losses, counted = zip(*parts)
         return sum(losses), sum(counted)
 

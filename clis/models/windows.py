@@ -53,7 +53,7 @@ def windows_around(features: Sequence[Tensor], images: Tensor, cells: Tensor, re
     y, x = cell // width + around, cell % width + around
     inside = _inside(y, height)[:, :, None] & _inside(x, width)[:, None, :]
     y, x = torch.minimum(y.clamp(min=0), height - 1), torch.minimum(x.clamp(min=0), width - 1)
-    # behind the rows of the maps before it, all images of one map after another
+    # the table has the rows of one map for all images, then those of the next map
     first = len(features[0]) * start[:, None] + images[:, None] * height * width
     places = (first + y * width)[:, :, None] + x[:, None, :]
     return _picked(torch.cat([_rows(feature) for feature in features]), places, inside)
