@@ -91,7 +91,7 @@ def test_worked_examples(text, logits, expected):
 def test_worked_example_of_the_equilibrium_loss():
     loss = build_classification_loss("loce", THREE)
     loss.mean_scores.copy_(torch.tensor([0.9, 0.4, 0.1], dtype=torch.float64))
-    assert loss(Z, LABELS, 4.0).item() == pytest.approx(1.9574100280, abs=1e-7)
+    assert loss(Z, LABELS, 4.0, rows_of([0] * 4)).item() == pytest.approx(1.9574100280, abs=1e-7)
 
 
 def test_worked_example_of_groups():
