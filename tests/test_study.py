@@ -70,7 +70,7 @@ def test_a_run_that_fails_is_named_and_the_others_are_done(data, tmp_path):
     }
     path = write_study(tmp_path / "small.yaml", rows)
     overrides = [*SHORT, f"data.root={data}", "train.steps=1", "train.images_per_process=2"]
-    with pytest.raises(ValueError, match=r"1 of 2 jobs failed: training of bad, seed 0; re-run the command to retry"):
+    with pytest.raises(ValueError, match=r"1 of 2 jobs failed: training of bad, seed 0; re-run the command"):
         run_study(path, tmp_path / "out", overrides=overrides)
     document = json.loads((tmp_path / "out" / "small" / "study.json").read_text())
     assert document["rows"]["bad"]["runs"] == {}
