@@ -42,7 +42,7 @@ from clis.data.image_level import ImageLevelIndex, build_index
 from clis.data.images import EncodedImage, open_image, read_bytes
 from clis.data.loader import TwoStreamDataset
 from clis.data.plan import Plan, plan_sample
-from clis.data.regions import REGION_DTYPE, RegionSource
+from clis.data.region_file import REGION_DTYPE, RegionSource
 from clis.data.sampling import JointSampler, UniformSampler, WorkItem
 from clis.data.transforms import FILL
 from clis.resize import resize_image, shortest_size

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 from detectors import make_detector, paper_config, print_ratios, take_turns
 
-from clis.engine.regions import region_rule, regions_of, search_batches
+from clis.engine.region_search import region_rule, regions_of, search_batches
 
 CLASSES = 1203
 SEARCH = ("regions.short_side=400", "regions.max_size=667", "regions.images_per_batch=8")

@@ -15,7 +15,7 @@ from clis.config_files import load_config
 from clis.data import streams
 from clis.data.annotations import load_annotations
 from clis.data.images import decode_image
-from clis.data.regions import load_regions
+from clis.data.region_file import load_regions
 from clis.metric.detections import Detections
 from clis.metric.lvis_eval import METRICS
 

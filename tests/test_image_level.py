@@ -17,7 +17,7 @@ from clis.config import RegionsConfig
 from clis.data.annotations import load_annotations
 from clis.data.image_level import build_index
 from clis.data.images import ImageError, decode_image
-from clis.data.regions import REGION_DTYPE, RegionSource, load_regions, region_sidecar
+from clis.data.region_file import REGION_DTYPE, RegionSource, load_regions, region_sidecar
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 MINI = SHARED / "imagenet_mini"

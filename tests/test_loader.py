@@ -27,7 +27,7 @@ from clis.data.image_level import build_index, open_index
 from clis.data.images import ImageError, decode_image, read_image
 from clis.data.loader import MAX_REPLACEMENTS, MicroBatches, TwoStreamDataset, train_loader
 from clis.data.mapped import map_array
-from clis.data.regions import REGION_DTYPE, RegionSource
+from clis.data.region_file import REGION_DTYPE, RegionSource
 from clis.data.sampling import BlockSampler, JointSampler, UniformSampler, WorkItem
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"

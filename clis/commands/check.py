@@ -27,7 +27,7 @@ from clis.data.image_classes import GROUPS, coverage, describe_coverage, shorten
 from clis.data.image_level import ImageLevelIndex, is_intact
 from clis.data.images import ImageError, decode_image, read_bytes, unpacked
 from clis.data.loader import image_loader
-from clis.data.regions import load_regions
+from clis.data.region_file import load_regions
 from clis.data.sampling import class_repeat_factors
 from clis.data.streams import (
     make_image_level_sampler,
@@ -39,7 +39,7 @@ from clis.data.streams import (
 from clis.engine.checkpoint import load_checkpoint
 from clis.engine.prerequisites import PlannedRun, plan_run
 from clis.engine.pretrain import SETTINGS as PRETRAINING
-from clis.engine.regions import detector_checkpoint, given_boxes, read_boxes
+from clis.engine.region_search import detector_checkpoint, given_boxes, read_boxes
 from clis.engine.run_folder import RunFolder, regions_file
 from clis.engine.start import check_run, starting_weights
 from clis.models import build_classifier, build_model

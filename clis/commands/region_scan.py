@@ -15,9 +15,9 @@ from torchvision.ops import box_iou
 from clis.config import DETECTOR_RULES, Config, data_path
 from clis.data.image_level import ImageLevelIndex
 from clis.data.images import ImageError
-from clis.data.regions import REGION_DTYPE
+from clis.data.region_file import REGION_DTYPE
 from clis.data.streams import make_index, read_annotations
-from clis.engine.regions import load_searcher, read_boxes, region_rule, regions_of, search_batches
+from clis.engine.region_search import load_searcher, read_boxes, region_rule, regions_of, search_batches
 from clis.models import CLISDetector
 from clis.progress import Progress, say
 

@@ -11,7 +11,7 @@ from clis.commands.region_scan import scan_sizes
 from clis.config_files import load_config
 from clis.distributed import choose_device, process_group
 from clis.engine.prerequisites import detector_config
-from clis.engine.regions import find_regions
+from clis.engine.region_search import find_regions
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -102,7 +102,7 @@ class TwoStreamDataset(Dataset[Sample]):
             annotations: instance-level, boxes checked (see `clis.data.annotations`).
             image_folder: folder that `annotations.file_names` are relative to.
             index: the image-level images; None where clis.s is 0.
-            regions: structured [n] in the index's order (see `clis.data.regions.load_regions`).
+            regions: structured [n] in the index's order (see `clis.data.region_file.load_regions`).
         """
         self.data, self.clis = data, clis
         self.annotations, self.image_folder = annotations, image_folder

@@ -19,7 +19,7 @@ from clis.data.image_classes import shortened
 from clis.data.image_level import ImageLevelIndex, build_index, is_index, open_index
 from clis.data.label_noise import with_wrong_labels
 from clis.data.loader import TwoStreamDataset
-from clis.data.regions import load_regions
+from clis.data.region_file import load_regions
 from clis.data.sampling import (
     BlockSampler,
     JointSampler,

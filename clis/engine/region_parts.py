@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from clis.data.image_level import ImageLevelIndex
-from clis.data.regions import REGION_DTYPE, RegionSource
+from clis.data.region_file import REGION_DTYPE, RegionSource
 
 PART_DTYPE = np.dtype([("row", np.int64), ("region", REGION_DTYPE)])
 """A row of the index with its region, in the file of a process."""

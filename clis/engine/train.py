@@ -41,7 +41,7 @@ from clis.engine.optim import gradient_step, learning_rate, make_optimizer, make
 from clis.engine.preemption import StopRequest, stop
 from clis.engine.prerequisites import PlannedRun, plan_run
 from clis.engine.pretrain import pretrain
-from clis.engine.regions import find_regions
+from clis.engine.region_search import find_regions
 from clis.engine.run_folder import RunFolder, regions_file
 from clis.engine.schedule import SaveClock, due_after
 from clis.engine.skipped import SkippedSteps

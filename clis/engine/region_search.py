@@ -21,7 +21,7 @@ from clis.data.categories import check_same_categories
 from clis.data.image_level import ImageLevelIndex, LabeledImages
 from clis.data.images import ImageError, open_image
 from clis.data.loader import image_loader, like_shapes
-from clis.data.regions import REGION_DTYPE, RegionSource, region_sidecar
+from clis.data.region_file import REGION_DTYPE, RegionSource, region_sidecar
 from clis.data.streams import make_index, read_annotations
 from clis.distributed import barrier, broadcast_flag, from_main, is_main, rank, world_size
 from clis.engine.bad_images import check_bad_images

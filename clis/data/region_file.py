@@ -81,7 +81,7 @@ def load_regions(
                 f"{path}: made with regions.{name}={made[name]}, this run has {wanted}; set "
                 f"regions.{name} to use it, or name another regions.file to have one made"
             )
-    complete = "counts" in made  # written with the last row, by `clis.engine.regions`
+    complete = "counts" in made  # written with the last row, by `clis.engine.region_search`
     for start in range(0, 0 if complete and not every_row else len(regions), _ROWS):
         bad = start + _unusable(regions[start : start + _ROWS])
         if len(bad):

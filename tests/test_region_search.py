@@ -22,10 +22,10 @@ from clis.data import loader
 from clis.data.categories import Category
 from clis.data.image_level import ImageLevelIndex, build_index
 from clis.data.images import ImageError
-from clis.data.regions import RegionSource, load_regions
-from clis.engine import regions
+from clis.data.region_file import RegionSource, load_regions
+from clis.engine import region_search
 from clis.engine.region_parts import PART_DTYPE, RegionParts
-from clis.engine.regions import center_box, make_regions
+from clis.engine.region_search import center_box, make_regions
 from clis.models import ImageDetections
 from clis.resize import resize_image, shortest_size
 
@@ -217,7 +217,7 @@ class TestRules:
         path, given = tmp_path / "boxes.json", ["regions.rule=given", f"regions.boxes={tmp_path}/boxes.json"]
         names = [index.name(row) for row in range(len(index))]
         path.write_text(json.dumps({name: [1, 1, 9, 9] for name in names}))
-        find, calls = regions.regions_of, []
+        find, calls = region_search.regions_of, []
 
         def interrupted(*arguments):
             calls.append(1)
@@ -225,7 +225,7 @@ class TestRules:
                 raise KeyboardInterrupt
             return find(*arguments)
 
-        monkeypatch.setattr(regions, "regions_of", interrupted)
+        monkeypatch.setattr(region_search, "regions_of", interrupted)
         with pytest.raises(KeyboardInterrupt):
             make_regions(config_of(*given), index, None, tmp_path / "regions.npy")
         path.write_text(json.dumps({name: [2, 2, 8, 8] for name in names}))
@@ -422,7 +422,7 @@ class TestSizes:
     def test_only_antialiasing_sees_reduced_images(self, tmp_path, resize, whole):
         index = self.photographs(tmp_path / "images")
         detector = make_model(f"test.resize={resize}")
-        image = regions.image_reader(config_of(), index, detector)(0)
+        image = region_search.image_reader(config_of(), index, detector)(0)
         assert (tuple(image.pixels.shape[1:]) == image.size) is whole
 
     def test_batches_are_of_one_shape(self, tmp_path):
