@@ -93,7 +93,7 @@ class Matches:
 
 
 _DETECTION_COLUMNS = ("rows", "images", "scores", "true_positive", "ignored")
-_TRUTH_COLUMNS = ("truth_images", "truth_counts", "truth_found", "truth_places")  # beside the labels
+_TRUTH_COLUMNS = ("truth_images", "truth_counts", "truth_found", "truth_places")  # overlapping the labels
 
 
 def match(
@@ -371,14 +371,16 @@ class BoxIoU:
         width = np.minimum(right[detections], truth[2][truths]) - np.maximum(
             left[detections], truth[0][truths]
         )
-        beside = np.flatnonzero(width > 0)
-        d, g, width = detections[beside], truths[beside], width[beside]
+        overlapping = np.flatnonzero(width > 0)
+        d, g, width = detections[overlapping], truths[overlapping], width[overlapping]
         height = np.minimum(bottom[d], truth[3][g]) - np.maximum(top[d], truth[1][g])
         intersection = width * height.clip(min=0)
         union = area[d] + truth[4][g] - intersection
         if self.crowd is not None:
             union = np.where(self.crowd[g], area[d], union)
-        overlap[beside] = np.divide(intersection, union, out=np.zeros_like(union), where=intersection > 0)
+        overlap[overlapping] = np.divide(
+            intersection, union, out=np.zeros_like(union), where=intersection > 0
+        )
         return overlap
 
 
