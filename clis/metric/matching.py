@@ -93,7 +93,7 @@ class Matches:
 
 
 _DETECTION_COLUMNS = ("rows", "images", "scores", "true_positive", "ignored")
-_TRUTH_COLUMNS = ("truth_images", "truth_counts", "truth_found", "truth_places")  # overlapping the labels
+_TRUTH_COLUMNS = ("truth_images", "truth_counts", "truth_found", "truth_places")  # beside the labels
 
 
 def match(
