@@ -38,6 +38,7 @@ class Seesaw(ClassificationLoss):
     all are objects. They are never counted.
     """
 
+    softmax_scores = True
     counts: Tensor
 
     def __init__(
