@@ -326,6 +326,16 @@ def test_image_level_rows_have_a_prior_of_their_own():
     torch.testing.assert_close(found, expected)
 
 
+def test_image_level_rows_say_nothing_about_background():
+    """The stream has none: group 0 of BAGS gets no gradient from it, the groups of classes do."""
+    loss = build_classification_loss("bags", SIX)
+    logits = randn(14, loss.num_logits).requires_grad_()
+    loss.image_level(logits, SIX_LABELS % 6, 14.0, rows_of(IMAGES)).backward()
+    of_groups = [part.abs().sum().item() for part in logits.grad.split(loss.sizes, dim=1)]
+    assert of_groups[0] == 0
+    assert sum(each > 0 for each in of_groups[1:]) > 1
+
+
 def test_others_are_drawn_by_the_root_of_their_images():
     """One class beside background: 2000 images draw classes of 100, 25, 4 and 0 images as 10 : 5 : 2 : 0."""
     loss = build_classification_loss("federated(classes=2)", make_categories((100, 25, 4, 0)))
