@@ -321,3 +321,53 @@ def test_members_of_any_name_are_known_by_their_header(tmp_path, kind, name):
     """Long names are in a prefix, in a header before, or cut off: none of them is taken for a changed tar."""
     write_tar(tmp_path / "bird.tar", name, kind=kind)
     assert build_index([tmp_path], CATEGORIES).read(0) == f"bytes of {name}".encode()
+
+
+# --- what lies in class folders beside images ---
+
+
+def test_tools_own_folders_are_no_images(tmp_path):
+    """In folders and in tars; `./` and `..` at the start of a member's name hide nothing."""
+    for name in (
+        "1.jpg",
+        ".ipynb_checkpoints/1-checkpoint.jpg",
+        ".thumbnails/1.jpg",
+        "@eaDir/1.jpg",
+        "sub/2.jpg",
+    ):
+        path = tmp_path / "folders" / "bird" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    index = build_index([tmp_path / "folders"], CATEGORIES)
+    assert [index.name(row).rpartition("bird/")[2] for row in range(len(index))] == ["1.jpg", "sub/2.jpg"]
+    (tmp_path / "tars").mkdir()
+    members = ("./1.jpg", "./.thumbnails/1.jpg", "__MACOSX/._1.jpg", "__MACOSX/2.jpg", "./sub/2.jpg")
+    write_tar(tmp_path / "tars" / "bird.tar", *members)
+    assert len(build_index([tmp_path / "tars"], CATEGORIES)) == 2
+
+
+def test_linked_folders_are_read_once(tmp_path):
+    """Also where a link leads back to a folder above, or two links to the same folder."""
+    bird, elsewhere = tmp_path / "root" / "bird", tmp_path / "elsewhere"
+    for folder in (bird, elsewhere):
+        folder.mkdir(parents=True)
+        (folder / "1.jpg").touch()
+    (bird / "more").symlink_to(elsewhere)
+    (bird / "again").symlink_to(elsewhere)
+    (elsewhere / "loop").symlink_to(bird)
+    assert len(build_index([tmp_path / "root"], CATEGORIES)) == 2
+
+
+def test_what_is_left_out_is_said(tmp_path, capsys):
+    """Files of other suffixes, files beside the class folders, and links to nothing."""
+    write_folder(
+        tmp_path / "root" / "bird", "1.jpg", "2.JFIF", "3.tif", "4.heic", "5.heic", "notes", "Thumbs.db"
+    )
+    (tmp_path / "root" / "bird" / "gone.jpg").symlink_to(tmp_path / "nowhere.jpg")
+    (tmp_path / "root" / "photos.zip").touch()
+    (tmp_path / "root" / "6.jpg").touch()
+    assert len(build_index([tmp_path / "root"], CATEGORIES)) == 3
+    said = capsys.readouterr().out
+    assert "2 files that are neither folders nor tars are left out: 6.jpg, photos.zip" in said
+    assert "3 files are left out, since their suffix is none of an image: .heic 2, none 1" in said
+    assert "1 images are left out, since they are links" in said

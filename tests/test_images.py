@@ -36,6 +36,11 @@ KINDS = [
     ("GIF", "P", {}),
     ("WEBP", "RGB", {"lossless": True}),
     ("WEBP", "RGBA", {}),
+    ("BMP", "RGB", {}),
+    ("BMP", "P", {}),
+    ("TIFF", "RGB", {}),
+    ("TIFF", "L", {"compression": "tiff_lzw"}),
+    ("TIFF", "CMYK", {}),
 ]
 
 
@@ -123,9 +128,11 @@ def test_gzipped_bytes_are_unpacked():
     ("data", "reason"),
     [
         (b"", "the file is empty"),
-        (b"<html>404 Not Found</html>", "not a JPEG, PNG, WebP or GIF image"),
-        (encoded("BMP"), "not a JPEG, PNG, WebP or GIF image"),
-        (gzip.compress(b"text"), "not a JPEG, PNG, WebP or GIF image"),
+        (b"<html>404 Not Found</html>", "not a JPEG, PNG, WebP, GIF, BMP or TIFF image"),
+        (encoded("PPM"), "not a JPEG, PNG, WebP, GIF, BMP or TIFF image"),
+        (encoded("BMP")[:20], "truncated or corrupt BMP"),
+        (encoded("TIFF")[:9], "truncated or corrupt TIFF"),
+        (gzip.compress(b"text"), "not a JPEG, PNG, WebP, GIF, BMP or TIFF image"),
         (b"\xff\xd8\xff", "truncated or corrupt JPEG"),
         (encoded("PNG")[:20], "truncated or corrupt PNG"),
         (png(0, 4, zlib.compress(b"")), "truncated or corrupt PNG"),

@@ -7,6 +7,7 @@ import hashlib
 import json
 import multiprocessing
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -105,8 +106,9 @@ def prepare_image_level(
 
     Returns:
         What `clis.data.image_classes.coverage` counts, and of what matched nothing: ``empty``, names of
-        folders and tars without an image, and ``skipped``, images that `Listing.skipped` counts, which are
-        ``skipped_in`` these; with `labels` also what `MemberLabels.report` says.
+        folders and tars without an image, ``skipped``, images that `Listing.skipped` counts, which are
+        ``skipped_in`` these, and ``others``, numbers of files whose suffix is none of an image; with `labels`
+        also what `MemberLabels.report` says.
 
     Raises:
         ValueError: `out` is no place for an index, a root, mapping or label file is wrong, tars are damaged
@@ -164,7 +166,7 @@ def _matched(
         found, unmatched = match_classes(names, label_of, categories, strict=strict, where=where)
         pairs = [(c, label) for c, label in zip(containers, found) if label is not None]
         return [container for container, _ in pairs], [label for _, label in pairs], unmatched, None
-    containers = find_containers(roots, lambda name: True)
+    containers = find_containers(roots, lambda name: True, say=say)
     if not containers:
         raise ValueError(f"{where}: no folder or tar in it")
     say(f"{labels}: reading the labels")
@@ -277,6 +279,7 @@ def _labeled(
 ) -> Iterator[tuple[int | np.ndarray, Listing]]:
     """Yield labels and images of each container; at the end, complete the report on what matched nothing."""
     report |= {"empty": [], "skipped": 0, "skipped_in": []}
+    others: Counter[str] = Counter()
     for place, container in enumerate(containers):
         listing = list_images(container, by_name=members is None, parts=parts)
         if not len(listing.lengths):
@@ -284,6 +287,7 @@ def _labeled(
         if listing.skipped:
             report["skipped"] += listing.skipped
             report["skipped_in"].append(container.name)
+        others.update(listing.others)
         if members is None:
             label = found[place]
             assert label is not None  # `_matched` leaves out the others
@@ -292,6 +296,7 @@ def _labeled(
             labels = members.take(listing.split_names(), container.name)
             yield labels[labels >= 0], listing.select(labels >= 0)
         advance()
+    report["others"] = dict(others)
     if members is not None:
         report |= members.report()
         if not members.any_used:

@@ -6,7 +6,7 @@ import codecs
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -257,6 +257,8 @@ def describe_coverage(covered: dict[str, Any]) -> str:
             f"{skipped} images are left out, since they are links in a tar, no regular files or larger than "
             f"1 GiB: in {names}"
         )
+    if others := covered.get("others"):
+        lines.append(describe_others(others))
     if missing := covered.get("members_without_label"):
         names = shortened(covered["first_members_without_label"])
         lines.append(f"{missing} images of the tars have no label: {names}")
@@ -264,6 +266,13 @@ def describe_coverage(covered: dict[str, Any]) -> str:
         numbers = shortened([str(line) for line in covered["first_lines_without_member"]])
         lines.append(f"{missing} lines of the label file have no image in the tars: lines {numbers}")
     return "\n".join(lines)
+
+
+def describe_others(others: Mapping[str, int]) -> str:
+    """Say how many files were left out because their suffix is none of an image."""
+    most_first = sorted(others.items(), key=lambda item: -item[1])
+    counts = shortened([f"{suffix} {count}" for suffix, count in most_first])
+    return f"{sum(others.values())} files are left out, since their suffix is none of an image: {counts}"
 
 
 def shortened(names: Sequence[str], limit: int = 10) -> str:

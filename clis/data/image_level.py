@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -18,10 +19,11 @@ import numpy as np
 
 from clis.atomic import atomic_write
 from clis.data.categories import Category
-from clis.data.image_classes import class_labels, match_classes, printable, shortened
+from clis.data.image_classes import class_labels, describe_others, match_classes, printable, shortened
 from clis.data.image_scan import IMAGE_SUFFIXES, Container, Listing, find_containers, list_images
 from clis.data.images import ImageError, read_bytes
 from clis.data.mapped import map_array
+from clis.progress import say
 
 FORMAT = 1
 """Version of a prepared index; other versions are rejected."""
@@ -207,18 +209,32 @@ def build_index(
             `strict`, or no image is left.
     """
     label_of = class_labels(categories, mapping)
-    containers = find_containers(roots, lambda name: label_of(name) is not None)
+    containers = find_containers(roots, lambda name: label_of(name) is not None, say=say)
     names = [container.class_name for container in containers]
     where = ", ".join(map(str, roots))
     found, unmatched = match_classes(names, label_of, categories, strict=strict, where=where)
     pairs = [(container, label) for container, label in zip(containers, found) if label is not None]
     containers, labels = [container for container, _ in pairs], [label for _, label in pairs]
-    listings = (list_images(container, by_name=True) for container in containers)
+    left_out: Counter[str] = Counter()
+    skipped = 0
+
+    def listed() -> Iterator[Listing]:
+        nonlocal skipped
+        for container in containers:
+            listing = list_images(container, by_name=True)
+            left_out.update(listing.others)
+            skipped += listing.skipped
+            yield listing
+
     chunks: dict[str, list[np.ndarray]] = {name: [] for name in _COLUMNS}
-    for chunk in _columns(zip(labels, listings)):
+    for chunk in _columns(zip(labels, listed())):
         for name, array in chunk.items():
             chunks[name].append(array)
     arrays = {name: np.concatenate(chunks[name], dtype=dtype) for name, dtype in _COLUMNS.items()}
+    if left_out:
+        say(f"{where}: {describe_others(left_out)}")
+    if skipped:
+        say(f"{where}: {skipped} images are left out, since they are links in a tar or no regular files")
     _refuse_empty(len(arrays["labels"]), containers)
     return ImageLevelIndex(
         **arrays,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
+import json
 import multiprocessing
 import os
 import re
@@ -13,16 +14,20 @@ import tarfile
 import threading
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
 
 from clis.atomic import atomic_write
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif")
-"""In upper or lower case, also followed by .gz; other files are skipped, and so are hidden ones."""
+IMAGE_SUFFIXES = (
+    ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff",
+)  # fmt: skip
+"""In upper or lower case, also followed by .gz; other files are counted and left out."""
 
 MAX_BYTES = 2**30
 """A larger file or member, or one that unpacks to more, is not taken for an image and is never read."""
@@ -31,7 +36,9 @@ IS_FILE = -1
 """Position and size of an image that is a file of its own."""
 
 _COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
-_LISTING_VERSION = 2
+_HIDDEN = re.compile(r"\.(?!\.?$)|@eaDir$|__MACOSX$|(?:Thumbs\.db|desktop\.ini)$")
+"""Names of files and folders that an operating system or a tool keeps for itself."""
+_LISTING_VERSION = 3
 _MAX_HEADER = 2**24
 # What tarfile lets through for a damaged or hostile tar: also malformed or too large numbers, truncated
 # sparse maps, and endless headers of headers.
@@ -62,7 +69,7 @@ class Container(NamedTuple):
     def class_name(self) -> str:
         """Name of the folder, or of the tar without its suffix: the class, unless classes are mixed."""
         name = os.path.basename(self.inner or self.path)
-        return name if self.is_folder else name.removesuffix(".tar")
+        return name if self.is_folder else re.sub(r"\.tar$", "", name, flags=re.IGNORECASE)
 
     @property
     def name(self) -> str:
@@ -81,6 +88,8 @@ class Listing(NamedTuple):
     sizes: np.ndarray
     skipped: int = 0
     """Number of image names that are links in a tar, no regular files, or larger than `MAX_BYTES`."""
+    others: Mapping[str, int] = MappingProxyType({})
+    """Number of files that are no images by their suffix, which is the key; hidden ones are not counted."""
 
     def split_names(self) -> list[bytes]:
         """Return the k names."""
@@ -91,7 +100,9 @@ class Listing(NamedTuple):
     def select(self, keep: np.ndarray) -> Listing:
         """Return the images where the mask [k] is True."""
         names = self.names[np.repeat(keep, self.lengths)]
-        return Listing(names, self.lengths[keep], self.positions[keep], self.sizes[keep], self.skipped)
+        return self._replace(
+            names=names, lengths=self.lengths[keep], positions=self.positions[keep], sizes=self.sizes[keep]
+        )
 
 
 def find_containers(
@@ -116,7 +127,7 @@ def find_containers(
     return [
         container
         for place, root in enumerate(roots)
-        for path in _entries(Path(root))
+        for path in _entries(Path(root), say)
         for container in _expand(_container(place, path), is_class, parts, say)
     ]
 
@@ -174,20 +185,26 @@ def end_with_parent() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def _entries(root: Path) -> list[Path]:
-    """Return the folders and tars of a root, sorted by name."""
+def _entries(root: Path, say: Callable[[str], None]) -> list[Path]:
+    """Return the folders and tars of a root, sorted by name; say what else is in it."""
     if root.is_dir():
-        paths = sorted(path for path in root.iterdir() if not path.name.startswith("."))
+        paths = sorted(path for path in root.iterdir() if not is_hidden(path.name))
     elif root.exists():
         paths = [root]
     else:
         raise ValueError(f"{root}: no such folder or tar; correct data.image_level or data.root")
     for path in paths:
-        if path.name.endswith(_COMPRESSED):
+        if path.name.lower().endswith(_COMPRESSED):
             raise ValueError(
                 f"{path}: images cannot be read out of a compressed tar; unpack it to a plain .tar"
             )
-    return [path for path in paths if path.suffix == ".tar" or path.is_dir()]
+    used = [path for path in paths if path.suffix.lower() == ".tar" or path.is_dir()]
+    if others := [path.name for path in paths if path not in used]:
+        say(
+            f"{root}: {len(others)} files that are neither folders nor tars are left out: "
+            f"{', '.join(others[:5])}{', ...' * (len(others) > 5)}"
+        )
+    return used
 
 
 def _container(place: int, path: Path) -> Container:
@@ -233,32 +250,46 @@ def _holds_tars(container: Container) -> bool:
 
 
 def is_image(name: str) -> bool:
-    """Check whether a path names an image file, also a gzip'ed one; hidden files do not count."""
-    name = name.rpartition("/")[2]
-    # Hidden ones are a Mac's metadata: ._foo.jpg.
-    return name.lower().removesuffix(".gz").endswith(IMAGE_SUFFIXES) and not name.startswith(".")
+    """Check whether a path names an image file, also a gzip'ed one; hidden files and folders do not count."""
+    return name.lower().removesuffix(".gz").endswith(IMAGE_SUFFIXES) and not is_hidden(name)
 
 
 def is_tar(name: str) -> bool:
     """Check whether a path names a tar, also a compressed one; hidden files do not count."""
-    name = name.rpartition("/")[2]
-    return name.endswith((".tar", *_COMPRESSED)) and not name.startswith(".")
+    return name.lower().endswith((".tar", *_COMPRESSED)) and not is_hidden(name)
+
+
+def is_hidden(name: str) -> bool:
+    """Check whether a part of a path is a tool's own: .git, .ipynb_checkpoints, a Mac's ._foo.jpg."""
+    return any(map(_HIDDEN.match, name.split("/")))
 
 
 def _list_folder(path: Path) -> Listing:
+    others: Counter[str] = Counter()
+    seen = {os.path.realpath(path)}
+
     def images(folder: str, prefix: str) -> Iterator[tuple[str, int, int] | None]:
         # Not os.walk, which does not say what is a regular file; to ask for each takes long.
         with os.scandir(folder) as entries:
-            found = list(entries)
+            found = [entry for entry in entries if not is_hidden(entry.name)]
         for entry in found:
             name = prefix + entry.name
-            if entry.is_dir(follow_symlinks=False):
-                yield from images(entry.path, f"{name}/")
+            if entry.is_dir():
+                real = os.path.realpath(entry.path) if entry.is_symlink() else ""
+                if real not in seen:  # a link to a folder above would never end
+                    seen.update({real} - {""})
+                    yield from images(entry.path, f"{name}/")
             elif is_image(name):
                 is_file = entry.is_file(follow_symlinks=False) or os.path.isfile(entry.path)
                 yield (name, IS_FILE, IS_FILE) if is_file else None
+            else:
+                others[_suffix(name)] += 1
 
-    return _listing(images(str(path), ""), by_name=True)
+    return _listing(images(str(path), ""), by_name=True)._replace(others=others)
+
+
+def _suffix(name: str) -> str:
+    return os.path.splitext(name)[1].lower() or "none"
 
 
 def _list_tar(
@@ -270,11 +301,15 @@ def _list_tar(
     file = _part_file(container, wanted, by_name, parts)
     damage = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error)
     with contextlib.suppress(*damage), np.load(file) as part:
-        names, lengths, positions, sizes, skipped = (part[field] for field in Listing._fields)
-        return Listing(names, lengths, positions, sizes, int(skipped))
+        names, lengths, positions, sizes = (
+            part[field] for field in ("names", "lengths", "positions", "sizes")
+        )
+        others = json.loads(str(part["others"]))
+        return Listing(names, lengths, positions, sizes, int(part["skipped"]), others)
     listing = _scan_tar(container, wanted, by_name)
     with atomic_write(file) as temporary:
-        np.savez_compressed(temporary, **listing._asdict())
+        values = listing._asdict() | {"others": json.dumps(dict(listing.others))}
+        np.savez_compressed(temporary, **values)
     return listing
 
 
@@ -290,13 +325,19 @@ def _scan_tar(container: Container, wanted: Callable[[str], bool], by_name: bool
         plain = member.isreg() and not member.issparse() and member.size <= largest
         return (member.name, member.offset_data, member.size) if plain else None
 
+    others: Counter[str] = Counter()
+
+    def is_wanted(member: tarfile.TarInfo) -> bool:
+        if not wanted(member.name) and not is_hidden(member.name):
+            others[_suffix(member.name)] += 1
+        return wanted(member.name)
+
     try:
         with _opened(container) as tar:
-            members = _members(tar, container.end)
-            files = (member for member in members if not member.isdir() and wanted(member.name))
-            listing = _listing(map(place, files), by_name)
+            members = (member for member in _members(tar, container.end) if not member.isdir())
+            listing = _listing(map(place, filter(is_wanted, members)), by_name)
             _check_end(tar, container.end)
-            return listing
+            return listing._replace(others=others)
     except _DAMAGE as error:
         where = container.path + (f":{container.inner}" if container.inner else "")
         what = str(error) or type(error).__name__

@@ -16,10 +16,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from PIL.BmpImagePlugin import BmpImageFile
 from PIL.GifImagePlugin import GifImageFile
 from PIL.ImageFile import ImageFile
 from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
+from PIL.TiffImagePlugin import TiffImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 from torch import Tensor
 from torchvision.io import ImageReadMode, decode_jpeg
@@ -38,6 +40,9 @@ _FORMATS: dict[bytes, type[ImageFile]] = {
     b"\x89PNG\r\n\x1a\n": PngImageFile,
     b"GIF8": GifImageFile,
     b"RIFF": WebPImageFile,
+    b"BM": BmpImageFile,
+    b"II*\0": TiffImageFile,
+    b"MM\0*": TiffImageFile,
 }
 """Readers of Pillow by the first bytes of an image."""
 
@@ -84,7 +89,7 @@ def decode_image(data: bytes, name: str) -> Tensor:
 
 
 def open_image(data: bytes, name: str) -> EncodedImage:
-    """Read the header of JPEG, PNG, WebP or GIF bytes, also gzip'ed ones (as in ImageNet-22k).
+    """Read the header of JPEG, PNG, WebP, GIF, BMP or TIFF bytes, also gzip'ed ones (as in ImageNet-22k).
 
     Args:
         name: name of the image in messages.
@@ -181,7 +186,7 @@ def _opened(data: bytes) -> ImageFile:
     """Read only the header. `Image.open` would do, except for its own limit of pixels."""
     image_file = next((read for start, read in _FORMATS.items() if data.startswith(start)), None)
     if image_file is None:
-        raise ValueError("not a JPEG, PNG, WebP or GIF image")
+        raise ValueError("not a JPEG, PNG, WebP, GIF, BMP or TIFF image")
     try:
         return image_file(io.BytesIO(data))
     except Exception as error:
