@@ -72,9 +72,9 @@ def draw_marks(picture: Image.Image, marks: Sequence[Mark], scale: float = 1.0) 
             _draw_label(canvas, picture.size, place, mark, font, width, taken)
 
 
-def draw_caption(picture: Image.Image, text: str, lines: int = 1) -> Image.Image:
-    """Return the picture with up to so many lines of text on a white strip below it."""
-    font = font_of(text_size(max(picture.size)))
+def draw_caption(picture: Image.Image, text: str, size: int, lines: int = 1) -> Image.Image:
+    """Return the picture with N lines of text, of this size in pixels, on a white strip below it."""
+    font = font_of(size)
     height = round(1.35 * font.size) * lines + 6
     framed = Image.new("RGB", (picture.width, picture.height + height), WHITE)
     framed.paste(picture)

@@ -143,7 +143,7 @@ def test_each_picture_has_a_name_of_its_own():
         (["{photos}/none.jpg"], "none.jpg: no such file or folder; name images"),
         (["{photos}/*.bmp"], r"bmp: matches no file"),
         (["{tmp}"], "no JPEG, PNG, WebP or GIF file found"),
-        (["{photos}/b.jpg", "--classes=dots_rign"], "no class 'dots_rign'; did you mean dots_ring"),
+        (["{photos}/b.jpg", "--classes=dots_rign"], "there is no class 'dots_rign'; did you mean dots_ring"),
         (["{photos}/b.jpg", "--classes=,"], "--classes: name at least one class"),
         (["{photos}/b.jpg", "--score=30"], "--score 30.0: must be between 0 and 1"),
         (["{photos}/b.jpg", "--annotations={data}/shapes/val.json"], r"b.jpg: is none of its images \("),

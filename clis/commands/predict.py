@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import difflib
 import functools
 import glob
 import itertools
@@ -20,7 +19,7 @@ import torch
 from torch import Tensor
 
 from clis.atomic import atomic_write
-from clis.commands.arguments import positive
+from clis.commands.arguments import class_labels, positive
 from clis.config import Config
 from clis.config_files import config_from_dict, resolve_data_root
 from clis.data.categories import Category, check_same_categories
@@ -79,9 +78,10 @@ def run(arguments: argparse.Namespace) -> None:
     files, others = find_images(arguments.sources, out)
     checkpoint = checkpoint_of(arguments.run, None)
     detector, config = load_for_inference(checkpoint, choose_device(arguments.device))
-    selection = Selection(
-        arguments.score, arguments.top, class_labels(arguments.classes, detector.categories)
-    )
+    labels = None
+    if arguments.classes is not None:
+        labels = torch.tensor(class_labels(arguments.classes, detector.categories))
+    selection = Selection(arguments.score, arguments.top, labels)
     ids = known_ids(arguments.annotations, files, detector) if stored else None
     pictures = None if arguments.no_pictures else out / PICTURES
     photos = predict(detector, files, selection, arguments.batch, config.data.workers, ids, pictures)
@@ -200,28 +200,6 @@ def load_for_inference(checkpoint: Path, device: torch.device) -> tuple[CLISDete
     detector = load_model(state, config, str(checkpoint)).to(device).eval()
     measure_calibration(detector, config)
     return detector, config
-
-
-def class_labels(names: str | None, categories: Sequence[Category]) -> Tensor | None:
-    """Return the labels of comma-separated class names.
-
-    Raises:
-        ValueError: no class has this name; the nearest ones are named.
-    """
-    if names is None:
-        return None
-    label_of = {category.name: label for label, category in enumerate(categories)}
-    wanted = [name.strip() for name in names.split(",") if name.strip()]
-    for name in wanted:
-        if name not in label_of:
-            near = difflib.get_close_matches(name, label_of, n=3, cutoff=0.4)
-            meant = (
-                f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join([*label_of][:10])}, ..."
-            )
-            raise ValueError(f"--classes: the detector has no class {name!r}; {meant}")
-    if not wanted:
-        raise ValueError("--classes: name at least one class")
-    return torch.tensor([label_of[name] for name in wanted])
 
 
 def known_ids(path: Path, files: Sequence[ImageFile], detector: CLISDetector) -> list[int]:
