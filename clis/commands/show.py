@@ -193,12 +193,18 @@ def draw_classes(
     """
     index, regions = seen.streams.index, seen.streams.regions
     if index is None or regions is None:
+        if labels is not None:
+            say("--classes: there are no regions to show")
         return []
     by_label = np.argsort(index.labels, kind="stable")
     bounds = np.searchsorted(index.labels[by_label], np.arange(len(seen.streams.categories) + 1))
     mean = _mean_scores(seen)
     order = np.argsort(mean, kind="stable") if labels is None else np.array(labels)
-    chosen = [label for label in order.tolist() if bounds[label] < bounds[label + 1]][:limit]
+    has_images = np.diff(bounds) > 0
+    if labels is not None and (missing := [label for label in labels if not has_images[label]]):
+        names = ", ".join(seen.streams.categories[label].name for label in missing)
+        say(f"--classes: no image-level images of {names}")
+    chosen = order[has_images[order]][:limit].tolist()
     drawn = []
     with Progress("regions", len(chosen)) as progress:
         for label in chosen:
@@ -210,15 +216,15 @@ def draw_classes(
                 rows = {"": generator.permutation(own)[: 3 * count].tolist()}
             if seen.fill is not None:
                 seen.fill([row for each in rows.values() for row in each])
-            picture = draw_class(rows, label, seen.streams)
+            picture = draw_class(rows, seen.streams)
             sources = regions["source"][own]
             drawn.append({
                 "category": seen.streams.categories[label],
                 "images": len(own),
                 "mean": format_score(mean[label]) if seen.streams.scored else None,
                 "fallback": 100 * float((sources == RegionSource.FALLBACK).mean()),
-                "picture": None if picture is None else _save(picture, out / f"class_{label + 1:04d}.png"),
-                "width": 0 if picture is None else picture.width,
+                "picture": _save(picture, out / f"class_{label + 1:04d}.png"),
+                "width": picture.width,
                 "names": [index.name(row) for each in rows.values() for row in each],
             })  # fmt: skip
             progress.advance()

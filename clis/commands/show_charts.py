@@ -14,6 +14,7 @@ try:
 except ImportError:
     raise ValueError('charts need matplotlib: pip install -e ".[report]"') from None
 
+TICKS = (4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
 STYLES = ("-", "--", ":")
 
 
@@ -67,7 +68,7 @@ def box_sizes(sides: Mapping[str, np.ndarray]) -> Figure:
             label = f"{name}: median {np.median(values):.0f} px, n = {len(values)}"
             ax.stairs(100 * counts / len(values), edges, lw=2.2, ls=style, color=color, label=label)
         ax.set_xscale("log")
-        ticks = [tick for tick in (4, 8, 16, 32, 64, 128, 256, 512, 1024) if edges[0] <= tick <= edges[-1]]
+        ticks = [tick for tick in TICKS if edges[0] <= tick <= edges[-1]]
         ax.set_xticks(ticks, map(str, ticks))
         ax.minorticks_off()
         ax.legend()

@@ -16,8 +16,9 @@ from clis.data.loader import Explained
 from clis.data.mosaic import Placement
 from clis.data.region_file import RegionSource
 from clis.drawing import GRAY, Mark, class_color, draw_caption, draw_marks, picture_of, side_by_side
-from clis.resize import scale_boxes
+from clis.resize import image_size, scale_boxes
 
+YELLOW = (255, 225, 0)
 PICTURE = (900, 1400)
 """Smallest and largest longest side, in pixels, of an image or a mosaic."""
 TILE, CAPTION = 260, 20
@@ -147,30 +148,29 @@ def class_rows(
     return {kind: rows.tolist() for kind, rows in kinds.items()}
 
 
-def draw_class(rows: dict[str, list[int]], label: int, streams: Streams) -> Image.Image | None:
-    """Draw image-level images of a class with their regions in a row; None where none can be read."""
-    assert streams.index is not None
+def draw_class(rows: dict[str, list[int]], streams: Streams) -> Image.Image:
+    """Draw image-level images of a class with their regions in a row, each with its kind and score."""
+    kinds = [(kind, row) for kind, places in rows.items() for row in places]
+    return side_by_side([_draw_tile(kind, row, streams) for kind, row in kinds])
+
+
+def _draw_tile(kind: str, row: int, streams: Streams) -> Image.Image:
+    assert streams.index is not None  # there are regions
     assert streams.regions is not None
-    tiles = []
-    for kind, places in rows.items():
-        for row in places:
-            try:
-                image = open_image(streams.index.read(row), streams.index.name(row))
-                pixels, _ = image.decode_reduced((TILE, TILE))
-            except ImageError:
-                continue  # its region says so in the table
-            extent = (pixels.shape[-2], pixels.shape[-1])
-            picture, scale = picture_of(pixels, TILE, TILE)
-            region = streams.regions[row]
-            if region["source"] != RegionSource.UNREADABLE:
-                box = scale_boxes(torch.tensor(region["box"]), image.size, extent).tolist()
-                draw_marks(picture, [Mark(box=box, color=class_color(label))], scale)
-                share = _area(region["box"]) / (image.size[0] * image.size[1])
-                text = f"{kind}{score_text(streams, row)}\n{100 * share:.0f} % of the image"
-            else:
-                text = "unreadable"
-            tiles.append(draw_caption(picture, text.strip(), CAPTION, lines=2))
-    return side_by_side(tiles) if tiles else None
+    region = streams.regions[row]
+    try:
+        image = open_image(streams.index.read(row), streams.index.name(row))
+        pixels, _ = image.decode_reduced((TILE, TILE))
+    except ImageError:
+        return draw_caption(Image.new("RGB", (TILE, TILE), GRAY), "unreadable", CAPTION, lines=2)
+    picture, scale = picture_of(pixels, TILE, TILE)
+    text = kind
+    if region["source"] != RegionSource.UNREADABLE:
+        box = scale_boxes(torch.tensor(region["box"]), image.size, image_size(pixels))
+        draw_marks(picture, [Mark(box=box.tolist(), color=YELLOW)], scale)
+        share = _area(region["box"]) / (image.size[0] * image.size[1])
+        text = f"{kind}{score_text(streams, row)}".strip() + f"\n{100 * share:.0f} % of the image"
+    return draw_caption(picture, text, CAPTION, lines=2)
 
 
 def _area(box: np.ndarray) -> float:
