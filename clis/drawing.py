@@ -55,7 +55,7 @@ def picture_of(image: Tensor, smallest: int = SMALLEST, largest: int = LARGEST) 
 def draw_marks(picture: Image.Image, marks: Sequence[Mark], scale: float = 1.0) -> None:
     """Draw boxes and their labels on a picture, the first on top; thickness and text follow its size.
 
-    A label stands above its box, or below or inside it where there is no room or another label is there.
+    A label stands above its box, or below or inside it where there is no room or another label.
 
     Args:
         scale: from pixels of the boxes to pixels of the picture.
@@ -157,13 +157,13 @@ def _draw_label(
     width: int,
     taken: list[tuple[float, float, float, float]],
 ) -> None:
-    x1, y1, _, y2 = place
+    x1, y1, x2, y2 = place
     text = shorten(mark.text, font, size[0] - 6)
     label_width, label_height = font.getlength(text) + 6, 1.25 * font.size
-    left = min(max(x1 - width / 2, 0), size[0] - label_width)
-    tops = (y1 - label_height, y2, y1, y2 - label_height)
-    inside = [top for top in tops if 0 <= top <= size[1] - label_height] or [0.0]
-    boxes = [(left, top, left + label_width, top + label_height) for top in inside]
+    room_x, room_y = size[0] - label_width, size[1] - label_height
+    lefts = [min(max(left, 0), room_x) for left in (x1 - width / 2, x2 + width / 2 - label_width)]
+    tops = [top for top in (y1 - label_height, y2, y1, y2 - label_height) if 0 <= top <= room_y] or [0.0]
+    boxes = [(left, top, left + label_width, top + label_height) for left in lefts for top in tops]
     free = [box for box in boxes if not any(_overlap(box, other) for other in taken)]
     chosen = (free or boxes)[0]
     taken.append(chosen)

@@ -67,7 +67,7 @@ def test_regions_of_a_rule_without_detector_are_those_of_the_file(data, tmp_path
     find_regions(before.config, torch.device("cpu"))
     after = seen_of(data, *options)
     assert (before.fill is None, after.fill is None) == (False, True)
-    assert "regions are found here by the rule center" in before.notes[0]
+    assert "regions are found here by center" in before.notes[0]
     assert not any("regions" in note for note in after.notes)
     for item in items:
         a, b = (seen.dataset.explain(item).sample for seen in (before, after))

@@ -123,21 +123,20 @@ def open_streams(config: Config, name: str) -> Seen:
     """
     path, notes = regions_file(config), []
     exists, by_detector = path.exists(), config.regions.rule in DETECTOR_RULES
-    rule = config.regions
+    as_drawn = config
     if config.clis.s > 0 and not exists:
         if by_detector:
             notes.append(
                 f"{path} does not exist yet: mosaics are shown without regions, and nothing is pasted; "
                 f"`python -m clis regions {name}` makes it"
             )
-            config = replace(config, clis=replace(config.clis, t=0, contrastive=False))
-            rule = replace(rule, rule="full")
+            unpasted = replace(config.clis, t=0, contrastive=False)
+            as_drawn = replace(config, clis=unpasted, regions=replace(config.regions, rule="full"))
         else:
-            notes.append(f"{path} does not exist yet: regions are found here by the rule {rule.rule}")
-    annotations, dataset, sampler = make_streams(config, path if exists else None)
-    index, fill = dataset.index, None
-    if index is not None and not exists:
-        fill = _filler(replace(config, regions=rule), dataset)
+            notes.append(f"{path} does not exist yet: regions are found here by {config.regions.rule}")
+    annotations, dataset, sampler = make_streams(as_drawn, path if exists else None)
+    index = dataset.index
+    fill = None if index is None or exists else _filler(as_drawn, dataset)
     known = index is not None and (exists or not by_detector)
     streams = Streams(
         annotations.categories, index, dataset.regions if known else None, scored=exists and by_detector
@@ -304,6 +303,8 @@ def write_page(
         charts=charts,
         dropped=dropped,
         sized=SIZED,
+        known=seen.streams.regions is not None,
+        without=classes_without_images(seen),
         groups=None if covered is None else [(GROUPS[key], row) for key, row in covered["groups"].items()],
     )
     with atomic_write(out / PAGE) as temporary:
@@ -338,15 +339,23 @@ def _mean_scores(seen: Seen) -> np.ndarray:
     return np.where(counts > 0, sums / counts.clip(min=1), -1)
 
 
-def _coverage_notes(seen: Seen) -> Iterator[str]:
-    names = np.array([category.name for category in seen.streams.categories])
-    without = {"instance-level": seen.instance_images == 0}
+def classes_without_images(seen: Seen) -> dict[str, list[str]]:
+    """Return the names of the classes that a stream has no image of, by stream."""
+    counts = {"instance-level": seen.instance_images}
     if seen.streams.index is not None:
-        without["image-level"] = seen.streams.index.image_counts == 0
-    for stream, missing in without.items():
-        if missing.any():
-            some = shortened(names[missing].tolist())
-            yield f"{missing.sum()} of {len(names)} classes have no {stream} images: {some}"
+        counts["image-level"] = seen.streams.index.image_counts
+    categories = seen.streams.categories
+    return {
+        stream: [category.name for category, count in zip(categories, of_stream) if count == 0]
+        for stream, of_stream in counts.items()
+    }
+
+
+def _coverage_notes(seen: Seen) -> Iterator[str]:
+    num_classes = len(seen.streams.categories)
+    for stream, names in classes_without_images(seen).items():
+        if names:
+            yield f"{len(names)} of {num_classes} classes have no {stream} images: {shortened(names)}"
 
 
 def _region_notes(seen: Seen) -> Iterator[str]:
