@@ -52,17 +52,20 @@ def picture_of(image: Tensor, smallest: int = SMALLEST, largest: int = LARGEST) 
     return picture.resize(size, Image.Resampling.NEAREST if scale >= 4 else Image.Resampling.BICUBIC), scale
 
 
-def draw_marks(picture: Image.Image, marks: Sequence[Mark], scale: float = 1.0) -> None:
+def draw_marks(
+    picture: Image.Image, marks: Sequence[Mark], scale: float = 1.0, width: int | None = None
+) -> None:
     """Draw boxes and their labels on a picture, the first on top; thickness and text follow its size.
 
     A label stands above its box, or below or inside it where there is no room or another label.
 
     Args:
         scale: from pixels of the boxes to pixels of the picture.
+        width: of the lines in pixels; None follows the picture's size.
     """
     canvas = ImageDraw.Draw(picture)
     longest = max(picture.size)
-    width, font = max(2, round(longest / 300)), font_of(text_size(longest))
+    width, font = width or max(2, round(longest / 300)), font_of(text_size(longest))
     places = [tuple(scale * side for side in mark.box) for mark in marks]
     for mark, place in reversed(list(zip(marks, places))):
         _draw_box(canvas, place, mark.color, width, mark.dashed)

@@ -167,7 +167,7 @@ def _draw_tile(kind: str, row: int, streams: Streams) -> Image.Image:
     text = kind
     if region["source"] != RegionSource.UNREADABLE:
         box = scale_boxes(torch.tensor(region["box"]), image.size, image_size(pixels))
-        draw_marks(picture, [Mark(box=box.tolist(), color=YELLOW)], scale)
+        draw_marks(picture, [Mark(box=box.tolist(), color=YELLOW)], scale, width=4)
         share = _area(region["box"]) / (image.size[0] * image.size[1])
         text = f"{kind}{score_text(streams, row)}".strip() + f"\n{100 * share:.0f} % of the image"
     return draw_caption(picture, text, CAPTION, lines=2)
