@@ -12,13 +12,13 @@ from runs import REPOSITORY
 PACKAGE = REPOSITORY / "clis"
 GROUND = {
     "atomic", "boxes", "cli", "config", "config_files", "config_rules", "config_scopes", "distributed",
-    "losses", "progress", "resize",
+    "losses", "progress", "resize", "text",
 }  # fmt: skip
 BELOW = {
     "__main__": {"commands"} | GROUND,
     "commands": {"engine", "metric", "models", "data", "pages", "drawing"} | GROUND,
     "engine": {"metric", "models", "data"} | GROUND,
-    "metric": {"data", "atomic", "progress"},
+    "metric": {"data", "atomic", "progress", "text"},
     "models": {"data"} | GROUND,
     "data": GROUND - {"losses", "boxes"},
     **{room: GROUND - {"losses"} for room in GROUND},

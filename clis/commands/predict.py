@@ -32,6 +32,7 @@ from clis.distributed import choose_device
 from clis.drawing import Mark, class_color, draw_marks, picture_of
 from clis.engine.checkpoint import load_checkpoint, load_model
 from clis.engine.evaluate import measure_calibration, padded_size
+from clis.engine.optim import autocast
 from clis.engine.prerequisites import checkpoint_of
 from clis.metric.detections import Detections
 from clis.models import CLISDetector
@@ -84,7 +85,7 @@ def run(arguments: argparse.Namespace) -> None:
     selection = Selection(arguments.score, arguments.top, labels)
     ids = known_ids(arguments.annotations, files, detector) if stored else None
     pictures = None if arguments.no_pictures else out / PICTURES
-    photos = predict(detector, files, selection, arguments.batch, config.data.workers, ids, pictures)
+    photos = predict(detector, config, files, selection, arguments.batch, ids, pictures)
     written = write_results(out, photos, detector.categories, checkpoint, stored)
     if pictures is not None:
         facts = {"detector": str(checkpoint), "score": f"at least {arguments.score:g}"}
@@ -227,18 +228,18 @@ def known_ids(path: Path, files: Sequence[ImageFile], detector: CLISDetector) ->
 
 def predict(
     detector: CLISDetector,
+    config: Config,
     files: Sequence[ImageFile],
     selection: Selection,
     batch: int = 1,
-    workers: int = 0,
     ids: Sequence[int] | None = None,
     pictures: Path | None = None,
 ) -> list[Photo]:
     """Detect objects in image files, which are read on the way, and draw a picture of each.
 
     Args:
+        config: the detector's, for its precision and the number of loader processes.
         batch: the most images at once; only those of one padded size share a batch.
-        workers: loader processes.
         ids: the images' ids in an annotation file, whose boxes are in pixels of the stored images: EXIF
             orientations are not applied. None numbers the images from 1 and applies them.
         pictures: folder of the pictures; None draws none.
@@ -254,8 +255,8 @@ def predict(
     ]
     targets = picture_names(files)
     read = functools.partial(_read, files, ids is None)
-    loader = image_loader(read, range(len(files)), batch, workers if len(files) > batch else 0)
-    shape_of = functools.partial(_shape_of, detector)
+    loader = image_loader(read, range(len(files)), batch, config.data.workers if len(files) > batch else 0)
+    shape_of, device = functools.partial(_shape_of, detector), next(detector.parameters()).device
     with Progress("predict", len(files)) as progress:
         for rows, images in like_shapes(map(_own_memory, loader), batch, shape_of):
             readable = [image for image in images if not isinstance(image, str)]
@@ -263,7 +264,8 @@ def predict(
                 photos[rows[0]] = dataclasses.replace(photos[rows[0]], error=str(images[0]))
                 progress.advance()
                 continue
-            results = detector.detect([pixels for pixels, _ in readable])
+            with autocast(config.train.precision, device):  # as `run_detector`
+                results = detector.detect([pixels for pixels, _ in readable])
             for row, (pixels, turned), found in zip(rows, readable, results, strict=True):
                 boxes, scores, labels = selection.columns(found)
                 photos[row] = photo = dataclasses.replace(

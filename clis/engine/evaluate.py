@@ -23,6 +23,7 @@ from clis.data.images import read_image
 from clis.data.loader import image_loader, like_shapes
 from clis.data.streams import read_annotations
 from clis.distributed import from_main, gather_rows, is_main, rank, world_size
+from clis.engine.optim import autocast
 from clis.engine.run_folder import RunFolder
 from clis.metric.detections import Detections
 from clis.metric.lvis_eval import METRICS, evaluate
@@ -87,9 +88,9 @@ def check_validation(config: Config, categories: Sequence[Category]) -> None:
 def run_detector(detector: CLISDetector, config: Config, annotations: Annotations) -> Detections:
     """Return the detections of all images in their order, best first in each image.
 
-    Ranks above 0 return those of their own share. Images of one padded size make a batch, so that none sees
-    another's padding. Detections wait on the CPU and are gathered there, so no device ever holds more than
-    those of one batch.
+    They are computed in `train.precision`. Ranks above 0 return those of their own share. Images of one
+    padded size make a batch, so that none sees another's padding. Detections wait on the CPU and are
+    gathered there, so no device ever holds more than those of one batch.
     """
     read = functools.partial(
         read_validation_image, data_path(config, config.data.val_images), annotations.file_names
@@ -98,12 +99,15 @@ def run_detector(detector: CLISDetector, config: Config, annotations: Annotation
     loader = image_loader(read, rows, config.test.images_per_batch, config.data.workers)
     # copies: a loader process's pixels hold a file descriptor each while they wait for others of their size
     read_ahead = ((batch_rows, [image.clone() for image in images]) for batch_rows, images in loader)
-    shape_of = functools.partial(padded_size, detector)
+    shape_of, device = functools.partial(padded_size, detector), next(detector.parameters()).device
     tables = [torch.zeros(0, 7, dtype=torch.float64)]
     with Progress("evaluate", len(rows)) as progress:
         for batch_rows, images in like_shapes(read_ahead, config.test.images_per_batch, shape_of):
-            found = zip(batch_rows, detector.detect(images))
-            columns = [_columns(row, each.boxes, each.scores, each.labels) for row, each in found]
+            with autocast(config.train.precision, device):
+                found = detector.detect(images)
+            columns = [
+                _columns(row, each.boxes, each.scores, each.labels) for row, each in zip(batch_rows, found)
+            ]
             tables.append(torch.cat(columns).cpu())  # one wait for all
             progress.advance(len(images))
     table = gather_rows(torch.cat(tables)).numpy()
