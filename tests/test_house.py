@@ -16,13 +16,15 @@ GROUND = {
 }  # fmt: skip
 BELOW = {
     "__main__": {"commands"} | GROUND,
-    "commands": {"engine", "metric", "models", "data"} | GROUND,
+    "commands": {"engine", "metric", "models", "data", "pages", "drawing"} | GROUND,
     "engine": {"metric", "models", "data"} | GROUND,
     "metric": {"data", "atomic", "progress", "text"},
-    "models": GROUND,
+    "models": {"data"} | GROUND,
     "data": GROUND - {"losses", "boxes"},
     **{room: GROUND - {"losses"} for room in GROUND},
     "losses": set(),
+    "pages": set(),
+    "drawing": set(),
 }
 """What each room may import; `clis` itself stands for its lazy names."""
 
@@ -63,7 +65,7 @@ def test_verbs_hardly_know_each_other():
     """A verb may use another's parts only where it says so here."""
     known = {
         ("regions", "region_scan"), ("convert", "weight_files"), ("study", "study_record"),
-        ("study_record", "plot"),
+        ("study_record", "plot"), ("show", "show_pictures"), ("show", "show_charts"),
     }  # fmt: skip
     found = set()
     for path in (PACKAGE / "commands").glob("*.py"):
@@ -72,6 +74,11 @@ def test_verbs_hardly_know_each_other():
             if parts[1] == "commands" and len(parts) > 2 and parts[2] not in (path.stem, "arguments"):
                 found.add((path.stem, parts[2]))
     assert found <= known
+
+
+def test_models_know_of_data_only_how_an_image_file_is_read():
+    found = {name for path in (PACKAGE / "models").glob("*.py") for name in imports(path) if "data" in name}
+    assert found == {"clis.data.images"}
 
 
 def test_losses_know_nothing_of_the_rest():

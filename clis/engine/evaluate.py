@@ -99,7 +99,7 @@ def run_detector(detector: CLISDetector, config: Config, annotations: Annotation
     loader = image_loader(read, rows, config.test.images_per_batch, config.data.workers)
     # copies: a loader process's pixels hold a file descriptor each while they wait for others of their size
     read_ahead = ((batch_rows, [image.clone() for image in images]) for batch_rows, images in loader)
-    shape_of, device = functools.partial(_padded_size, detector), next(detector.parameters()).device
+    shape_of, device = functools.partial(padded_size, detector), next(detector.parameters()).device
     tables = [torch.zeros(0, 7, dtype=torch.float64)]
     with Progress("evaluate", len(rows)) as progress:
         for batch_rows, images in like_shapes(read_ahead, config.test.images_per_batch, shape_of):
@@ -129,7 +129,7 @@ def _columns(row: int, boxes: Tensor, scores: Tensor, labels: Tensor) -> Tensor:
     return torch.cat([torch.stack([image, labels.double(), scores.double()], 1), boxes[:, :2], sizes], dim=1)
 
 
-def _padded_size(detector: CLISDetector, image: Tensor) -> tuple[int, ...]:
+def padded_size(detector: CLISDetector, image: Tensor) -> tuple[int, ...]:
     """Return what is equal for images that can share a batch: in it each is padded as it would be alone."""
     if detector.backbone.square:
         return ()
