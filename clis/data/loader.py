@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from clis.config import CLISConfig, DataConfig
 from clis.data.annotations import Annotations
@@ -23,10 +22,9 @@ from clis.data.mosaic import draw_tile
 from clis.data.pasting import draw_paste
 from clis.data.plan import Plan, plan_sample
 from clis.data.sampling import ImageItem, JointSampler, SingleSampler, WorkItem
+from clis.data.sealed import SealedLoader
 from clis.data.transforms import FILL
 
-GRACE = 30
-"""Seconds that a loader process lives on after SIGTERM, so that the step can be finished."""
 MAX_REPLACEMENTS = 100
 """Unreadable images in a row after which a stream counts as unavailable."""
 
@@ -281,16 +279,9 @@ def train_loader(
     workers: int,
     pin: bool,
     collate: Callable[[Sequence[Any]], OnDevice] = collate,
-) -> DataLoader[OnDevice]:
+) -> Iterable[Any]:
     """Load batches in the order of `batches`, in `workers` processes (0: in this one)."""
-    return DataLoader(
-        dataset,
-        batch_sampler=batches,
-        collate_fn=collate,
-        num_workers=workers,
-        pin_memory=pin,
-        worker_init_fn=_outlive_signals,
-    )
+    return SealedLoader(dataset, workers, collate, pin, batch_sampler=batches)
 
 
 class ImageDataset(Dataset[tuple[int, T]]):
@@ -311,13 +302,7 @@ def image_loader(
 ) -> Iterable[tuple[list[int], list[T]]]:
     """Load lists of rows with what `read` returns for them, in order, in `workers` processes."""
     dataset: Dataset[Any] = ImageDataset(read, rows)
-    return DataLoader(
-        dataset,
-        batch_size=images_per_batch,
-        num_workers=workers,
-        collate_fn=_unzip,
-        worker_init_fn=_outlive_signals,
-    )
+    return SealedLoader(dataset, workers, _unzip, batch_size=images_per_batch)
 
 
 def like_shapes(
@@ -342,15 +327,6 @@ def like_shapes(
 
 def _unzipped(pairs: list[tuple[int, T]]) -> tuple[list[int], list[T]]:
     return [row for row, _ in pairs], [image for _, image in pairs]
-
-
-def _outlive_signals(worker: int) -> None:
-    """Outlive signals to the whole process group; the main process answers them and still needs the batches.
-
-    SIGTERM is also how an exiting main process ends its loaders, and waits for them: so not forever.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(GRACE))
 
 
 def _unzip(pairs: Sequence[tuple[int, T]]) -> tuple[list[int], list[T]]:
