@@ -138,7 +138,13 @@ def test_the_innermost_log_has_what_is_said(tmp_path, capsys):
     assert "three" not in out
 
 
-def test_a_folder_without_a_run(tmp_path):
+def test_a_folder_without_a_run(tmp_path, finished, capsys):
+    """It stops no other one from being shown, also one that comes after it."""
+    with pytest.raises(
+        ValueError, match=r"a/config\.yaml: no such file[^\n]*\n.*b/config\.yaml: no such file"
+    ):
+        main(["status", str(tmp_path / "a"), str(finished), str(tmp_path / "b")])
+    assert f"{finished}: finished" in capsys.readouterr().out
     with pytest.raises(FileNotFoundError, match=r"config\.yaml: no such file; name run folders"):
         main(["status", str(tmp_path)])
 

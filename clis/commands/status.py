@@ -18,8 +18,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Print of each run its process, step, speed, time left, last losses and last AP."""
-    print("\n".join(describe(RunState.read(folder)) for folder in arguments.folders))
+    """Print of each run its process, step, speed, time left, last losses and last AP.
+
+    Raises:
+        FileNotFoundError, ValueError: a folder cannot be read; the others are printed first.
+    """
+    errors = []
+    for folder in arguments.folders:
+        try:
+            print(describe(RunState.read(folder)))
+        except (OSError, ValueError) as error:
+            errors.append(error)
+    if errors:
+        raise errors[0] if len(errors) == 1 else ValueError("\n".join(map(str, errors)))
 
 
 def describe(state: RunState) -> str:
