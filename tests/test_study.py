@@ -15,7 +15,7 @@ import pytest
 import yaml
 from runs import CONFIG, REPOSITORY, SHORT
 
-from clis.commands import study, study_record
+from clis.commands import run_verb, study, study_record
 from clis.commands.study import Study, run_study
 from clis.config_files import load_config
 
@@ -331,3 +331,38 @@ def test_recorded_runs_are_those_of_the_rows(path):
     assert (path / "table.md").read_text() == study_record.table(
         recorded
     ) + "\n" + study_record.table_by_images(recorded)
+
+
+def test_places_on_an_axis_need_an_axis_and_are_numbers(tmp_path):
+    path = tmp_path / "sweep.yaml"
+    values = {"base": CONFIG, "seeds": [0], "rows": {"a": {"at": 0}, "b": {"at": 0.5}}}
+    path.write_text(yaml.safe_dump(values))
+    with pytest.raises(ValueError, match="no `axis` says on what"):
+        Study.load(path)
+    path.write_text(yaml.safe_dump(values | {"axis": "alpha"}))
+    assert [row.at for row in Study.load(path).rows] == [0, 0.5]
+    path.write_text(yaml.safe_dump(values | {"axis": "alpha", "rows": {"a": {"at": "left"}}}))
+    with pytest.raises(ValueError, match="row a: at is 'left'; give a number"):
+        Study.load(path)
+
+
+def test_drawing_again_runs_nothing_and_keeps_what_is_recorded(tmp_path, monkeypatch):
+    """The record of an earlier version has no places and no classes: the study file and the benchmark do."""
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(study, "_work", None)
+    source = REPOSITORY / "docs" / "studies" / "beta"
+    recorded = json.loads((source / "study.json").read_text())
+    old = {name: recorded[name] for name in ("base", "overrides")} | {
+        "rows": {name: {"runs": row["runs"]} for name, row in recorded["rows"].items()}
+    }
+    (tmp_path / "beta").mkdir()
+    (tmp_path / "beta" / "study.json").write_text(json.dumps(old))
+    config = str(REPOSITORY / "configs" / "studies" / "beta.yaml")
+    monkeypatch.chdir(REPOSITORY)
+    run_verb("study", [config, "--draw", f"--out={tmp_path}"])
+    assert json.loads((tmp_path / "beta" / "study.json").read_text()) == recorded
+    assert (tmp_path / "beta" / "table.md").read_text() == (source / "table.md").read_text()
+    assert (tmp_path / "beta" / "figure.png").stat().st_size > 10_000
+    assert sum(recorded["classes"].values()) == 50
+    with pytest.raises(FileNotFoundError, match="name the folder of the study in --out"):
+        run_verb("study", [config, "--draw", f"--out={tmp_path / 'none'}"])

@@ -386,9 +386,9 @@ def test_an_evaluation_that_was_cut_off_is_made_again(killed, data, reference, t
     arguments = arguments_of(data, tmp_path, "train.eval_every=10")
     evaluate = train.evaluate_detector
 
-    def cut_off(detector, config, folder):
+    def cut_off(detector, config, folder, training):
         if killed == "behind its file":
-            evaluate(detector, config, folder)
+            evaluate(detector, config, folder, training)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(train, "evaluate_detector", cut_off)
