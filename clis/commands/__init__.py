@@ -18,6 +18,7 @@ VERBS = {
     "convert": "make a checkpoint of a Faster R-CNN of torchvision, mmdetection or detectron2",
     "export": "make a program of torch.export of a trained detector, for images of one size",
     "plot": "draw figures of finished runs, side by side, as PNG files",
+    "report": "write one HTML file of runs: curves, classes, errors, pictures of mistakes, regions",
     "compare": "print the results of run folders as one table",
     "config": "print a config as it would run, with all defaults",
     "shapes": "write the embedded benchmark into a folder",

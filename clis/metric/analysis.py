@@ -180,7 +180,7 @@ class ErrorShares:
 
 @dataclasses.dataclass(frozen=True)
 class Errors:
-    """The false positives among the judged detections of `Matches`, F of them, and the missed ground truths."""
+    """The F false positives among the judged detections of `Matches`, and the missed ground truths."""
 
     places: np.ndarray
     """int64 [F], of each in the matches."""

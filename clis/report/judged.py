@@ -1,0 +1,171 @@
+"""What the metric says of the runs: by class, by error, and box by box."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from clis.data.annotations import Annotations
+from clis.data.categories import Category
+from clis.metric.analysis import ErrorShares, ap_by_image_count, error_shares, find_errors
+from clis.metric.detections import Detections
+from clis.metric.lvis_eval import Curves, accumulate
+from clis.metric.matching import match
+from clis.metric.verdicts import NOT_JUDGED, Verdicts, verdicts_of
+from clis.report.packed import NONE, pack, pack_boxes, pack_scores, units_of
+
+FLOOR = 0.02
+"""Detections with lower scores are not embedded."""
+MAX_BOXES = 600_000
+"""Detections embedded in one page, of all runs together: 20 bytes each, or 12 MB."""
+BOXES_OF_AN_IMAGE = 50
+"""At most so many judged ones of an image and run, and as many that are not judged."""
+LEAST_CLASSES = 3
+"""Classes that a bin of AP against training images must have."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Judged:
+    """A run's detections, judged."""
+
+    detections: Detections
+    curves: Curves
+    """Over all areas."""
+    shares: ErrorShares
+    verdicts: Verdicts
+    rows: np.ndarray
+    """int64 [D], image of each detection, its place in the annotations."""
+
+
+def judge(annotations: Annotations, detections: Detections, limit: int) -> Judged:
+    """Match a run's detections, at most `limit` of an image, and find out what each is.
+
+    Raises:
+        ValueError: they are of other images.
+    """
+    matches = match(annotations, detections, limit)
+    errors = find_errors(annotations, detections, matches)
+    order = np.argsort(annotations.image_ids, kind="stable")
+    return Judged(
+        detections=detections,
+        curves=accumulate(matches, num_areas=1),
+        shares=error_shares(annotations, detections, matches, annotations.categories, errors),
+        verdicts=verdicts_of(annotations, detections, matches, errors),
+        rows=order[np.searchsorted(annotations.image_ids[order], detections.image_id)],
+    )
+
+
+def count_bins(curves: Curves, categories: Sequence[Category]) -> list[tuple[int, int, int, float]]:
+    """Compute AP by training images as `ap_by_image_count`, with at least `LEAST_CLASSES` classes in a bin.
+
+    A smaller bin is joined with the next one, the last with the one before it.
+    """
+    bins: list[tuple[int, int, int, float]] = []
+    for row in ap_by_image_count(curves, categories):
+        if bins and bins[-1][2] < LEAST_CLASSES:
+            row = _joined(bins.pop(), row)
+        bins.append(row)
+    if len(bins) > 1 and bins[-1][2] < LEAST_CLASSES:
+        last = bins.pop()
+        bins.append(_joined(bins.pop(), last))
+    return [row for row in bins if row[2] >= LEAST_CLASSES]
+
+
+def _joined(
+    low: tuple[int, int, int, float], high: tuple[int, int, int, float]
+) -> tuple[int, int, int, float]:
+    classes = low[2] + high[2]
+    return low[0], high[1], classes, (low[2] * low[3] + high[2] * high[3]) / classes
+
+
+def boxes_per_image(judged: Sequence[Judged], num_images: int) -> int:
+    """Return how many boxes of an image and run can be embedded within `MAX_BOXES`."""
+    for limit in (BOXES_OF_AN_IMAGE, 40, 30, 25, 20, 15, 12, 10, 8, 6, 5, 4, 3, 2):
+        if sum(len(embedded_rows(each, num_images, limit)) for each in judged) <= MAX_BOXES:
+            return limit
+    return 1
+
+
+def embedded_rows(judged: Judged, num_images: int, limit: int) -> np.ndarray:
+    """Return the detections to embed, by image and falling score: int64 [n].
+
+    The `limit` highest scores of an image among what is judged, and among what is not, from `FLOOR` on.
+    """
+    rows = np.flatnonzero(judged.detections.score >= FLOOR)
+    group = judged.rows[rows] + num_images * (judged.verdicts.verdicts[rows] == NOT_JUDGED)
+    order = np.lexsort((-judged.detections.score[rows], group))
+    rows, group = rows[order], group[order]
+    rows = rows[np.arange(len(rows)) - np.searchsorted(group, group) < limit]
+    return rows[np.lexsort((-judged.detections.score[rows], judged.rows[rows]))]
+
+
+def run_payload(judged: Judged, annotations: Annotations, limit: int) -> dict[str, Any]:
+    """Return what the page's script needs of one run's results; `limit` as in `embedded_rows`."""
+    rows = embedded_rows(judged, len(annotations), limit)
+    verdicts, images, found = judged.verdicts, judged.rows[rows], judged.detections
+    category_ids = np.array([category.id for category in annotations.categories])
+    labels = np.searchsorted(category_ids, found.category_id[rows])
+    labels[category_ids[labels.clip(max=len(category_ids) - 1)] != found.category_id[rows]] = NONE
+    truths = verdicts.truths[rows]
+    precision = judged.curves.precision[..., 0]
+    return {
+        "ap": pack(judged.curves.class_ap(), "f4"),
+        "ap50": pack(precision[0].mean(axis=0), "f4"),
+        "recall50": pack(judged.curves.recall[0, :, 0], "f4"),
+        "precision": pack((precision[0].T.clip(min=0) * 255).round(), "u1"),
+        "bins": count_bins(judged.curves, annotations.categories),
+        "errors": dataclasses.asdict(judged.shares),
+        "truths": {
+            "found": pack_scores(verdicts.found),
+            "other": pack_scores(verdicts.other),
+            "otherLabels": pack(np.where(verdicts.other_labels < 0, NONE, verdicts.other_labels), "u2"),
+            "off": pack_scores(verdicts.off),
+        },
+        "boxes": {
+            "offsets": pack(np.searchsorted(images, np.arange(len(annotations) + 1)), "u4"),
+            "labels": pack(labels, "u2"),
+            "scores": pack(units_of(found.score[rows]), "u2"),
+            "verdicts": pack(verdicts.verdicts[rows], "u1"),
+            "truths": pack(np.where(truths < 0, NONE, truths - annotations.offsets[images]), "u2"),
+            "corners": pack_boxes(found.bbox[rows], annotations.image_sizes[images]),
+        },
+    }
+
+
+def image_payload(annotations: Annotations, required: np.ndarray) -> dict[str, Any]:
+    """Return the images and ground truth for the page's script; `required` as in `Verdicts`."""
+    sizes = annotations.image_sizes
+    return {
+        "ids": annotations.image_ids.tolist(),
+        "files": [str(name) for name in annotations.file_names],
+        "sizes": pack(sizes.clip(max=NONE), "u2"),
+        "offsets": pack(annotations.offsets, "u4"),
+        "labels": pack(annotations.labels, "u2"),
+        "required": pack(required, "u1"),
+        "corners": pack_boxes(annotations.bboxes, np.repeat(sizes, np.diff(annotations.offsets), axis=0)),
+    }
+
+
+def class_payload(annotations: Annotations, image_level: np.ndarray | None) -> dict[str, Any]:
+    """Return the classes for the page's script: names, frequencies and counts in every stream.
+
+    Args:
+        image_level: int64 [C], image-level images of each class, if there is such a stream.
+    """
+    count = annotations.num_classes
+    images = np.repeat(np.arange(len(annotations)), np.diff(annotations.offsets))
+    pairs = np.unique(images * count + annotations.labels)
+    categories = annotations.categories
+    return {
+        "names": [category.name for category in categories],
+        "frequencies": "".join(category.frequency for category in categories),
+        "trainImages": [category.image_count for category in categories],
+        "trainInstances": [category.instance_count for category in categories],
+        "imageLevel": None if image_level is None else image_level.tolist(),
+        "valImages": np.bincount(pairs % count, minlength=count).tolist(),
+        "valInstances": np.bincount(annotations.labels, minlength=count).tolist(),
+    }

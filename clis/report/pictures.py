@@ -1,0 +1,159 @@
+"""Small pictures for the page: of the validation images with the worst mistakes, and of regions."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from clis.data.annotations import Annotations
+from clis.data.categories import Category
+from clis.data.image_level import ImageLevelIndex
+from clis.data.images import ImageError, open_image, read_bytes
+from clis.data.region_file import RegionSource
+from clis.metric.verdicts import CLASS, LOCATION, NOTHING
+from clis.progress import Progress
+from clis.report.judged import Judged
+
+SCORE = 0.3
+"""The score from which on a mistake counts when pictures are chosen; where the page's slider starts."""
+SIDE, REGION_SIDE = 360, 180
+"""Longer side of a picture in pixels."""
+
+
+def encode_small(data: bytes, name: str, side: int) -> str:
+    """Return an image as base64 of a JPEG whose longer side is at most this many pixels.
+
+    Raises:
+        ImageError: it cannot be decoded.
+    """
+    image = open_image(data, name)
+    scale = min(1.0, side / max(image.size))
+    height, width = (max(1, round(scale * length)) for length in image.size)
+    pixels = image.decode_resized((height, width)).permute(1, 2, 0).contiguous().numpy()
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "JPEG", quality=80)
+    return base64.b64encode(file.getvalue()).decode()
+
+
+def class_order(categories: Sequence[Category], ap: Sequence[np.ndarray]) -> np.ndarray:
+    """Return labels, rare before common before frequent, within a group from the lowest AP of any run up.
+
+    Args:
+        ap: by run, float64 [C], -1 where a class has no ground truth; such classes come last in a group.
+    """
+    group = np.array(["rcf".index(category.frequency) for category in categories])
+    worst = np.stack([np.where(each < 0, np.inf, each) for each in ap]).min(axis=0)
+    counts = np.array([category.image_count for category in categories])
+    return np.lexsort((counts, worst, group))
+
+
+def worst_images(annotations: Annotations, runs: Sequence[Judged], count: int) -> list[int]:
+    """Choose images for pictures: half by the most confident mistake, half by the classes that fail.
+
+    The second half goes through `class_order` again and again, and takes of each class an image in which one
+    of its objects is not found with a score of `SCORE`, if there is one.
+    """
+    if count >= len(annotations):
+        return list(range(len(annotations)))
+    worst = np.zeros(len(annotations))
+    for run in runs:
+        wrong = np.isin(run.verdicts.verdicts, (CLASS, LOCATION, NOTHING))
+        np.maximum.at(worst, run.rows[wrong], run.detections.score[wrong])
+    chosen = dict.fromkeys(np.argsort(-worst, kind="stable")[: (count + 1) // 2].tolist())
+
+    images = np.repeat(np.arange(len(annotations)), np.diff(annotations.offsets))
+    not_found = np.zeros(len(annotations.labels), np.int64)
+    for run in runs:
+        not_found += run.verdicts.required & (run.verdicts.found < SCORE)
+    by_class = np.lexsort((-not_found, annotations.labels))
+    bounds = np.searchsorted(annotations.labels[by_class], np.arange(annotations.num_classes + 1))
+    order = class_order(annotations.categories, [run.curves.class_ap() for run in runs])
+    queues = [images[by_class[bounds[label] : bounds[label + 1]]].tolist() for label in order.tolist()]
+    queues = [list(reversed(queue)) for queue in queues if queue]
+    while queues:
+        for queue in queues:
+            if len(chosen) == count:
+                return list(chosen)
+            chosen.setdefault(queue.pop())
+        queues = [queue for queue in queues if queue]
+    rest = (image for image in range(len(annotations)) if image not in chosen)
+    return [*chosen, *(image for image, _ in zip(rest, range(count - len(chosen))))]
+
+
+def read_pictures(
+    annotations: Annotations, folder: Path, rows: Sequence[int]
+) -> tuple[dict[int, str], list[str]]:
+    """Encode validation images; return them by place, and one sentence if some cannot be read."""
+    pictures, errors = {}, []
+    with Progress("pictures", len(rows)) as progress:
+        for row in rows:
+            path = folder / str(annotations.file_names[row])
+            try:
+                pictures[row] = encode_small(read_bytes(path), str(path), SIDE)
+            except ImageError as error:
+                errors.append(str(error))
+            progress.advance()
+    if not errors:
+        return pictures, []
+    what = "no validation image can" if not pictures else f"{len(errors)} of {len(rows)} images cannot"
+    return pictures, [f"{what[0].upper()}{what[1:]} be read (set data.root=?): {errors[0]}."]
+
+
+def region_payload(
+    index: ImageLevelIndex, regions: np.ndarray, categories: Sequence[Category], order: np.ndarray, count: int
+) -> dict[str, Any]:
+    """Return regions for the page's script: figures of every class, and pictures of some.
+
+    A class has pictures of its lowest, its median and its highest score; classes come in `order` until there
+    are `count` pictures.
+    """
+    labels, scores = np.asarray(index.labels), np.asarray(regions["score"], np.float64)
+    made = regions["source"] == RegionSource.RULE
+    total = np.bincount(labels, minlength=len(categories))
+    by_rule = np.bincount(labels[made], minlength=len(categories))
+    sums = np.bincount(labels[made], scores[made], minlength=len(categories))
+    means = np.where(by_rule > 0, sums / by_rule.clip(min=1), -1)
+
+    by_score = np.lexsort((scores, labels))
+    bounds = np.searchsorted(labels[by_score], np.arange(len(categories) + 1))
+    shown: list[dict[str, Any]] = []
+    with Progress("regions", count) as progress:
+        for label in order.tolist():
+            own = by_score[bounds[label] : bounds[label + 1]]
+            for row in dict.fromkeys(own[[0, len(own) // 2, -1]].tolist() if len(own) else []):
+                picture = _region_picture(index, regions[row], row)
+                if len(shown) < count and picture is not None:
+                    shown.append({"label": label, **picture})
+                    progress.advance()
+            if len(shown) >= count:
+                break
+    return {
+        "means": [round(value, 4) for value in means.tolist()],
+        "fallbacks": (total - by_rule).tolist(),
+        "shown": shown,
+    }
+
+
+def _region_picture(index: ImageLevelIndex, region: np.void, row: int) -> dict[str, Any] | None:
+    """Return one region with its image, or None where the image cannot be read."""
+    try:
+        data = index.read(row)
+        height, width = open_image(data, index.name(row)).size
+        picture = encode_small(data, index.name(row), REGION_SIDE)
+    except ImageError:
+        return None
+    x1, y1, x2, y2 = (float(value) for value in region["box"])
+    return {
+        "name": index.name(row),
+        "score": round(float(region["score"]), 4),
+        "source": RegionSource(int(region["source"])).name.lower(),
+        "box": [round(value, 4) for value in (x1 / width, y1 / height, x2 / width, y2 / height)],
+        "ratio": round(width / height, 4),
+        "picture": picture,
+    }
