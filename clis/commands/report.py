@@ -23,7 +23,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--names", nargs="+", default=[], metavar="RUN=NAME", help="name runs in the page, by folder"
     )
     parser.add_argument(
-        "--images", type=int, default=200, metavar="N", help="validation images with a picture (default 200)"
+        "--images",
+        type=int,
+        metavar="N",
+        help="validation images with a picture (default: as many as 6 MB hold, about 300 photographs)",
     )
     parser.add_argument(
         "--regions", type=int, default=90, metavar="N", help="regions with a picture (default 90)"
@@ -36,7 +39,7 @@ def run(arguments: argparse.Namespace) -> None:
     if not folders:
         raise ValueError("no run folder; name at least one before key=value")
     for name in ("images", "regions"):
-        if getattr(arguments, name) < 0:
+        if (getattr(arguments, name) or 0) < 0:
             raise ValueError(f"--{name} {getattr(arguments, name)}: must be at least 0")
     write_report(
         folders,

@@ -35,7 +35,14 @@ from clis.report.judged import (
     run_payload,
 )
 from clis.report.packed import NONE, SCORE_UNITS, to_json
-from clis.report.pictures import SCORE, class_order, read_pictures, region_payload, worst_images
+from clis.report.pictures import (
+    PICTURE_BYTES,
+    SCORE,
+    class_order,
+    read_pictures,
+    region_payload,
+    worst_images,
+)
 from clis.report.runs import ReportRun, check_same_data, read_run
 
 HERE = Path(__file__).parent
@@ -47,7 +54,7 @@ def write_report(
     *,
     names: Sequence[str],
     overrides: Sequence[str] = (),
-    images: int = 200,
+    images: int | None = None,
     regions: int = 90,
 ) -> None:
     """Write the page of some runs of one data set.
@@ -55,7 +62,8 @@ def write_report(
     Args:
         names: of the runs, in the page.
         overrides: ``key=value`` for the configs of all, e.g. where the data are now.
-        images: validation images with a picture; of the others the page draws the boxes alone.
+        images: validation images with a picture, of the others the page draws the boxes alone; None is as
+            many as `PICTURE_BYTES` hold.
         regions: regions of the image-level stream with a picture.
 
     Raises:
@@ -92,7 +100,7 @@ class _Verbatim(str):
         return self
 
 
-def collect(runs: Sequence[ReportRun], images: int, regions: int) -> dict[str, Any]:
+def collect(runs: Sequence[ReportRun], images: int | None, regions: int) -> dict[str, Any]:
     """Return everything that the page shows, in the form that `to_json` writes."""
     annotations, note = _annotations(runs[0])
     notes = [] if note is None else [note]
@@ -113,9 +121,11 @@ def collect(runs: Sequence[ReportRun], images: int, regions: int) -> dict[str, A
             for head, each in zip(payload["runs"], judged):
                 head["judged"] = None if each is None else run_payload(each, annotations, limit)
             payload["images"] = image_payload(annotations, some[0].verdicts.required)
-            rows = worst_images(annotations, some, images)
+            rows = worst_images(annotations, some, len(annotations) if images is None else images)
+            room = PICTURE_BYTES if images is None else None
             config = runs[0].config
-            pictures, complaint = read_pictures(annotations, data_path(config, config.data.val_images), rows)
+            folder = data_path(config, config.data.val_images)
+            pictures, complaint = read_pictures(annotations, folder, rows, room)
             payload["images"]["pictures"] = pictures
             notes += complaint
         if index is not None:
@@ -143,7 +153,7 @@ def _run_head(run: ReportRun) -> dict[str, Any]:
         "curves": curves_of(run.records),
         "evaluations": evaluations_of(run.records),
         "recipe": {key: _text(value) for key, value in run.recipe.items()},
-        "defaults": {key: _text(defaults[key]) for key in run.recipe if key in defaults},
+        "defaults": {key: _text(value) for key, value in defaults.items()},
         "judged": None,
     }
 

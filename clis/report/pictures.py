@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,10 @@ SCORE = 0.3
 """The score from which on a mistake counts when pictures are chosen; where the page's slider starts."""
 SIDE, REGION_SIDE = 360, 180
 """Longer side of a picture in pixels."""
+PICTURE_BYTES = 6_000_000
+"""Room in a page for pictures of validation images: about 300 photographs."""
+MAX_UNREADABLE = 20
+"""Images in a row, from the first, after which no more are tried: the folder is not there."""
 
 
 def encode_small(data: bytes, name: str, side: int) -> str:
@@ -54,55 +59,64 @@ def class_order(categories: Sequence[Category], ap: Sequence[np.ndarray]) -> np.
 
 
 def worst_images(annotations: Annotations, runs: Sequence[Judged], count: int) -> list[int]:
-    """Choose images for pictures: half by the most confident mistake, half by the classes that fail.
+    """Choose images for pictures, in turn by the most confident mistake and by the classes that fail.
 
-    The second half goes through `class_order` again and again, and takes of each class an image in which one
-    of its objects is not found with a score of `SCORE`, if there is one.
+    The latter goes through `class_order` again and again, and takes of each class an image in which one of
+    its objects is not found with a score of `SCORE`, if there is one left.
     """
-    if count >= len(annotations):
-        return list(range(len(annotations)))
     worst = np.zeros(len(annotations))
     for run in runs:
         wrong = np.isin(run.verdicts.verdicts, (CLASS, LOCATION, NOTHING))
         np.maximum.at(worst, run.rows[wrong], run.detections.score[wrong])
-    chosen = dict.fromkeys(np.argsort(-worst, kind="stable")[: (count + 1) // 2].tolist())
+    by_mistake = np.argsort(-worst, kind="stable").tolist()
 
     images = np.repeat(np.arange(len(annotations)), np.diff(annotations.offsets))
     not_found = np.zeros(len(annotations.labels), np.int64)
     for run in runs:
         not_found += run.verdicts.required & (run.verdicts.found < SCORE)
+    rank = np.argsort(class_order(annotations.categories, [run.curves.class_ap() for run in runs]))
     by_class = np.lexsort((-not_found, annotations.labels))
-    bounds = np.searchsorted(annotations.labels[by_class], np.arange(annotations.num_classes + 1))
-    order = class_order(annotations.categories, [run.curves.class_ap() for run in runs])
-    queues = [images[by_class[bounds[label] : bounds[label + 1]]].tolist() for label in order.tolist()]
-    queues = [list(reversed(queue)) for queue in queues if queue]
-    while queues:
-        for queue in queues:
-            if len(chosen) == count:
-                return list(chosen)
-            chosen.setdefault(queue.pop())
-        queues = [queue for queue in queues if queue]
-    rest = (image for image in range(len(annotations)) if image not in chosen)
-    return [*chosen, *(image for image, _ in zip(rest, range(count - len(chosen))))]
+    labels = annotations.labels[by_class]
+    turn = np.arange(len(labels)) - np.searchsorted(labels, labels)  # 0 for the first image of every class
+    by_turn = images[by_class[np.lexsort((rank[labels], turn))]].tolist()
+
+    chosen: dict[int, None] = {}
+    for pair in itertools.zip_longest(by_mistake, by_turn):
+        for image in pair:
+            if image is not None and len(chosen) < count:
+                chosen.setdefault(image)
+    return list(chosen)
 
 
 def read_pictures(
-    annotations: Annotations, folder: Path, rows: Sequence[int]
+    annotations: Annotations, folder: Path, rows: Sequence[int], room: int | None
 ) -> tuple[dict[int, str], list[str]]:
-    """Encode validation images; return them by place, and one sentence if some cannot be read."""
-    pictures, errors = {}, []
+    """Encode validation images; return them by place, and one sentence if some cannot be read.
+
+    Args:
+        room: bytes of base64 after which no more are read; None is no limit.
+    """
+    pictures: dict[int, str] = {}
+    errors: list[str] = []
+    used = 0
     with Progress("pictures", len(rows)) as progress:
         for row in rows:
             path = folder / str(annotations.file_names[row])
             try:
-                pictures[row] = encode_small(read_bytes(path), str(path), SIDE)
+                picture = encode_small(read_bytes(path), str(path), SIDE)
+                used += len(picture)
+                if room is not None and used > room:
+                    break
+                pictures[row] = picture
             except ImageError as error:
                 errors.append(str(error))
+                if len(errors) == MAX_UNREADABLE and not pictures:
+                    break
             progress.advance()
     if not errors:
         return pictures, []
-    what = "no validation image can" if not pictures else f"{len(errors)} of {len(rows)} images cannot"
-    return pictures, [f"{what[0].upper()}{what[1:]} be read (set data.root=?): {errors[0]}."]
+    what = "Validation images cannot" if not pictures else f"{len(errors)} validation images cannot"
+    return pictures, [f"{what} be read; pass data.root=FOLDER if they have moved. The first: {errors[0]}."]
 
 
 def region_payload(

@@ -57,7 +57,7 @@
 
   const percent = (value) => (value == null || value < 0 ? "–" : (100 * value).toFixed(1));
   const signed = (value) => (value <= -1 ? "–" : (value >= 0 ? "+" : "−") + Math.abs(100 * value).toFixed(1));
-  const short = (value) => (value == null ? "–" : Math.abs(value) >= 1000 || (value && Math.abs(value) < 0.01) ? value.toExponential(1) : String(Number(value.toPrecision(3))));
+  const short = (value) => (value == null ? "–" : Math.abs(value) >= 1e5 || (value && Math.abs(value) < 0.001) ? value.toExponential(1) : String(Number(value.toPrecision(3))));
   const plural = (count, word, words = `${word}s`) => `${count.toLocaleString("en")} ${count === 1 ? word : words}`;
   const clear = (node, ...children) => node.replaceChildren(...children.flat().filter((child) => child != null));
   const letter = (run) => String.fromCharCode(65 + (run % 26));
@@ -153,7 +153,7 @@
     return cached(`images ${run} ${least} ${only}`, () => {
       const { offsets, labels, scores, verdicts, truths } = runs[run].judged.boxes;
       const total = images.ids.length, { fate } = fates(run);
-      const counts = new Uint16Array(total * 7), worst = new Uint16Array(total * 7), involved = new Uint8Array(total);
+      const counts = new Uint16Array(total * 7), worst = new Uint16Array(total * 7), involved = new Uint8Array(total).fill(only < 0 ? 1 : 0);
       for (let image = 0; image < total; image++) {
         const first = images.offsets[image];
         for (let i = first; i < images.offsets[image + 1]; i++) {
@@ -179,8 +179,8 @@
   function ticksOf(low, high, log) {
     if (log) {
       const ticks = [];
-      for (let power = Math.floor(Math.log10(low)); 10 ** power <= high * 1.001; power++) if (10 ** power >= low * 0.999) ticks.push(10 ** power);
-      return ticks;
+      for (let power = Math.floor(Math.log10(low)); 10 ** power <= high; power++) for (const part of [1, 3]) ticks.push(part * 10 ** power);
+      return ticks.filter((tick) => tick >= low * 0.999 && tick <= high * 1.001);
     }
     const rough = (high - low) / 4 || 1, unit = 10 ** Math.floor(Math.log10(rough));
     const step = [1, 2, 5, 10].map((each) => each * unit).find((each) => each >= rough);
@@ -194,6 +194,7 @@
    * The pointer, or the arrow keys, read the values off below the chart.
    */
   function chart(title, series, { x = {}, y = {}, wide = false } = {}) {
+    wide &&= window.innerWidth > 640;
     const W = wide ? 640 : 330, H = wide ? 260 : 170, left = 44, right = 10, top = 8, bottom = x.label ? 34 : 22;
     const every = series.flatMap((each) => each.points).filter((point) => point[1] != null);
     if (!every.length) return element("figure", { class: "chart" }, element("figcaption", {}, title), element("p", { class: "muted" }, "no values"));
@@ -204,6 +205,7 @@
     // Single peaks would flatten the rest: they are cut off at the top.
     high[1] = y.max ?? Math.max(sorted[Math.floor((sorted.length - 1) * 0.97)], firm.reduce((a, point) => Math.max(a, point[1]), -Infinity));
     low[1] = y.min ?? Math.min(0, firm.reduce((a, point) => Math.min(a, point[1]), Infinity));
+    if (y.max == null) high[1] += (series.some((each) => each.notes) ? 0.12 : 0.04) * (high[1] - low[1]);
     if (high[1] === low[1]) high[1] = low[1] + 1;
     if (high[0] === low[0]) high[0] = low[0] + 1;
     const scaled = (value) => (x.log ? Math.log(value / low[0]) / Math.log(high[0] / low[0]) : (value - low[0]) / (high[0] - low[0]));
@@ -281,7 +283,7 @@
       type: "button", "aria-label": `${help} of ${what}`, disabled: page + by < 0 || page + by > last, "data-turn": by, onclick: () => turn(page + by),
     }, text);
     const first = page * size;
-    const text = total ? `${first + 1}–${Math.min(total, first + size)} of ${total.toLocaleString("en")} ${what}` : `no ${what}`;
+    const text = total ? `${first + 1} to ${Math.min(total, first + size)} of ${total.toLocaleString("en")} ${what}` : `no ${what}`;
     return element("div", { class: "pager" }, step(-1, "← previous", "previous page"), step(1, "next →", "next page"), element("span", { class: "count", "aria-live": "polite" }, text));
   }
 
@@ -344,8 +346,8 @@
     select.value = state.run;
     page.append(element("div", { class: "toolbar", role: "group", "aria-label": "score, class and run of what is below" },
       element("label", {}, "score ≥", slider, output),
-      element("label", {}, "class", field), all,
       judgedRuns.length > 1 ? element("label", {}, "run", select) : null,
+      element("label", {}, "class", field), all,
       element("datalist", { id: "class-names" }, names.map((name) => element("option", { value: name })))));
     follow(["score", "label", "run"], () => {
       output.textContent = state.score.toFixed(2);
@@ -428,12 +430,12 @@
     const columns = [
       { key: "name", title: "class", value: (label) => names[label], text: true },
       { key: "group", title: "group", value: (label) => "rcf".indexOf(classes.frequencies[label]), show: (label) => GROUP_NAMES[classes.frequencies[label]] },
+      ...judgedRuns.map((run) => ({ key: `ap${run}`, title: judgedRuns.length > 1 ? `AP ${letter(run)}` : "AP", value: (label) => runs[run].judged.ap[label], show: (label) => percent(runs[run].judged.ap[label]) })),
       { key: "train", title: "training images", value: (label) => classes.trainImages[label] },
       { key: "instances", title: "training instances", value: (label) => classes.trainInstances[label] },
       ...(classes.imageLevel ? [{ key: "level", title: "image-level images", value: (label) => classes.imageLevel[label] }] : []),
-      ...(data.regions ? [{ key: "region", title: "mean region score", value: (label) => data.regions.means[label], show: (label) => (data.regions.means[label] < 0 ? "–" : data.regions.means[label].toFixed(2)) }] : []),
+      ...(data.regions ? [{ key: "region", title: "mean region score", value: (label) => data.regions.means[label], show: (label) => (data.regions.means[label] < 0 ? "–" : short(data.regions.means[label])) }] : []),
       { key: "val", title: "val instances", value: (label) => classes.valInstances[label] },
-      ...judgedRuns.map((run) => ({ key: `ap${run}`, title: judgedRuns.length > 1 ? `AP ${letter(run)}` : "AP", value: (label) => runs[run].judged.ap[label], show: (label) => percent(runs[run].judged.ap[label]) })),
       ...(judgedRuns.length ? [
         { key: "right", title: "right", live: true, value: (label) => fates(state.run).counts[RIGHT][label] },
         { key: "called", title: "called another class", live: true, value: (label) => fates(state.run).counts[CLASS][label], show: (label) => called(label) },
@@ -485,7 +487,7 @@
       const label = state.label, facts = [
         [GROUP_NAMES[classes.frequencies[label]], "group"], [classes.trainImages[label], "training images"], [classes.trainInstances[label], "training instances"],
         classes.imageLevel ? [classes.imageLevel[label], "image-level images"] : null,
-        data.regions && data.regions.means[label] >= 0 ? [data.regions.means[label].toFixed(2), "mean score of its regions"] : null,
+        data.regions && data.regions.means[label] >= 0 ? [short(data.regions.means[label]), "mean score of its regions"] : null,
         data.regions && data.regions.fallbacks[label] ? [data.regions.fallbacks[label], "regions that no detection gave"] : null,
         [classes.valImages[label], "val images"], [classes.valInstances[label], "val instances"],
       ].filter(Boolean);
@@ -503,14 +505,15 @@
     const { counts } = fates(run), total = counts.required[label];
     const parts = [[RIGHT, "right"], [CLASS, "called another class"], [LOCATION, "box off"], [MISSED, "missed"]].filter(([kind]) => counts[kind][label]);
     const shares = parts.map(([kind, text]) => element("span", { style: `flex: ${counts[kind][label]} 1 0; border-bottom: 5px solid ${VERDICTS[kind].color}`, title: `${counts[kind][label]} ${text}` },
-      `${VERDICTS[kind].sign} ${counts[kind][label]} ${text}`));
+      `${VERDICTS[kind].sign} ${counts[kind][label]}`));
+    const told = parts.map(([kind, text]) => `${VERDICTS[kind].sign} ${counts[kind][label]} ${text}`).join(", ");
     const instead = calledInstead(run, label).slice(0, 6).flatMap(([other, number], i) => [i ? ", " : "", classLink(other), ` ${number}`]);
     const boxes = boxesNamed(run, label);
     const really = boxes.really.slice(0, 6).flatMap(([other, number], i) => [i ? ", " : "", classLink(other), ` ${number}`]);
     const list = [RIGHT, CLASS, LOCATION, DUPLICATE, NOTHING, NOT_JUDGED].filter((kind) => boxes.counts[kind]).map((kind) => `${boxes.counts[kind]} ${VERDICTS[kind].name}`).join(", ");
     return element("div", { class: "why" },
       element("h3", {}, runMark(run), `   AP ${percent(runs[run].judged.ap[label])}, AP50 ${percent(runs[run].judged.ap50[label])}, recall at any score ${percent(runs[run].judged.recall50[label])}`),
-      element("p", {}, total ? `Its ${plural(total, "object")} at score ${state.score.toFixed(2)}:` : "It has no object in this split that counts."),
+      element("p", {}, total ? `Its ${plural(total, "object")} at score ${state.score.toFixed(2)}: ${told}.` : "It has no object in this split that counts."),
       total ? element("div", { class: "fates" }, shares) : null,
       instead.length ? element("p", {}, "Called instead: ", ...instead, ".") : null,
       element("p", {}, list ? `Boxes with this name: ${list}.` : "No box with this name has this score.", ...(really.length ? [" They are really: ", ...really, "."] : [])));
@@ -565,27 +568,36 @@
   function confusion() {
     const view = { page: 0, zoom: 0, x: 0, y: 0, row: 0, column: 0 };
     const pairs = element("div"), read = element("p", { class: "read", "aria-live": "polite" });
-    const canvas = element("canvas", { id: "matrix", width: 800, height: 800, tabindex: 0, role: "img", "aria-label": "confusion of classes; arrow keys move, Enter chooses, + and - zoom" });
+    const side = Math.max(360, Math.min(800, window.innerWidth - 40));
+    const canvas = element("canvas", { id: "matrix", width: side, height: side, tabindex: 0, role: "img", "aria-label": "confusion of classes; arrow keys move, Enter chooses, + and - zoom" });
     const counts = runs[judgedRuns[0]] && fates(judgedRuns[0]).counts.required;
     const order = names.map((_, label) => label).filter((label) => counts[label]).sort((a, b) => classes.trainImages[b] - classes.trainImages[a] || a - b);
     const rank = new Map(order.map((label, place) => [label, place]));
-    const fit = () => canvas.width / order.length;
+    const named = 12, edge = Math.round(0.16 * side); // cells of at least so many pixels have names, along an edge of this width
+    const gutter = () => (view.zoom >= named ? edge : 0);
+    const fit = () => ((canvas.width - edge) / order.length >= named ? (canvas.width - edge) / order.length : canvas.width / order.length);
+    const extent = () => (canvas.width - gutter()) / view.zoom;
     const setZoom = (factor, at = [view.column + 0.5, view.row + 0.5]) => {
-      const before = view.zoom, zoom = Math.max(fit(), Math.min(80, before * factor));
+      const before = view.zoom, zoom = Math.max(fit(), Math.min(Math.max(80, 4 * fit()), before * factor));
       const [px, py] = [(at[0] - view.x) * before, (at[1] - view.y) * before];
       view.zoom = zoom;
       move(at[0] - px / zoom, at[1] - py / zoom);
     };
     const move = (x, y) => {
-      const shown = canvas.width / view.zoom;
+      const shown = extent();
       view.x = Math.max(0, Math.min(order.length - shown, x));
       view.y = Math.max(0, Math.min(order.length - shown, y));
       draw();
     };
     const draw = () => {
-      const context = canvas.getContext("2d"), style = getComputedStyle(document.body), z = view.zoom, found = fates(state.run);
+      const context = canvas.getContext("2d"), style = getComputedStyle(document.body), z = view.zoom, found = fates(state.run), g = gutter();
       context.fillStyle = style.getPropertyValue("--ground");
       context.fillRect(0, 0, canvas.width, canvas.height);
+      context.save();
+      context.beginPath();
+      context.rect(g, g, canvas.width - g, canvas.height - g);
+      context.clip();
+      context.translate(g, g);
       const cell = (row, column, share, color) => {
         context.globalAlpha = Math.min(1, 0.12 + 0.88 * Math.sqrt(share));
         context.fillStyle = color;
@@ -597,39 +609,37 @@
         if (column != null) cell(rank.get(label), column, number / found.counts.required[label], style.getPropertyValue("--ink"));
       }
       context.globalAlpha = 1;
-      if (z >= 14) { // names along the left and upper edge, numbers in the cells
-        context.font = `${Math.min(18, z * 0.6)}px system-ui, sans-serif`;
-        for (let i = Math.floor(view.y); i < Math.min(order.length, view.y + canvas.height / z); i++) label(context, names[order[i]], 4, (i - view.y + 0.7) * z, style);
-        for (let i = Math.floor(view.x); i < Math.min(order.length, view.x + canvas.width / z); i++) {
-          context.save();
-          context.translate((i - view.x + 0.7) * z, 4);
-          context.rotate(Math.PI / 2);
-          label(context, names[order[i]], 0, 0, style);
-          context.restore();
-        }
-      }
       context.strokeStyle = style.getPropertyValue("--accent");
       context.lineWidth = 3;
       context.strokeRect((view.column - view.x) * z - 1, (view.row - view.y) * z - 1, Math.max(z, 8) + 2, Math.max(z, 8) + 2);
+      context.restore();
+      if (g) {
+        context.font = `${Math.min(17, z * 0.8)}px system-ui, "Noto Sans", sans-serif`;
+        context.textAlign = "right";
+        context.fillStyle = style.getPropertyValue("--ink");
+        const shown = (from) => order.map((label, place) => [label, (place + 0.5 - from) * z + g]).filter(([, at]) => at > g && at < canvas.width);
+        for (const [label, at] of shown(view.y)) context.fillText(names[label], g - 6, at + z * 0.27, g - 8);
+        for (const [label, at] of shown(view.x)) {
+          context.save();
+          context.translate(at + z * 0.27, g - 6);
+          context.rotate(-Math.PI / 2);
+          context.textAlign = "left";
+          context.fillText(names[label], 0, 0, g - 8);
+          context.restore();
+        }
+      }
       const row = order[view.row], column = order[view.column];
       const number = row === column ? found.counts[RIGHT][row] : found.pairs.get(row * names.length + column) || 0;
       read.textContent = row === column ? `${names[row]}: ${number} of ${found.counts.required[row]} right` : `${names[row]} called ${names[column]}: ${number} of ${found.counts.required[row]}`;
     };
-    const label = (context, text, x, y, style) => {
-      context.lineWidth = 4;
-      context.strokeStyle = style.getPropertyValue("--ground");
-      context.fillStyle = style.getPropertyValue("--ink");
-      const name = text.length > 16 ? `${text.slice(0, 15)}…` : text;
-      context.strokeText(name, x, y);
-      context.fillText(name, x, y);
-    };
     const keep = () => { // the cursor stays in sight
-      const shown = canvas.width / view.zoom, within = (from, place) => Math.min(place, Math.max(from, place + 1 - shown));
+      const shown = extent(), within = (from, place) => Math.min(place, Math.max(from, place + 1 - shown));
       move(within(view.x, view.column), within(view.y, view.row));
     };
     const placeOf = (event) => {
       const box = canvas.getBoundingClientRect(), unit = canvas.width / box.width / view.zoom;
-      return [view.x + (event.clientX - box.left) * unit, view.y + (event.clientY - box.top) * unit];
+      const edge = gutter() / view.zoom;
+      return [view.x + (event.clientX - box.left) * unit - edge, view.y + (event.clientY - box.top) * unit - edge];
     };
     const pointAt = (event) => {
       const [x, y] = placeOf(event);
@@ -661,7 +671,7 @@
       else return;
       event.preventDefault();
     });
-    const show = (row, column) => { view.row = row; view.column = column; view.zoom = Math.max(view.zoom, Math.min(40, 16 * fit())); move(column - canvas.width / view.zoom / 2, row - canvas.width / view.zoom / 2); };
+    const show = (row, column) => { view.row = row; view.column = column; view.zoom = Math.max(view.zoom, Math.min(40, 16 * fit())); move(column - extent() / 2, row - extent() / 2); };
     const drawPairs = () => {
       const found = fates(state.run), size = PAGE_SIZES.pairs;
       const sorted = [...found.pairs].map(([key, number]) => [Math.floor(key / names.length), key % names.length, number])
@@ -685,6 +695,7 @@
     view.zoom = fit();
     follow(["score", "run", "label"], drawPairs);
     follow(["score", "run"], draw);
+    follow(["label"], () => { const row = rank.get(state.label); if (row != null) { view.row = view.column = row; keep(); } });
     schemeListeners.push(draw);
   }
 
@@ -750,16 +761,18 @@
 
   const involves = (box) => state.label < 0 || box.label === state.label || box.truth === state.label;
 
-  function drawPane(canvas, image, boxes, width) {
+  /** Draw at the size that the canvas has in the page, so that lines and names keep theirs. */
+  function drawPane(canvas, image, boxes) {
+    const unit = window.devicePixelRatio || 1, width = Math.round((canvas.clientWidth || 300) * unit);
     const [height0, width0] = [images.sizes[2 * image], images.sizes[2 * image + 1]];
     canvas.width = width;
     canvas.height = Math.max(40, Math.min(2 * width, Math.round((width * height0) / width0)));
     const paint = (picture) => {
-      const context = canvas.getContext("2d"), style = getComputedStyle(document.body), unit = width / 330;
+      const context = canvas.getContext("2d"), style = getComputedStyle(document.body);
       context.fillStyle = style.getPropertyValue("--shade");
       context.fillRect(0, 0, canvas.width, canvas.height);
       if (picture) { context.imageSmoothingQuality = "high"; context.drawImage(picture, 0, 0, canvas.width, canvas.height); }
-      const crowded = boxes.length > (width > 500 ? 40 : 12);
+      const crowded = boxes.length > (width > 500 * unit ? 40 : 12);
       const placed = [];
       for (const box of [...boxes].sort((a, b) => Number(involves(a)) - Number(involves(b)) || (a.verdict === RIGHT ? -1 : 0) - (b.verdict === RIGHT ? -1 : 0))) {
         const kind = VERDICTS[box.verdict] || { color: "#1b1f24", dash: [], width: 1.6, sign: "" };
@@ -778,8 +791,8 @@
         if (mine && (!crowded || box.verdict > RIGHT)) placed.push({ x: x1, y: y1, bottom: y2, text: `${kind.sign} ${names[box.label] ?? "?"}${box.score == null ? "" : ` ${box.score.toFixed(2)}`}`.trim(), color: kind.color });
       }
       context.globalAlpha = 1;
-      context.font = `600 ${12 * unit}px system-ui, "Noto Sans", sans-serif`;
-      const taken = [], line = 15 * unit;
+      context.font = `600 ${11 * unit}px system-ui, "Noto Sans", sans-serif`;
+      const taken = [], line = 14 * unit;
       for (const each of placed.reverse()) { // the most important first, so that it keeps its place
         const wide = Math.min(canvas.width, context.measureText(each.text).width + 6 * unit), x = Math.max(0, Math.min(each.x, canvas.width - wide));
         const spots = [each.y - line, each.y, each.bottom - line, each.bottom, each.y + line].map((y) => Math.max(0, Math.min(y, canvas.height - line)));
@@ -790,7 +803,7 @@
         context.fillStyle = each.color;
         context.fillRect(x, y, wide, line);
         context.fillStyle = "#fff";
-        context.fillText(each.text, x + 3 * unit, y + 11.5 * unit, wide - 4 * unit);
+        context.fillText(each.text, x + 3 * unit, y + 10.5 * unit, wide - 4 * unit);
       }
     };
     paint(null);
@@ -803,15 +816,18 @@
     return counts.map(([kind, count]) => `${VERDICTS[kind].sign} ${count} ${VERDICTS[kind].name}`).join(", ") || "no box";
   }
 
-  function panes(image, width) {
+  /** The panes of an image; `drawPanes` draws them once they are in the page. */
+  function panes(image) {
     return element("div", { class: "panes" }, [-1, ...judgedRuns].map((run) => {
       const boxes = boxesOf(image, run), canvas = element("canvas", { role: "img" });
       const text = run < 0 ? plural(boxes.length, "object") : summaryOf(boxes);
       canvas.setAttribute("aria-label", `${run < 0 ? "ground truth" : runs[run].name}: ${text}`);
-      drawPane(canvas, image, boxes, width);
+      canvas.draw = () => drawPane(canvas, image, boxes);
       return element("div", { class: "pane", "data-run": run }, canvas, element("p", {}, element("b", {}, run < 0 ? "truth" : judgedRuns.length > 1 ? letter(run) : "run"), ` ${text}`));
     }));
   }
+
+  const drawPanes = (node) => node.querySelectorAll("canvas").forEach((canvas) => canvas.draw());
 
   const dialog = element("dialog", { "aria-label": "image" });
   function enlarge(image) {
@@ -819,9 +835,10 @@
       element("td", {}, `${VERDICTS[box.verdict].sign} ${VERDICTS[box.verdict].name}`), element("td", {}, names[box.label] ?? "?"), element("td", { class: "n" }, box.score == null ? "" : box.score.toFixed(3)),
       element("td", {}, box.truth >= 0 && box.truth !== box.label ? names[box.truth] : ""))));
     clear(dialog, element("form", { method: "dialog", class: "controls" }, element("h3", {}, `image ${images.ids[image]}: ${images.files[image]}`), element("button", { autofocus: true }, "close")),
-      panes(image, 900),
+      panes(image),
       element("div", { class: "scroll" }, element("table", {}, element("thead", {}, element("tr", {}, ["run", "verdict", "box says", "score", "it is"].map((text) => element("th", {}, text)))), element("tbody", {}, rows))));
     dialog.showModal();
+    drawPanes(dialog);
   }
 
   function verdictMark(kind) {
@@ -880,7 +897,8 @@
       clear(turning, pager(list.length, size, view.page, (to) => { view.page = to; draw(); }, "images"));
       clear(grid, list.slice(view.page * size, (view.page + 1) * size).map((image) => element("div", { class: "card", "data-image": images.ids[image] },
         element("h3", {}, element("button", { type: "button", class: "link", onclick: () => enlarge(image) }, images.files[image]), images.pictures[image] ? "" : element("span", { class: "muted" }, " boxes only")),
-        panes(image, 330))));
+        panes(image))));
+      drawPanes(grid);
     };
     const pictureNote = withPictures === images.ids.length ? "" : ` The page has pictures of ${withPictures.toLocaleString("en")} of the ${plural(images.ids.length, "image")}, of the others the boxes alone (clis report --images N).`;
     section("images", "Images",
@@ -892,6 +910,8 @@
     let page = "";
     follow(["score", "run", "label"], () => { const now = `${state.run} ${state.label}`; if (now !== page) view.page = 0; page = now; draw(); });
     schemeListeners.push(draw);
+    let width = grid.clientWidth;
+    window.addEventListener("resize", () => { if (grid.clientWidth !== width) { width = grid.clientWidth; drawPanes(grid); } });
   }
 
   function regions() {
@@ -914,7 +934,7 @@
             context.strokeRect(x1, y1, x2 - x1, y2 - y1);
           }
         });
-        return element("figure", {}, canvas, element("figcaption", {}, classLink(each.label), ` ${each.score.toFixed(2)}${each.source === "rule" ? "" : `, ${each.source}: no detection`}`, element("br"), each.name));
+        return element("figure", {}, canvas, element("figcaption", {}, classLink(each.label), ` ${short(each.score)}${each.source === "rule" ? "" : `, ${each.source}: no detection`}`, element("br"), each.name));
       }));
       if (!list.length && state.label >= 0) clear(grid, element("p", { class: "muted" }, `The page has no picture of a region of ${names[state.label]}; clis report --regions N embeds more.`));
     };
@@ -926,12 +946,13 @@
 
   function recipe() {
     const keys = [...new Set(runs.flatMap((run) => Object.keys(run.recipe)))];
-    const differs = (key) => new Set(runs.map((run) => run.recipe[key] ?? "–")).size > 1;
+    const effective = (run, key) => run.recipe[key] ?? run.defaults[key] ?? "–"; // an older config.yaml lacks newer settings
+    const differs = (key) => new Set(runs.map((run) => effective(run, key))).size > 1;
     const changed = (key) => runs.some((run) => key in run.defaults && run.recipe[key] !== run.defaults[key]);
     const table = (list) => element("div", { class: "scroll" }, element("table", { class: "recipe" },
       element("thead", {}, element("tr", {}, element("th", {}, "setting"), runs.map((_, run) => element("th", {}, runMark(run, false))), element("th", {}, "default"))),
       element("tbody", {}, list.map((key) => element("tr", { class: runs.length > 1 && differs(key) ? "differs" : "" }, element("th", { scope: "row", class: "mono" }, key),
-        runs.map((run) => element("td", { class: "mono" }, run.recipe[key] ?? "–")), element("td", { class: "mono muted" }, runs.map((run) => run.defaults[key]).find((value) => value != null) ?? "–"))))));
+        runs.map((run) => element("td", { class: key in run.recipe ? "mono" : "mono muted" }, effective(run, key))), element("td", { class: "mono muted" }, runs.map((run) => run.defaults[key]).find((value) => value != null) ?? "–"))))));
     const first = runs.length > 1 ? keys.filter(differs) : keys.filter(changed);
     section("recipe", "Recipe",
       element("h3", {}, runs.length > 1 ? `Where the runs differ (${first.length})` : `What differs from the defaults (${first.length})`), first.length ? table(first) : element("p", {}, "Nothing."),
