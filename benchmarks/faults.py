@@ -29,6 +29,7 @@ import torch
 from clis.data.shapes import ShapesSpec, write_shapes
 from clis.engine.checkpoint import load_checkpoint
 from clis.engine.log import TIME_FIELDS
+from clis.engine.run_folder import RunFolder
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 DATA = ShapesSpec(
@@ -159,7 +160,7 @@ def differences(run: Run, reference: Run) -> list[str]:
     if len(moments[0]) != len(moments[1]) or not all(map(torch.equal, *moments)):
         found.append("optimizer")
     found += ["metrics.jsonl"] * (run.records() != reference.records())
-    evals = [(each.folder / "eval.json").read_text() for each in (run, reference)]
+    evals = [RunFolder(each.folder).read_result() for each in (run, reference)]
     return found + ["eval.json"] * (evals[0] != evals[1])
 
 

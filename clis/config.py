@@ -514,6 +514,30 @@ class TestConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PaperConfig:
+    """The paper's figures for this very recipe, in percent, shown beside a run's own; they change nothing.
+
+    A child file does not inherit them, and an override that changes a result removes them.
+    """
+
+    AP: float | None = None
+    APr: float | None = None
+    APc: float | None = None
+    APf: float | None = None
+
+    def __post_init__(self) -> None:
+        rules = Rules("paper", self)
+        for name, value in self.figures.items():
+            rules.require(name, 0 <= value <= 100, "must be between 0 and 100")
+
+    @property
+    def figures(self) -> dict[str, float]:
+        """Those that the paper has, in percent by name."""
+        values = {name: getattr(self, name) for name in ("AP", "APr", "APc", "APf")}
+        return {name: value for name, value in values.items() if value is not None}
+
+
+@dataclass(frozen=True, kw_only=True)
 class Config:
     """All settings of a run, in sections."""
 
@@ -527,6 +551,7 @@ class Config:
     train: TrainConfig = field(default_factory=TrainConfig)
     pretrain: PretrainConfig = field(default_factory=PretrainConfig, metadata=scoped(OWN | PRETRAINING))
     test: TestConfig = field(default_factory=TestConfig)
+    paper: PaperConfig = field(default_factory=PaperConfig, metadata=scoped(OWN | MACHINE))
     output: str = setting("runs/default", OWN | MACHINE)
     """The run folder; `load_config` sets it to ``runs/`` + the config's path below ``configs/``."""
 

@@ -23,6 +23,10 @@ CLIS_OFF = {
 """What `clis: off` (also `clis=off`) sets: plain Faster R-CNN. Other fields of the section are left alone."""
 
 
+SAME_RECIPE = (*RESUMABLE, "train.seed", "data.image_level", "regions.file")
+"""What an override may change without leaving the recipe that the paper's figures in a file are of."""
+
+
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read a YAML config with its parents and apply `key.path=value` overrides.
 
@@ -37,6 +41,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """
     path = Path(path)
     values = merge_overrides(_read_with_parents(path, ()), overrides)
+    if any(key not in SAME_RECIPE for key in flatten(merge_overrides({}, overrides))):
+        values.pop("paper", None)  # another recipe than the file's
     values.setdefault("output", str(_run_folder(path)))
     return resolve_data_root(config_from_dict(values, source=str(path)))
 
@@ -151,7 +157,9 @@ def _read_with_parents(path: Path, children: tuple[Path, ...]) -> dict[str, Any]
     parent = path.parent / base
     if not parent.is_file():
         raise FileNotFoundError(f"{path}: `base: {base}` names {parent}, which does not exist")
-    return _merge(_read_with_parents(parent, (*children, path.resolve())), values)
+    inherited = _read_with_parents(parent, (*children, path.resolve()))
+    inherited.pop("paper", None)
+    return _merge(inherited, values)
 
 
 def _merge(parent: dict[str, Any], child: dict[str, Any]) -> dict[str, Any]:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
+from collections.abc import Iterator
+from pathlib import Path
 
 from tqdm import tqdm
 
@@ -17,15 +20,41 @@ _LINE = "{desc} {n}/{total} {rate_noinv_fmt} <{remaining}{postfix}"
 _LAST_LINE = "{desc} {n}/{total} {rate_noinv_fmt} in {elapsed}{postfix}"
 
 
+_logs: list[Path] = []
+"""Files that what is said is appended to: the last one gets it."""
+
+
+@contextlib.contextmanager
+def logged(path: Path) -> Iterator[None]:
+    """Append what is said in the block to a file too, with the time of day."""
+    _logs.append(path)
+    try:
+        yield
+    finally:
+        _logs.pop()
+
+
 def say(text: str) -> None:
-    """Print a line on rank 0 only."""
+    """Print a line on rank 0 only, and note it in the log."""
     if is_main():
         tqdm.write(text, file=sys.stdout)
         sys.stdout.flush()
+        note(text)
+
+
+def note(text: str) -> None:
+    """Append a text to the innermost log, if there is one, on rank 0 only; a log that fails ends no run."""
+    if not _logs or not is_main():
+        return
+    stamp = time.strftime("%Y-%m-%d %H:%M:%S  ")
+    with contextlib.suppress(OSError), _logs[-1].open("a", encoding="utf-8") as file:
+        file.write(stamp + text.replace("\n", "\n" + " " * len(stamp)) + "\n")
 
 
 class Progress:
     """Rate and time left of a loop, on rank 0 only: tqdm's line on a terminal, plain lines otherwise.
+
+    The log has plain lines in both cases.
 
     Use as a context manager and call `advance` as the work progresses; without a call it prints nothing.
     """
@@ -42,7 +71,7 @@ class Progress:
     def __exit__(self, kind: type | None, *_: object) -> None:
         if self.bar is not None:
             self.bar.close()
-        elif kind is None and self.done > self.start:
+        if kind is None and self.done > self.start:
             self._say()
 
     def advance(self, count: int = 1, text: str = "") -> None:
@@ -59,7 +88,7 @@ class Progress:
             self.bar.bar_format = self._format()
             self.bar.set_postfix_str(self.text, refresh=False)
             self.bar.update(count)
-        elif time.time() - self.last_line >= PLAIN_INTERVAL and self.done < self.total:
+        if time.time() - self.last_line >= PLAIN_INTERVAL and self.done < self.total:
             self._say()
 
     def _say(self) -> None:
@@ -68,7 +97,10 @@ class Progress:
             self.done, self.total, self.last_line - self.began, bar_format=self._format(),
             prefix=self.label, postfix=self.text, unit="", initial=self.start,
         )  # fmt: skip
-        say(line)
+        if self.bar is None:
+            say(line)
+        else:
+            note(line)
 
     def _format(self) -> str:
         return _LINE if self.done < self.total else _LAST_LINE

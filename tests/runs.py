@@ -12,6 +12,7 @@ import torch.multiprocessing
 
 from clis.engine.checkpoint import load_checkpoint
 from clis.engine.log import TIME_FIELDS
+from clis.engine.run_folder import RunFolder
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 CONFIG = str(REPOSITORY / "configs" / "shapes" / "clis.yaml")
@@ -49,7 +50,7 @@ def assert_same_training(folder: Path, reference: Path) -> None:
     ]
     assert_same_state(*momentum)
     assert records(folder) == records(reference)
-    assert (folder / "eval.json").read_text() == (reference / "eval.json").read_text()
+    assert RunFolder(folder).read_result() == RunFolder(reference).read_result()
 
 
 def spawn(folder: Path, function: Callable, *arguments: Any) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 
 import numpy as np
@@ -18,6 +17,7 @@ from clis.config_files import config_from_dict, merge_overrides
 from clis.data.annotations import load_annotations
 from clis.engine.checkpoint import load_checkpoint, load_model
 from clis.engine.evaluate import measure_calibration
+from clis.engine.run_folder import RunFolder
 from clis.losses import CLASSIFICATION_LOSSES
 from clis.models import build_model, find_calibration
 from clis.models.calibration import fractal_dimensions
@@ -141,8 +141,8 @@ def test_evaluate_calibrates_any_checkpoint(finished, tmp_path, text):
         assert not np.array_equal(found["score"], plain["score"])
     if text.startswith("norcal"):
         run_verb("evaluate", [checkpoint, f"{field}=norcal(gamma=0)", f"output={tmp_path / 'same'}"])
-        metrics = json.loads((tmp_path / "same" / "eval.json").read_text())
-        assert metrics == pytest.approx(json.loads((finished / "eval.json").read_text()), abs=1e-6)
+        metrics = RunFolder(tmp_path / "same").read_result()
+        assert metrics == pytest.approx(RunFolder(finished).read_result(), abs=1e-6)
 
 
 def test_fracal_measures_the_training_annotations(finished):

@@ -23,6 +23,7 @@ from clis.config import RESUMABLE, Config
 from clis.config_files import config_to_dict, flatten, load_config
 from clis.data.categories import Category
 from clis.data.shapes import CLASS_NAMES, ShapesSpec, frequency_order, train_image_counts, val_image_counts
+from clis.engine.run_folder import RunFolder
 from clis.losses import CLASSIFICATION_LOSSES, build_classification_loss
 from clis.losses.options import check_options, read_call
 from clis.models.calibration import CALIBRATIONS
@@ -110,8 +111,8 @@ def test_adding_a_classification_loss(data, tmp_path):
     more = {"train.py": short, "evaluate.py": [], "study": [*short, "--seeds", "0"]}
     said = run_commands("benchmark.md", tmp_path, more=more)
     assert "classification loss logit_adjusted:LogitAdjusted" in said["train.py"]
-    alone = json.loads((tmp_path / "runs" / "adjusted" / "eval.json").read_text())
-    again = json.loads((tmp_path / "runs" / "adjusted" / "checkpoints" / "last" / "eval.json").read_text())
+    alone = RunFolder(tmp_path / "runs" / "adjusted").read_result()
+    again = RunFolder(tmp_path / "runs" / "adjusted" / "checkpoints" / "last").read_result()
     assert alone == again
     rows = json.loads((tmp_path / "runs" / "studies" / "losses" / "study.json").read_text())["rows"]
     assert list(rows) == ["cross-entropy", "logit adjustment"]

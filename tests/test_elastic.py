@@ -21,6 +21,7 @@ from runs import BASELINE, CONFIG, REPOSITORY, SHORT, assert_same_training, reco
 
 from clis.commands import run_verb
 from clis.distributed import _own_names
+from clis.engine.run_folder import RunFolder
 from clis.metric.detections import Detections
 
 FLOAT64 = (
@@ -201,7 +202,7 @@ def test_evaluation_on_two_processes_has_each_image_once(finished, data, tmp_pat
     assert len(one) > 100
     for column in ("image_id", "category_id", "score", "bbox"):
         np.testing.assert_array_equal(getattr(one, column), getattr(two, column), err_msg=column)
-    evals = [json.loads((tmp_path / name / "eval.json").read_text()) for name in ("one", "two")]
+    evals = [RunFolder(tmp_path / name).read_result() for name in ("one", "two")]
     assert evals[0] == evals[1]
 
 

@@ -515,8 +515,8 @@ class TestRecipe:
         checkpoint = tmp_path / "checkpoints" / "last.pt"
         load_detector(checkpoint)
         run_verb("evaluate", [str(checkpoint)])
-        again = json.loads((tmp_path / "checkpoints" / "last" / "eval.json").read_text())
-        assert again == json.loads((tmp_path / "eval.json").read_text())
+        again = RunFolder(tmp_path / "checkpoints" / "last").read_result()
+        assert again == RunFolder(tmp_path).read_result()
 
     def test_without_image_level_supervision_as_in_the_paper(self, data, pretrained, tmp_path):
         """Killed in the detector's second step, the recipe goes on behind the pre-training."""

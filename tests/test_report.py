@@ -139,6 +139,7 @@ def test_the_page_of_a_finished_run_has_all_parts(root, tmp_path):
     assert page["notes"] == []
     assert page["runs"][0]["missing"] == []
     assert page["runs"][0]["finished"]
+    assert page["runs"][0]["paper"] is None
     assert page["classes"]["trainImages"] == [2, 20, 200]
     assert page["classes"]["imageLevel"] == [0, 0, 2]
     assert page["classes"]["valInstances"] == [2, 1, 2]
@@ -250,7 +251,7 @@ def test_bad_input_is_one_line(root, tmp_path):
         main(["report", str(run), str(other), *out])
     lines = run.metrics.read_text().splitlines()
     run.metrics.write_text("\n".join([lines[0], "{damaged", lines[1]]))
-    with pytest.raises(ValueError, match=r"metrics\.jsonl:2: not a JSON object"):
+    with pytest.raises(ValueError, match=r"metrics\.jsonl: damaged"):
         read_run(run.path, "run", [])
 
 
@@ -329,7 +330,7 @@ def browser() -> Iterator[object]:
 def written(root, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("pages")
     runs = [
-        write_run(root, folder / "good"),
+        write_run(root, folder / "good", "paper.AP=29.2", "paper.APr=24.4"),
         write_run(root, folder / "bad", "loss.alpha=0.7", rows=WORSE),
     ]
     out = folder / "page.html"
@@ -351,6 +352,8 @@ def test_names_are_text_and_figures_are_those_of_the_files(page, written):
     cells = page.all("#summary tbody tr:first-child td")
     figures = json.loads((written.parent / "good" / "eval.json").read_text())
     assert cells[:2] == [f"{100 * figures[name]:.1f}" for name in ("AP", "APr")]
+    assert page.text("#summary .paper th") == "A: the paper's figures"
+    assert page.all("#summary .paper td")[:4] == ["29.2", "24.4", "", ""]
     assert CUP in page.all("#classes tbody td:first-child")
 
 

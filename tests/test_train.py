@@ -60,7 +60,7 @@ from clis.progress import Progress
 class TestRecipe:
     def test_leaves_what_the_readme_says(self, finished):
         for folder in (finished, finished / "detector"):
-            metrics = json.loads((folder / "eval.json").read_text())
+            metrics = RunFolder(folder).read_result()
             assert tuple(metrics) == (*METRICS[:-1], "AR@20")  # recall says its own limit of detections
             assert all(-1 <= value <= 1 for value in metrics.values())
             assert len(Detections.load(folder / "detections.npz")) > 0
@@ -96,8 +96,8 @@ class TestRecipe:
     def test_evaluate_needs_only_the_checkpoint(self, finished, capsys):
         checkpoint = finished / "checkpoints" / "last.pt"
         run_verb("evaluate", [str(checkpoint)])
-        again = json.loads((finished / "checkpoints" / "last" / "eval.json").read_text())
-        assert again == json.loads((finished / "eval.json").read_text())
+        again = RunFolder(finished / "checkpoints" / "last").read_result()
+        assert again == RunFolder(finished).read_result()
         assert "| APr |" in capsys.readouterr().out.replace("  ", " ")
 
     def test_readme_example_runs(self, finished, data, monkeypatch, tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from clis.engine.run_folder import RunFolder
+from clis.engine.run_state import RunState
 from clis.metric.lvis_eval import format_table
 
 
@@ -14,5 +15,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Print the results of finished runs as one table."""
-    print(format_table({str(folder): folder.read_result() for folder in arguments.folders}))
+    """Print the results of runs as one table, with the paper's where a run's config has them.
+
+    An unfinished run has its last evaluation on the way; what is missing is printed below the table.
+    """
+    rows, missing = {}, []
+    for state in map(RunState.read, arguments.folders):
+        evaluated, name = state.metrics, str(state.folder)
+        if state.result is None:
+            missing.append(str(state.what_is_missing()))
+            name += f", step {state.step if evaluated is None else evaluated[0]}"
+        rows[name] = {} if evaluated is None else evaluated[1]
+        if paper := state.config.paper.figures:
+            rows[f"{state.folder}: the paper's, not ours"] = {key: paper[key] / 100 for key in paper}
+    print("\n".join([format_table(rows), *missing]))

@@ -50,7 +50,7 @@ def run(arguments: argparse.Namespace) -> None:
     with process_group(device):
         detector = load_model(state, config, str(arguments.checkpoint)).to(device).eval()
         folder = RunFolder(config.output)
-        metrics = evaluate_detector(detector, config, folder)
+        metrics = evaluate_detector(detector, config, folder, state.get("record"))
         say(format_table({str(arguments.checkpoint): metrics}))
         say(f"{folder.result}, {folder.detections.name}")
 

@@ -1,8 +1,9 @@
-"""Figures of finished runs (the extra ``[report]``): curves, AP by frequency and by images, boxes."""
+"""Figures of runs and studies (the extra ``[report]``): curves, AP by frequency and by images, boxes."""
 
 from __future__ import annotations
 
 import argparse
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,221 +12,367 @@ from typing import Any
 
 import numpy as np
 
+from clis.commands.figures import (
+    FORMATS,
+    GROUPS,
+    Axes,
+    Figure,
+    dot_plot,
+    look,
+    matplotlib,
+    save,
+    subplots,
+)
+from clis.commands.study_figure import study_figure
 from clis.config import Config, data_path
 from clis.data.annotations import Annotations
 from clis.data.images import read_image
 from clis.data.streams import read_annotations
 from clis.engine.evaluate import load_validation
 from clis.engine.run_folder import RunFolder
-from clis.metric.analysis import ap_by_image_count
+from clis.engine.run_state import RunState
+from clis.metric.analysis import FOREGROUND_IOU, ap_by_image_count, merge_small_bins
 from clis.metric.detections import Detections
 from clis.metric.lvis_eval import accumulate
 from clis.metric.matching import match
-from clis.progress import say
+from clis.progress import Progress, say
 
-try:
-    import matplotlib
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-except ImportError:
-    raise ValueError('matplotlib is not installed: pip install -e ".[report]"') from None
-
-GROUPS = {"AP": "all", "APr": "rare", "APc": "common", "APf": "frequent"}
 SMOOTHED = 20
-"""Records of metrics.jsonl that a point of a curve is the mean of."""
+"""The most records of metrics.jsonl that a point of a curve is the mean of."""
+
+VERDICTS = {
+    "right": ("#009E73", "-"),
+    "wrong class": ("#E69F00", "--"),
+    "nothing there": ("#D55E00", ":"),
+    "not judged": ("0.6", "-"),
+    "missed": ("#0072B2", "-."),
+}
+"""Color and line style of a box by what it is, at IoU 0.5; the last is of ground truth."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `clis plot`."""
-    parser.add_argument("folders", nargs="+", type=Path, metavar="RUN_FOLDER")
+    parser.add_argument(
+        "folders", nargs="+", type=Path, metavar="FOLDER", help="run folders, or folders of studies"
+    )
     parser.add_argument("--out", type=Path, default=Path("runs/plots"), metavar="FOLDER")
+    parser.add_argument(
+        "--format", choices=FORMATS, default="png", help="default png; pdf and svg for papers"
+    )
+    parser.add_argument(
+        "--names", nargs="+", default=(), metavar="A=B",
+        help="call the run folder, or a study's row, A by the name B; runs of one name are drawn together",
+    )  # fmt: skip
+    parser.add_argument("--rows", nargs="+", default=(), metavar="NAME", help="only these rows of a study")
     parser.add_argument("--images", type=int, default=6, help="validation images with boxes")
     parser.add_argument("--score", type=float, default=0.3, help="minimum score of boxes to draw")
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Draw the figures of finished runs as PNG files in one folder."""
-    plot(arguments.folders, arguments.out, images=arguments.images, score=arguments.score)
+    """Draw the figures of runs, and one of each study, as files in one folder."""
+    names = _names(arguments.names)
+    studies = [folder for folder in arguments.folders if (folder / "study.json").is_file()]
+    runs = [folder for folder in arguments.folders if folder not in studies]
+    known = {str(folder) for folder in runs}
+    if arguments.rows and not studies:
+        raise ValueError("--rows chooses rows of studies, and no folder with a study.json is named")
+    for folder in studies:
+        document = json.loads((folder / "study.json").read_text())
+        known |= set(document["rows"])
+        document = _chosen(document, arguments.rows, names, str(folder))
+        path = arguments.out / f"{folder.resolve().name}.{arguments.format}"
+        save(study_figure(document, folder.resolve().name), path)
+        say(str(path))
+    if unknown := [name for name in names if name not in known]:
+        raise ValueError(f"--names {unknown[0]}=...: no such run folder or row; there are {sorted(known)}")
+    if runs:
+        plot(
+            runs, arguments.out, images=arguments.images, score=arguments.score, names=names,
+            suffix=arguments.format,
+        )  # fmt: skip
+
+
+def _names(pairs: Sequence[str]) -> dict[str, str]:
+    """Read A=B into new names by old ones."""
+    names = {}
+    for pair in pairs:
+        old, _, new = pair.rpartition("=")
+        if not (old and new):
+            raise ValueError(f"--names {pair}: write it as FOLDER=NAME or ROW=NAME")
+        names[old.rstrip("/")] = new
+    return names
+
+
+def _chosen(
+    document: dict[str, Any], rows: Sequence[str], names: Mapping[str, str], source: str
+) -> dict[str, Any]:
+    """Return a study.json with the chosen rows under their new names."""
+    if unknown := [name for name in rows if name not in document["rows"]]:
+        raise ValueError(f"{source} has no row {unknown[0]}; it has {', '.join(document['rows'])}")
+    chosen = {name: document["rows"][name] for name in rows or document["rows"]}
+    return document | {"rows": {names.get(name, name): row for name, row in chosen.items()}}
 
 
 @dataclass(frozen=True)
-class FinishedRun:
+class PlottedRun:
     """What a run folder has for the figures."""
 
     name: str
     config: Config
     records: list[dict[str, float | None]]
-    figures: dict[str, float]
-    detections: Detections
+    evaluations: list[tuple[int, dict[str, float]]]
+    """Steps and metrics, with those of the finished run at the end."""
+    detections: Detections | None
+    """Those of the last evaluation; None before the first."""
 
     @classmethod
-    def read(cls, folder: Path) -> FinishedRun:
-        """Read a finished run.
+    def read(cls, path: Path, name: str | None = None) -> PlottedRun:
+        """Read a run, finished or not; what an unfinished one lacks is printed.
 
         Raises:
-            FileNotFoundError: the run does not exist or is not finished.
+            FileNotFoundError: no run has begun there, or its detections are gone.
         """
-        run = RunFolder(folder)
-        for path in (run.config, run.metrics, run.result, run.detections):
-            if not path.exists():
-                raise FileNotFoundError(f"{path}: no such file; name folders of finished runs")
-        return cls(
-            name=str(folder),
-            config=run.read_config(),
-            records=run.read_metrics(),
-            figures=run.read_result(),
-            detections=Detections.load(run.detections),
-        )
+        folder = RunFolder(path)
+        state = RunState.read(folder)
+        if missing := state.what_is_missing():
+            say(missing)
+        found = folder
+        if state.result is None and state.evaluations:
+            found = folder.evaluation(state.evaluations[-1][0])
+        evaluated = state.metrics is not None
+        if evaluated and not found.detections.exists():
+            raise FileNotFoundError(f"{found.detections}: no such file; evaluate the checkpoint again")
+        evaluations = state.evaluations + ([] if state.result is None else [(state.steps, state.result)])
+        detections = Detections.load(found.detections) if evaluated else None
+        return cls(name or str(path), state.config, state.records, evaluations, detections)
+
+    @property
+    def figures(self) -> dict[str, float]:
+        """The metrics of the last evaluation, empty before the first."""
+        return self.evaluations[-1][1] if self.evaluations else {}
 
 
-def plot(folders: Sequence[Path], out: Path, *, images: int, score: float) -> list[Path]:
-    """Write four PNG files of the runs, which must be of one data set, and return their paths.
+def plot(
+    folders: Sequence[Path],
+    out: Path,
+    *,
+    images: int,
+    score: float,
+    names: Mapping[str, str] | None = None,
+    suffix: str = "png",
+) -> list[Path]:
+    """Write four figures of the runs, which must be of one data set, and return their paths.
+
+    Before its first evaluation a run is in the curves alone; without any other run these are all.
 
     Args:
         images: validation images that are shown, those with the rarest classes.
         score: detections below it are not drawn.
+        names: other names of runs, by their folders.
+        suffix: the format, one of `FORMATS`.
 
     Raises:
-        FileNotFoundError, ValueError: a run is not finished, or they are of different data sets.
+        FileNotFoundError, ValueError: a run does not exist, or they are of different data sets.
     """
-    runs = [FinishedRun.read(folder) for folder in folders]
-    annotations = _validation(runs)
-    figures = {
-        "curves.png": training_curves(runs),
-        "frequency.png": frequency_bars(runs),
-        "image_count.png": ap_against_images(runs, annotations),
-        "images.png": boxes_on_images(runs, annotations, images, score),
-    }
-    out.mkdir(parents=True, exist_ok=True)
-    for name, figure in figures.items():
-        figure.savefig(out / name, dpi=130, bbox_inches="tight")
-        say(str(out / name))
-    return [out / name for name in figures]
+    runs = [PlottedRun.read(folder, (names or {}).get(str(folder))) for folder in folders]
+    _check_same_data(runs)
+    figures = {"curves": training_curves(runs)}
+    evaluated = [run for run in runs if run.detections is not None]
+    if evaluated:
+        annotations = _validation(evaluated[0].config)
+        figures |= {
+            "frequency": frequency_dots(evaluated),
+            "image_count": ap_against_images(evaluated, annotations),
+            "images": boxes_on_images(evaluated, annotations, images, score),
+        }
+    paths = [out / f"{name}.{suffix}" for name in figures]
+    with Progress("figures", len(paths)) as progress:
+        for path, figure in zip(paths, figures.values()):
+            save(figure, path)
+            progress.advance()
+    for path in paths:
+        say(str(path))
+    return paths
 
 
-def training_curves(runs: Sequence[FinishedRun]) -> Figure:
-    """Draw the smoothed total loss over the steps; below it the AP of evaluations during training, if any."""
-    evaluated = any("AP" in record for run in runs for record in run.records)
-    figure, axes = _subplots(1 + evaluated, 1, (7, 3.2))
+def training_curves(runs: Sequence[PlottedRun]) -> Figure:
+    """Draw the total loss over the steps, raw and smoothed; below it the AP of the evaluations, if any."""
+    evaluated = any(run.evaluations for run in runs)
+    figure, axes = subplots(1 + evaluated, 1, (7, 3.2), sharex=True)
+    numbers = _numbers(runs)
     for run in runs:
+        kind, label = look(numbers[run.name]), _label_once(axes[0, 0], run.name)
         losses = [r for r in run.records if r.get("loss") is not None]
-        values = np.array([r["loss"] for r in losses])
-        width = min(SMOOTHED, len(values))
-        smooth = np.convolve(values, np.ones(width) / width, mode="valid")
-        axes[0, 0].plot([r["step"] for r in losses][width - 1 :], smooth, label=run.name)
-        if evaluated:
-            points = [r for r in run.records if "AP" in r]
-            last = (run.config.train.steps, run.figures["AP"])
-            steps, aps = zip(*[(r["step"], r["AP"]) for r in points], last)
-            axes[1, 0].plot(steps, 100 * np.array(aps), marker="o", label=run.name)
-            axes[1, 0].set(xlabel="step", ylabel="AP")
-    axes[0, 0].set(xlabel="step", ylabel="total loss")
+        steps, values = [r["step"] for r in losses], np.array([r["loss"] for r in losses], dtype=float)
+        axes[0, 0].plot(steps, values, color=kind["color"], lw=0.6, alpha=0.3)
+        axes[0, 0].plot(
+            steps, running_mean(values, SMOOTHED), color=kind["color"], ls=kind["linestyle"], label=label
+        )
+        if run.evaluations:
+            points, metrics = zip(*run.evaluations)
+            axes[1, 0].plot(points, [100 * each["AP"] for each in metrics], ms=5, **kind)
+    axes[0, 0].set(ylabel="total loss")
+    axes[-1, 0].set(xlabel="step")
+    axes[-1, 0].set_xlim(left=0)
+    if evaluated:
+        axes[1, 0].set(ylabel="AP")
     axes[0, 0].legend(fontsize=8)
     return figure
 
 
-def frequency_bars(runs: Sequence[FinishedRun]) -> Figure:
-    """Draw AP of all, rare, common and frequent classes, one bar per run; undefined ones are left out."""
-    figure, axes = _subplots(1, 1, (7, 3.2))
-    ax, width = axes[0, 0], 0.8 / len(runs)
-    for number, run in enumerate(runs):
-        values = [100 * run.figures[name] if run.figures[name] >= 0 else math.nan for name in GROUPS]
-        bars = ax.bar(np.arange(len(GROUPS)) + number * width, values, width, label=run.name)
-        ax.bar_label(bars, fmt="%.1f", fontsize=7)
-    ax.set_xticks(np.arange(len(GROUPS)) + 0.4 - width / 2, GROUPS.values())
-    ax.set_ylabel("AP")
-    ax.legend(fontsize=8)
-    return figure
+def running_mean(values: np.ndarray, most: int) -> np.ndarray:
+    """Return the mean of each value and up to `most` - 1 before it, float64 [n]: from the first value on.
+
+    The window is at most a tenth of the values, so that a short run is not one flat line.
+    """
+    width = max(1, min(most, len(values) // 10))
+    sums = np.concatenate([[0.0], np.cumsum(values)])
+    ends = np.arange(1, len(values) + 1)
+    starts = np.maximum(ends - width, 0)
+    return (sums[ends] - sums[starts]) / (ends - starts)
 
 
-def ap_against_images(runs: Sequence[FinishedRun], annotations: Annotations) -> Figure:
-    """Draw AP of every class over its number of training images, and the means of `ap_by_image_count`."""
-    figure, axes = _subplots(1, 1, (7, 3.6))
-    ax = axes[0, 0]
+def frequency_dots(runs: Sequence[PlottedRun]) -> Figure:
+    """Draw AP of all, rare, common and frequent classes, a line per name (see `dot_plot`)."""
+    rows: dict[str, list[dict[str, float]]] = {}
+    for run in runs:
+        rows.setdefault(run.name, []).append(
+            {key: 100 * run.figures[key] if run.figures[key] >= 0 else -1.0 for key in GROUPS}
+        )
+    return dot_plot(rows)
+
+
+def ap_against_images(runs: Sequence[PlottedRun], annotations: Annotations) -> Figure:
+    """Draw AP of every class over its number of training images, and means of bins of at least 3 classes."""
+    figure, axes = subplots(1, 1, (7, 3.6))
+    ax, numbers, counted = axes[0, 0], _numbers(runs), False
     counts = np.array([category.image_count for category in annotations.categories])
     for run in runs:
+        assert run.detections is not None
+        kind = look(numbers[run.name])
         curves = accumulate(match(annotations, run.detections, run.config.test.detections))
         class_ap = curves.class_ap()
         defined = class_ap >= 0
-        points = ax.scatter(counts[defined].clip(min=1), 100 * class_ap[defined], s=8, alpha=0.35)
-        bins = [row for row in ap_by_image_count(curves, annotations.categories) if row[3] >= 0]
+        ax.scatter(
+            counts[defined].clip(min=1), 100 * class_ap[defined], s=9, alpha=0.35, color=kind["color"],
+            marker=kind["marker"], lw=0,
+        )  # fmt: skip
+        bins = merge_small_bins(ap_by_image_count(curves, annotations.categories))
         centers = [math.sqrt(max(first, 1) * max(last, 1)) for first, last, _, _ in bins]
-        color = points.get_facecolor()[0, :3]
-        ax.plot(centers, [100 * row[3] for row in bins], marker="o", color=color, label=run.name)
-    ax.set(xscale="log", xlabel="training images of the class", ylabel="AP")
+        label = _label_once(ax, run.name)
+        ax.plot(centers, [100 * ap for *_, ap in bins], ms=5, label=label, **kind)
+        if not counted:
+            for center, (first, last, classes, _) in zip(centers, bins):
+                ax.annotate(
+                    f"{first}-{last}\nn={classes}", (center, 1.01), xycoords=("data", "axes fraction"),
+                    ha="center", fontsize=6,
+                )  # fmt: skip
+            counted = True
+    ax.set(
+        xscale="log", xlabel="training images of the class; above: bins of the lines, n classes", ylabel="AP"
+    )
     ax.legend(fontsize=8)
     return figure
 
 
 def boxes_on_images(
-    runs: Sequence[FinishedRun], annotations: Annotations, images: int, score: float
+    runs: Sequence[PlottedRun], annotations: Annotations, images: int, score: float
 ) -> Figure:
-    """Draw one row per image: the ground truth, then each run's detections of at least this score."""
+    """Draw one row per image: the ground truth, then each run's detections of at least this score.
+
+    Colors and line styles are verdicts (`VERDICTS`), not classes.
+    """
     rows = rarest_images(annotations, images)
-    figure, axes = _subplots(len(rows), 1 + len(runs), (3.2, 3.2))
+    width = 3.2
+    sizes = annotations.image_sizes[rows].astype(float)
+    heights = width * sizes[:, 0] / sizes[:, 1] + 0.25
+    figure = Figure(figsize=(width * (1 + len(runs)), heights.sum() + 0.4), layout="constrained")
+    axes = figure.subplots(len(rows), 1 + len(runs), squeeze=False, height_ratios=heights)
     label_of = {category.id: label for label, category in enumerate(annotations.categories)}
     for row, line in zip(rows, axes):
         image_id = annotations.image_ids[row]
         file = data_path(runs[0].config, runs[0].config.data.val_images) / str(annotations.file_names[row])
         pixels = read_image(file).permute(1, 2, 0).numpy()
-        _draw(line[0], pixels, annotations.boxes_of(row), annotations.labels_of(row), None, annotations)
+        truth, labels = annotations.boxes_of(row), annotations.labels_of(row)
+        names = [annotations.categories[label].name for label in labels.tolist()]
+        _draw(line[0], pixels, truth, names, ["black"] * len(names))
         line[0].set_title(f"image {image_id}: ground truth", fontsize=7)
         for run, ax in zip(runs, line[1:]):
+            assert run.detections is not None
             found = run.detections
             own = np.flatnonzero((found.image_id == image_id) & (found.score >= score))
+            own = own[np.argsort(-found.score[own], kind="stable")]
             boxes = found.bbox[own].copy()
             boxes[:, 2:] += boxes[:, :2]
-            labels = np.array([label_of[id_] for id_ in found.category_id[own].tolist()], dtype=np.int64)
-            _draw(ax, pixels, boxes, labels, found.score[own], annotations)
+            own_labels = np.array([label_of[id_] for id_ in found.category_id[own].tolist()], dtype=np.int64)
+            kinds, missed = verdicts(annotations, row, boxes, own_labels)
+            texts = [
+                f"{annotations.categories[label].name} {found.score[place]:.2f}"
+                for label, place in zip(own_labels.tolist(), own)
+            ]
+            texts += [name for name, gone in zip(names, missed) if gone]
+            _draw(ax, pixels, np.concatenate([boxes, truth[missed]]), texts, kinds + ["missed"] * sum(missed))
             ax.set_title(run.name, fontsize=7)
+    handles = [
+        matplotlib.lines.Line2D([], [], color=color, ls=style, label=name)
+        for name, (color, style) in VERDICTS.items()
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), fontsize=7)
     return figure
 
 
-def study_figure(rows: Mapping[str, Mapping[str, Any]], title: str) -> Figure:
-    """Draw from the rows of a ``study.json`` AP by frequency, and the gain over the first row by images.
+def verdicts(
+    annotations: Annotations, image: int, boxes: np.ndarray, labels: np.ndarray
+) -> tuple[list[str], np.ndarray]:
+    """Judge the boxes of an image against its ground truth at IoU 0.5.
 
-    Bars and lines are means over the seeds; whiskers and bands are a standard deviation to both sides. A gain
-    is that of runs with the same seed, where both rows have it.
+    A box is right if it is the first to take a ground truth of its class, of the wrong class if one of
+    another class is there; else nothing is there for it. Where the annotations do not say whether its class
+    is in the image, it is not judged.
+
+    Args:
+        boxes: float [n,4] xyxy, best first.
+        labels: integer [n].
+
+    Returns:
+        A key of `VERDICTS` for each box, and which ground truths were missed, bool [G].
     """
-    figure, axes = _subplots(1, 2, (7, 4))
-    bars, gains = axes[0]
-    shown = {name: row["runs"] for name, row in rows.items() if row["runs"]}
-    first, width = next(iter(shown), ""), 0.8 / max(len(shown), 1)
-    for number, (name, runs) in enumerate(shown.items()):
-        color = matplotlib.colormaps["tab20"](number % 20)
-        values = np.array([[run[group] for group in GROUPS] for run in runs.values()], dtype=float)
-        values[values < 0] = math.nan
-        places = np.arange(len(GROUPS)) + number * width
-        bars.bar(places, values.mean(axis=0), width, yerr=_spread(values), capsize=2, label=name, color=color)
-        if number > 0:
-            _draw_gain(gains, runs, shown[first], color)
-    bars.set_xticks(np.arange(len(GROUPS)) + 0.4 - width / 2, GROUPS.values())
-    bars.set(ylabel="AP", title=title)
-    gains.axhline(0, color="black", lw=0.6)
-    gains.set(xscale="log", xlabel="training images of the class", ylabel=f"AP above: {first}")
-    figure.legend(*bars.get_legend_handles_labels(), loc="outside right upper", fontsize=8)
-    return figure
+    truth, truth_labels = annotations.boxes_of(image), annotations.labels_of(image)
+    iou, taken = _iou(boxes, truth), np.zeros(len(truth), dtype=bool)
+    kinds = []
+    for overlaps, label in zip(iou, labels.tolist()):
+        fits = overlaps >= FOREGROUND_IOU
+        own = np.where(fits & (truth_labels == label) & ~taken, overlaps, 0)
+        if own.any():
+            taken[own.argmax()] = True
+            kinds.append("right")
+        elif not _is_judged(annotations, image, label):
+            kinds.append("not judged")
+        else:
+            kinds.append("wrong class" if (fits & (truth_labels != label)).any() else "nothing there")
+    return kinds, ~taken
 
 
-def _draw_gain(ax: Axes, runs: Mapping[str, Any], first: Mapping[str, Any], color: tuple[float, ...]) -> None:
-    """Draw how far the runs are above those of the same seeds in the first row."""
-    seeds = [seed for seed in runs if seed in first]
-    if not seeds:
-        return
-    bins = [name for name in runs[seeds[0]]["by_images"] if name in first[seeds[0]]["by_images"]]
-    gains = np.array(
-        [[runs[seed]["by_images"][name] - first[seed]["by_images"][name] for name in bins] for seed in seeds]
-    )
-    ends = [[max(int(end), 1) for end in name.split("-")] for name in bins]
-    centers, mean, spread = [math.sqrt(low * high) for low, high in ends], gains.mean(axis=0), _spread(gains)
-    ax.plot(centers, mean, marker="o", color=color)
-    if spread is not None:
-        ax.fill_between(centers, mean - spread, mean + spread, color=color, alpha=0.15)
+def _is_judged(annotations: Annotations, image: int, label: int) -> bool:
+    """Return whether a false detection of this class counts in this image."""
+    if not annotations.federated:
+        return True
+
+    def listed(pair: tuple[np.ndarray, np.ndarray]) -> bool:
+        offsets, labels = pair
+        return label in labels[offsets[image] : offsets[image + 1]]
+
+    present = label in annotations.labels_of(image) or listed(annotations.negatives)
+    return present and not listed(annotations.not_exhaustive)
 
 
-def _spread(values: np.ndarray) -> np.ndarray | None:
-    """Return the standard deviation over the rows, if there is more than one."""
-    return values.std(axis=0, ddof=1) if len(values) > 1 else None
+def _iou(boxes: np.ndarray, truth: np.ndarray) -> np.ndarray:
+    """Return the IoU of xyxy boxes [n,4] and [G,4]: float64 [n,G]."""
+    a, b = boxes[:, None].astype(float), truth[None].astype(float)
+    sides = (np.minimum(a[..., 2:], b[..., 2:]) - np.maximum(a[..., :2], b[..., :2])).clip(min=0)
+    inter = sides.prod(axis=-1)
+    areas = [(each[..., 2:] - each[..., :2]).prod(axis=-1) for each in (a, b)]
+    return inter / np.maximum(areas[0] + areas[1] - inter, 1e-12)
 
 
 def rarest_images(annotations: Annotations, images: int) -> list[int]:
@@ -242,38 +389,39 @@ def rarest_images(annotations: Annotations, images: int) -> list[int]:
 
 
 def _draw(
-    ax: Axes,
-    pixels: np.ndarray,
-    boxes: np.ndarray,
-    labels: np.ndarray,
-    scores: np.ndarray | None,
-    annotations: Annotations,
+    ax: Axes, pixels: np.ndarray, boxes: np.ndarray, texts: Sequence[str], kinds: Sequence[str]
 ) -> None:
-    """Draw an image with its boxes, one color per class in all of them."""
+    """Draw an image with its boxes, each in the color and style of its verdict, or in that color."""
     ax.imshow(pixels)
-    colors = matplotlib.colormaps["tab20"]
-    for place, ((x1, y1, x2, y2), label) in enumerate(zip(boxes.tolist(), labels.tolist())):
-        color = colors(label % 20)
-        ax.add_patch(matplotlib.patches.Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, ec=color, lw=1.2))
-        text = annotations.categories[label].name
-        text += "" if scores is None else f" {scores[place]:.2f}"
-        ax.text(x1, y1, text, fontsize=5, color="white", va="bottom",
+    for (x1, y1, x2, y2), text, kind in zip(boxes.tolist(), texts, kinds):
+        color, style = VERDICTS.get(kind, (kind, "-"))
+        ax.add_patch(
+            matplotlib.patches.Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, ec=color, ls=style, lw=1.3)
+        )
+        ax.text(x1, y1, text, fontsize=5, color="white", va="bottom", clip_on=True,
                 bbox={"facecolor": color, "edgecolor": "none", "pad": 0.6})  # fmt: skip
     ax.set_axis_off()
 
 
-def _validation(runs: Sequence[FinishedRun]) -> Annotations:
-    """Read the validation split, with the counts of the training split of the first run."""
+def _check_same_data(runs: Sequence[PlottedRun]) -> None:
     first = runs[0].config
     for run in runs[1:]:
         other = {key: getattr(run.config.data, key) for key in ("root", "train", "val")}
         if other != {key: getattr(first.data, key) for key in other}:
             raise ValueError(f"{run.name} is of other data than {runs[0].name}; plot them apart")
-    train = read_annotations(data_path(first, first.data.train))
-    return load_validation(first, train.categories)
 
 
-def _subplots(rows: int, columns: int, size: tuple[float, float]) -> tuple[Figure, np.ndarray]:
-    """Make a figure without a screen, and its axes [rows, columns], each of this size in inches."""
-    figure = Figure(figsize=(size[0] * columns, size[1] * max(rows, 1)), layout="constrained")
-    return figure, figure.subplots(max(rows, 1), columns, squeeze=False)
+def _validation(config: Config) -> Annotations:
+    """Read the validation split, with the counts of the training split."""
+    train = read_annotations(data_path(config, config.data.train))
+    return load_validation(config, train.categories)
+
+
+def _numbers(runs: Sequence[PlottedRun]) -> dict[str, int]:
+    """Return the number of each name in the order of the runs, for its look."""
+    return {name: number for number, name in enumerate(dict.fromkeys(run.name for run in runs))}
+
+
+def _label_once(ax: Axes, name: str) -> str | None:
+    """Return the name as a label of the legend, unless an earlier line has it."""
+    return None if name in ax.get_legend_handles_labels()[1] else name

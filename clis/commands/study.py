@@ -48,10 +48,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=(), help="run only these seeds, of every row")
     parser.add_argument("--jobs", type=int, default=2, help="runs at once, which share the CPUs")
     parser.add_argument("--out", type=Path, default=Path("runs/studies"), metavar="FOLDER")
+    parser.add_argument(
+        "--draw", action="store_true", help="run nothing; write table and figure of what is recorded"
+    )
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Run the rows and seeds of a study that are missing, then print its table."""
+    """Run the rows and seeds of a study that are missing, then print its table; or only draw it again."""
+    if arguments.draw:
+        print(draw_again(arguments.file, arguments.out, arguments.overrides))
+        return
     folder = run_study(
         arguments.file,
         arguments.out,
@@ -78,6 +84,8 @@ class Row:
     """Of this row alone; None is the study's."""
     config: Path | None = None
     """In place of the study's base."""
+    at: float | None = None
+    """The row's place on the study's axis, for the figure alone."""
 
 
 @dataclass(frozen=True)
@@ -88,22 +96,26 @@ class Study:
     base: Path
     seeds: tuple[int, ...]
     rows: tuple[Row, ...]
+    axis: str | None = None
+    """What is varied, as a label of the figure's axis, on which rows have their places `at`."""
 
     @classmethod
     def load(cls, path: Path) -> Study:
-        """Read a study file: `base` (relative to it), `seeds`, and `rows` with the fields of `Row`.
+        """Read a study file: `base` (relative to it), `seeds`, `axis`, and `rows` with the fields of `Row`.
 
         Raises:
             FileNotFoundError, ValueError: it is missing, or a key is unknown, missing or ill-typed.
         """
         values = read_yaml(path)
-        _check_keys(values, {"base", "seeds", "rows"}, {"base", "seeds", "rows"}, str(path))
+        _check_keys(values, {"base", "seeds", "axis", "rows"}, {"base", "seeds", "rows"}, str(path))
         seeds = _read_seeds(values["seeds"], str(path))
         if not isinstance(values["rows"], Mapping):
             raise ValueError(f"{path}: rows is {values['rows']!r}; give a mapping of names to rows")
         rows = tuple(_read_row(str(name), row or {}, path) for name, row in values["rows"].items())
-        base = _beside(path, values["base"])
-        return cls(path.stem, base, seeds, rows)
+        base, axis = _beside(path, values["base"]), values.get("axis")
+        if axis is None and any(row.at is not None for row in rows):
+            raise ValueError(f"{path}: rows have places `at`, and no `axis` says on what; add its label")
+        return cls(path.stem, base, seeds, rows, axis)
 
     def run(self, row: Row, seed: int, overrides: Sequence[str]) -> StudyRun:
         """Load the run of a row and seed, with `overrides` that hold for all rows."""
@@ -153,7 +165,7 @@ class StudyRun:
 
 def _read_row(name: str, values: Any, path: Path) -> Row:
     where = f"{path}: row {name}"
-    _check_keys(values, {"config", "overrides", "paper", "paper_seconds", "seeds"}, set(), where)
+    _check_keys(values, {"at", "config", "overrides", "paper", "paper_seconds", "seeds"}, set(), where)
     config = _beside(path, values["config"]) if "config" in values else None
     seeds = _read_seeds(values["seeds"], where) if "seeds" in values else None
     overrides, paper = values.get("overrides", []), values.get("paper")
@@ -166,8 +178,10 @@ def _read_row(name: str, values: Any, path: Path) -> Row:
             )
     if paper is not None and not (isinstance(paper, list) and len(paper) == len(FIGURES)):
         raise ValueError(f"{where}: paper is {paper}; give {', '.join(FIGURES)}")
-    paper = None if paper is None else tuple(paper)
-    return Row(name, tuple(overrides), paper, values.get("paper_seconds"), seeds, config)
+    paper, at = None if paper is None else tuple(paper), values.get("at")
+    if at is not None and (isinstance(at, bool) or not isinstance(at, (int, float))):
+        raise ValueError(f"{where}: at is {at!r}; give a number")
+    return Row(name, tuple(overrides), paper, values.get("paper_seconds"), seeds, config, at)
 
 
 def _beside(path: Path, name: str) -> Path:
@@ -261,6 +275,21 @@ def run_study(
             f"{len(failed)} of {len(plan)} jobs failed: {', '.join(failed)}; re-run the command to retry"
         )
     return folder
+
+
+def draw_again(path: Path, out: Path, overrides: Sequence[str] = ()) -> Path:
+    """Write table and figure of what out/NAME/study.json has recorded; return the figure's path.
+
+    Raises:
+        FileNotFoundError: nothing is recorded.
+        ValueError: it was recorded with other overrides.
+    """
+    study = Study.load(path)
+    record = Record(study, out / study.name, overrides)
+    if not record.path.exists():
+        raise FileNotFoundError(f"{record.path}: no such file; name the folder of the study in --out")
+    record.write()
+    return record.draw()
 
 
 def run_key(config: Config, regions: str | None = None, start: str | None = None) -> str:

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from clis.atomic import atomic_write
 from clis.config import data_path
+from clis.config_files import load_config
+from clis.data.shapes import ShapesSpec, train_image_counts
 from clis.data.streams import read_annotations
 from clis.engine.evaluate import load_validation
 from clis.engine.run_folder import RunFolder
@@ -38,6 +40,8 @@ class Record:
         self.study, self.path = study, folder / "study.json"
         self.overrides = list(overrides)
         self.rows: dict[str, dict[str, dict[str, Any]]] = {}
+        self.classes: dict[str, int] = {}
+        """Classes by the bins of training images; empty where no run has said it."""
         if self.path.exists():
             kept = json.loads(self.path.read_text())
             if kept["overrides"] != self.overrides:
@@ -45,6 +49,7 @@ class Record:
                     f"{self.path} was made with the overrides {kept['overrides']}, now they are "
                     f"{self.overrides}; name another --out"
                 )
+            self.classes = kept.get("classes", {})
             for row in study.rows:  # runs of other settings than the row's present ones go
                 runs = kept["rows"].get(row.name, {}).get("runs", {})
                 self.rows[row.name] = {
@@ -86,7 +91,7 @@ class Record:
         records = [record for record in folder.read_metrics() if "compute_time" in record]
         times = [record["data_time"] + record["compute_time"] for record in records]
         run |= {"key": self._key(row, seed), "step_seconds": round(statistics.median(times), 3)}
-        run |= {"by_images": _ap_by_images(folder)}
+        run["by_images"], self.classes = _ap_by_images(folder)
         self.rows.setdefault(name, {})[str(seed)] = run
         self.write()
         return " ".join(f"{figure} {run[figure]:.1f}" for figure in FIGURES)
@@ -96,28 +101,45 @@ class Record:
         rows = {
             row.name: {
                 "overrides": list(row.overrides),
+                "at": row.at,
                 "paper": row.paper,
                 "paper_seconds": row.paper_seconds,
                 "runs": dict(sorted(self.rows.get(row.name, {}).items())),
             }
             for row in self.study.rows
         }
-        document = {"base": str(self.study.base), "overrides": self.overrides, "rows": rows}
+        document = {
+            "base": str(self.study.base),
+            "overrides": self.overrides,
+            "axis": self.study.axis,
+            "classes": self.classes or self._classes_of_the_benchmark(),
+            "rows": rows,
+        }
         with atomic_write(self.path) as temporary:
             temporary.write_text(json.dumps(document, indent=1) + "\n")
         with atomic_write(self.path.with_name("table.md")) as temporary:
             temporary.write_text(table(rows) + "\n" + table_by_images(rows))
 
-    def draw(self) -> None:
-        """Draw ``figure.png``; without matplotlib, print that there is no figure."""
+    def _classes_of_the_benchmark(self) -> dict[str, int]:
+        """Return `classes` of runs that did not record it, if they are on the whole embedded benchmark."""
+        if load_config(self.study.base, self.overrides).data.generate != "shapes":
+            return {}
+        counts = train_image_counts(ShapesSpec())
+        bins = {name for runs in self.rows.values() for run in runs.values() for name in run["by_images"]}
+        ends = {name: tuple(map(int, name.split("-"))) for name in sorted(bins)}
+        return {name: int(((counts >= low) & (counts <= high)).sum()) for name, (low, high) in ends.items()}
+
+    def draw(self) -> Path:
+        """Draw ``figure.png`` and return its path; without matplotlib, print that there is no figure."""
+        path = self.path.with_name("figure.png")
         try:
-            from clis.commands.plot import study_figure
+            from clis.commands.figures import save
+            from clis.commands.study_figure import study_figure
         except ValueError as error:
             say(f"no figure: {error}")
-            return
-        rows = json.loads(self.path.read_text())["rows"]
-        with atomic_write(self.path.with_name("figure.png")) as temporary:
-            study_figure(rows, self.study.name).savefig(temporary, format="png", dpi=130, bbox_inches="tight")
+            return path
+        save(study_figure(json.loads(self.path.read_text()), self.study.name), path)
+        return path
 
     def _key(self, row: Row, seed: int) -> str:
         return self.study.run(row, seed, self.overrides).key
@@ -168,17 +190,18 @@ def table_by_images(rows: Mapping[str, Mapping[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _ap_by_images(folder: RunFolder) -> dict[str, float]:
-    """Return AP in percent by the first and last number of training images of `ap_by_image_count`'s bins."""
+def _ap_by_images(folder: RunFolder) -> tuple[dict[str, float], dict[str, int]]:
+    """Return AP in percent, and classes, by the first and last count of `ap_by_image_count`'s bins."""
     config = folder.read_config()
     train = read_annotations(data_path(config, config.data.train))
     val = load_validation(config, train.categories)
     detections = Detections.load(folder.detections)
     curves = accumulate(match(val, detections, config.test.detections))
-    return {
-        f"{first}-{last}": round(100 * ap, 2)
-        for first, last, _, ap in ap_by_image_count(curves, val.categories)
-    }
+    bins = {f"{first}-{last}": (n, ap) for first, last, n, ap in ap_by_image_count(curves, val.categories)}
+    return (
+        {name: round(100 * ap, 2) for name, (_, ap) in bins.items()},
+        {name: count for name, (count, _) in bins.items()},
+    )
 
 
 def _mean_and_deviation(values: Sequence[float], digits: int = 1) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from clis.config import Config
 from clis.config_files import config_differences, config_from_dict, config_to_dict
 from clis.data.categories import Category, check_same_categories
 from clis.distributed import is_main
+from clis.engine.provenance import provenance, training_files
 from clis.engine.run_folder import RunFolder
 from clis.models import CLISDetector, ImageClassifier, build_model
 from clis.models.weights import load_state
@@ -25,14 +26,24 @@ from clis.progress import say
 FORMAT = 1
 
 
-def detector_state(model: CLISDetector | ImageClassifier, config: Config, step: int = 0) -> dict[str, Any]:
-    """Return the part of a checkpoint that evaluation, `load_detector` and the region search read."""
+def detector_state(
+    model: CLISDetector | ImageClassifier,
+    config: Config,
+    step: int = 0,
+    files: Mapping[str, Path] | None = None,
+) -> dict[str, Any]:
+    """Return the part of a checkpoint that evaluation, `load_detector` and the region search read.
+
+    Args:
+        files: whose hashes its record has, by what they are (see `provenance`).
+    """
     return {
         "format": FORMAT,
         "step": step,
         "config": config_to_dict(config),
         "categories": [asdict(category) for category in model.categories],
         "model": model.state_dict(),
+        "record": provenance(files or {}),
     }
 
 
@@ -51,7 +62,7 @@ def save_checkpoint(
         OSError: it could not be written (a full disk, a read-only folder); the earlier checkpoints are whole.
     """
     path = folder.checkpoint(step)
-    state = detector_state(model, config, step) | {
+    state = detector_state(model, config, step, training_files(config)) | {
         "optimizer": optimizer.state_dict(),
         "scaler": scaler.state_dict(),
         "skipped": skipped,

@@ -208,6 +208,14 @@ def format_losses(record: dict[str, float]) -> str:
     return " ".join(f"{short} {_four(record[name])}" for name, short in _SHORT.items() if name in record)
 
 
+def format_metrics(metrics: Mapping[str, float]) -> str:
+    """Return AP of all, rare, common and frequent classes in percent; an undefined one is ``-``."""
+    return " ".join(
+        f"{name} {100 * metrics[name]:.1f}" if metrics[name] >= 0 else f"{name} -"
+        for name in ("AP", "APr", "APc", "APf")
+    )
+
+
 def _four(value: float) -> str:
     """Format a number in four characters, up to 9999."""
     return f"{value:.2f}" if value < 9.995 else f"{value:.1f}" if value < 99.95 else f"{value:.0f}"

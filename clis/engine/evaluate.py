@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,7 +24,8 @@ from clis.data.images import read_image
 from clis.data.loader import image_loader, like_shapes
 from clis.data.streams import read_annotations
 from clis.distributed import from_main, gather_rows, is_main, rank, world_size
-from clis.engine.run_folder import RunFolder
+from clis.engine.provenance import provenance, validation_files
+from clis.engine.run_folder import RECORD, RunFolder
 from clis.metric.detections import Detections
 from clis.metric.lvis_eval import METRICS, evaluate
 from clis.models import CLISDetector
@@ -31,8 +33,15 @@ from clis.progress import Progress
 from clis.resize import image_size
 
 
-def evaluate_detector(detector: CLISDetector, config: Config, folder: RunFolder) -> dict[str, float]:
+def evaluate_detector(
+    detector: CLISDetector, config: Config, folder: RunFolder, training: Mapping[str, Any] | None = None
+) -> dict[str, float]:
     """Evaluate a detector on `data.val`; rank 0 writes eval.json and detections.npz into `folder`.
+
+    Beside the metrics, eval.json has a ``record`` of where they come from.
+
+    Args:
+        training: the record of the detector's training, as its checkpoint has it.
 
     Returns:
         The metrics of `METRICS` as fractions, -1 where undefined, AR at `test.detections`; the same on all
@@ -48,8 +57,20 @@ def evaluate_detector(detector: CLISDetector, config: Config, folder: RunFolder)
         metrics = {name: figures[name] for name in names}
         with atomic_write(folder.result) as temporary:
             detections.save(folder.detections)
-            temporary.write_text(json.dumps(metrics, indent=1) + "\n")
+            record = evaluation_record(config, training)
+            temporary.write_text(json.dumps({**metrics, RECORD: record}, indent=1) + "\n")
     return from_main(metrics)
+
+
+def evaluation_record(config: Config, training: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Return where the metrics of an evaluation come from: code, data, protocol, inference, training."""
+    protocol = {"name": "standard", "iou_type": "bbox", "max_detections": config.test.detections}
+    return {
+        **provenance(validation_files(config)),
+        "protocol": protocol,
+        "test": dataclasses.asdict(config.test),
+        "training": training,
+    }
 
 
 def load_validation(config: Config, categories: Sequence[Category]) -> Annotations:

@@ -12,6 +12,9 @@ from clis.config import Config
 from clis.config_files import config_differences, config_from_dict, config_to_yaml, read_yaml
 from clis.distributed import barrier, is_main
 
+RECORD = "record"
+"""Name in eval.json of what is no metric: where the result comes from."""
+
 
 class RunFolder:
     """A folder with one training: config, metrics, checkpoints and results.
@@ -33,6 +36,10 @@ class RunFolder:
         self.detections = self.path / "detections.npz"
         self.regions = self.path / "regions.npy"
         self.evaluations = self.path / "evaluations"
+        self.log = self.path / "log.txt"
+        """What the run has said, with the time of day."""
+        self.process = self.path / "process.json"
+        """Which process works on the run, or how the last one failed."""
         self.preempted = self.path / "preempted.json"
         """The step of a run that was asked to stop, until it is resumed: torchrun hides exit codes."""
         self.backbone = self.path / "backbone.pt"
@@ -91,11 +98,22 @@ class RunFolder:
         """
         if not self.result.exists():
             raise FileNotFoundError(f"{self.result}: no such file; name folders of finished runs")
-        return json.loads(self.result.read_text())
+        values = json.loads(self.result.read_text())
+        return {name: value for name, value in values.items() if name != RECORD}
 
     def read_metrics(self) -> list[dict[str, Any]]:
-        """Read the records of metrics.jsonl; a number that was not finite is None."""
-        return [json.loads(line) for line in self.metrics.read_text().splitlines()]
+        """Read the records of metrics.jsonl, none where it is missing; a number that was not finite is None.
+
+        Raises:
+            ValueError: a line is not JSON.
+        """
+        if not self.metrics.exists():
+            return []
+        whole = self.metrics.read_text().split("\n")[:-1]  # a running process may be writing the last line
+        try:
+            return [json.loads(line) for line in whole]
+        except ValueError as error:
+            raise ValueError(f"{self.metrics}: damaged ({error}); a resumed run repairs it") from None
 
     def check(self, config: Config, within: Collection[str] | None = None) -> None:
         """Check that the folder is free, or belongs to the config.

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,12 +27,14 @@ from clis.distributed import (
     world_size,
     wrap_ddp,
 )
+from clis.engine.at_work import at_work
 from clis.engine.checkpoint import mark_best, resume, save_checkpoint
 from clis.engine.describe import (
     ContrastWatch,
     contrast_state,
     describe_run,
     format_losses,
+    format_metrics,
     step_metrics,
     summarize_step,
 )
@@ -41,6 +45,7 @@ from clis.engine.optim import gradient_step, learning_rate, make_optimizer, make
 from clis.engine.preemption import StopRequest, stop
 from clis.engine.prerequisites import PlannedRun, plan_run
 from clis.engine.pretrain import pretrain
+from clis.engine.provenance import provenance, training_files
 from clis.engine.region_search import find_regions
 from clis.engine.run_folder import RunFolder, regions_file
 from clis.engine.schedule import SaveClock, due_after
@@ -66,11 +71,24 @@ def recipe(config: Config, name: str, overrides: Sequence[str], device: torch.de
     for each in runs:
         if (each.config.output, "train") in stages:  # others are not needed, whatever their folders hold
             RunFolder(each.config.output).claim(each.config)
-    for number, (title, stage) in enumerate(stages.values(), 1):
-        say(f"{number}/{len(stages)} {title}")
-        stage()
-        barrier()
-    _compare([each.config for each in runs])
+    with _at_work(config.output) as now:
+        for number, ((output, _), (title, stage)) in enumerate(stages.items(), 1):
+            text = f"{number}/{len(stages)} {title}"
+            say(text)
+            now(text)
+            own = output in ("", config.output)
+            with contextlib.nullcontext(now) if own else _at_work(output) as here:
+                here(text)
+                stage()
+                barrier()
+        _compare([each.config for each in runs])
+
+
+def _at_work(output: str) -> contextlib.AbstractContextManager[Callable[[str], None]]:
+    """Return `at_work` of a run folder; of a finished run, which is left alone, nothing of the kind."""
+    folder = RunFolder(output)
+    finished = broadcast_flag(folder.result.exists())
+    return contextlib.nullcontext(lambda stage: None) if finished else at_work(folder)
 
 
 def _add_stages(
@@ -104,7 +122,7 @@ def run(config: Config, device: torch.device, start: Config | None = None) -> No
         say(f"{folder} is already finished")
         return
     detector = train(config, folder, device, start)
-    evaluate_detector(detector.eval(), config, folder)
+    evaluate_detector(detector.eval(), config, folder, _training_record(config))
 
 
 def train(
@@ -126,6 +144,7 @@ def train(
     skipped = SkippedSteps(num_skipped, scaler, folder, config.train, ADVICE)
     network = wrap_ddp(model, device).train()
     say(describe_run(config, annotations, dataset.index, sampler, model, accumulation))
+    _training_record(config)  # hashes big files now, not within the time that a preempted run has to save
     folder.clear_preempted()
 
     steps = range(first_step, config.train.steps)
@@ -141,7 +160,9 @@ def train(
         barrier()
 
     def evaluate(step: int) -> None:
-        metrics = evaluate_detector(model.eval(), config, folder.evaluation(step))
+        record = _training_record(config)
+        metrics = evaluate_detector(model.eval(), config, folder.evaluation(step), record)
+        say(f"step {step}: {format_metrics(metrics)}")
         network.train()
         if is_main():
             mark_best(folder, step, metrics["AP"])
@@ -260,6 +281,11 @@ def _of_all_processes(parts: Sequence[Pending]) -> Pending:
             name: all_gather_rows(torch.cat([part.rows[name] for part in parts])) for name in parts[0].rows
         },
     )
+
+
+def _training_record(config: Config) -> dict[str, Any] | None:
+    """Return what a checkpoint of this training would have as its record; only rank 0 needs it."""
+    return provenance(training_files(config)) if is_main() else None
 
 
 def _compare(configs: Sequence[Config]) -> None:

@@ -68,6 +68,32 @@ def ap_by_image_count(curves: Curves, categories: Sequence[Category]) -> list[tu
     return rows
 
 
+def merge_small_bins(
+    rows: Sequence[tuple[int, int, int, float]], least: int = 3
+) -> list[tuple[int, int, int, float]]:
+    """Join neighbors among the rows of `ap_by_image_count` until each has at least `least` classes.
+
+    A mean over one or two classes says more about them than about their number of images. A small bin is
+    joined to the next one, the last one to that before it.
+    """
+    merged: list[tuple[int, int, int, float]] = []
+    for row in rows:
+        small = merged and merged[-1][2] < least
+        merged.append(_joined(merged.pop(), row) if small else row)
+    if len(merged) > 1 and merged[-1][2] < least:
+        last = merged.pop()
+        merged.append(_joined(merged.pop(), last))
+    return merged
+
+
+def _joined(
+    first: tuple[int, int, int, float], second: tuple[int, int, int, float]
+) -> tuple[int, int, int, float]:
+    """Join two bins, their mean AP weighted by their classes."""
+    count = first[2] + second[2]
+    return first[0], second[1], count, (first[2] * first[3] + second[2] * second[3]) / count
+
+
 # --- how sure ---
 
 

@@ -278,7 +278,10 @@ def _curves(
 
 
 def format_table(rows: dict[str, dict[str, float]]) -> str:
-    """Format `evaluate` results by run name as a Markdown table: percent, one decimal, `-` if undefined."""
+    """Format `evaluate` results by run name as a Markdown table: percent, one decimal.
+
+    An undefined metric, or one that a row does not have, is `-`.
+    """
     columns = ("AP", "AP50", "AP75", "APr", "APc", "APf", "AR")
     width = max(map(len, ["run", *rows]))
     lines = [
@@ -286,8 +289,8 @@ def format_table(rows: dict[str, dict[str, float]]) -> str:
         f"|:{'-' * width}-|" + "-----:|" * len(columns),
     ]
     for run, metrics in rows.items():
-        recall = next(name for name in metrics if name.startswith("AR@"))
-        values = [metrics[recall if name == "AR" else name] for name in columns]
+        recall = next((name for name in metrics if name.startswith("AR@")), "AR")
+        values = [metrics.get(recall if name == "AR" else name, -1) for name in columns]
         cells = ("-" if value < 0 else f"{100 * value:.1f}" for value in values)
         lines.append(f"| {run:<{width}} | " + " | ".join(f"{cell:>4}" for cell in cells) + " |")
     return "\n".join(lines)

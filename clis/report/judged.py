@@ -11,7 +11,13 @@ import numpy as np
 
 from clis.data.annotations import Annotations
 from clis.data.categories import Category
-from clis.metric.analysis import ErrorShares, ap_by_image_count, error_shares, find_errors
+from clis.metric.analysis import (
+    ErrorShares,
+    ap_by_image_count,
+    error_shares,
+    find_errors,
+    merge_small_bins,
+)
 from clis.metric.detections import Detections
 from clis.metric.lvis_eval import Curves, accumulate
 from clis.metric.matching import match
@@ -20,8 +26,10 @@ from clis.report.packed import NONE, pack, pack_boxes, pack_scores, units_of
 
 FLOOR = 0.02
 """Detections with lower scores are not embedded."""
-MAX_BOXES = 600_000
-"""Detections embedded in one page, of all runs together: 20 bytes each, or 12 MB."""
+ROOM = 17_000_000
+"""Bytes of a page for the detections and the fates of the ground truth, of all runs together."""
+BOX_BYTES, TRUTH_BYTES = 20, 11
+"""Of one detection and of one ground truth of one run, as base64."""
 BOXES_OF_AN_IMAGE = 50
 """At most so many judged ones of an image and run, and as many that are not judged."""
 LEAST_CLASSES = 3
@@ -60,32 +68,17 @@ def judge(annotations: Annotations, detections: Detections, limit: int) -> Judge
 
 
 def count_bins(curves: Curves, categories: Sequence[Category]) -> list[tuple[int, int, int, float]]:
-    """Compute AP by training images as `ap_by_image_count`, with at least `LEAST_CLASSES` classes in a bin.
-
-    A smaller bin is joined with the next one, the last with the one before it.
-    """
-    bins: list[tuple[int, int, int, float]] = []
-    for row in ap_by_image_count(curves, categories):
-        if bins and bins[-1][2] < LEAST_CLASSES:
-            row = _joined(bins.pop(), row)
-        bins.append(row)
-    if len(bins) > 1 and bins[-1][2] < LEAST_CLASSES:
-        last = bins.pop()
-        bins.append(_joined(bins.pop(), last))
-    return [row for row in bins if row[2] >= LEAST_CLASSES]
-
-
-def _joined(
-    low: tuple[int, int, int, float], high: tuple[int, int, int, float]
-) -> tuple[int, int, int, float]:
-    classes = low[2] + high[2]
-    return low[0], high[1], classes, (low[2] * low[3] + high[2] * high[3]) / classes
+    """Compute AP by training images, as `ap_by_image_count`, in bins of at least `LEAST_CLASSES` classes."""
+    bins = merge_small_bins(ap_by_image_count(curves, categories), LEAST_CLASSES)
+    return [row for row in bins if row[2] >= LEAST_CLASSES]  # a data set may have fewer classes
 
 
 def boxes_per_image(judged: Sequence[Judged], num_images: int) -> int:
-    """Return how many boxes of an image and run can be embedded within `MAX_BOXES`."""
+    """Return how many boxes of an image and run can be embedded within `ROOM`."""
+    truths = sum(len(each.verdicts.found) for each in judged)
+    most = (ROOM - TRUTH_BYTES * truths) // BOX_BYTES
     for limit in (BOXES_OF_AN_IMAGE, 40, 30, 25, 20, 15, 12, 10, 8, 6, 5, 4, 3, 2):
-        if sum(len(embedded_rows(each, num_images, limit)) for each in judged) <= MAX_BOXES:
+        if sum(len(embedded_rows(each, num_images, limit)) for each in judged) <= most:
             return limit
     return 1
 

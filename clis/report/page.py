@@ -46,6 +46,8 @@ from clis.report.pictures import (
 from clis.report.runs import ReportRun, check_same_data, read_run
 
 HERE = Path(__file__).parent
+MAX_BYTES = 30_000_000
+"""Size from which on a page is called large."""
 
 
 def write_report(
@@ -77,7 +79,10 @@ def write_report(
     for run in runs:
         for sentence in run.missing:
             say(f"{run.name}: {sentence}")
-    say(f"{out}: {len(text.encode()) / 1e6:.1f} MB")
+    size = out.stat().st_size
+    say(f"{out}: {size / 1e6:.1f} MB")
+    if size > MAX_BYTES:
+        say("so large a page opens slowly; name fewer runs, or fewer --images and --regions")
 
 
 def render_page(payload: dict[str, Any]) -> str:
@@ -139,7 +144,6 @@ def collect(runs: Sequence[ReportRun], images: int | None, regions: int) -> dict
 
 def _run_head(run: ReportRun) -> dict[str, Any]:
     """Return what a page has of a run without its data set."""
-    paper = getattr(run.config, "paper", None)
     defaults = flatten(config_to_dict(type(run.config)()))
     return {
         "name": run.name,
@@ -149,7 +153,8 @@ def _run_head(run: ReportRun) -> dict[str, Any]:
         "steps": run.config.train.steps,
         "figures": run.figures,
         "evaluatedStep": run.evaluated_step,
-        "paper": None if paper is None else paper.figures or None,
+        "paper": run.config.paper.figures or None,
+        "record": {key: _text(value) for key, value in flatten(run.record).items()},
         "curves": curves_of(run.records),
         "evaluations": evaluations_of(run.records),
         "recipe": {key: _text(value) for key, value in run.recipe.items()},

@@ -99,7 +99,10 @@ def read_pictures(
     pictures: dict[int, str] = {}
     errors: list[str] = []
     used = 0
-    with Progress("pictures", len(rows)) as progress:
+    by_count = room is None
+    with Progress(
+        "pictures" + ", kB" * (not by_count), len(rows) if room is None else room // 1000
+    ) as progress:
         for row in rows:
             path = folder / str(annotations.file_names[row])
             try:
@@ -112,7 +115,7 @@ def read_pictures(
                 errors.append(str(error))
                 if len(errors) == MAX_UNREADABLE and not pictures:
                     break
-            progress.advance()
+            progress.advance(1 if by_count else used // 1000 - progress.done)
     if not errors:
         return pictures, []
     what = "Validation images cannot" if not pictures else f"{len(errors)} validation images cannot"

@@ -7,14 +7,14 @@
   const VERDICTS = [
     { name: "right", sign: "✓", color: "#00916e", dash: [], width: 1.6, help: "IoU of at least 0.5 with an object of its class" },
     { name: "wrong class", sign: "≠", color: "#d98200", dash: [9, 4], width: 2.6, help: "IoU of at least 0.5 with an object of another class" },
-    { name: "box off", sign: "↔", color: "#0072b2", dash: [2, 3], width: 2.6, help: "IoU of 0.1 to 0.5 with an object of its class" },
+    { name: "box off", sign: "↔", color: "#b5006b", dash: [2, 3], width: 2.6, help: "IoU of 0.1 to 0.5 with an object of its class" },
     { name: "duplicate", sign: "2×", color: "#7b5cd6", dash: [9, 3, 2, 3], width: 2, help: "the object is already taken by a box with a higher score" },
     { name: "nothing there", sign: "✗", color: "#d0311e", dash: [], width: 3.2, help: "no such object: IoU below 0.1 with those of its class, below 0.5 with all others" },
     { name: "not judged", sign: "?", color: "#6b7580", dash: [1, 4], width: 1.4, help: "no mistake: the annotation does not say whether the class is in the image, or the metric ignores the box" },
-    { name: "missed", sign: "○", color: "#b5006b", dash: [4, 4], width: 3, help: "an object on which no box has the right class, another class, or its class poorly located" },
+    { name: "missed", sign: "○", color: "#0072b2", dash: [4, 4], width: 3, help: "an object on which no box has the right class, another class, or its class poorly located" },
   ];
   const MISTAKES = [CLASS, LOCATION, DUPLICATE, NOTHING, MISSED];
-  const COLORS = ["#0b6cc4", "#d98200", "#00916e", "#b5006b", "#7b5cd6", "#8a6d3b"];
+  const COLORS = ["#1a7fc1", "#d55e00", "#009e73", "#cc79a7", "#b07800", "#56b4e9"];
   const DASHES = ["", "7 4", "2 3", "9 3 2 3", "12 4", "1 4"];
   const GROUP_NAMES = { all: "all", r: "rare", c: "common", f: "frequent" };
   const PAGE_SIZES = { classes: 25, images: 12, pairs: 15, regions: 24 };
@@ -956,7 +956,17 @@
     const first = runs.length > 1 ? keys.filter(differs) : keys.filter(changed);
     section("recipe", "Recipe",
       element("h3", {}, runs.length > 1 ? `Where the runs differ (${first.length})` : `What differs from the defaults (${first.length})`), first.length ? table(first) : element("p", {}, "Nothing."),
-      element("details", {}, element("summary", {}, `All ${keys.length} settings`), table(keys)));
+      element("details", {}, element("summary", {}, `All ${keys.length} settings`), table(keys)),
+      records());
+  }
+
+  /** Where the figures come from: code, libraries, date and hashes, as eval.json has them. */
+  function records() {
+    const keys = [...new Set(runs.flatMap((run) => Object.keys(run.record)))];
+    if (!keys.length) return null;
+    return element("details", {}, element("summary", {}, "Where the figures come from"), element("div", { class: "scroll" }, element("table", { class: "recipe" },
+      element("thead", {}, element("tr", {}, element("th", {}, "record"), runs.map((_, run) => element("th", {}, runMark(run, false))))),
+      element("tbody", {}, keys.map((key) => element("tr", {}, element("th", { scope: "row", class: "mono" }, key), runs.map((run) => element("td", { class: "mono" }, run.record[key] ?? "–"))))))));
   }
 
   // --- the page ---

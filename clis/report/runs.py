@@ -17,7 +17,7 @@ from clis.config_files import (
     read_yaml,
     resolve_data_root,
 )
-from clis.engine.run_folder import RunFolder
+from clis.engine.run_folder import RECORD, RunFolder
 from clis.metric.detections import Detections
 from clis.metric.lvis_eval import METRICS
 
@@ -39,6 +39,8 @@ class ReportRun:
     """The step of that evaluation, where it is not the final one."""
     results: RunFolder
     """The folder that holds its detections."""
+    record: dict[str, Any]
+    """Where that evaluation comes from, as its eval.json says; empty in those of earlier versions."""
     missing: list[str] = field(default_factory=list)
     """What the page cannot show of this run, one sentence each; more is added on the way."""
 
@@ -81,13 +83,14 @@ def read_run(folder: Path, name: str, overrides: Sequence[str]) -> ReportRun:
     if unknown:
         listed = ", ".join(unknown)
         missing.append(f"config.yaml has settings of another version, shown in the recipe alone: {listed}.")
-    records = _read_records(run)
+    records = run.read_metrics()
     if not records:
         missing.append("metrics.jsonl has no record yet: no curves.")
     results, step = _last_evaluation(run, records)
-    figures = None
+    figures, record = None, {}
     if results.result.exists():
         read = results.read_result()
+        record = json.loads(results.result.read_text()).get(RECORD, {})
         names = (*METRICS, *(name for name in read if name.startswith("AR@")))
         figures = {key: read[key] for key in dict.fromkeys(names) if key in read}
     if figures is None:
@@ -96,7 +99,7 @@ def read_run(folder: Path, name: str, overrides: Sequence[str]) -> ReportRun:
         missing.append(f"The run is not finished: figures and pictures are of the evaluation at step {step}.")
     return ReportRun(
         name=name, folder=run, config=config, recipe=recipe, records=records, figures=figures,
-        evaluated_step=step, results=results, missing=missing,
+        evaluated_step=step, results=results, record=record, missing=missing,
     )  # fmt: skip
 
 
@@ -111,21 +114,6 @@ def _known(values: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
             section = section[each]
         del section[last]
     return values, unknown
-
-
-def _read_records(run: RunFolder) -> list[dict[str, Any]]:
-    """Read metrics.jsonl up to a line that is not whole: the run may be writing it."""
-    if not run.metrics.exists():
-        return []
-    records = []
-    lines = run.metrics.read_text().splitlines()
-    for number, line in enumerate(lines, 1):
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            if number < len(lines):
-                raise ValueError(f"{run.metrics}:{number}: not a JSON object; remove the line") from None
-    return records
 
 
 def _last_evaluation(run: RunFolder, records: Sequence[dict[str, Any]]) -> tuple[RunFolder, int | None]:
