@@ -55,7 +55,9 @@ def write_regions(root: Path) -> Path:
     return path
 
 
-def write_run(root: Path, folder: Path, *overrides: str, rows: list[dict] | None = None) -> RunFolder:
+def write_run(
+    root: Path, folder: Path, *overrides: str, rows: list[dict] | None = None, paper: dict | None = None
+) -> RunFolder:
     """A finished run of 40 steps with 10 records: loss 10, 9, ..., 1 at steps 4, 8, ..., 40."""
     run = RunFolder(folder)
     run.path.mkdir(parents=True)
@@ -64,7 +66,8 @@ def write_run(root: Path, folder: Path, *overrides: str, rows: list[dict] | None
         "data.train_images=val", "data.image_level=[level]", f"regions.file={root / 'regions.npy'}",
         "train.steps=40", f"output={folder}", *overrides,
     ]  # fmt: skip
-    run.config.write_text(config_to_yaml(config_from_dict(merge_overrides({}, settings))))
+    values = merge_overrides({}, settings) | {"paper": paper or {}}
+    run.config.write_text(config_to_yaml(config_from_dict(values)))
     records = [{"step": 4 * i, "loss": 11.0 - i, "box": 0.5, "lr": 0.01} for i in range(1, 11)]
     run.metrics.write_text("".join(json.dumps(record) + "\n" for record in records))
     write_result(root, run, detection_rows() if rows is None else rows)

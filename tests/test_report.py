@@ -330,7 +330,7 @@ def browser() -> Iterator[object]:
 def written(root, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("pages")
     runs = [
-        write_run(root, folder / "good", "paper.AP=29.2", "paper.APr=24.4"),
+        write_run(root, folder / "good", paper={"AP": 29.2, "APr": 24.4}),
         write_run(root, folder / "bad", "loss.alpha=0.7", rows=WORSE),
     ]
     out = folder / "page.html"

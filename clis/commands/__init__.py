@@ -37,7 +37,7 @@ def run_verb(verb: str, argv: Sequence[str] | None = None, prog: str | None = No
     command = importlib.import_module(f"clis.commands.{verb}")
     parser = argparse.ArgumentParser(prog=prog or f"python -m clis {verb}", description=_sentence(verb))
     command.add_arguments(parser)
-    command.run(parser.parse_args(argv))
+    command.run(parser.parse_intermixed_args(argv))  # key=value may also follow an option
 
 
 def _sentence(verb: str) -> str:

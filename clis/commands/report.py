@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--images",
         type=int,
         metavar="N",
-        help="validation images with a picture (default: as many as 6 MB hold, about 300 photographs)",
+        help="validation images with a picture (default: as many as 6 MB hold, about 450 photographs)",
     )
     parser.add_argument(
         "--regions", type=int, default=90, metavar="N", help="regions with a picture (default 90)"

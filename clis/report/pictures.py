@@ -23,10 +23,10 @@ from clis.report.judged import Judged
 
 SCORE = 0.3
 """The score from which on a mistake counts when pictures are chosen; where the page's slider starts."""
-SIDE, REGION_SIDE = 360, 180
+SIDE, REGION_SIDE = 320, 180
 """Longer side of a picture in pixels."""
 PICTURE_BYTES = 6_000_000
-"""Room in a page for pictures of validation images: about 300 photographs."""
+"""Room in a page for pictures of validation images: about 450 photographs."""
 MAX_UNREADABLE = 20
 """Images in a row, from the first, after which no more are tried: the folder is not there."""
 
@@ -42,7 +42,7 @@ def encode_small(data: bytes, name: str, side: int) -> str:
     height, width = (max(1, round(scale * length)) for length in image.size)
     pixels = image.decode_resized((height, width)).permute(1, 2, 0).contiguous().numpy()
     file = io.BytesIO()
-    Image.fromarray(pixels).save(file, "JPEG", quality=80)
+    Image.fromarray(pixels).save(file, "JPEG", quality=75, optimize=True)
     return base64.b64encode(file.getvalue()).decode()
 
 
