@@ -40,9 +40,10 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
             contradict each other.
     """
     path = Path(path)
-    values = merge_overrides(_read_with_parents(path, ()), overrides)
+    values = _read_with_parents(path, ())
     if any(key not in SAME_RECIPE for key in flatten(merge_overrides({}, overrides))):
         values.pop("paper", None)  # another recipe than the file's
+    values = merge_overrides(values, overrides)
     values.setdefault("output", str(_run_folder(path)))
     return resolve_data_root(config_from_dict(values, source=str(path)))
 

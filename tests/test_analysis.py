@@ -227,3 +227,13 @@ def test_bootstrap_leaves_out_what_no_sample_defines() -> None:
     annotations = annotations_of(data)
     matches = match(annotations, detections_of(rows))
     assert analysis.bootstrap(matches, matches, annotations.categories, 3) == {}
+
+
+def test_small_bins_are_joined_with_their_neighbors():
+    """(1, 0.5) and (2, 0.2) join to (3, 0.3); the last one, alone, joins the one before."""
+    rows = [(0, 0, 1, 0.5), (1, 2, 2, 0.2), (3, 9, 4, 0.5), (10, 29, 1, 1.0)]
+    (first, second) = analysis.merge_small_bins(rows)
+    assert first == pytest.approx((0, 2, 3, 0.3))
+    assert second == pytest.approx((3, 29, 5, 0.6))
+    assert analysis.merge_small_bins(rows[:1]) == rows[:1]  # nothing to join it with
+    assert analysis.merge_small_bins([]) == []

@@ -616,3 +616,46 @@ class TestRoundTrip:
             bool,
             type(None),
         }
+
+
+class TestPaper:
+    def test_the_figures_belong_to_one_file(self, write):
+        """A child does not inherit them; an override of the recipe drops them, and one of its own stays."""
+        parent = write("parent.yaml", "paper: {AP: 29.2, APr: 24.4}\ntrain: {steps: 7}\n")
+        child = write("child.yaml", "base: parent.yaml\n")
+        assert load_config(parent).paper.figures == {"AP": 29.2, "APr": 24.4}
+        assert load_config(child).paper.figures == {}
+        assert load_config(child).train.steps == 7
+        same = ["train.seed=3", "data.workers=0", "train.images_per_process=2", "output=x"]
+        assert load_config(parent, same).paper.figures == {"AP": 29.2, "APr": 24.4}
+        assert load_config(parent, ["clis=off"]).paper.figures == {}
+        assert load_config(parent, ["train.steps=9", "paper.AP=3"]).paper.figures == {"AP": 3.0}
+
+    def test_they_change_nothing(self):
+        config = load_config(CONFIGS / "lvis_v1" / "clis_r50.yaml")
+        assert config_differences(config, dataclasses.replace(config, paper=Config().paper)) == []
+
+    @pytest.mark.parametrize(
+        ("path", "figures"),
+        [
+            ("lvis_v1/clis_r50", (29.2, 24.4, 28.6, 31.9)),
+            ("lvis_v1/baseline_r50", (22.0, 8.9, 20.8, 29.1)),
+            ("lvis_v1/pcb_r50", ()),  # a child of seesaw's; the paper has no such row
+        ],
+    )
+    def test_shipped_ones(self, path, figures):
+        assert tuple(load_config(CONFIGS / f"{path}.yaml").paper.figures.values()) == figures
+
+    def test_bad_ones(self):
+        with pytest.raises(ValueError, match=r"paper\.APr=290\.0: must be between 0 and 100"):
+            config_from_dict({"paper": {"APr": 290}})
+        with pytest.raises(ValueError, match=r"unknown key paper\.AP50"):
+            config_from_dict({"paper": {"AP50": 29}})
+
+
+@pytest.mark.parametrize("path", LVIS, ids=shipped_name)
+def test_the_recipes_of_lvis_evaluate_on_the_way_and_before_each_decay(path):
+    config = load_config(path)
+    assert config.train.eval_every
+    if "bags" not in path.stem:  # its second decay is at 82,500
+        assert all(step % config.train.eval_every == 0 for step in config.optim.decay_steps)

@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import re
+import shutil
 
 import numpy as np
 import pytest
+from PIL import Image
 
 pytest.importorskip("matplotlib")
 
 from runs import BASELINE, SHORT
 
 from clis.__main__ import main
-from clis.commands import plot, run_verb
-from clis.commands.plot import FinishedRun
+from clis.commands import figures, plot, run_verb
+from clis.commands.plot import PlottedRun
+from clis.commands.study_figure import study_figure
+from clis.data.annotations import pack_annotations
 from clis.engine.evaluate import load_validation
 
 
 @pytest.fixture(scope="module")
-def runs(finished) -> list[FinishedRun]:
-    return [FinishedRun.read(folder) for folder in (finished / "detector", finished)]
+def runs(finished) -> list[PlottedRun]:
+    return [PlottedRun.read(folder) for folder in (finished / "detector", finished)]
 
 
 @pytest.fixture(scope="module")
@@ -38,27 +44,55 @@ def test_the_command_writes_four_pictures(finished, tmp_path, capsys):
     assert str(files[0]) in capsys.readouterr().out
 
 
-def test_bars_are_the_figures_and_undefined_ones_are_left_out(runs):
-    """The small benchmark's classes are all rare: common and frequent AP are -1."""
-    changed = dataclasses.replace(runs[0], figures=runs[0].figures | {"AP": 0.25, "APr": 0.5, "APc": -1})
-    (ax,) = plot.frequency_bars([changed]).axes
-    heights = [bar.get_height() for bar in ax.patches]
-    assert heights[:2] == [25.0, 50.0]
-    assert np.isnan(heights[2])
+def run_with(run: PlottedRun, **changed) -> PlottedRun:
+    return dataclasses.replace(run, **changed)
 
 
-def test_curves_are_running_means_and_end_with_the_last_evaluation(runs):
-    """30 records of loss 0..29: the first point is at step 20, the mean of 0..19 = 9.5."""
-    records = [{"step": step + 1, "loss": float(step)} for step in range(30)]
-    records.insert(15, {"step": 15, "AP": 0.125})
+def dots(ax) -> list[float]:
+    """The means in a panel of a dot plot, from the top: what `errorbar` draws."""
+    places = sorted(
+        ((*container.lines[0].get_xydata()[0],) for container in ax.containers), key=lambda p: p[1]
+    )
+    return [round(float(x), 6) for x, _ in places]
+
+
+def test_dots_are_means_with_single_runs_and_undefined_figures_are_left_out(runs):
+    """Two runs of one name, AP 25 and 35: the dot is at 30, rings at both. APc is -1: its panel is empty."""
+    metrics = {"AP": 0.25, "APr": 0.5, "APc": -1.0, "APf": 0.1}
+    first = run_with(runs[0], name="ours", evaluations=[(9, metrics)])
+    second = run_with(first, evaluations=[(9, metrics | {"AP": 0.35})])
+    alone = run_with(first, name="alone")
+    panels = plot.frequency_dots([first, alone, second]).axes
+    assert [text.get_text() for text in panels[0].get_yticklabels()] == ["ours  (n = 2)", "alone  (n = 1)"]
+    assert dots(panels[0]) == [30, 25]
+    assert sorted(panels[0].lines[0].get_xdata()) == pytest.approx([25, 35])
+    assert dots(panels[1]) == [50, 50]
+    assert dots(panels[2]) == []
+
+
+def test_curves_begin_with_the_first_record_and_end_with_the_last_evaluation(runs):
+    """40 records of loss 0..39, so the window is 4: the first point is the first value, the last one the mean
+    of 36..39 = 37.5. The raw values are there too."""
+    records = [{"step": step + 1, "loss": float(step)} for step in range(40)]
     records.insert(20, {"step": 99, "loss": None})  # of a step that was left out
-    run = dataclasses.replace(runs[0], records=records, figures={"AP": 0.25})
+    run = run_with(runs[0], records=records, evaluations=[(15, {"AP": 0.125}), (40, {"AP": 0.25})])
     loss, ap = plot.training_curves([run]).axes
-    steps, values = loss.lines[0].get_data()
-    assert (steps[0], values[0], steps[-1], values[-1]) == pytest.approx((20, 9.5, 30, 19.5))
+    raw, smooth = loss.lines
+    assert list(raw.get_ydata()) == list(range(40))
+    steps, values = smooth.get_data()
+    assert (steps[0], values[0], steps[-1], values[-1]) == pytest.approx((1, 0, 40, 37.5))
+    assert values[1] == pytest.approx(0.5)
     steps, values = ap.lines[0].get_data()
-    assert list(values) == [12.5, 25.0]
-    assert list(steps) == [15, run.config.train.steps]
+    assert (list(steps), list(values)) == ([15, 40], [12.5, 25.0])
+
+
+def test_the_window_of_a_running_mean_is_bounded():
+    """Of 400 values the window is 20, not 40: the last mean is that of 380..399."""
+    means = plot.running_mean(np.arange(400.0), 20)
+    assert len(means) == 400
+    assert means[-1] == pytest.approx(389.5)
+    assert list(plot.running_mean(np.array([3.0]), 20)) == [3.0]
+    assert len(plot.running_mean(np.array([]), 20)) == 0
 
 
 def test_images_of_the_rarest_classes_come_first(annotations):
@@ -82,13 +116,75 @@ def test_boxes_of_truth_and_of_detections_above_the_score(runs, annotations):
     (row,) = plot.rarest_images(annotations, 1)
     score = float(np.median(run.detections.score[run.detections.image_id == annotations.image_ids[row]]))
     truth, found = plot.boxes_on_images([run], annotations, 1, score).axes
+    _, missed = plot.verdicts(annotations, row, *drawn_boxes(run, annotations, row, score))
     drawn = [(p.get_x(), p.get_y(), p.get_width(), p.get_height()) for p in truth.patches]
     own = slice(annotations.offsets[row], annotations.offsets[row + 1])
     np.testing.assert_allclose(drawn, annotations.bboxes[own], atol=1e-4)
-    own = (run.detections.image_id == annotations.image_ids[row]) & (run.detections.score >= score)
-    drawn = [(p.get_x(), p.get_y(), p.get_width(), p.get_height()) for p in found.patches]
+    boxes, _ = drawn_boxes(run, annotations, row, score)
+    drawn = np.array([[*p.get_xy(), p.get_width(), p.get_height()] for p in found.patches])[missed.sum() :]
     assert 0 < len(drawn) < (run.detections.image_id == annotations.image_ids[row]).sum()
-    np.testing.assert_allclose(drawn, run.detections.bbox[own], atol=1e-3)
+    drawn[:, 2:] += drawn[:, :2]
+    np.testing.assert_allclose(drawn, boxes[::-1], atol=1e-3)  # the best one on top
+
+
+def drawn_boxes(run, annotations, row: int, score: float) -> tuple[np.ndarray, np.ndarray]:
+    """Boxes xyxy and labels that are drawn, best first."""
+    found = run.detections
+    own = np.flatnonzero((found.image_id == annotations.image_ids[row]) & (found.score >= score))
+    own = own[np.argsort(-found.score[own], kind="stable")]
+    boxes = found.bbox[own].copy()
+    boxes[:, 2:] += boxes[:, :2]
+    label_of = {category.id: label for label, category in enumerate(annotations.categories)}
+    return boxes, np.array([label_of[each] for each in found.category_id[own].tolist()])
+
+
+def document(federated: bool) -> dict:
+    """One image of 100 x 50 with a cat at the left and a dog at the right; there is no owl, and nobody
+    looked for a bat."""
+    image = {"id": 7, "width": 100, "height": 50, "file_name": "7.jpg"}
+    if federated:
+        image |= {"neg_category_ids": [3], "not_exhaustive_category_ids": []}
+    boxes = [(1, [0, 0, 20, 20]), (2, [60, 0, 20, 20])]
+    return {
+        "images": [image],
+        "categories": [
+            {"id": number, "name": name, "frequency": "r", "image_count": 1, "instance_count": 1}
+            for number, name in enumerate(("cat", "dog", "owl", "bat"), 1)
+        ],
+        "annotations": [
+            {"id": 10 + place, "image_id": 7, "category_id": category, "bbox": box, "area": 400}
+            for place, (category, box) in enumerate(boxes)
+        ],
+    }
+
+
+@pytest.mark.parametrize("federated", [True, False])
+def test_verdicts(federated):
+    """In order of score: a cat on the cat, a second one on it (its truth is taken: nothing is there for it),
+    an owl on the cat, a cat on nothing, a dog that overlaps the dog by a third, a bat on nothing."""
+    annotations = pack_annotations(document(federated), "test.json")
+    boxes = np.array(
+        [[0, 0, 20, 20], [1, 0, 21, 20], [0, 0, 20, 18], [30, 0, 50, 20], [70, 0, 90, 20], [30, 20, 50, 40]]
+    )
+    kinds, missed = plot.verdicts(annotations, 0, boxes, np.array([0, 0, 2, 0, 1, 3]))
+    bat = "not judged" if federated else "nothing there"
+    assert kinds == ["right", "nothing there", "wrong class", "nothing there", "nothing there", bat]
+    assert missed.tolist() == [False, True]
+    kinds, missed = plot.verdicts(annotations, 0, np.zeros((0, 4)), np.zeros(0, np.int64))
+    assert kinds == []
+    assert missed.all()
+
+
+def test_wide_images_leave_no_empty_rows(runs, tmp_path):
+    """An image of 100 x 50 gets half the height of a square one: two columns of 3.2 inches are 1.6 high."""
+    annotations = pack_annotations(document(False), "test.json")
+    config = dataclasses.replace(
+        runs[0].config, data=dataclasses.replace(runs[0].config.data, root=str(tmp_path), val_images="")
+    )
+    Image.new("RGB", (100, 50)).save(tmp_path / "7.jpg")
+    figure = plot.boxes_on_images([run_with(runs[0], config=config)], annotations, 1, 0.5)
+    width, height = figure.get_size_inches()
+    assert (width, height) == pytest.approx((6.4, 1.6 + 0.25 + 0.4))
 
 
 def test_a_point_a_class_over_its_training_images(runs, annotations):
@@ -100,8 +196,8 @@ def test_a_point_a_class_over_its_training_images(runs, annotations):
     assert sorted(x.tolist()) == sorted(counts.clip(min=1).tolist())
 
 
-def test_runs_that_are_not_finished_or_of_other_data(runs, tmp_path, data, finished):
-    with pytest.raises(FileNotFoundError, match=r"config\.yaml: no such file; name folders of finished runs"):
+def test_runs_that_are_not_there_or_of_other_data(runs, tmp_path, data, finished):
+    with pytest.raises(FileNotFoundError, match=r"config\.yaml: no such file; name run folders"):
         plot.plot([tmp_path], tmp_path, images=1, score=0.5)
     val = (data / "shapes" / "val.json").read_text()
     (data / "shapes" / "copy.json").write_text(val)
@@ -111,28 +207,107 @@ def test_runs_that_are_not_finished_or_of_other_data(runs, tmp_path, data, finis
         plot.plot([finished, tmp_path / "other"], tmp_path, images=1, score=0.5)
 
 
-def test_a_studys_figure_has_means_and_gains_over_the_first_row():
-    """Gains are of equal seeds: (20 - 10, 26 - 14) = 10 and 12, mean 11; seed 2 of `more` has no partner."""
+def test_an_unfinished_run_is_drawn_as_far_as_it_is(finished, tmp_path, capsys):
+    """Without an evaluation there are the curves alone, and what is missing is said; with one on the way the
+    figures are of that."""
+    copy = tmp_path / "half"
+    shutil.copytree(finished, copy)
+    for name in ("eval.json", "detections.npz"):
+        (copy / name).unlink()
+    paths = plot.plot([copy], tmp_path / "out", images=1, score=0.5, suffix="svg")
+    assert [path.name for path in paths] == ["curves.svg"]
+    assert "half: not finished, step 4 of 4, no evaluation yet" in capsys.readouterr().out
 
-    def run(ap: float, rare: float) -> dict:
-        return {"AP": ap, "APr": rare, "APc": 3.0, "APf": -100.0, "by_images": {"1-9": rare, "100-400": ap}}
+    metrics = json.loads((finished / "eval.json").read_text())
+    evaluation = copy / "evaluations" / "step_00000002"
+    evaluation.mkdir(parents=True)
+    for name in ("eval.json", "detections.npz"):
+        shutil.copy(finished / name, evaluation / name)
+    with (copy / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"step": 2, "AP": metrics["AP"]}) + "\n" + '{"step": 3, "lo')  # being written
+    run = PlottedRun.read(copy)
+    assert run.evaluations == [(2, {"AP": metrics["AP"]})]
+    assert len(run.detections) == len(PlottedRun.read(finished).detections)
 
-    rows = {
-        "first": {"runs": {"0": run(10.0, 1.0), "1": run(14.0, 1.0)}},
-        "more": {"runs": {"0": run(20.0, 4.0), "1": run(26.0, 8.0), "2": run(99.0, 99.0)}},
-        "not run": {"runs": {}},
-    }
-    bars, gains = plot.study_figure(rows, "a study").axes
-    heights = [bar.get_height() for bar in bars.patches]
-    assert heights[:3] == [12.0, 1.0, 3.0]
-    assert np.isnan(heights[3])
-    assert heights[4:6] == pytest.approx([(20 + 26 + 99) / 3, (4 + 8 + 99) / 3])
-    assert [text.get_text() for text in bars.get_xticklabels()] == ["all", "rare", "common", "frequent"]
-    line = gains.lines[0]
-    assert line.get_xdata() == pytest.approx([3, 200])  # geometric means of 1 and 9, 100 and 400
-    assert line.get_ydata() == pytest.approx([(3 + 7) / 2, (10 + 12) / 2])
+
+def figures_of(ap: float, rare: float) -> dict:
+    bins = {"1-9": rare, "10-99": ap, "100-400": ap + 6}
+    return {"AP": ap, "APr": rare, "APc": 3.0, "APf": -100.0, "by_images": bins}
+
+
+ROWS = {
+    "first": {"runs": {"0": figures_of(10.0, 1.0), "1": figures_of(14.0, 1.0)}},
+    "more": {"runs": {"0": figures_of(20.0, 4.0), "1": figures_of(26.0, 8.0), "2": figures_of(99.0, 99.0)}},
+    "not run": {"runs": {}},
+}
+
+
+def test_a_study_of_few_rows_has_means_and_gains_over_the_first():
+    """Gains are of equal seeds: (20 - 10, 26 - 14) = 10 and 12, mean 11; seed 2 of `more` has no partner. The
+    last bin is one class, so it is joined with the one before: of 10 to 400 images, both with gain 11."""
+    classes = {"1-9": 8, "10-99": 4, "100-400": 1}
+    means, gains = study_figure({"rows": ROWS, "classes": classes}, "a study").axes
+    assert means.get_legend_handles_labels()[1] == ["first (n = 2)", "more (n = 3)"]
+    by_row = [line for line in means.lines if len(line.get_ydata()) == 1 and line.get_markersize() == 6]
+    assert by_row[0].get_ydata()[0] == pytest.approx(12.0)
+    line = next(line for line in gains.lines if len(line.get_xdata()) == 2 and line.get_marker() == "s")
+    assert line.get_xdata() == pytest.approx([3, (10 * 400) ** 0.5])
+    assert line.get_ydata() == pytest.approx([(3 + 7) / 2, 11])
+    assert [text.get_text() for text in gains.texts] == ["n=8", "n=5"]
     assert gains.get_ylabel() == "AP above: first"
 
 
-def test_a_figure_of_nothing_is_empty():
-    assert not plot.study_figure({"not run": {"runs": {}}}, "a study").axes[0].patches
+def test_a_sweep_is_a_line_over_its_values_with_the_other_rows_beside():
+    """Rows at 0.5 and 0, in the other order in the file; APs 23 and 12 are means of the seeds."""
+    rows = {
+        "half": {"at": 0.5, "runs": {"0": figures_of(20.0, 4.0), "1": figures_of(26.0, 8.0)}},
+        "none": ROWS["first"] | {"at": 0},
+        "other": {"at": None, "runs": {"0": figures_of(7.0, 2.0)}},
+    }
+    line, beside = study_figure({"rows": rows, "axis": "alpha"}, "a study").axes
+    means = next(each for each in line.lines if each.get_label() == "AP (all)")
+    assert (list(means.get_xdata()), list(means.get_ydata())) == ([0, 0.5], pytest.approx([12, 23]))
+    assert line.get_xlabel() == "alpha"
+    assert "1 to 2 runs a point" in line.get_title(loc="left")
+    assert [text.get_text() for text in beside.get_xticklabels()] == ["other"]
+
+
+def test_many_rows_are_a_dot_plot_and_none_is_said():
+    rows = {f"row {number}": ROWS["first"] for number in range(6)}
+    panels = study_figure({"rows": rows}, "a study").axes
+    assert len(panels) == 4
+    assert dots(panels[0]) == [12] * 6
+    nothing = study_figure({"rows": {"not run": {"runs": {}}}}, "a study")
+    assert "no run is recorded" in nothing.get_suptitle()
+
+
+def test_a_study_by_the_command_with_chosen_rows_and_names(tmp_path, capsys):
+    folder = tmp_path / "small"
+    folder.mkdir()
+    (folder / "study.json").write_text(json.dumps({"rows": ROWS}))
+    out = f"--out={tmp_path / 'out'}"
+    main(["plot", str(folder), out, "--format=svg", "--rows", "more", "first", "--names", "more=CLIS"])
+    text = (tmp_path / "out" / "small.svg").read_text()
+    assert "CLIS (n = 3)" in text
+    assert "AP above: CLIS" in text
+    for arguments, message in (
+        (["--rows", "most"], "has no row most; it has first, more, not run"),
+        (["--names", "most=x"], "--names most=...: no such run folder or row"),
+        (["--names", "most"], "write it as FOLDER=NAME or ROW=NAME"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(message)):
+            main(["plot", str(folder), out, *arguments])
+    with pytest.raises(ValueError, match="--rows chooses rows of studies"):
+        main(["plot", str(tmp_path), out, "--rows", "a"])
+
+
+@pytest.mark.parametrize("suffix", ["png", "pdf", "svg"])
+def test_equal_figures_are_equal_files(tmp_path, suffix):
+    for name in ("a", "b"):
+        figures.save(study_figure({"rows": ROWS}, "a study"), tmp_path / f"{name}.{suffix}")
+    assert (tmp_path / f"a.{suffix}").read_bytes() == (tmp_path / f"b.{suffix}").read_bytes()
+
+
+def test_looks_differ_for_as_many_series_as_there_are_pairs():
+    looks = [tuple(figures.look(number).values()) for number in range(63)]
+    assert len(set(looks)) == 63

@@ -310,8 +310,9 @@ def boxes_on_images(
                 f"{annotations.categories[label].name} {found.score[place]:.2f}"
                 for label, place in zip(own_labels.tolist(), own)
             ]
-            texts += [name for name, gone in zip(names, missed) if gone]
-            _draw(ax, pixels, np.concatenate([boxes, truth[missed]]), texts, kinds + ["missed"] * sum(missed))
+            texts = [name for name, gone in zip(names, missed) if gone] + texts[::-1]  # the best on top
+            kinds = ["missed"] * int(missed.sum()) + kinds[::-1]
+            _draw(ax, pixels, np.concatenate([truth[missed], boxes[::-1]]), texts, kinds)
             ax.set_title(run.name, fontsize=7)
     handles = [
         matplotlib.lines.Line2D([], [], color=color, ls=style, label=name)
