@@ -445,7 +445,9 @@
     ];
     const called = (label) => {
       const count = fates(state.run).counts[CLASS][label];
-      return count ? `${count}: ${names[calledInstead(state.run, label)[0][0]]}` : "0";
+      if (!count) return "0";
+      const [[name, most]] = calledInstead(state.run, label);
+      return `${count} (${names[name]} ${most})`;
     };
     const search = element("input", { type: "search", id: "class-search", placeholder: "part of a name", "aria-label": "search classes", oninput: () => { view.text = search.value.toLowerCase(); view.page = 0; draw(); } });
     const group = element("select", { id: "class-group", onchange: () => { view.group = group.value; view.page = 0; draw(); } },
