@@ -334,7 +334,16 @@ def written(root, tmp_path_factory) -> Path:
         write_run(root, folder / "bad", "loss.alpha=0.7", rows=WORSE),
     ]
     out = folder / "page.html"
-    report(*runs, "--out", out, "--names", "good=<i>good</i>", "bad=bad one", "--regions", 9)
+    report(
+        *runs,
+        "--out",
+        out,
+        "--names",
+        "good=<i>good</i>",
+        "bad=/a/very_long_path/without_any_space/as_run_folders_have_them/bad",
+        "--regions",
+        9,
+    )
     return out
 
 
@@ -464,7 +473,7 @@ def test_a_class_says_why_it_fails(page):
     assert page.images() == ["10.jpg", "20.jpg", "30.jpg"]
     assert page.all("#regions figcaption button") == [DOG, DOG]
     page.choose("#class-filter", CUP)
-    assert "They are really: dog 1." in page.text(".why")
+    assert "Those of the wrong class are really: dog 1." in page.text(".why")
     assert page.all("#regions figcaption") == []
     page.click("#all-classes")
     assert len(page.images()) == 12
@@ -538,6 +547,7 @@ def test_a_phone_shows_all_of_it_in_both_schemes(browser, written, scheme):
     browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": feature})
     page = Page(browser)
     page.open(written, width=400)
+    page.choose("#class-filter", DOG)
     assert browser.execute_script("return document.documentElement.scrollWidth") <= 400
     red, *_ = map(int, re.findall(r"\d+", browser.execute_script(
         "return getComputedStyle(document.body).backgroundColor")))  # fmt: skip

@@ -518,7 +518,7 @@
       element("p", {}, total ? `Its ${plural(total, "object")} at score ${state.score.toFixed(2)}: ${told}.` : "It has no object in this split that counts."),
       total ? element("div", { class: "fates" }, shares) : null,
       instead.length ? element("p", {}, "Called instead: ", ...instead, ".") : null,
-      element("p", {}, list ? `Boxes with this name: ${list}.` : "No box with this name has this score.", ...(really.length ? [" They are really: ", ...really, "."] : [])));
+      element("p", {}, list ? `Boxes with this name: ${list}.` : "No box with this name has this score.", ...(really.length ? [" Those of the wrong class are really: ", ...really, "."] : [])));
   }
 
   /** Verdicts of the embedded boxes of a class at the score, and what those of the wrong class are on. */
@@ -682,7 +682,7 @@
       view.page = Math.min(view.page, Math.max(0, Math.ceil(sorted.length / size) - 1));
       const rows = sorted.slice(view.page * size, (view.page + 1) * size).map(([from, to, number]) => element("tr", {},
         element("td", {}, classLink(from)), element("td", {}, classLink(to)), element("td", { class: "n" }, `${number} of ${found.counts.required[from]}`),
-        element("td", {}, rank.has(to) ? element("button", { type: "button", class: "link", onclick: () => { show(rank.get(from), rank.get(to)); canvas.focus(); } }, "in the matrix") : "")));
+        element("td", {}, rank.has(to) ? element("button", { type: "button", class: "link", onclick: () => { show(rank.get(from), rank.get(to)); canvas.focus(); } }, "matrix") : "")));
       clear(pairs, element("div", { class: "scroll" }, element("table", { class: "pairs" }, element("thead", {}, element("tr", {}, element("th", {}, "object"), element("th", {}, "called"), element("th", { class: "n" }, "objects"), element("th", {}, ""))), element("tbody", {}, rows))),
         pager(sorted.length, size, view.page, (to) => { view.page = to; drawPairs(); }, "pairs"));
     };
@@ -851,7 +851,7 @@
   function imageSection() {
     const view = { page: 0, sort: "worst", pictures: false };
     const grid = element("div", { class: "cards" }), turning = element("div");
-    grid.style.setProperty("--card", `${Math.min(60, 12 * (1 + judgedRuns.length))}rem`);
+    grid.style.setProperty("--card", `${Math.max(27, Math.min(60, 12 * (1 + judgedRuns.length)))}rem`);
     const boxes = [RIGHT, ...MISTAKES, ...(data.federated ? [NOT_JUDGED] : [])].map((kind) => element("label", { title: VERDICTS[kind].help },
       element("input", { type: "checkbox", name: "verdict", value: kind, checked: shown.verdicts.has(kind), onchange: (event) => { shown.verdicts[event.target.checked ? "add" : "delete"](kind); view.page = 0; draw(); } }),
       verdictMark(kind), `${VERDICTS[kind].sign} ${VERDICTS[kind].name}`));
