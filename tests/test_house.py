@@ -67,7 +67,8 @@ def test_verbs_hardly_know_each_other():
     known = {
         ("regions", "region_scan"), ("convert", "weight_files"), ("study", "study_record"),
         ("study_record", "figures"), ("study_record", "study_figure"), ("study_figure", "figures"),
-        ("plot", "figures"), ("plot", "study_figure"),
+        ("export", "export_program"), ("export", "export_onnx"), ("plot", "figures"),
+        ("plot", "study_figure"),
     }  # fmt: skip
     found = set()
     for path in (PACKAGE / "commands").glob("*.py"):

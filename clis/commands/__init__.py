@@ -16,7 +16,7 @@ VERBS = {
     "regions": "make the region file of a config, or show at which size to search (alone or under torchrun)",
     "pretrain": "train a config's ResNet as an image classifier (alone or under torchrun)",
     "convert": "make a checkpoint of a Faster R-CNN of torchvision, mmdetection or detectron2",
-    "export": "make a program of torch.export of a trained detector, for images of one size",
+    "export": "make a program of a trained detector that runs without our code: torch.export or ONNX",
     "status": "print how far runs are, and whether their processes live",
     "plot": "draw figures of runs side by side, or of studies, as PNG, PDF or SVG files",
     "report": "write one HTML file of runs: curves, classes, errors, pictures of mistakes, regions",
