@@ -55,7 +55,10 @@ PARTS = {
             "step, CLIS, TF32*", "inference, CLIS, float32, channels_last", "inference, torchvision*",
         ),
     ),
-    "d": Part("The paper's tables V and VI", 40, ("s=0 t=0", "s=16 t=0", "s=32 t=0", "s=16 t=2", "s=16 t=4")),
+    "d": Part(
+        "The paper's tables V and VI, and the losses", 40,
+        ("s=0 t=0", "s=16 t=0", "s=32 t=0", "s=16 t=2", "s=16 t=4"),
+    ),
     "e": Part(
         "Equal bits under deterministic algorithms", 55,
         ("two runs of 30 steps", "a resumed run beside them", "the paper's size, two trainings"),

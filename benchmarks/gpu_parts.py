@@ -349,7 +349,7 @@ def paper_size(run: Run) -> None:
 
 
 def paper_tables(run: Run) -> None:
-    """Seconds a step by s and t, beside those of the paper's V100s."""
+    """Seconds a step by s and t, beside those of the paper's V100s; and of every classification loss."""
     paper = {**step.PAPER["s"], **step.PAPER["t"]}
     first: dict[str, float] = {}
     for (s, t), paper_seconds in paper.items():
@@ -373,6 +373,18 @@ def paper_tables(run: Run) -> None:
             **{"paper's V100 ms": 1e3 * paper_seconds, "paper's to s=0": paper_seconds / paper[0, 0]},
         )  # fmt: skip
         del model, variant
+        run.free()
+    first = {}
+    batch = run.batch(0, 0)
+    for name, options in step.LOSSES.items():
+        overrides = run.overrides("clis=off", *options)
+        variant = step.our_step(run.device, *overrides, model=run.detector("clis=off", *options), batch=batch)
+        row = {"float32 ms": run.milliseconds(variant)["ms"]}
+        first = first or row
+        run.row(
+            f"loss: {name}", **row, **{"float32 to cross_entropy": row["float32 ms"] / first["float32 ms"]}
+        )
+        del variant
         run.free()
 
 

@@ -1,17 +1,19 @@
 """A training step at the paper's size: ours beside torchvision's, and what image-level supervision costs.
 
-    python benchmarks/step.py [baseline] [clis] [s] [t] [classes] [profile] [--repeats 5] [--device cpu]
+    python benchmarks/step.py [KIND ...] [--repeats 5] [--device cpu]  # all kinds, or these
 
 R50-FPN, random weights, one 800 x 1088 image with ten boxes, 1203 classes, class-specific boxes, float32; a
 step is forward, backward and SGD with momentum. Ours trains batch norm's affine and pools adaptively, as the
 recipe does; torchvision's affine is frozen, and it pools 2 x 2 points a bin. Seconds are of two variants in
-turns; peaks of memory (`--memory`, not for s and t) of a process for each.
+turns; peaks of memory (`--memory`, not for s, t and losses) of a process for each.
 
 * baseline: our Faster R-CNN beside torchvision's with frozen batch norm, stem and layer1, and as many
   proposals and RoIs, as it comes and with its convolutions in channels_last, as ours have them.
 * clis: CLIS with s = 16 and t = 2 beside s = t = 0 (TSS and objectness alone), which the paper has at 0.479
   and 0.249 s: 1.92.
 * s, t: the rows of the paper's tables V and VI. classes: 80, 1203 and 21,842 of them.
+* losses: every classification loss beside cross-entropy, on the baseline; Seesaw as in its recipe, with
+  the cosine classifier, and PCB with its three rounds of refinement.
 * profile: where the time of a step goes, and how much of it is convolutions and matrix products.
 """
 
@@ -36,6 +38,7 @@ from torchvision.models.detection import FasterRCNN
 from clis.data.batch import Batch
 from clis.engine.optim import autocast, make_optimizer, make_scaler
 from clis.engine.train import global_normalizers, train_step
+from clis.losses import CLASSIFICATION_LOSSES
 from clis.models import CLISDetector
 
 CLASSES = 1203
@@ -44,6 +47,14 @@ PAPER = {
     "t": {(16, 0): 0.381, (16, 1): 0.403, (16, 2): 0.479, (16, 4): 0.531},
 }
 """Seconds a step on V100s by (s, t): the paper's tables V and VI."""
+COSINE, ROUNDS = "model.roi.cosine=20", "model.roi.refinement_rounds=3"
+LOSSES: dict[str, tuple[str, ...]] = {
+    **{name: (f"loss.classification={name}",) for name in ("cross_entropy", *CLASSIFICATION_LOSSES)},
+    "seesaw": ("loss.classification=seesaw", COSINE),
+    "seesaw, PCB": ("loss.classification=seesaw(pcb=0.05)", COSINE),
+    "seesaw, PCB, three rounds": ("loss.classification=seesaw(pcb=0.05)", COSINE, ROUNDS),
+}
+"""Overrides of the baseline, by what the loss is called in the table."""
 DENSE = {
     "aten::mkldnn_convolution", "aten::cudnn_convolution", "aten::convolution_backward", "aten::addmm",
     "aten::mm",
@@ -115,12 +126,17 @@ def _our_classes(count: int, device: str) -> Callable[[], object]:
     return our_step(device, *parts(16, 2), classes=count)
 
 
+def _our_loss(overrides: Sequence[str], device: str) -> Callable[[], object]:
+    return our_step(device, "clis=off", *overrides)
+
+
 VARIANTS: dict[str, Callable[[str], Callable[[], object]]] = {
     "torchvision": lambda device: torchvision_step(device, torch.contiguous_format),
     "torchvision, channels_last": lambda device: torchvision_step(device, torch.channels_last),
     "baseline": lambda device: our_step(device, "clis=off"),
     **{_pair(s, t): functools.partial(_our_pair, s, t) for s, t in (*PAPER["s"], *PAPER["t"])},
     **{f"{count} classes": functools.partial(_our_classes, count) for count in (80, 1203, 21_842)},
+    **{name: functools.partial(_our_loss, overrides) for name, overrides in LOSSES.items()},
 }
 
 
@@ -142,6 +158,7 @@ KINDS = {
     "s": [_pair(*pair) for pair in PAPER["s"]],
     "t": [_pair(*pair) for pair in PAPER["t"]],
     "classes": ["1203 classes", "80 classes", "21842 classes"],
+    "losses": list(LOSSES),
     "profile": ["baseline", "s=16 t=2"],
 }
 
@@ -154,7 +171,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             for name in KINDS[what]:
                 profile(name, arguments.device)
             continue
-        memory = what not in PAPER
+        memory = what not in (*PAPER, "losses")
         compare(__file__, VARIANTS, KINDS[what], arguments.repeats, arguments.device, memory)
         if what in PAPER:
             first, *_ = PAPER[what].values()

@@ -415,7 +415,7 @@ class TrainConfig:
     """The most that one process takes at once; the rest is gradient accumulation."""
     seed: int = setting(0, SHARED | PRETRAINING | REGIONS)
     precision: Literal["float32", "bfloat16", "float16"] = setting("float32", SHARED | PRETRAINING)
-    """Autocast type of forward and backward; losses stay float32."""
+    """Autocast type of forward, backward, evaluation and region search; losses and scores stay float32."""
     device: str = setting("auto", SHARED | MACHINE)
     """``auto`` is CUDA if available, else the CPU."""
     log_every: int = setting(20, SHARED | MACHINE)

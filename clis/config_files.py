@@ -16,6 +16,7 @@ import yaml
 
 from clis.config import RESUMABLE, Config
 from clis.config_scopes import key_of
+from clis.text import read_text
 
 CLIS_OFF = {
     "task_specialized": False, "objectness": False, "s": 0, "t": 0, "siamese": False, "contrastive": False,
@@ -115,7 +116,7 @@ def merge_overrides(values: Mapping[str, Any], overrides: Sequence[str]) -> dict
 def read_yaml(path: Path) -> dict[str, Any]:
     """Read the mapping in one YAML file, without its parents; an empty file is an empty mapping."""
     try:
-        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_StrictLoader)
+        values = yaml.load(read_text(path), Loader=_StrictLoader)
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: no such config") from None
     except yaml.YAMLError as error:
@@ -182,11 +183,28 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
         values = values.setdefault(section, {})
         if not isinstance(values, dict):
             raise ValueError(f"override {override!r}: {section} is a value, not a section")
+    values.update(_merge(values, {name: _read_value(text, _KINDS.get(key.strip()))}))
+
+
+def _read_value(text: str, kind: str | None) -> Any:
+    """Read the value of an override as YAML; for fields of text, take it as it is.
+
+    In YAML `#`, `: `, digits and words like `on` mean something, and in paths and names they do not. Quotes,
+    `null` and, in fields of several texts, `[a, b]` keep their meaning.
+    """
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError:
-        value = text
-    values.update(_merge(values, {name: value}))
+        return text
+    plain = text.strip()
+    if (
+        kind is None
+        or value is None
+        or plain[:1] in ("'", '"')
+        or (kind == "texts" and isinstance(value, list))
+    ):
+        return value
+    return plain
 
 
 def _run_folder(path: Path) -> Path:
@@ -225,6 +243,18 @@ def _known_keys(cls: type, prefix: str = "") -> Iterator[str]:
         if isinstance(hint, type) and dataclasses.is_dataclass(hint):
             yield from _known_keys(hint, f"{prefix}{key}.")
 
+
+def _text_fields(cls: type, prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Yield the dotted names of the fields of text, with ``text``, or ``texts`` for several."""
+    for name, hint in typing.get_type_hints(cls).items():
+        key = f"{prefix}{key_of(name)}"
+        if isinstance(hint, type) and dataclasses.is_dataclass(hint):
+            yield from _text_fields(hint, f"{key}.")
+        elif str in (hint, *typing.get_args(hint)):
+            yield key, "texts" if typing.get_origin(hint) is tuple else "text"
+
+
+_KINDS = dict(_text_fields(Config))
 
 _TYPE_NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
 

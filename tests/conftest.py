@@ -131,9 +131,11 @@ def normalizers_of(batch: Batch) -> Normalizers:
     return Normalizers(len(batch.images), max(1, len(batch.regions)), max(1, len(batch.pair_boxes)))
 
 
-def rows_of(images: Sequence[int], normalizer: float | None = None, first_seed: int = 0) -> Rows:
+def rows_of(
+    images: Sequence[int], normalizer: float | None = None, first_seed: int = 0, num_images: int | None = None
+) -> Rows:
     """Rows of these images, which are numbered from 0; by default of the whole global batch."""
-    count = max(images, default=-1) + 1
+    count = num_images or max(images, default=-1) + 1
 
     def uniform(numbers: int) -> torch.Tensor:
         drawn = [box_ops.uniform(numbers, first_seed + image, torch.device("cpu")) for image in range(count)]

@@ -34,6 +34,12 @@ def document():
     }
 
 
+def counts_of(**counts: int) -> dict[str, int]:
+    """What `checked_for_training` counts, 0 where nothing is said."""
+    names = ("dropped", "clipped", "crowd", "ignored")
+    return {f"{name} boxes": counts.get(name, 0) for name in names} | {"empty images": counts.get("empty", 0)}
+
+
 @pytest.fixture
 def load(tmp_path):
     def write_and_load(content):
@@ -100,8 +106,9 @@ def test_lvis_fields_win(load):
             {"coco_url": "http://images.cocodataset.org/train2017/000000391895.jpg"},
             "train2017/000000391895.jpg",
         ),
-        ({"file_name": "COCO_val2014_000000266409.jpg", "coco_url": "x/val2017/y.jpg"}, "000000266409.jpg"),
-        ({"file_name": "COCO_train2014_000000000009.jpg"}, "000000000009.jpg"),
+        ({"file_name": "COCO_val2014_000000266409.jpg", "neg_category_ids": []}, "000000266409.jpg"),
+        ({"file_name": "COCO_train2014_000000000009.jpg", "neg_category_ids": [3]}, "000000000009.jpg"),
+        ({"file_name": "COCO_train2014_000000000009.jpg"}, "COCO_train2014_000000000009.jpg"),  # COCO 2014
         ({"file_name": "train/000001.jpg"}, "train/000001.jpg"),
         ({"file_name": "old/COCO_val2014_1.jpg"}, "old/COCO_val2014_1.jpg"),
     ],
@@ -139,6 +146,7 @@ def test_packing_equals_plain_loops(sample):
         "dropped boxes": 0,
         "clipped boxes": 0,
         "crowd boxes": 0,
+        "ignored boxes": 0,
         "empty images": 0,
     }
 
@@ -259,7 +267,7 @@ def test_boxes_without_area(load, box, reason):
     kept, counts = checked_for_training(annotations, drop_invalid=True)
     assert kept.boxes_of(0).tolist() == [[1, 1, 6, 6], [2, 2, 8, 8]]
     assert kept.annotation_ids.tolist() == [17, 19]
-    assert counts == {"dropped boxes": 1, "clipped boxes": 0, "crowd boxes": 0, "empty images": 0}
+    assert counts == counts_of(dropped=1)
 
 
 @pytest.mark.parametrize(
@@ -273,7 +281,7 @@ def test_boxes_without_area(load, box, reason):
 def test_overflow_of_a_pixel_is_clipped_silently(load, box, clipped):
     annotations, counts = checked_for_training(with_boxes(load, box), drop_invalid=False)
     np.testing.assert_array_equal(annotations.boxes_of(0), np.array([clipped], dtype=np.float32))
-    assert counts == {"dropped boxes": 0, "clipped boxes": 0, "crowd boxes": 0, "empty images": 0}
+    assert counts == counts_of()
 
 
 def test_larger_overflow_is_an_error_or_clipped(load):
@@ -284,7 +292,7 @@ def test_larger_overflow_is_an_error_or_clipped(load):
         checked_for_training(annotations, drop_invalid=False)
     kept, counts = checked_for_training(annotations, drop_invalid=True)
     assert kept.boxes_of(0).tolist() == [[0, 0, 10, 10], [1, 1, 6, 6]]
-    assert counts == {"dropped boxes": 0, "clipped boxes": 1, "crowd boxes": 0, "empty images": 0}
+    assert counts == counts_of(clipped=1)
     assert annotations.bboxes[0].tolist() == [-1.5, 0, 11.5, 10]  # the metric still sees the file's
 
 
@@ -323,7 +331,25 @@ def test_crowds_are_left_out_and_their_boxes_not_judged(load):
     assert kept.offsets.tolist() == [0, 1, 2]
     assert kept.labels_of(1).tolist() == [2]
     assert not kept.crowd.any()
-    assert counts == {"dropped boxes": 0, "clipped boxes": 0, "crowd boxes": 1, "empty images": 0}
+    assert counts == counts_of(crowd=1)
+
+
+def test_boxes_to_ignore_are_left_out_and_counted(load):
+    content = document()
+    content["annotations"][1]["ignore"] = 1
+    content["annotations"][2]["ignore"] = True  # a crowd, too: counted as one
+    kept, counts = checked_for_training(load(content), drop_invalid=False)
+    assert kept.annotation_ids.tolist() == [17]
+    assert counts == counts_of(crowd=1, ignored=1)
+
+
+@pytest.mark.parametrize("value", ["0", "no", 2, [1]])
+def test_a_flag_is_0_or_1(load, value):
+    """Python takes "0" for true: a crowd that is none would never train, and count for nothing."""
+    content = document()
+    content["annotations"][0]["iscrowd"] = value
+    with pytest.raises(ValueError, match=r"annotation 17 \(image 7\): iscrowd is .*; it must be 0 or 1"):
+        load(content)
 
 
 COORDINATE = st.one_of(
@@ -350,5 +376,5 @@ def test_kept_boxes_lie_in_their_image_with_area(scratch, boxes):
     assert ((x1 >= 0) & (y1 >= 0) & (x2 <= 200) & (y2 <= 100) & (x2 > x1) & (y2 > y1)).all()
     assert len(kept.labels) + counts["dropped boxes"] == len(boxes)
     again, none = checked_for_training(kept, drop_invalid=False)
-    assert none == {"dropped boxes": 0, "clipped boxes": 0, "crowd boxes": 0, "empty images": 0}
+    assert none == counts_of()
     np.testing.assert_array_equal(again.bboxes, kept.bboxes)

@@ -155,6 +155,33 @@ def test_annotations_at_fault(root, field, value, error):
         assert any(f"train.json: {kind}" in warning for warning in report.warnings)
 
 
+def test_annotations_that_are_hardly_meant(root):
+    """Fractions for pixels, one file behind two images, training images in validation, uncounted truths."""
+    photos = json.loads((root / "shapes" / "train.json").read_text())["images"]
+
+    def spoil(document):
+        document["images"][1]["file_name"] = document["images"][0]["file_name"]
+        for annotation in document["annotations"]:
+            annotation["bbox"] = [0.1, 0.2, 0.3, 0.4]
+
+    def overlap(document):
+        document["images"][2]["file_name"] = photos[3]["file_name"]
+        document["annotations"][0]["id"] = 0
+        document["annotations"][1]["area"] = -1
+
+    before = checked(root)
+    change(root, "train", spoil)
+    change(root, "val", overlap)
+    warnings = "\n".join(set(checked(root).warnings) - set(before.warnings))
+    assert "train.json: no box has a side of 2 px, the largest is 0.3 x 0.4" in warnings
+    assert "train.json: 1 image files are used more than once" in warnings
+    assert "val.json: 1 of 20 validation images are training images too" in warnings
+    assert re.search(
+        r"val\.json: 1 of \d+ ground truths do not count: they have the annotation id 0", warnings
+    )
+    assert re.search(r"val\.json: 1 of \d+ ground truths do not count: they have an `area`", warnings)
+
+
 def test_what_is_described_is_what_is_trained_on(root):
     """Every box of one class is a crowd, which never trains: the class has none, and the count is less."""
     before = json.loads((root / "shapes" / "train.json").read_text())
@@ -208,6 +235,7 @@ def test_names_of_lvis(root):
         del first["file_name"]
         first["coco_url"] = f"http://images.cocodataset.org/train2017/{moved.name}"
         second["file_name"] = f"COCO_val2014_{renamed.name}"
+        second["neg_category_ids"] = []
 
     change(root, "val", as_lvis)
     (shapes / "train2017").mkdir()

@@ -343,7 +343,7 @@ class TestTypes:
             ("optim.lr=fast", "optim.lr: a number is needed, not 'fast'"),
             ("optim.lr=true", "optim.lr: a number is needed, not True"),
             ("clis.siamese=1", "clis.siamese: true or false is needed, not 1"),
-            ("data.train=5", "data.train: a text is needed, not 5"),
+            ("data={train: 5}", "data.train: a text is needed, not 5"),
             ("data.short_sides={a: 1}", "data.short_sides: a list is needed"),
             ("data.short_sides=80,96", "data.short_sides: a whole number is needed, not '80,96'"),
             ("data.mosaic_scale=[1]", r"data.mosaic_scale: 2 values are needed, not \[1\]"),
@@ -371,6 +371,26 @@ class TestOverrides:
     def test_the_value_may_hold_equals_signs_colons_and_brackets(self):
         values = merge_overrides({}, ["data.train=a=b.json", "output=runs: [x"])
         assert values == {"data": {"train": "a=b.json"}, "output": "runs: [x"}
+
+    @pytest.mark.parametrize(
+        ("override", "value"),
+        [
+            ("data.root=/data/set #1", "/data/set #1"),  # in YAML a comment begins at the space
+            ("output=runs/a: b", "runs/a: b"),  # a mapping
+            ("output=2024-01-01", "2024-01-01"),  # a date
+            ("output=007", "007"),  # 7, in base 8
+            ("output=on", "on"),  # true
+            ("output=[x]", "[x]"),  # a list
+            ("output='a b'", "a b"),
+            ("regions.file=null", None),
+            ("data.image_level=first #2", "first #2"),
+            ("data.image_level=[first, second]", ["first", "second"]),
+            ("train.steps=007", 7),  # no text: YAML
+        ],
+    )
+    def test_texts_are_taken_as_they_are(self, override, value):
+        ((section, found),) = merge_overrides({}, [override]).items()
+        assert (found if section == "output" else next(iter(found.values()))) == value
 
     def test_leave_the_given_values_as_they_are(self):
         values = {"train": {"steps": 5}}

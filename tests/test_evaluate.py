@@ -50,3 +50,22 @@ def test_batches_have_images_of_like_shapes(canvas, data, monkeypatch):
         assert np.array_equal(getattr(one, name), getattr(several, name))
     np.testing.assert_allclose(several.bbox, one.bbox, rtol=0, atol=1e-4)
     np.testing.assert_allclose(several.score, one.score, rtol=1e-6)
+
+
+def test_detections_are_computed_in_the_precision_of_training(data):
+    """In bfloat16 the network's layers are, and scores differ from float32's by its rounding alone."""
+    annotations = load_annotations(data / "shapes" / "val.json")
+    found, types = [], []
+    for precision in ("float32", "bfloat16"):
+        config = tiny_config(
+            f"train.precision={precision}", f"data.root={data}", "data.val_images=shapes",
+            "data.workers=0", "test.score_threshold=0",
+        )  # fmt: skip
+        torch.manual_seed(0)
+        detector = build_model(config, annotations.categories).eval()
+        detector.rpn.conv.register_forward_hook(lambda *layer: types.append(layer[-1].dtype))
+        found.append(evaluate.run_detector(detector, config, annotations))
+    assert [torch.float32, torch.bfloat16] == sorted(set(types), key=types.index)
+    exact, rounded = (np.sort(each.score) for each in found)
+    assert not np.array_equal(exact, rounded)
+    np.testing.assert_allclose(rounded[-100:], exact[-100:], rtol=0.05)

@@ -12,14 +12,14 @@ from runs import REPOSITORY
 PACKAGE = REPOSITORY / "clis"
 GROUND = {
     "atomic", "boxes", "cli", "config", "config_files", "config_rules", "config_scopes", "distributed",
-    "losses", "progress", "resize",
+    "losses", "progress", "resize", "text",
 }  # fmt: skip
 BELOW = {
     "__main__": {"commands"} | GROUND,
     "commands": {"engine", "metric", "models", "data", "pages", "drawing", "report"} | GROUND,
     "engine": {"metric", "models", "data"} | GROUND,
-    "metric": {"data", "atomic", "progress"},
-    "models": GROUND,
+    "metric": {"data", "atomic", "progress", "text"},
+    "models": {"data"} | GROUND,
     "data": GROUND - {"losses", "boxes"},
     **{room: GROUND - {"losses"} for room in GROUND},
     "losses": set(),
@@ -69,6 +69,7 @@ def test_verbs_hardly_know_each_other():
         ("study_record", "figures"), ("study_record", "study_figure"), ("study_figure", "figures"),
         ("export", "export_program"), ("export", "export_onnx"), ("plot", "figures"),
         ("plot", "study_figure"),
+        ("show", "show_pictures"), ("show", "show_charts"),
     }  # fmt: skip
     found = set()
     for path in (PACKAGE / "commands").glob("*.py"):
@@ -77,6 +78,11 @@ def test_verbs_hardly_know_each_other():
             if parts[1] == "commands" and len(parts) > 2 and parts[2] not in (path.stem, "arguments"):
                 found.add((path.stem, parts[2]))
     assert found <= known
+
+
+def test_models_know_of_data_only_how_an_image_file_is_read():
+    found = {name for path in (PACKAGE / "models").glob("*.py") for name in imports(path) if "data" in name}
+    assert found == {"clis.data.images"}
 
 
 def test_losses_know_nothing_of_the_rest():

@@ -13,9 +13,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageOps
 
-from clis.data.images import ImageError, decode_image, open_image, read_image
+from clis.data.images import ImageError, as_displayed, decode_image, open_image, read_image, read_photo
 from clis.resize import resize_image
 
 HEIGHT, WIDTH = 21, 34
@@ -73,6 +73,20 @@ def test_exif_rotation_is_not_applied():
     for kind in ("JPEG", "PNG", "WEBP"):
         data = encoded(kind, exif=exif)
         assert decode_image(data, "a").shape == (3, HEIGHT, WIDTH)
+
+
+@pytest.mark.parametrize("orientation", [*range(1, 9), 99])
+def test_photos_are_turned_as_pillow_turns_them(orientation, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    (tmp_path / "a.png").write_bytes(encoded(exif=exif))
+    expected = np.asarray(ImageOps.exif_transpose(Image.open(tmp_path / "a.png")))
+    image, turned = read_photo(tmp_path / "a.png")
+    np.testing.assert_array_equal(image.permute(1, 2, 0).numpy(), expected)
+    assert turned == (2 <= orientation <= 8)
+    with Image.open(tmp_path / "a.png") as opened:
+        np.testing.assert_array_equal(as_displayed(opened).permute(1, 2, 0).numpy(), expected)
+        assert opened.getexif()[0x0112] == orientation  # the caller's image is as it was
 
 
 def test_sixteen_bits_keep_the_upper_eight():

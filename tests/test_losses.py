@@ -1,6 +1,7 @@
 """Every loss equals its formula, written out row by row in float64."""
 
 import dataclasses
+import itertools
 import math
 
 import pytest
@@ -137,23 +138,22 @@ class TestEveryClassificationLoss:
         assert moved == (counted.numel() > 0)
 
     def test_adds_up_over_images(self, name):
-        """However the images of a batch are split, also where the state has moved."""
+        """However images are split into batches, also where the state has moved and an image has no rows."""
         loss = self.make(name, steps=3)
-        logits, images = randn(8, loss.num_logits, seed=7), torch.tensor([0, 1, 1, 2, 2, 0, 0, 2])
+        logits, images = randn(8, loss.num_logits, seed=7), torch.tensor([0, 1, 1, 3, 3, 0, 0, 3])
 
         def values(first: int, last: int) -> list[Tensor]:
             """Of the images from `first` to before `last`."""
             mine = (images >= first) & (images < last)
-            rows = rows_of((images[mine] - first).tolist(), normalizer=3, first_seed=first)
-            labels = self.LABELS[mine]
-            return [
-                loss(logits[mine], labels, 8.0, rows),
-                loss.image_level(logits[mine], labels % 5, 8.0, rows),
-                loss.statistics(logits[mine], labels, rows),
-            ]
+            rows = rows_of((images[mine] - first).tolist(), 4, first, num_images=last - first)
+            labels, z = self.LABELS[mine], logits.clone().requires_grad_()
+            losses = loss(z[mine], labels, 8.0, rows), loss.image_level(z[mine], labels % 5, 8.0, rows)
+            gradients = [torch.autograd.grad(each, z, retain_graph=True)[0] for each in losses]
+            return [*losses, *gradients, loss.statistics(logits[mine], labels, rows)]
 
-        for whole, *parts in zip(values(0, 3), values(0, 1), values(1, 2), values(2, 3)):
-            torch.testing.assert_close(sum(parts), whole, rtol=0, atol=1e-12)
+        for split in ((0, 1, 2, 3, 4), (0, 2, 4)):
+            for whole, *parts in zip(values(0, 4), *(values(*ends) for ends in itertools.pairwise(split))):
+                torch.testing.assert_close(sum(parts), whole, rtol=0, atol=1e-12)
 
     def test_resumes_in_the_middle_of_its_accumulation(self, name):
         loss, resumed = self.make(name, steps=3), self.make(name)

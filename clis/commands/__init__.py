@@ -10,6 +10,8 @@ VERBS = {
     "train": "train a detector, and before it what its config needs (benchmark, baseline, regions)",
     "evaluate": "evaluate a checkpoint on the validation split of its config",
     "score": "judge result files of any detector by the LVIS metric",
+    "predict": "detect objects in your photos: pictures with boxes, JSON and a page",
+    "show": "draw what a training step sees: both streams, regions, pairs, the long tail",
     "study": "run the rows of a table: configs/studies/*.yaml",
     "check": "read every file that a run would touch; exit with 0 if it may start",
     "prepare": "index image-level data so that runs start fast",

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import difflib
+from collections.abc import Sequence
+
+from clis.data.categories import Category
 
 
 def add_config(parser: argparse.ArgumentParser) -> None:
@@ -20,3 +24,22 @@ def positive(text: str) -> int:
     if not text.isdecimal() or int(text) == 0:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
     return int(text)
+
+
+def class_labels(names: str, categories: Sequence[Category]) -> list[int]:
+    """Return the labels of comma-separated class names.
+
+    Raises:
+        ValueError: no class has such a name, and the nearest ones are named; or there is none.
+    """
+    label_of = {category.name: label for label, category in enumerate(categories)}
+    wanted = [name.strip() for name in names.split(",") if name.strip()]
+    for name in wanted:
+        if name not in label_of:
+            near = difflib.get_close_matches(name, label_of, n=3, cutoff=0.4)
+            known = f"known: {', '.join([*label_of][:10])}, ..."
+            meant = f"did you mean {' or '.join(near)}?" if near else known
+            raise ValueError(f"--classes: there is no class {name!r}; {meant}")
+    if not wanted:
+        raise ValueError("--classes: name at least one class")
+    return [label_of[name] for name in wanted]

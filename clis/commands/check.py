@@ -42,6 +42,7 @@ from clis.engine.pretrain import SETTINGS as PRETRAINING
 from clis.engine.region_search import detector_checkpoint, given_boxes, read_boxes
 from clis.engine.run_folder import RunFolder, regions_file
 from clis.engine.start import check_run, starting_weights
+from clis.metric.matching import describe_uncounted
 from clis.models import build_classifier, build_model
 from clis.progress import Progress, say
 from clis.resize import image_size
@@ -148,6 +149,7 @@ def check(
         _describe_names(val, config, report)
         if train is not None:
             check_same_categories(train.categories, train.path, val.categories, val.path)
+            _describe_overlap(train, val, config, report)
     if (
         config.clis.s > 0
         or (config.pretrain.epochs > 0 and not RunFolder(config.output).pretraining.backbone.exists())
@@ -210,6 +212,7 @@ def _describe_classes(train: Annotations, config: Config, report: Report) -> Non
     of_class = class_repeat_factors(
         train.offsets, train.labels, train.num_classes, config.data.repeat_threshold
     )
+    _describe_oddities(train, report)
     instances = np.bincount(train.labels, minlength=train.num_classes)
     report.notes.append(f"{train.path}: {len(train)} images, {len(train.labels)} boxes")
     for group, word in GROUPS.items():
@@ -228,13 +231,47 @@ def _describe_classes(train: Annotations, config: Config, report: Report) -> Non
         )
 
 
+def _describe_oddities(annotations: Annotations, report: Report) -> None:
+    """Warn of annotations that are possible and hardly meant."""
+    sizes = annotations.bboxes[:, 2:]
+    if len(sizes) and (sizes < 2).all():
+        width, height = sizes[sizes.prod(axis=1).argmax()]
+        report.warnings.append(
+            f"{annotations.path}: no box has a side of 2 px, the largest is {width:.3g} x {height:.3g}: are "
+            "they fractions of the image (0..1)? Boxes are x, y, width, height in pixels"
+        )
+    files, counts = np.unique(annotations.file_names, return_counts=True)
+    if (counts > 1).any():
+        report.warnings.append(
+            f"{annotations.path}: {(counts > 1).sum()} image files are used more than once: "
+            f"{shortened(files[counts > 1].tolist(), SHOWN)}; join their records"
+        )
+
+
 def _describe_names(val: Annotations, config: Config, report: Report) -> None:
     moved = sum(str(name).startswith("train2017/") for name in val.file_names)
     if moved:
         folder = data_path(config, config.data.val_images)
         report.notes.append(f"{val.path}: {moved} of {len(val)} images are in {folder}/train2017 (LVIS v1)")
+    report.warnings += describe_uncounted(val)
     if val.renamed:
         report.notes.append(f"{val.path}: {val.renamed} names are read without COCO_val2014_ (LVIS v0.5)")
+
+
+def _describe_overlap(train: Annotations, val: Annotations, config: Config, report: Report) -> None:
+    """Warn of images that are in both splits; the same annotation file for both is meant."""
+    if config.data.train == config.data.val:
+        report.notes.append(f"{val.path}: training and validation are the same split")
+        return
+    first, second = (
+        {str(data_path(config, folder) / name) for name in split.file_names}
+        for folder, split in ((config.data.train_images, train), (config.data.val_images, val))
+    )
+    if both := sorted(first & second):
+        report.warnings.append(
+            f"{val.path}: {len(both)} of {len(second)} validation images are training images too, so the "
+            f"figures will be too high: {shortened(both, SHOWN)}"
+        )
 
 
 def _check_regions(config: Config, index: ImageLevelIndex, detector: Config | None, report: Report) -> None:

@@ -18,7 +18,7 @@ from clis.metric import analysis
 from clis.metric.detections import Detections
 from clis.metric.lvis_eval import accumulate, summarize
 from clis.metric.masks import ground_truth_masks
-from clis.metric.matching import Matches, match
+from clis.metric.matching import Matches, describe_uncounted, match
 from clis.progress import say
 
 
@@ -74,6 +74,8 @@ def score_results(arguments: argparse.Namespace) -> dict[str, float]:
     kind = "federated" if annotations.federated else "exhaustive (no federated fields: judged as COCO is)"
     say(f"{arguments.annotations}: {len(annotations)} images, {annotations.num_classes} classes, {kind}")
     say(f"{arguments.results}: {len(detections)} detections, {len(matches.rows)} of them judged")
+    for line in describe_uncounted(annotations):
+        say(f"WARNING: {line}")
     say(_column_table({"figure": list(figures), "%": [_percent(value) for value in figures.values()]}))
     if arguments.out is not None:
         with atomic_write(arguments.out) as temporary:

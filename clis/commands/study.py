@@ -428,7 +428,7 @@ def _work(jobs: Sequence[Job], at_once: int, logs: Path) -> Iterator[Job]:
                         yield job
                 time.sleep(POLL)
         finally:
-            for process in running:  # asked to stop, they save and can go on
+            for process in running:  # asked to stop, they save and can be resumed
                 process.terminate()
             for process in running:
                 process.wait()

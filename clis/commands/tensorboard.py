@@ -54,7 +54,7 @@ class EventFile:
         Raises:
             ValueError: TensorBoard is not installed.
         """
-        lines = self.metrics.read_text().split("\n")[:-1]  # what is behind the last newline is not whole yet
+        lines = self.metrics.read_text().split("\n")[:-1]  # what follows the last newline is incomplete
         if self.writer is None or lines[: len(self.written)] != self.written:
             self.writer, self.written = self._start_over(), []
         new = lines[len(self.written) :]

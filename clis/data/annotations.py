@@ -179,18 +179,20 @@ def _unpacked(packed: Packed, path: str | Path) -> Annotations:
 def checked_for_training(
     annotations: Annotations, *, drop_invalid: bool, empty_images: bool = True
 ) -> tuple[Annotations, dict[str, int]]:
-    """Return the annotations fit for training: no crowd, every box with area in float32 and inside its image.
+    """Return the annotations fit for training: every box with area in float32 and inside its image.
 
-    Boxes that leave their image by up to `MAX_OVERFLOW` pixels are clipped. With `drop_invalid`, so are those
-    that leave it further, and boxes are dropped that are not finite, have no area (left), a side under one
-    pixel or an ``area`` of at most 0 (mmdetection 3.3, CocoDataset.parse_data_info).
+    Crowds and boxes flagged `ignore` are left out. Boxes that leave their image by up to `MAX_OVERFLOW`
+    pixels are clipped. With `drop_invalid`, so are those that leave it further, and boxes are dropped that
+    are not finite, have no area (left), a side under one pixel or an ``area`` of at most 0 (mmdetection 3.3,
+    CocoDataset.parse_data_info).
 
     Args:
         empty_images: keep images that no box is left in.
 
     Returns:
-        The annotations, and how many ``crowd boxes`` and ``dropped boxes`` were left out, ``clipped boxes``
-        were clipped by more than `MAX_OVERFLOW`, and ``empty images`` were left out.
+        The annotations, and how many ``crowd boxes``, ``ignored boxes`` (flag ``ignore``) and ``dropped
+        boxes`` were left out, ``clipped boxes`` were clipped by more than `MAX_OVERFLOW`, and ``empty
+        images`` were left out.
 
     Raises:
         ValueError: a box is invalid and `drop_invalid` is False (the message names the first), or no image is
@@ -206,7 +208,7 @@ def checked_for_training(
     empty = (x2 <= x1) | (y2 <= y1)
     # Decimal digits do not add up exactly in binary (600.01 + 40.99), hence the 1e-6.
     outside = np.abs(corners - clipped).max(axis=1) > MAX_OVERFLOW + 1e-6
-    counted = ~annotations.crowd
+    counted = ~annotations.crowd & ~annotations.ignored
     if not drop_invalid:
         _refuse(annotations, rows, counted & infinite, "is not finite", "remove it")
         _refuse(annotations, rows, counted & empty, "has no area", "remove it")
@@ -222,6 +224,7 @@ def checked_for_training(
         "dropped boxes": int((counted & ~keep).sum()),
         "clipped boxes": int((keep & outside).sum()),
         "crowd boxes": int(annotations.crowd.sum()),
+        "ignored boxes": int((annotations.ignored & ~annotations.crowd).sum()),
     }
     kept = _select(replace(annotations, bboxes=bboxes), keep)
     has_box = (np.diff(kept.offsets) > 0) | empty_images

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import os
 from collections import Counter
@@ -311,6 +312,10 @@ def _read_rows(path: Path, columns: int) -> Iterator[tuple[int, list[bytes]]]:
     """Yield the number and the columns of each line; in bytes, as file names need not be UTF-8."""
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
+            if number == 1 and line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+                raise ValueError(f"{path}: the text is UTF-16; save it as UTF-8")
+            if number == 1:
+                line = line.removeprefix(codecs.BOM_UTF8)
             if not line.strip() or line.startswith(b"#"):
                 continue
             row = [column.strip() for column in line.split(b"\t")]

@@ -41,7 +41,10 @@ _FORMATS: dict[bytes, type[ImageFile]] = {
 }
 """Readers of Pillow by the first bytes of an image."""
 
-# EXIF data is never used, so nobody needs to know that it is broken; the limit of pixels is ours.
+_ORIENTATION = 0x0112
+"""The EXIF tag of how an image is to be turned for display, 1 to 8."""
+
+# Training never uses EXIF data, so nobody needs to know that it is broken; the limit of pixels is ours.
 warnings.filterwarnings("ignore", "Corrupt EXIF data", UserWarning)
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
@@ -57,6 +60,27 @@ def read_image(path: str | Path) -> Tensor:
         ImageError: the file is missing, or its bytes are not a usable image.
     """
     return decode_image(read_bytes(path), str(path))
+
+
+def read_photo(path: str | Path) -> tuple[Tensor, bool]:
+    """Read an image file as it is displayed: uint8 RGB [3,H,W], turned as its EXIF orientation says.
+
+    Training, evaluation and the region search see images as they are stored: annotations belong to these.
+
+    Returns:
+        The pixels, and whether they were turned or mirrored.
+
+    Raises:
+        ImageError: as `read_image`.
+    """
+    image = open_image(read_bytes(path), str(path))
+    orientation = image.orientation()
+    return _turned(image.decode(), orientation), orientation != 1
+
+
+def as_displayed(image: Image.Image) -> Tensor:
+    """Convert a Pillow image of any mode: uint8 RGB [3,H,W], turned as its EXIF orientation says."""
+    return _turned(_pixels(image.copy()), _orientation(image))
 
 
 def read_bytes(path: str | Path) -> bytes:
@@ -124,6 +148,10 @@ class EncodedImage:
                 return self._decode_jpeg()
             _opened(self.data).verify()  # checksums of a PNG, which `load` passes over
             return _pixels(_opened(self.data))
+
+    def orientation(self) -> int:
+        """Return the EXIF orientation, 1 to 8; 1 where the image has none, or a damaged one."""
+        return _orientation(_opened(self.data))
 
     def decode_resized(self, size: tuple[int, int]) -> Tensor:
         """Decode at another size, uint8 RGB [3,*size]; a JPEG is decoded at the smallest scale that suffices.
@@ -195,6 +223,22 @@ def _pixels(image: Image.Image) -> Tensor:
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     image.info.pop("transparency", None)  # `convert` drops it too, with a warning
     return pil_to_tensor(image if image.mode == "RGB" else image.convert("RGB"))
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        orientation = image.getexif().get(_ORIENTATION, 1)
+    except Exception:  # the pixels may be sound
+        return 1
+    return orientation if orientation in range(1, 9) else 1
+
+
+def _turned(image: Tensor, orientation: int) -> Tensor:
+    """Turn and mirror stored pixels [3,H,W] for display, by their EXIF orientation."""
+    if orientation >= 5:
+        image = image.transpose(1, 2)
+    axes = {2: [2], 3: [1, 2], 4: [1], 6: [2], 7: [1, 2], 8: [1]}.get(orientation, [])
+    return image.flip(axes) if axes else image
 
 
 @contextmanager

@@ -84,6 +84,17 @@ class _Opened(NamedTuple):
     """One message for each image that was replaced."""
 
 
+class Explained(NamedTuple):
+    """A sample and what it was made from, for people to look at."""
+
+    sample: Sample
+    plan: Plan
+    row: int
+    """Of the annotations."""
+    source_rows: np.ndarray
+    """int64 [s], of the image-level index."""
+
+
 class TwoStreamDataset(Dataset[Sample]):
     """Map a `WorkItem` to its `Sample`, a pure function of the item and the files."""
 
@@ -120,12 +131,20 @@ class TwoStreamDataset(Dataset[Sample]):
         self.__dict__.update(state | {"regions": opened})
 
     def __getitem__(self, item: WorkItem) -> Sample:
+        return self.explain(item).sample
+
+    def explain(self, item: WorkItem) -> Explained:
+        """Make the sample of an item, and say from what."""
         opened = self._open(item, whole=False)
         try:
-            return self._sample(item, opened)
+            return self._explained(item, opened)
         except ImageError:
             # The headers were sound, but not all pixels: with a replacement, the plan is another one.
-            return self._sample(item, self._open(item, whole=True))
+            return self._explained(item, self._open(item, whole=True))
+
+    def plan(self, item: WorkItem) -> Plan:
+        """Draw the plan of an item, for which no pixels are decoded."""
+        return self._plan(item, self._open(item, whole=False))
 
     def _open(self, item: WorkItem, *, whole: bool) -> _Opened:
         """Open the item's images or replacements: with sound headers, or, if `whole`, with sound pixels."""
@@ -164,8 +183,11 @@ class TwoStreamDataset(Dataset[Sample]):
         self._read_ahead(index, row, len(index))
         return open_image(index.read(row), index.name(row))
 
-    def _sample(self, item: WorkItem, opened: _Opened) -> Sample:
+    def _explained(self, item: WorkItem, opened: _Opened) -> Explained:
         plan = self._plan(item, opened)
+        return Explained(self._sample(item, opened, plan), plan, opened.row, opened.source_rows)
+
+    def _sample(self, item: WorkItem, opened: _Opened, plan: Plan) -> Sample:
         image, mosaics = self._draw(plan, opened)
         labels = torch.from_numpy(self.annotations.labels_of(opened.row))
         source_labels = torch.zeros(0, dtype=torch.int64)

@@ -103,11 +103,14 @@ def image_file_name(record: Record) -> str:
     """Return the path of an image record below the image folder.
 
     LVIS v1 has no ``file_name``: the last two parts of ``coco_url`` name the file (its val split holds
-    train2017 images). LVIS v0.5 prefixes some names with ``COCO_val2014_``, which the 2017 files do not have.
+    train2017 images). LVIS v0.5 prefixes some names with ``COCO_val2014_``, which the 2017 files that it is
+    used with do not have; COCO 2014 itself has files of such names.
     """
     if "file_name" not in record:
         return "/".join(record["coco_url"].split("/")[-2:])
-    return record["file_name"].removeprefix("COCO_val2014_").removeprefix("COCO_train2014_")
+    name = record["file_name"]
+    is_lvis = "neg_category_ids" in record
+    return name.removeprefix("COCO_val2014_").removeprefix("COCO_train2014_") if is_lvis else name
 
 
 def _read_columns(
@@ -179,6 +182,14 @@ class _Part:
         place = next(place for place, value in enumerate(values) if not _is_int64(value))
         raise self.fault(place, f"{key} is {values[place]!r}; it must be an integer of 64 bits")
 
+    def flags(self, key: str) -> np.ndarray:
+        """Return bool values, one per record: 0 or 1, true or false; null or no such key is False."""
+        values = [record.get(key) or 0 for record in self.records]
+        for place, value in enumerate(values):
+            if isinstance(value, str) or value not in (0, 1):  # "0" would count as true
+                raise self.fault(place, f"{key} is {value!r}; it must be 0 or 1")
+        return np.array(values, dtype=bool)
+
     def floats(self, key: str, values: list[Any], *width: int) -> np.ndarray:
         """Return one float64 value, or `width` values, per record."""
         try:
@@ -209,8 +220,7 @@ def _annotation_columns(part: _Part) -> dict[str, np.ndarray]:
     box_areas = (columns["bbox"][:, 2] * columns["bbox"][:, 3]).tolist()
     areas = [record.get("area", area) for record, area in zip(part.records, box_areas)]
     columns["area"] = part.floats("area", areas)
-    columns["crowd"] = np.array([bool(record.get("iscrowd")) for record in part.records])
-    columns["ignored"] = np.array([bool(record.get("ignore")) for record in part.records])
+    columns["crowd"], columns["ignored"] = part.flags("iscrowd"), part.flags("ignore")
     return columns
 
 

@@ -7,6 +7,8 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
+
 from clis.config import Config, data_path
 from clis.data.annotations import (
     CACHED_BYTES,
@@ -19,7 +21,7 @@ from clis.data.image_classes import shortened
 from clis.data.image_level import ImageLevelIndex, build_index, is_index, open_index
 from clis.data.label_noise import with_wrong_labels
 from clis.data.loader import TwoStreamDataset
-from clis.data.region_file import load_regions
+from clis.data.region_file import REGION_DTYPE, load_regions
 from clis.data.sampling import (
     BlockSampler,
     JointSampler,
@@ -48,11 +50,14 @@ def _reading(path: str | Path) -> Iterator[Advance]:
         yield (lambda count: progress.advance(count >> 20)) if size >= CACHED_BYTES else (lambda count: None)
 
 
-def make_streams(config: Config, regions_file: Path) -> tuple[Annotations, TwoStreamDataset, JointSampler]:
+def make_streams(
+    config: Config, regions_file: Path | None
+) -> tuple[Annotations, TwoStreamDataset, JointSampler]:
     """Open the two streams of training data, and draw which of their images each step has.
 
     Args:
-        regions_file: of the image-level images; not read if there are none (`clis.s` = 0).
+        regions_file: of the image-level images; not read if there are none (`clis.s` = 0). None is a table of
+            empty regions, which the caller fills in.
 
     Raises:
         FileNotFoundError, ValueError: a file is missing or wrong; see the readers in `clis.data`.
@@ -70,7 +75,10 @@ def make_streams(config: Config, regions_file: Path) -> tuple[Annotations, TwoSt
     index = regions = image_level_sampler = None
     if clis.s > 0:
         index = make_index(config, annotations)
-        regions = load_regions(regions_file, index, config.regions)
+        if regions_file is None:
+            regions = np.zeros(len(index), dtype=REGION_DTYPE)
+        else:
+            regions = load_regions(regions_file, index, config.regions)
         image_level_sampler = make_image_level_sampler(config, index)
     instance_sampler = make_instance_sampler(config, annotations)
     sampler = JointSampler(instance_sampler, image_level_sampler, config.train.images_per_step, clis.s, seed)

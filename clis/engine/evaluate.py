@@ -24,6 +24,7 @@ from clis.data.images import read_image
 from clis.data.loader import image_loader, like_shapes
 from clis.data.streams import read_annotations
 from clis.distributed import from_main, gather_rows, is_main, rank, world_size
+from clis.engine.optim import autocast
 from clis.engine.provenance import provenance, validation_files
 from clis.engine.run_folder import RECORD, RunFolder
 from clis.metric.detections import Detections
@@ -108,9 +109,9 @@ def check_validation(config: Config, categories: Sequence[Category]) -> None:
 def run_detector(detector: CLISDetector, config: Config, annotations: Annotations) -> Detections:
     """Return the detections of all images in their order, best first in each image.
 
-    Ranks above 0 return those of their own share. Images of one padded size make a batch, so that none sees
-    another's padding. Detections wait on the CPU and are gathered there, so no device ever holds more than
-    those of one batch.
+    They are computed in `train.precision`. Ranks above 0 return those of their own share. Images of one
+    padded size make a batch, so that none sees another's padding. Detections wait on the CPU and are
+    gathered there, so no device ever holds more than those of one batch.
     """
     read = functools.partial(
         read_validation_image, data_path(config, config.data.val_images), annotations.file_names
@@ -119,12 +120,15 @@ def run_detector(detector: CLISDetector, config: Config, annotations: Annotation
     loader = image_loader(read, rows, config.test.images_per_batch, config.data.workers)
     # copies: a loader process's pixels hold a file descriptor each while they wait for others of their size
     read_ahead = ((batch_rows, [image.clone() for image in images]) for batch_rows, images in loader)
-    shape_of = functools.partial(_padded_size, detector)
+    shape_of, device = functools.partial(padded_size, detector), next(detector.parameters()).device
     tables = [torch.zeros(0, 7, dtype=torch.float64)]
     with Progress("evaluate", len(rows)) as progress:
         for batch_rows, images in like_shapes(read_ahead, config.test.images_per_batch, shape_of):
-            found = zip(batch_rows, detector.detect(images))
-            columns = [_columns(row, each.boxes, each.scores, each.labels) for row, each in found]
+            with autocast(config.train.precision, device):
+                found = detector.detect(images)
+            columns = [
+                _columns(row, each.boxes, each.scores, each.labels) for row, each in zip(batch_rows, found)
+            ]
             tables.append(torch.cat(columns).cpu())  # one wait for all
             progress.advance(len(images))
     table = gather_rows(torch.cat(tables)).numpy()
@@ -146,7 +150,7 @@ def _columns(row: int, boxes: Tensor, scores: Tensor, labels: Tensor) -> Tensor:
     return torch.cat([torch.stack([image, labels.double(), scores.double()], 1), boxes[:, :2], sizes], dim=1)
 
 
-def _padded_size(detector: CLISDetector, image: Tensor) -> tuple[int, ...]:
+def padded_size(detector: CLISDetector, image: Tensor) -> tuple[int, ...]:
     """Return what is equal for images that can share a batch: in it each is padded as it would be alone."""
     if detector.backbone.square:
         return ()

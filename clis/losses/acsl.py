@@ -6,15 +6,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from clis.losses.contract import ClassificationLoss, Rows
-from clis.losses.precision import at_least_float32
-from clis.losses.sigmoid import one_hot, prior_logit
+from clis.losses.binary import BinaryLoss
+from clis.losses.contract import Rows
 
 
-class ACSL(ClassificationLoss):
+class ACSL(BinaryLoss):
     """Adaptive class suppression loss (Wang et al., arXiv 2104.00885; official code: CASIA-IVA-Lab/ACSL).
 
     Sigmoid cross-entropy of C classes and background, the score is s(z). RoIs of class y are positives of y,
@@ -51,24 +49,16 @@ class ACSL(ClassificationLoss):
             rare, common: weights of background as a negative of such classes.
             prior: probability that all sigmoids start from; 0 is none, i.e. 1/2.
         """
-        super().__init__(categories)
-        self.num_logits = self.num_classes + 1
+        super().__init__(categories, prior=prior, background=True)
         if not 0 <= threshold <= 1:
             raise ValueError(f"threshold={threshold:g}: must be between 0 and 1")
-        self.threshold, self.shift = threshold, prior_logit(prior)
+        self.threshold = threshold
         weights = [{"r": rare, "c": common}.get(each.frequency, 1.0) for each in categories]
         background_weights = torch.tensor([*weights, 1.0], dtype=torch.float64)
         self.register_buffer("background_weights", background_weights, persistent=False)
 
-    def forward(self, logits: Tensor, labels: Tensor, normalizer: Tensor | float, rows: Rows) -> Tensor:
-        """Sum the weighted sigmoid cross-entropy of the columns that count, divided by `normalizer`."""
-        z = at_least_float32(logits) + self.shift
-        targets = one_hot(labels, self.num_logits, z.dtype)
-        sure = (z.detach().sigmoid() >= self.threshold).to(z)
+    def weights(self, z: Tensor, targets: Tensor, labels: Tensor, rows: Rows) -> Tensor:
+        """Keep positives, sure negatives, and background as far as the class's frequency group says."""
+        sure = (z.sigmoid() >= self.threshold).to(z)
         is_object = (labels < self.num_classes)[:, None]
-        weights = torch.where(is_object, sure.maximum(targets), self.background_weights.to(z))
-        return F.binary_cross_entropy_with_logits(z, targets, weights, reduction="sum") / normalizer
-
-    def scores(self, logits: Tensor) -> Tensor:
-        """Return s(z_c) [N,C]; the background logit takes no part."""
-        return (at_least_float32(logits)[:, :-1] + self.shift).sigmoid()
+        return torch.where(is_object, sure.maximum(targets), self.background_weights.to(z))

@@ -32,7 +32,8 @@ class BAGS(ClassificationLoss):
       number of processes.
     - `objectness=False` leaves group 0 out, for a detector with L_obj (`clis.objectness`).
 
-    Regions of the image-level stream are treated as the RoIs of an image.
+    Regions of the image-level stream are treated as the RoIs of an image, but take no part in group 0: the
+    stream has no background, so that group would only learn to see objects everywhere.
     """
 
     places: Tensor
@@ -79,11 +80,11 @@ class BAGS(ClassificationLoss):
 
     def forward(self, logits: Tensor, labels: Tensor, normalizer: Tensor | float, rows: Rows) -> Tensor:
         """Add up the groups' mean cross-entropies, by `Rows.mean_per_image`; `normalizer` is unused."""
-        parts = at_least_float32(logits).split(self.sizes, dim=1)
-        places = self.places[:, labels]
-        terms = [F.cross_entropy(part, place, reduction="none") for part, place in zip(parts, places)]
-        losses = torch.stack(terms, dim=1)
-        return rows.mean_per_image(losses, self._weights(labels, rows).to(losses)).sum()
+        return self._means(logits, labels, rows).sum()
+
+    def image_level(self, logits: Tensor, labels: Tensor, normalizer: Tensor | float, rows: Rows) -> Tensor:
+        """Add up the mean cross-entropies of the groups of classes; `normalizer` is unused."""
+        return self._means(logits, labels, rows)[int(self.has_objectness) :].sum()
 
     def scores(self, logits: Tensor) -> Tensor:
         """Return softmax within the group, times the foreground probability if there is a group 0; [N,C]."""
@@ -93,6 +94,14 @@ class BAGS(ClassificationLoss):
             return torch.cat(scores, dim=1)[:, self.order]
         foreground, *scores = scores
         return torch.cat(scores, dim=1)[:, self.order] * foreground
+
+    def _means(self, logits: Tensor, labels: Tensor, rows: Rows) -> Tensor:
+        """Return the mean cross-entropy of each group [G]."""
+        parts = at_least_float32(logits).split(self.sizes, dim=1)
+        places = self.places[:, labels]
+        terms = [F.cross_entropy(part, place, reduction="none") for part, place in zip(parts, places)]
+        losses = torch.stack(terms, dim=1)
+        return rows.mean_per_image(losses, self._weights(labels, rows).to(losses))
 
     def _weights(self, labels: Tensor, rows: Rows) -> Tensor:
         """Return the weight [N,G] of each RoI in the mean of each group."""

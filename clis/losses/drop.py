@@ -9,13 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from clis.losses.contract import ClassificationLoss, Rows
-from clis.losses.gumbel import gumbel, gumbel_cross_entropy, gumbel_logit
-from clis.losses.precision import at_least_float32
-from clis.losses.sigmoid import one_hot, prior_logit
+from clis.losses.binary import SIGMOID, BinaryLoss
+from clis.losses.contract import Rows
+from clis.losses.gumbel import GUMBEL
 
 
-class Drop(ClassificationLoss):
+class Drop(BinaryLoss):
     """DropLoss (Hsieh et al., arXiv 2104.06402); with the Gumbel activation as in kostas1515/GOL.
 
     Sigmoid cross-entropy of C classes without background, the score is s(z). RoIs of an object are no
@@ -48,26 +47,14 @@ class Drop(ClassificationLoss):
             prior: probability that all activations start from; 0 is none.
             gumbel: take the activation exp(-exp(-z)), see `Gumbel`, instead of the sigmoid.
         """
-        super().__init__(categories)
-        self.num_logits = self.num_classes
-        self.gumbel, self.shift = gumbel, gumbel_logit(prior) if gumbel else prior_logit(prior)
+        super().__init__(categories, prior=prior, activation=GUMBEL if gumbel else SIGMOID)
         is_tail = torch.tensor([each.image_count <= tail_images for each in categories], dtype=torch.bool)
         self.register_buffer("is_tail", is_tail, persistent=False)
 
-    def forward(self, logits: Tensor, labels: Tensor, normalizer: Tensor | float, rows: Rows) -> Tensor:
-        """Sum the binary cross-entropy, divided by `normalizer`; negatives of tail classes weigh 0 or m."""
-        z = at_least_float32(logits) + self.shift
-        targets = one_hot(labels, self.num_classes, z.dtype)
+    def weights(self, z: Tensor, targets: Tensor, labels: Tensor, rows: Rows) -> Tensor:
+        """Give negatives of tail classes the weight 0, or m for background."""
         weights = torch.where(self.is_tail, self._tail_weights(labels, rows).to(z)[:, None], 1.0)
-        weights = weights.maximum(targets)
-        if self.gumbel:
-            return (weights * gumbel_cross_entropy(z, targets)).sum() / normalizer
-        return F.binary_cross_entropy_with_logits(z, targets, weights, reduction="sum") / normalizer
-
-    def scores(self, logits: Tensor) -> Tensor:
-        """Return the activation of each class, [N,C]: the sigmoid, or exp(-exp(-z)) with `gumbel`."""
-        z = at_least_float32(logits) + self.shift
-        return gumbel(z) if self.gumbel else z.sigmoid()
+        return weights.maximum(targets)
 
     def _tail_weights(self, labels: Tensor, rows: Rows) -> Tensor:
         """Return the weight [N] of each RoI as a negative of tail classes: 0, or m of its image."""

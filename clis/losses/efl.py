@@ -9,13 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from clis.losses.contract import ClassificationLoss, Rows
+from clis.losses.binary import BinaryLoss, one_hot
+from clis.losses.contract import Rows
 from clis.losses.gradients import GradientRatio, gradient_sums
-from clis.losses.precision import at_least_float32
-from clis.losses.sigmoid import one_hot, prior_logit
 
 
-class EFL(ClassificationLoss):
+class EFL(BinaryLoss):
     """Equalized focal loss (Li et al., arXiv 2201.02593; official code: ModelTC/EOD), on sampled RoIs.
 
     **Not what the paper's Table I has in this row**: that is a one-stage detector (the figures are those of
@@ -59,14 +58,12 @@ class EFL(ClassificationLoss):
         Raises:
             ValueError: `gamma` or `positive_fraction` is not above 0.
         """
-        super().__init__(categories)
+        super().__init__(categories, prior=prior)
         for name, value in (("gamma", gamma), ("positive_fraction", positive_fraction)):
             if not value > 0:
                 raise ValueError(f"{name}={value:g}: must be above 0")
-        self.num_logits = self.num_classes
         self.gamma, self.scale, self.alpha = gamma, scale, alpha
         self.positive_fraction = positive_fraction
-        self.shift = prior_logit(prior)
         self.ratio = GradientRatio(self.num_classes)
 
     def forward(self, logits: Tensor, labels: Tensor, normalizer: Tensor | float, rows: Rows) -> Tensor:
@@ -77,10 +74,6 @@ class EFL(ClassificationLoss):
         """Sum the focal terms of regions, which are all positive, divided by `normalizer` alone."""
         log_p, modulation, _, _ = self._terms(logits, labels)
         return -(modulation * log_p).sum() / normalizer
-
-    def scores(self, logits: Tensor) -> Tensor:
-        """Return s(z_c) [N,C]."""
-        return (at_least_float32(logits) + self.shift).sigmoid()
 
     def statistics(self, logits: Tensor, labels: Tensor, rows: Rows) -> Tensor:
         """Sum |dL/dz| before the division, [2,C] for positives and negatives."""
@@ -98,7 +91,7 @@ class EFL(ClassificationLoss):
 
     def _terms(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return log p_t [N,C], the factors of -log p_t [N,C], gamma_j [C] and one-hot targets [N,C]."""
-        z = at_least_float32(logits) + self.shift
+        z = self.shifted(logits)
         targets = one_hot(labels, self.num_classes, z.dtype)
         gamma = (self.gamma + self.scale * (1 - self.ratio().clamp(0, 1))).to(z.dtype)
         z_t = torch.where(targets > 0, z, -z)  # p_t is its sigmoid

@@ -6,15 +6,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from clis.losses.contract import ClassificationLoss, Rows
-from clis.losses.precision import at_least_float32
-from clis.losses.sigmoid import one_hot, prior_logit
+from clis.losses.binary import BinaryLoss
+from clis.losses.contract import Rows
 
 
-class EQL(ClassificationLoss):
+class EQL(BinaryLoss):
     """Equalization loss (Tan et al., arXiv 2003.05176; official code: tztztztztz/eql.detectron2).
 
     Sigmoid cross-entropy of C classes without background, the score is s(z). RoIs of an object are no
@@ -40,20 +38,11 @@ class EQL(ClassificationLoss):
             tail_images: most training images of a tail class.
             prior: probability that all sigmoids start from; 0 is none, i.e. 1/2.
         """
-        super().__init__(categories)
-        self.num_logits = self.num_classes
-        self.shift = prior_logit(prior)
+        super().__init__(categories, prior=prior)
         is_tail = torch.tensor([each.image_count <= tail_images for each in categories], dtype=torch.bool)
         self.register_buffer("is_tail", is_tail, persistent=False)
 
-    def forward(self, logits: Tensor, labels: Tensor, normalizer: Tensor | float, rows: Rows) -> Tensor:
-        """Sum the sigmoid cross-entropy, divided by `normalizer`; objects are no tail-class negatives."""
-        z = at_least_float32(logits) + self.shift
-        targets = one_hot(labels, self.num_classes, z.dtype)
+    def weights(self, z: Tensor, targets: Tensor, labels: Tensor, rows: Rows) -> Tensor:
+        """Leave out objects as negatives of tail classes."""
         is_object = (labels < self.num_classes)[:, None]
-        weights = torch.where(is_object & self.is_tail, targets, 1.0)
-        return F.binary_cross_entropy_with_logits(z, targets, weights, reduction="sum") / normalizer
-
-    def scores(self, logits: Tensor) -> Tensor:
-        """Return s(z_c) [N,C]."""
-        return (at_least_float32(logits) + self.shift).sigmoid()
+        return torch.where(is_object & self.is_tail, targets, 1.0)

@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from clis.losses.binary import SIGMOID, one_hot
 from clis.losses.contract import ClassificationLoss, Rows
 from clis.losses.gradients import GradientRatio, gradient_sums
 from clis.losses.pcb import make_pcb
 from clis.losses.precision import at_least_float32
-from clis.losses.sigmoid import one_hot, prior_logit
 
 
 class EQLv2(ClassificationLoss):
@@ -60,7 +60,7 @@ class EQLv2(ClassificationLoss):
         self.has_objectness = objectness
         self.num_logits = self.num_classes + objectness
         self.gamma, self.mu, self.alpha = gamma, mu, alpha
-        self.shift = prior_logit(prior)
+        self.shift = SIGMOID.prior_logit(prior)
         self.ratio = GradientRatio(self.num_classes)
         self.pcb = make_pcb(categories, pcb, pcb_start)
 

@@ -7,15 +7,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from clis.losses.contract import ClassificationLoss, Rows
-from clis.losses.precision import at_least_float32
-from clis.losses.sigmoid import one_hot, prior_logit
+from clis.losses.binary import BinaryLoss, one_hot
+from clis.losses.contract import Rows
 
 
-class Federated(ClassificationLoss):
+class Federated(BinaryLoss):
     """Federated loss (Zhou et al., CenterNet2, arXiv 2103.07461, and Detic, arXiv 2201.02605).
 
     Sigmoid cross-entropy of C classes without background, the score is s(z). Of each image only some classes
@@ -44,30 +42,21 @@ class Federated(ClassificationLoss):
             power: of the number of training images. Classes without any are never drawn.
             prior: probability that all sigmoids start from; 0 is none, i.e. 1/2.
         """
-        super().__init__(categories)
-        self.num_logits = self.num_classes
+        super().__init__(categories, prior=prior)
         if classes < 1:
             raise ValueError(f"classes={classes}: must be at least 1")
-        self.classes, self.shift = classes, prior_logit(prior)
+        self.classes = classes
         counts = torch.tensor([each.image_count for each in categories], dtype=torch.float64)
         self.register_buffer("rates", torch.where(counts > 0, counts**power, 0), persistent=False)
 
-    def forward(self, logits: Tensor, labels: Tensor, normalizer: Tensor | float, rows: Rows) -> Tensor:
-        """Sum the sigmoid cross-entropy over each image's `kept_classes`, divided by `normalizer`."""
-        z = at_least_float32(logits) + self.shift
-        targets = one_hot(labels, self.num_classes, z.dtype)
-        weights = self.kept_classes(labels, rows).to(z)[rows.images]
-        return F.binary_cross_entropy_with_logits(z, targets, weights, reduction="sum") / normalizer
+    def weights(self, z: Tensor, targets: Tensor, labels: Tensor, rows: Rows) -> Tensor:
+        """Keep the `kept_classes` of each row's image."""
+        return self.kept_classes(labels, rows).to(z)[rows.images]
 
     def image_level(self, logits: Tensor, labels: Tensor, normalizer: Tensor | float, rows: Rows) -> Tensor:
         """Sum the sigmoid cross-entropy over all classes, divided by `normalizer`."""
-        z = at_least_float32(logits) + self.shift
-        targets = one_hot(labels, self.num_classes, z.dtype)
-        return F.binary_cross_entropy_with_logits(z, targets, reduction="sum") / normalizer
-
-    def scores(self, logits: Tensor) -> Tensor:
-        """Return s(z_c) [N,C]."""
-        return (at_least_float32(logits) + self.shift).sigmoid()
+        z = self.shifted(logits)
+        return self.activation.cross_entropy(z, one_hot(labels, self.num_logits, z.dtype)).sum() / normalizer
 
     def kept_classes(self, labels: Tensor, rows: Rows) -> Tensor:
         """Choose the classes that count in each image: bool [I,C]."""

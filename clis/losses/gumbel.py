@@ -8,25 +8,12 @@ from typing import Any
 
 from torch import Tensor
 
-from clis.losses.contract import ClassificationLoss, Rows
-from clis.losses.precision import at_least_float32
-from clis.losses.sigmoid import one_hot
+from clis.losses.binary import Activation, BinaryLoss
 
 
 def gumbel(z: Tensor) -> Tensor:
     """Return the Gumbel activation exp(-exp(-z)), in 0..1."""
     return (-(-z).exp()).exp()
-
-
-def gumbel_logit(prior: float) -> float:
-    """Return the logit whose activation is `prior`, in [0,1); 0, which stands for no prior, gives 0.
-
-    Raises:
-        ValueError: `prior` is not in [0,1).
-    """
-    if not 0 <= prior < 1:
-        raise ValueError(f"prior={prior:g}: must be at least 0, which switches it off, and below 1")
-    return -math.log(-math.log(prior)) if prior > 0 else 0.0
 
 
 def gumbel_cross_entropy(z: Tensor, targets: Tensor) -> Tensor:
@@ -35,7 +22,10 @@ def gumbel_cross_entropy(z: Tensor, targets: Tensor) -> Tensor:
     return surprise.where(targets > 0, -(-(-surprise).expm1()).log())
 
 
-class Gumbel(ClassificationLoss):
+GUMBEL = Activation(gumbel, lambda p: -math.log(-math.log(p)), gumbel_cross_entropy)
+
+
+class Gumbel(BinaryLoss):
     """Gumbel optimized loss (Alexandridis et al., arXiv 2207.10936; official code: kostas1515/GOL, GumbelCE).
 
     Binary cross-entropy of C classes and background with the activation p = exp(-exp(-z)), which is also the
@@ -59,15 +49,4 @@ class Gumbel(ClassificationLoss):
         Args:
             prior: probability that all activations start from; 0 is none, i.e. 1/e.
         """
-        super().__init__(categories)
-        self.num_logits = self.num_classes + 1
-        self.shift = gumbel_logit(prior)
-
-    def forward(self, logits: Tensor, labels: Tensor, normalizer: Tensor | float, rows: Rows) -> Tensor:
-        """Sum the binary cross-entropy of p = exp(-exp(-z)) over the logits, divided by `normalizer`."""
-        z = at_least_float32(logits) + self.shift
-        return gumbel_cross_entropy(z, one_hot(labels, self.num_logits, z.dtype)).sum() / normalizer
-
-    def scores(self, logits: Tensor) -> Tensor:
-        """Return exp(-exp(-z_c)) [N,C]; the background logit takes no part."""
-        return gumbel(at_least_float32(logits)[:, :-1] + self.shift)
+        super().__init__(categories, prior=prior, background=True, activation=GUMBEL)

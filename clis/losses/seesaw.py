@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from clis.losses.binary import one_hot
 from clis.losses.contract import ClassificationLoss, Rows
 from clis.losses.pcb import make_pcb
 from clis.losses.precision import at_least_float32
-from clis.losses.sigmoid import one_hot
 
 
 class Seesaw(ClassificationLoss):
@@ -38,6 +38,7 @@ class Seesaw(ClassificationLoss):
     all are objects. They are never counted.
     """
 
+    softmax_scores = True
     counts: Tensor
 
     def __init__(

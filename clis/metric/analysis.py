@@ -272,8 +272,8 @@ def error_shares(
     for name in ERRORS[:-1]:
         chosen = errors.of_kind(name)
         targets = errors.truths[chosen] if name in ("class", "location") else None
-        mended = _mend(matches, errors.places[chosen], targets, free)
-        lost[name], counts[name] = _gain(base, _ap50(mended, groups)), int(chosen.sum())
+        fixed = _fix(matches, errors.places[chosen], targets, free)
+        lost[name], counts[name] = _gain(base, _ap50(fixed, groups)), int(chosen.sum())
     asked_for = dataclasses.replace(matches, truth_counts=matches.truth_counts & ~errors.missed[:, None])
     lost["missed"], counts["missed"] = _gain(base, _ap50(asked_for, groups)), int(errors.missed.sum())
     return ErrorShares(base, lost, counts)
@@ -308,7 +308,7 @@ def _best_overlaps(
     return best[0], best_truth[0], best[1], best_truth[1]
 
 
-def _mend(matches: Matches, errors: np.ndarray, targets: np.ndarray | None, free: np.ndarray) -> Matches:
+def _fix(matches: Matches, errors: np.ndarray, targets: np.ndarray | None, free: np.ndarray) -> Matches:
     """Remove these detections from the matches, but make each free target's best one its true positive."""
     true_positive, labels = matches.true_positive.copy(), matches.labels.copy()
     gone = np.zeros(len(labels), bool)
@@ -317,10 +317,10 @@ def _mend(matches: Matches, errors: np.ndarray, targets: np.ndarray | None, free
         order = np.lexsort((-matches.scores[errors], targets))
         firsts = order[np.flatnonzero(np.diff(targets[order], prepend=-1))]
         firsts = firsts[free[targets[firsts]]]
-        mended = errors[firsts]
-        gone[mended] = False
-        true_positive[mended] |= 1
-        labels[mended] = matches.truth_labels[targets[firsts]]
+        fixed = errors[firsts]
+        gone[fixed] = False
+        true_positive[fixed] |= 1
+        labels[fixed] = matches.truth_labels[targets[firsts]]
     kept = np.flatnonzero(~gone)
     kept = kept[np.lexsort((-matches.scores[kept], labels[kept]))]
     return dataclasses.replace(

@@ -197,6 +197,32 @@ def _ground_truth(annotations: Annotations) -> np.ndarray:
     return truth[np.argsort(truth["key"], kind="stable")]
 
 
+def describe_uncounted(annotations: Annotations) -> list[str]:
+    """Say of which ground truths the figures take no account, and why: as in the published packages.
+
+    Returns:
+        A line for each reason; none if every ground truth counts.
+    """
+    total, areas = len(annotations.labels), annotations.areas
+    judged = _in_ranges(areas)[:, 0] & (_has_area(areas) | (not annotations.federated))
+    counts = {
+        "have the annotation id 0, which both published packages take for unmatched: number ids from 1": (
+            annotations.annotation_ids == 0
+        ),
+        "have an `area` that is not above 0, or beyond 1e10: correct it": ~judged,
+    }
+    if annotations.federated:
+        counts["are flagged `ignore`"] = annotations.ignored
+    else:
+        counts["are crowds (`iscrowd`)"] = annotations.crowd
+    lines = []
+    for reason, mask in counts.items():
+        if mask.any():
+            share = "all" if mask.all() else f"{int(mask.sum())} of {total}"
+            lines.append(f"{annotations.path}: {share} ground truths do not count: they {reason}")
+    return lines
+
+
 def _judged(
     annotations: Annotations, detections: Detections, truth: np.ndarray, max_detections: int | None
 ) -> dict[str, np.ndarray]:
@@ -371,14 +397,16 @@ class BoxIoU:
         width = np.minimum(right[detections], truth[2][truths]) - np.maximum(
             left[detections], truth[0][truths]
         )
-        beside = np.flatnonzero(width > 0)
-        d, g, width = detections[beside], truths[beside], width[beside]
+        overlapping = np.flatnonzero(width > 0)
+        d, g, width = detections[overlapping], truths[overlapping], width[overlapping]
         height = np.minimum(bottom[d], truth[3][g]) - np.maximum(top[d], truth[1][g])
         intersection = width * height.clip(min=0)
         union = area[d] + truth[4][g] - intersection
         if self.crowd is not None:
             union = np.where(self.crowd[g], area[d], union)
-        overlap[beside] = np.divide(intersection, union, out=np.zeros_like(union), where=intersection > 0)
+        overlap[overlapping] = np.divide(
+            intersection, union, out=np.zeros_like(union), where=intersection > 0
+        )
         return overlap
 
 

@@ -8,11 +8,14 @@ import json
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from lvis import LVIS, LVISEval, LVISResults
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
+
+from clis.text import read_text
 
 
 def official_precision(
@@ -27,12 +30,11 @@ def official_precision(
         ValueError: the package fails on these files, as both do on an empty result list, and `lvis` where an
             annotation has no area or a category no frequency.
     """
-    with open(annotations, encoding="utf-8") as file:
-        document = json.load(file)
+    document = json.loads(read_text(annotations))
     try:
         if any("neg_category_ids" in image for image in document["images"]):
             return run_lvis(load_lvis(annotations, results, iou_type, max_detections))
-        return _coco(document, str(results), iou_type, max_detections)
+        return _coco(document, json.loads(read_text(results)), iou_type, max_detections)
     except (KeyError, IndexError, TypeError, AssertionError) as error:
         raise ValueError(
             f"the published package fails on {annotations} with {results}: {error!r}; it needs every field "
@@ -46,8 +48,9 @@ def load_lvis(
     """Make the evaluator of the `lvis` package with both files loaded."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # the package's logger.warn
-        truth = LVIS(str(annotations))
-        evaluator = LVISEval(truth, LVISResults(truth, str(results), max_dets=max_detections), iou_type)
+        truth = _Truth(str(annotations))
+        detections = json.loads(read_text(results))
+        evaluator = LVISEval(truth, LVISResults(truth, detections, max_dets=max_detections), iou_type)
     evaluator.params.max_dets = max_detections
     return evaluator
 
@@ -59,6 +62,13 @@ def run_lvis(evaluator: LVISEval) -> tuple[dict[str, float], np.ndarray, np.ndar
         evaluator.run()
     figures = {name: float(value) for name, value in evaluator.results.items()}
     return figures, evaluator.eval["precision"], evaluator.eval["recall"]
+
+
+class _Truth(LVIS):
+    """Read the annotations as our metric does, also with a byte order mark."""
+
+    def _load_json(self, path: str) -> Any:
+        return json.loads(read_text(path))
 
 
 @contextlib.contextmanager
@@ -75,7 +85,7 @@ def _float_in_numpy() -> Iterator[None]:
 
 
 def _coco(
-    document: dict, results: str, iou_type: str, max_detections: int
+    document: dict, results: list, iou_type: str, max_detections: int
 ) -> tuple[dict[str, float], np.ndarray, np.ndarray]:
     with contextlib.redirect_stdout(io.StringIO()):
         truth = COCO()

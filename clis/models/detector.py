@@ -18,6 +18,7 @@ from clis.models.backbone import Backbone
 from clis.models.calibration import Calibration
 from clis.models.contrastive import ContrastiveRegularization
 from clis.models.heads import ClassificationHead, LocalizationHead, Refinement
+from clis.models.inputs import ImageInput, as_tensors
 from clis.models.roi import ImageDetections, RoIPooler, SampledRoIs, sample_rois, select_detections
 from clis.models.rpn import RPN
 from clis.resize import image_size, resize_image, round_half_up, scale_boxes, shortest_size
@@ -292,12 +293,24 @@ class CLISDetector(nn.Module):
         return list(zip(proposals, scores.split(counts), deltas.split(counts)))
 
     @torch.no_grad()
-    def detect(self, images: Sequence[Tensor]) -> list[ImageDetections]:
-        """Detect objects in uint8 RGB images [3,H,W] of any sizes, resized as `test_config` says.
+    def detect(self, images: ImageInput | Sequence[ImageInput]) -> list[ImageDetections]:
+        """Detect objects in one image or many of any sizes, resized as `test_config` says, in one batch.
+
+        Args:
+            images: paths, Pillow images, RGB arrays uint8 [H,W,3] or tensors uint8 [3,H,W], one or a list.
+                Files and Pillow images are turned as their EXIF orientation says.
 
         Returns:
-            The detections of each image, boxes in pixels of the given image.
+            The detections of each image, a list also for one; boxes in pixels of the given image, of a turned
+            one as it is displayed.
+
+        Raises:
+            ValueError: an image is something else, or not uint8 (see `as_tensors`).
+            ImageError: a file cannot be read.
         """
+        images = as_tensors(images)
+        if not images:
+            return []
         short_side, max_size = self.test_config.short_side, self.test_config.max_size
         sizes = [image_size(image) for image in images]
         resized = [

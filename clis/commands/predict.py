@@ -1,0 +1,400 @@
+"""``python -m clis predict``: a detector's findings in anyone's photos, as pictures, JSON and a page."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import glob
+import itertools
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from clis.atomic import atomic_write
+from clis.commands.arguments import class_labels, positive
+from clis.config import Config
+from clis.config_files import config_from_dict, resolve_data_root
+from clis.data.categories import Category, check_same_categories
+from clis.data.image_classes import printable
+from clis.data.image_scan import is_image
+from clis.data.images import ImageError, read_image, read_photo
+from clis.data.loader import image_loader, like_shapes
+from clis.data.streams import read_annotations
+from clis.distributed import choose_device
+from clis.drawing import Mark, class_color, draw_marks, picture_of
+from clis.engine.checkpoint import load_checkpoint, load_model
+from clis.engine.evaluate import measure_calibration, padded_size
+from clis.engine.optim import autocast
+from clis.engine.prerequisites import checkpoint_of
+from clis.metric.detections import Detections
+from clis.models import CLISDetector
+from clis.models.roi import ImageDetections
+from clis.pages import MissingExtra, render
+from clis.progress import Progress, say
+from clis.resize import image_size
+
+PICTURES, PREDICTIONS, IMAGES, PAGE = "pictures", "predictions.json", "images.json", "index.html"
+NAMED = 10
+"""Unreadable files that are named on the terminal; images.json has them all."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of `clis predict`."""
+    parser.add_argument("run", metavar="RUN_OR_CHECKPOINT", help="a run folder (its last.pt) or a checkpoint")
+    parser.add_argument(
+        "sources", nargs="+", metavar="SOURCE", help="an image file, a folder with all below it, or a glob"
+    )
+    parser.add_argument("--out", type=Path, default=Path("runs/predict"), metavar="FOLDER")
+    parser.add_argument("--score", type=float, default=0.3, help="minimum score (default 0.3)")
+    parser.add_argument(
+        "--top", type=positive, default=100, metavar="N", help="best N per image (default 100)"
+    )
+    parser.add_argument("--classes", metavar="NAME,NAME,...", help="keep these classes alone")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, ... (default: CUDA if available)")
+    parser.add_argument("--batch", type=positive, default=1, metavar="N", help="images at once (default 1)")
+    parser.add_argument(
+        "--annotations", type=Path, metavar="FILE",
+        help="take the image ids of this LVIS or COCO-form file, so that `clis score` can judge the result",
+    )  # fmt: skip
+    parser.add_argument("--no-pictures", action="store_true", help="write the JSON files alone")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Detect objects in images, and write what is found as JSON, pictures and a page.
+
+    Raises:
+        FileNotFoundError, ValueError: an argument is wrong, or no image can be read.
+    """
+    if not 0 <= arguments.score <= 1:
+        raise ValueError(f"--score {arguments.score}: must be between 0 and 1")
+    out, stored = arguments.out, arguments.annotations is not None
+    files, others = find_images(arguments.sources, out)
+    checkpoint = checkpoint_of(arguments.run, None)
+    detector, config = load_for_inference(checkpoint, choose_device(arguments.device))
+    labels = None
+    if arguments.classes is not None:
+        labels = torch.tensor(class_labels(arguments.classes, detector.categories))
+    selection = Selection(arguments.score, arguments.top, labels)
+    ids = known_ids(arguments.annotations, files, detector) if stored else None
+    pictures = None if arguments.no_pictures else out / PICTURES
+    photos = predict(detector, config, files, selection, arguments.batch, ids, pictures)
+    written = write_results(out, photos, detector.categories, checkpoint, stored)
+    if pictures is not None:
+        facts = {"detector": str(checkpoint), "score": f"at least {arguments.score:g}"}
+        facts["boxes"] = f"at most {arguments.top} per image"
+        if arguments.classes:
+            facts["classes"] = arguments.classes
+        try:
+            written.append(write_page(out, photos, detector.categories, facts))
+        except MissingExtra as error:
+            say(f"no {PAGE}: {error}")
+    _say_summary(photos, others)
+    say(", ".join(map(str, [*written, *([pictures] if pictures else [])])))
+
+
+@dataclass(frozen=True)
+class ImageFile:
+    """An image to look at."""
+
+    path: Path
+    name: str
+    """Relative to the folder that was named, else the file's own name."""
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which of a detector's findings are kept."""
+
+    score: float
+    top: int
+    labels: Tensor | None = None
+    """int64 [n]; None is all classes."""
+
+    def columns(self, found: ImageDetections) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return boxes, scores and labels of the findings that are kept."""
+        keep = found.scores >= self.score
+        if self.labels is not None:
+            keep &= torch.isin(found.labels, self.labels.to(found.labels.device))
+        rows = keep.nonzero()[: self.top, 0]
+        boxes, scores, labels = (
+            each[rows].cpu().numpy() for each in (found.boxes, found.scores, found.labels)
+        )
+        return boxes, scores, labels
+
+
+@dataclass(frozen=True, kw_only=True)
+class Photo:
+    """An image and what was found in it."""
+
+    id: int
+    name: str
+    path: str
+    error: str | None = None
+    """Why it could not be read; then there is nothing else."""
+    size: tuple[int, int] = (0, 0)
+    """Height and width that the boxes refer to."""
+    turned: bool = False
+    """Turned or mirrored as its EXIF orientation says."""
+    boxes: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros((0, 4), np.float32))
+    """float32 [n,4] xyxy, best first."""
+    scores: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0, np.float32))
+    labels: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0, np.int64))
+    picture: str | None = None
+    """Its picture, relative to the output folder."""
+
+
+def find_images(sources: Sequence[str], out: Path) -> tuple[list[ImageFile], int]:
+    """List the image files of the sources: files as they are named, folders and globs sorted.
+
+    Each file comes once. The output folder is left out, so that pictures are never taken for photos.
+
+    Returns:
+        The files, and how many files in folders are no images by their names.
+
+    Raises:
+        FileNotFoundError: a source does not exist, a glob matches nothing, or no image is found.
+    """
+    found: dict[Path, ImageFile] = {}
+    num_others = 0
+
+    def add(path: Path, name: str) -> None:
+        found.setdefault(path.resolve(), ImageFile(path, name))
+
+    for source in sources:
+        if Path(source).exists():
+            matches = [source]
+        elif glob.has_magic(source):
+            matches = sorted(glob.glob(source, recursive=True))
+        else:
+            matches = []
+        if not matches:
+            what = "matches no file" if glob.has_magic(source) else "no such file or folder"
+            raise FileNotFoundError(f"{source}: {what}; name images, folders or globs")
+        for path in map(Path, matches):
+            if not path.is_dir():
+                add(path, path.name)
+                continue
+            for each in sorted(path.rglob("*")):
+                if each.is_dir() or out.resolve() in each.resolve().parents:
+                    continue
+                if is_image(each.name):
+                    add(each, str(each.relative_to(path)))
+                else:
+                    num_others += 1
+    if not found:
+        raise FileNotFoundError(f"{', '.join(sources)}: no JPEG, PNG, WebP or GIF file found")
+    return list(found.values()), num_others
+
+
+def load_for_inference(checkpoint: Path, device: torch.device) -> tuple[CLISDetector, Config]:
+    """Load a detector ready for `detect`, and its config."""
+    state = load_checkpoint(checkpoint)
+    config = resolve_data_root(config_from_dict(state["config"], source=str(checkpoint)))
+    detector = load_model(state, config, str(checkpoint)).to(device).eval()
+    measure_calibration(detector, config)
+    return detector, config
+
+
+def known_ids(path: Path, files: Sequence[ImageFile], detector: CLISDetector) -> list[int]:
+    """Return the image ids that an annotation file gives the files, found by the ends of their paths.
+
+    Raises:
+        ValueError: a file is not in it, or its name is that of several images; or it is of other classes.
+    """
+    annotations = read_annotations(path)
+    check_same_categories(detector.categories, "the detector", annotations.categories, annotations.path)
+    rows: dict[str, list[int]] = {}
+    names = [str(name) for name in annotations.file_names]
+    for row, name in enumerate(names):
+        rows.setdefault(Path(name).name, []).append(row)
+    ids = []
+    for file in files:
+        full = file.path.resolve().as_posix()
+        own = [row for row in rows.get(file.path.name, []) if full.endswith("/" + names[row])]
+        if len(own) != 1:
+            what = "is none of its images" if not own else f"may be any of {len(own)} of its images"
+            raise ValueError(f"{file.path}: {what} ({path}); leave --annotations out, or name other files")
+        ids.append(int(annotations.image_ids[own[0]]))
+    return ids
+
+
+def predict(
+    detector: CLISDetector,
+    config: Config,
+    files: Sequence[ImageFile],
+    selection: Selection,
+    batch: int = 1,
+    ids: Sequence[int] | None = None,
+    pictures: Path | None = None,
+) -> list[Photo]:
+    """Detect objects in image files, which are read on the way, and draw a picture of each.
+
+    Args:
+        config: the detector's, for its precision and the number of loader processes.
+        batch: the most images at once; only those of one padded size share a batch.
+        ids: the images' ids in an annotation file, whose boxes are in pixels of the stored images: EXIF
+            orientations are not applied. None numbers the images from 1 and applies them.
+        pictures: folder of the pictures; None draws none.
+
+    Returns:
+        All images in their order, unreadable ones with an error.
+    """
+    photos = [
+        Photo(
+            id=row + 1 if ids is None else ids[row], name=printable(file.name), path=printable(str(file.path))
+        )
+        for row, file in enumerate(files)
+    ]
+    targets = picture_names(files)
+    read = functools.partial(_read, files, ids is None)
+    loader = image_loader(read, range(len(files)), batch, config.data.workers if len(files) > batch else 0)
+    shape_of, device = functools.partial(_shape_of, detector), next(detector.parameters()).device
+    with Progress("predict", len(files)) as progress:
+        for rows, images in like_shapes(map(_own_memory, loader), batch, shape_of):
+            readable = [image for image in images if not isinstance(image, str)]
+            if not readable:  # it is alone in its batch
+                photos[rows[0]] = dataclasses.replace(photos[rows[0]], error=str(images[0]))
+                progress.advance()
+                continue
+            with autocast(config.train.precision, device):  # as `run_detector`
+                results = detector.detect([pixels for pixels, _ in readable])
+            for row, (pixels, turned), found in zip(rows, readable, results, strict=True):
+                boxes, scores, labels = selection.columns(found)
+                photos[row] = photo = dataclasses.replace(
+                    photos[row], size=image_size(pixels), turned=turned,
+                    boxes=boxes, scores=scores, labels=labels,
+                    picture=None if pictures is None else targets[row],
+                )  # fmt: skip
+                if pictures is not None:
+                    draw_photo(pixels, photo, detector.categories, pictures / targets[row])
+            progress.advance(len(rows))
+    return photos
+
+
+def picture_names(files: Sequence[ImageFile]) -> list[str]:
+    """Return the file names of the pictures, each its own: as those of the files, but JPEGs."""
+    taken: set[str] = set()
+    names = []
+    for file in files:
+        stem = Path(file.name).with_suffix("").as_posix()
+        tries = (f"{stem}{'' if number == 1 else f'_{number}'}.jpg" for number in itertools.count(1))
+        names.append(next(name for name in tries if name not in taken))
+        taken.add(names[-1])
+    return names
+
+
+def draw_photo(pixels: Tensor, photo: Photo, categories: Sequence[Category], path: Path) -> None:
+    """Write a picture of an image with its boxes, the best on top, as a JPEG."""
+    picture, scale = picture_of(pixels)
+    marks = [
+        Mark(box=box, text=f"{categories[label].name} {score:.2f}", color=class_color(label))
+        for box, score, label in zip(photo.boxes.tolist(), photo.scores.tolist(), photo.labels.tolist())
+    ]
+    draw_marks(picture, marks, scale)
+    with atomic_write(path) as temporary:
+        picture.save(temporary, quality=90)
+
+
+def write_results(
+    out: Path, photos: Sequence[Photo], categories: Sequence[Category], checkpoint: Path, stored: bool
+) -> list[Path]:
+    """Write predictions.json (an LVIS result file) and images.json, what its ids stand for; return the paths.
+
+    Args:
+        stored: boxes are in pixels of the stored images, else of the images as they are displayed.
+    """
+    counts = [len(photo.scores) for photo in photos]
+    boxes = np.concatenate([photo.boxes for photo in photos])
+    ids = np.array([category.id for category in categories])
+    Detections(
+        image_id=np.repeat([photo.id for photo in photos], counts),
+        category_id=ids[np.concatenate([photo.labels for photo in photos])],
+        bbox=np.concatenate([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], axis=1),
+        score=np.concatenate([photo.scores for photo in photos]),
+    ).to_json(out / PREDICTIONS)
+    boxes_are_of = "as stored" if stored else "as displayed, turned by their EXIF orientation"
+    document = {
+        "info": {"checkpoint": str(checkpoint), "boxes": f"x y w h in pixels of the images {boxes_are_of}"},
+        "images": [_image_record(photo) for photo in photos],
+        "categories": [{"id": category.id, "name": category.name} for category in categories],
+    }
+    with atomic_write(out / IMAGES) as temporary:
+        temporary.write_text(json.dumps(document, indent=1) + "\n")
+    return [out / PREDICTIONS, out / IMAGES]
+
+
+def write_page(
+    out: Path, photos: Sequence[Photo], categories: Sequence[Category], facts: Mapping[str, str]
+) -> Path:
+    """Write the page of all pictures with what was found in them.
+
+    Raises:
+        MissingExtra: Jinja2 is not installed.
+    """
+    found = Counter(label for photo in photos for label in photo.labels.tolist())
+    text = render(
+        "predict.html.j2",
+        facts=facts,
+        photos=[photo for photo in photos if photo.error is None],
+        unreadable=[photo for photo in photos if photo.error is not None],
+        classes=[(categories[label].name, count) for label, count in found.most_common()],
+        names=[category.name for category in categories],
+        folder=PICTURES,
+    )
+    with atomic_write(out / PAGE) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+    return out / PAGE
+
+
+def _read(files: Sequence[ImageFile], displayed: bool, row: int) -> tuple[Tensor, bool] | str:
+    """Read an image, and whether it was turned; or say why it cannot be read."""
+    try:
+        return read_photo(files[row].path) if displayed else (read_image(files[row].path), False)
+    except ImageError as error:
+        return str(error)
+
+
+def _own_memory(
+    batch: tuple[list[int], list[tuple[Tensor, bool] | str]],
+) -> tuple[list[int], list[tuple[Tensor, bool] | str]]:
+    """Copy the pixels, which hold a file descriptor of their loader process while they wait for others."""
+    rows, images = batch
+    return rows, [each if isinstance(each, str) else (each[0].clone(), each[1]) for each in images]
+
+
+def _shape_of(detector: CLISDetector, image: tuple[Tensor, bool] | str) -> tuple[int, ...] | None:
+    return None if isinstance(image, str) else padded_size(detector, image[0])
+
+
+def _image_record(photo: Photo) -> dict[str, Any]:
+    record: dict[str, Any] = {"id": photo.id, "file_name": photo.name, "path": photo.path}
+    if photo.error is not None:
+        return record | {"error": photo.error}
+    record |= {"height": photo.size[0], "width": photo.size[1], "turned": photo.turned}
+    return record if photo.picture is None else record | {"picture": f"{PICTURES}/{photo.picture}"}
+
+
+def _say_summary(photos: Sequence[Photo], others: int) -> None:
+    read = [photo for photo in photos if photo.error is None]
+    bad = [photo for photo in photos if photo.error is not None]
+    boxes = sum(len(photo.scores) for photo in read)
+    classes = {label for photo in read for label in photo.labels.tolist()}
+    say(f"{len(read)} images, {boxes} boxes of {len(classes)} classes")
+    if turned := sum(photo.turned for photo in read):
+        say(f"{turned} turned by their EXIF orientation; boxes are in the images as displayed")
+    if others:
+        say(f"left out by name: {others} in the folders that are not JPEG, PNG, WebP or GIF files")
+    for photo in bad[:NAMED]:
+        say(f"unreadable: {photo.error}")
+    if bad:
+        say(f"{len(bad)} unreadable" + (f"; {IMAGES} names all of them" if len(bad) > NAMED else ""))
+    if not read:
+        raise ValueError(f"none of the {len(photos)} images could be read")

@@ -1,0 +1,192 @@
+"""`clis predict`: what it finds is what `evaluate` finds; files of all kinds, and bad input in one line."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from clis.__main__ import main
+from clis.cli import run_command
+from clis.commands.predict import ImageFile, Selection, find_images, picture_names
+from clis.drawing import Mark, class_color, draw_marks, picture_of
+from clis.metric.detections import Detections
+from clis.models.roi import ImageDetections
+
+
+@pytest.fixture(scope="module")
+def photos(data, tmp_path_factory):
+    """Five images: one as stored, one in a folder below, one to be turned, two that cannot be read."""
+    folder = tmp_path_factory.mktemp("photos")
+    first, second, third = sorted((data / "shapes" / "val").iterdir())[:3]
+    (folder / "below").mkdir()
+    shutil.copy(first, folder / "b.jpg")
+    shutil.copy(second, folder / "below" / "a.jpg")
+    exif = Image.Exif()
+    exif[0x0112] = 8
+    Image.open(third).crop((0, 0, 48, 30)).save(folder / "turned.png", exif=exif)
+    (folder / "damaged.jpg").write_bytes(first.read_bytes()[:300])
+    (folder / "empty.png").write_bytes(b"")
+    (folder / "notes.txt").write_text("not an image")
+    return folder
+
+
+def read(folder):
+    predictions = json.loads((folder / "predictions.json").read_text())
+    return predictions, json.loads((folder / "images.json").read_text())
+
+
+def test_all_files_are_looked_at_and_unreadable_ones_named(finished, photos, tmp_path, capsys):
+    main(
+        ["predict", str(finished), str(photos), f"--out={tmp_path}", "--score=0", "--batch=2", "--device=cpu"]
+    )
+    said = capsys.readouterr().out
+    assert "3 images, " in said
+    assert "1 turned by their EXIF orientation" in said
+    assert "left out by name: 1 in the folders" in said
+    assert f"unreadable: {photos}/damaged.jpg: " in said
+    assert "empty.png: the file is empty" in said
+    assert "2 unreadable" in said
+    predictions, document = read(tmp_path)
+    images = {image["file_name"]: image for image in document["images"]}
+    assert list(images) == ["b.jpg", "below/a.jpg", "damaged.jpg", "empty.png", "turned.png"]
+    assert [image["id"] for image in images.values()] == [1, 2, 3, 4, 5]
+    turned = images["turned.png"]  # stored 30 x 48 (height x width)
+    assert (turned["height"], turned["width"], turned["turned"]) == (48, 30, True)
+    assert "error" in images["empty.png"]
+    assert {record["image_id"] for record in predictions} == {1, 2, 5}
+    for name, image in images.items():
+        if "error" not in image:
+            assert (tmp_path / image["picture"]).is_file(), name
+            boxes = np.array([r["bbox"] for r in predictions if r["image_id"] == image["id"]])
+            assert (boxes[:, :2] + boxes[:, 2:] <= [image["width"] + 0.01, image["height"] + 0.01]).all()
+    assert len(Detections.load(tmp_path / "predictions.json")) == len(predictions)
+
+
+def test_the_page_shows_every_picture_and_escapes_names(finished, photos, tmp_path):
+    pytest.importorskip("jinja2")
+    shutil.copy(photos / "b.jpg", tmp_path / "<b>&#.jpg")
+    main(["predict", str(finished), f"{tmp_path}/*.jpg", f"--out={tmp_path / 'out'}", "--score=0"])
+    page = (tmp_path / "out" / "index.html").read_text()
+    assert "&lt;b&gt;&amp;#.jpg" in page
+    assert 'src="pictures/%3Cb%3E%26%23.jpg"' in page
+    assert "<b>&#" not in page
+
+
+def test_without_jinja_the_rest_is_written(finished, photos, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    main(["predict", str(finished), str(photos / "b.jpg"), f"--out={tmp_path}"])
+    assert 'no index.html: pages need Jinja2: pip install -e ".[report]"' in capsys.readouterr().out
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["images.json", "pictures", "predictions.json"]
+
+
+def test_with_annotations_the_result_is_that_of_the_evaluation(finished, data, tmp_path):
+    """All detections of the run's own detections.npz, with the ids of the file."""
+    val = data / "shapes" / "val"
+    main(["predict", str(finished), str(val), f"--annotations={data}/shapes/val.json", "--score=0",
+          "--top=300", f"--out={tmp_path}", "--no-pictures"])  # fmt: skip
+    found = Detections.load(tmp_path / "predictions.json")
+    expected = Detections.load(finished / "detections.npz")
+    order = np.argsort(expected.image_id, kind="stable"), np.argsort(found.image_id, kind="stable")
+    for name in ("image_id", "category_id"):
+        np.testing.assert_array_equal(getattr(found, name)[order[1]], getattr(expected, name)[order[0]])
+    np.testing.assert_allclose(found.bbox[order[1]], expected.bbox[order[0]], atol=1e-3)
+    np.testing.assert_allclose(found.score[order[1]], expected.score[order[0]], atol=1e-6)
+    assert not (tmp_path / "pictures").exists()
+
+
+def test_score_top_and_classes_select():
+    """Scores 0.9, 0.8, 0.5, 0.2 of labels 1, 0, 1, 1: at least 0.5 of class 1 are the first and third."""
+    found = ImageDetections(
+        torch.arange(16.0).view(4, 4), torch.tensor([0.9, 0.8, 0.5, 0.2]), torch.tensor([1, 0, 1, 1])
+    )
+    for selection, rows in (
+        (Selection(0.0, 100), [0, 1, 2, 3]),
+        (Selection(0.5, 100), [0, 1, 2]),
+        (Selection(0.5, 2), [0, 1]),
+        (Selection(0.5, 2, torch.tensor([1])), [0, 2]),
+        (Selection(0.95, 2), []),
+    ):
+        boxes, scores, labels = selection.columns(found)
+        assert scores.tolist() == found.scores[rows].tolist()
+        assert boxes.tolist() == found.boxes[rows].tolist()
+        assert labels.tolist() == found.labels[rows].tolist()
+
+
+def test_sources_are_files_folders_and_globs_each_file_once(photos, tmp_path):
+    def names(*sources, out=tmp_path):
+        files, others = find_images([str(source) for source in sources], out)
+        return [file.name for file in files], others
+
+    every = ["b.jpg", "below/a.jpg", "damaged.jpg", "empty.png", "turned.png"]
+    assert names(photos) == (every, 1)
+    assert names(photos / "b.jpg", photos) == (every, 1)
+    assert names(photos / "*.png") == (["empty.png", "turned.png"], 0)
+    assert names(photos / "**" / "a.jpg") == (["a.jpg"], 0)
+    assert names(photos / "notes.txt") == (["notes.txt"], 0)  # named: its bytes decide
+    assert names(photos, out=photos / "below") == ([name for name in every if "/" not in name], 1)
+
+
+def test_each_picture_has_a_name_of_its_own():
+    files = [ImageFile(path=None, name=name) for name in ("a.png", "a.jpg", "x/a.jpg", "a_2.jpg", "b.tar.gz")]
+    assert picture_names(files) == ["a.jpg", "a_2.jpg", "x/a.jpg", "a_2_2.jpg", "b.tar.jpg"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["{photos}/none.jpg"], "none.jpg: no such file or folder; name images"),
+        (["{photos}/*.bmp"], r"bmp: matches no file"),
+        (["{tmp}"], "no JPEG, PNG, WebP or GIF file found"),
+        (["{photos}/b.jpg", "--classes=dots_rign"], "there is no class 'dots_rign'; did you mean dots_ring"),
+        (["{photos}/b.jpg", "--classes=,"], "--classes: name at least one class"),
+        (["{photos}/b.jpg", "--score=30"], "--score 30.0: must be between 0 and 1"),
+        (["{photos}/b.jpg", "--annotations={data}/shapes/val.json"], r"b.jpg: is none of its images \("),
+        (["{photos}/empty.png"], "none of the 1 images could be read"),
+    ],
+)
+def test_bad_input_is_one_line(finished, photos, data, tmp_path, arguments, message):
+    arguments = [text.format(photos=photos, tmp=tmp_path, data=data) for text in arguments]
+    with pytest.raises((ValueError, OSError), match=message):
+        main(["predict", str(finished), *arguments, f"--out={tmp_path / 'out'}"])
+
+
+def test_a_checkpoint_that_is_not_there(tmp_path, photos, capsys):
+    with pytest.raises(SystemExit):
+        run_command(lambda: main(["predict", str(tmp_path), str(photos)]))
+    assert capsys.readouterr().err.startswith(f"error: {tmp_path}/checkpoints/last.pt: no such checkpoint")
+
+
+def test_boxes_are_drawn_where_they_are():
+    """A gray image enlarged ten times: the box's color is on its four sides, not inside or outside."""
+    picture, scale = picture_of(torch.full((3, 80, 100), 128, dtype=torch.uint8), 1000, 1000)
+    assert (picture.size, scale) == ((1000, 800), 10.0)
+    draw_marks(picture, [Mark(box=(20, 30, 60, 50), color=(255, 0, 0))], scale)
+    pixels = np.asarray(picture)
+    for x, y in ((200, 400), (600, 400), (400, 300), (400, 500)):
+        assert pixels[y, x].tolist() == [255, 0, 0]
+    for x, y in ((400, 400), (180, 400), (400, 520)):
+        assert pixels[y, x].tolist() == [128, 128, 128]
+    rows, columns = np.nonzero((pixels != 128).any(axis=2))
+    assert (rows.min() // 10, columns.min() // 10) == (29, 19)  # with the halo
+
+
+def test_labels_do_not_hide_each_other_and_stay_inside():
+    """Two boxes at the upper edge at one place: one label is below or inside where the other is not."""
+    picture, scale = picture_of(torch.full((3, 300, 300), 128, dtype=torch.uint8), 600, 600)
+    colors = [(255, 0, 0), (0, 0, 255)]
+    marks = [Mark(box=(0, 0, 100, 100), text=name, color=color) for name, color in zip("ab", colors)]
+    draw_marks(picture, marks, scale)
+    pixels = np.asarray(picture).reshape(-1, 3).tolist()
+    areas = [pixels.count(list(color)) for color in colors]
+    assert min(areas) > 150  # each label's ground is seen
+
+
+def test_colors_of_classes_are_all_different():
+    assert len({class_color(label) for label in range(1203)}) > 1000
+    assert len({class_color(label) for label in range(100)}) == 100
