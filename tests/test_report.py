@@ -24,7 +24,7 @@ from clis.data.categories import Category
 from clis.engine.run_folder import RunFolder
 from clis.metric.lvis_eval import Curves
 from clis.report.curves import MAX_POINTS, curves_of, smoothed
-from clis.report.judged import count_bins, embedded_rows, judge
+from clis.report.judged import BOX_BYTES, TRUTH_BYTES, boxes_to_embed, count_bins, judge
 from clis.report.packed import pack_boxes, to_json, units_of
 from clis.report.pictures import worst_images
 from clis.report.runs import read_run
@@ -118,17 +118,22 @@ def test_embedded_json_cannot_end_its_script():
     assert json.loads(text)["name"] == "</script><!--\u2028&"
 
 
-def test_every_image_keeps_its_best_boxes_judged_or_not():
+def test_every_image_keeps_its_best_boxes_judged_or_not(monkeypatch):
     """Image 10 has three judged boxes and one that is not: with a limit of 1, the best of each remains."""
-    judged = judge(annotations_of(hand_made()), detections_of(detection_rows()), 300)
-    assert embedded_rows(judged, 3, 1).tolist() == [3, 0, 4, 6]
-    assert embedded_rows(judged, 3, 50).tolist() == [3, 0, 1, 2, 4, 5, 6, 7]
+    run = judge(annotations_of(hand_made()), detections_of(detection_rows()), 300, lambda: None)
+    ((rows,), limit) = boxes_to_embed([run], 3)
+    assert rows.tolist() == [3, 0, 1, 2, 4, 5, 6, 7]
+    # Room for six boxes beside the fates of five objects; two of an image and kind would make seven.
+    monkeypatch.setattr("clis.report.judged.ROOM", 5 * TRUTH_BYTES + 6 * BOX_BYTES)
+    ((rows,), limit) = boxes_to_embed([run], 3)
+    assert limit == 1
+    assert rows.tolist() == [3, 0, 4, 6]
 
 
 def test_pictures_are_of_confident_mistakes_and_of_classes_that_fail():
     """By mistake: 10 (0.8), 20 (0.7), 30. By class: the rare cup's object in 20 is the one not found."""
     annotations = annotations_of(hand_made())
-    run = judge(annotations, detections_of(detection_rows()), 300)
+    run = judge(annotations, detections_of(detection_rows()), 300, lambda: None)
     assert worst_images(annotations, [run], 2) == [0, 1]
     assert sorted(worst_images(annotations, [run], 99)) == [0, 1, 2]
 

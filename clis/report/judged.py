@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +24,8 @@ from clis.metric.matching import match
 from clis.metric.verdicts import NOT_JUDGED, Verdicts, verdicts_of
 from clis.report.packed import NONE, pack, pack_boxes, pack_scores, units_of
 
+STAGES = 4
+"""Of `judge`."""
 FLOOR = 0.02
 """Detections with lower scores are not embedded."""
 ROOM = 17_000_000
@@ -49,22 +51,33 @@ class Judged:
     """int64 [D], image of each detection, its place in the annotations."""
 
 
-def judge(annotations: Annotations, detections: Detections, limit: int) -> Judged:
+def judge(
+    annotations: Annotations, detections: Detections, limit: int, advance: Callable[[], None]
+) -> Judged:
     """Match a run's detections, at most `limit` of an image, and find out what each is.
+
+    Args:
+        advance: called `STAGES` times on the way; of LVIS's size each takes seconds.
 
     Raises:
         ValueError: they are of other images.
     """
     matches = match(annotations, detections, limit)
+    advance()
     errors = find_errors(annotations, detections, matches)
+    advance()
+    shares = error_shares(annotations, detections, matches, annotations.categories, errors)
+    advance()
     order = np.argsort(annotations.image_ids, kind="stable")
-    return Judged(
+    judged = Judged(
         detections=detections,
         curves=accumulate(matches, num_areas=1),
-        shares=error_shares(annotations, detections, matches, annotations.categories, errors),
+        shares=shares,
         verdicts=verdicts_of(annotations, detections, matches, errors),
         rows=order[np.searchsorted(annotations.image_ids[order], detections.image_id)],
     )
+    advance()
+    return judged
 
 
 def count_bins(curves: Curves, categories: Sequence[Category]) -> list[tuple[int, int, int, float]]:
@@ -73,32 +86,39 @@ def count_bins(curves: Curves, categories: Sequence[Category]) -> list[tuple[int
     return [row for row in bins if row[2] >= LEAST_CLASSES]  # a data set may have fewer classes
 
 
-def boxes_per_image(judged: Sequence[Judged], num_images: int) -> int:
-    """Return how many boxes of an image and run can be embedded within `ROOM`."""
-    truths = sum(len(each.verdicts.found) for each in judged)
-    most = (ROOM - TRUTH_BYTES * truths) // BOX_BYTES
-    for limit in (BOXES_OF_AN_IMAGE, 40, 30, 25, 20, 15, 12, 10, 8, 6, 5, 4, 3, 2):
-        if sum(len(embedded_rows(each, num_images, limit)) for each in judged) <= most:
-            return limit
-    return 1
+def boxes_to_embed(runs: Sequence[Judged], num_images: int) -> tuple[list[np.ndarray], int]:
+    """Choose the detections to embed, by image and falling score: int64 [n] of each run, within `ROOM`.
 
+    Of an image and run, the highest scores from `FLOOR` on among what is judged, and as many of the rest.
 
-def embedded_rows(judged: Judged, num_images: int, limit: int) -> np.ndarray:
-    """Return the detections to embed, by image and falling score: int64 [n].
-
-    The `limit` highest scores of an image among what is judged, and among what is not, from `FLOOR` on.
+    Returns:
+        The rows, and how many of an image and run there may be.
     """
+    ranked = [_ranked_boxes(run, num_images) for run in runs]
+    truths = sum(len(run.verdicts.found) for run in runs)
+    most = (ROOM - TRUTH_BYTES * truths) // BOX_BYTES
+    counts = np.cumsum(sum(np.bincount(ranks, minlength=BOXES_OF_AN_IMAGE) for _, ranks in ranked))
+    limit = max(1, int(np.searchsorted(counts, most, side="right")))
+    chosen = []
+    for run, (rows, ranks) in zip(runs, ranked):
+        rows = rows[ranks < limit]
+        chosen.append(rows[np.lexsort((-run.detections.score[rows], run.rows[rows]))])
+    return chosen, limit
+
+
+def _ranked_boxes(judged: Judged, num_images: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return detections and the rank of each in its image, among what is judged or what is not: int64 [n]."""
     rows = np.flatnonzero(judged.detections.score >= FLOOR)
     group = judged.rows[rows] + num_images * (judged.verdicts.verdicts[rows] == NOT_JUDGED)
     order = np.lexsort((-judged.detections.score[rows], group))
     rows, group = rows[order], group[order]
-    rows = rows[np.arange(len(rows)) - np.searchsorted(group, group) < limit]
-    return rows[np.lexsort((-judged.detections.score[rows], judged.rows[rows]))]
+    ranks = np.arange(len(rows)) - np.searchsorted(group, group)
+    kept = ranks < BOXES_OF_AN_IMAGE
+    return rows[kept], ranks[kept]
 
 
-def run_payload(judged: Judged, annotations: Annotations, limit: int) -> dict[str, Any]:
-    """Return what the page's script needs of one run's results; `limit` as in `embedded_rows`."""
-    rows = embedded_rows(judged, len(annotations), limit)
+def run_payload(judged: Judged, annotations: Annotations, rows: np.ndarray) -> dict[str, Any]:
+    """Return what the page's script needs of one run's results; `rows` as in `boxes_to_embed`."""
     verdicts, images, found = judged.verdicts, judged.rows[rows], judged.detections
     category_ids = np.array([category.id for category in annotations.categories])
     labels = np.searchsorted(category_ids, found.category_id[rows])

@@ -15,7 +15,7 @@ from clis.config import data_path
 from clis.config_files import config_to_dict, flatten
 from clis.data.annotations import Annotations
 from clis.data.categories import check_same_categories
-from clis.data.image_level import ImageLevelIndex
+from clis.data.image_level import ImageLevelIndex, is_index
 from clis.data.region_file import load_regions
 from clis.data.streams import make_index, read_annotations
 from clis.engine.run_folder import regions_file
@@ -27,8 +27,9 @@ from clis.progress import Progress, say
 from clis.report.curves import curves_of, evaluations_of
 from clis.report.judged import (
     FLOOR,
+    STAGES,
     Judged,
-    boxes_per_image,
+    boxes_to_embed,
     class_payload,
     image_payload,
     judge,
@@ -121,16 +122,17 @@ def collect(runs: Sequence[ReportRun], images: int | None, regions: int) -> dict
         index = _image_level(runs, annotations)
         payload["classes"] = class_payload(annotations, None if index is None else index.image_counts)
         if some:
-            payload["boxesOfAnImage"] = limit = boxes_per_image(some, len(annotations))
+            boxes, payload["boxesOfAnImage"] = boxes_to_embed(some, len(annotations))
             payload["federated"] = annotations.federated
-            for head, each in zip(payload["runs"], judged):
-                head["judged"] = None if each is None else run_payload(each, annotations, limit)
+            heads = [head for head, each in zip(payload["runs"], judged) if each is not None]
+            for head, each, rows in zip(heads, some, boxes):
+                head["judged"] = run_payload(each, annotations, rows)
             payload["images"] = image_payload(annotations, some[0].verdicts.required)
-            rows = worst_images(annotations, some, len(annotations) if images is None else images)
+            shown = worst_images(annotations, some, len(annotations) if images is None else images)
             room = PICTURE_BYTES if images is None else None
             config = runs[0].config
             folder = data_path(config, config.data.val_images)
-            pictures, complaint = read_pictures(annotations, folder, rows, room)
+            pictures, complaint = read_pictures(annotations, folder, shown, room)
             payload["images"]["pictures"] = pictures
             notes += complaint
         if index is not None:
@@ -185,12 +187,15 @@ def _annotations(run: ReportRun) -> tuple[Annotations | None, str | None]:
 
 def _judge_all(runs: Sequence[ReportRun], annotations: Annotations) -> list[Judged | None]:
     judged: list[Judged | None] = []
-    with Progress("judge", len(runs)) as progress:
+    with Progress("judge", STAGES * len(runs)) as progress:
         for run in runs:
             detections = run.detections()
             limit = run.config.test.detections
-            judged.append(None if detections is None else judge(annotations, detections, limit))
-            progress.advance()
+            if detections is None:
+                judged.append(None)
+                progress.advance(STAGES)
+            else:
+                judged.append(judge(annotations, detections, limit, progress.advance))
     return judged
 
 
@@ -198,6 +203,9 @@ def _image_level(runs: Sequence[ReportRun], annotations: Annotations) -> ImageLe
     """Index the image-level stream of the first run that has one, if its files are there."""
     for run in runs:
         if run.config.clis.s > 0:
+            roots = [data_path(run.config, root) for root in run.config.data.image_level]
+            if not any(map(is_index, roots)):
+                say(f"indexing {', '.join(map(str, roots))}")
             try:
                 return make_index(run.config, annotations)
             except (OSError, ValueError) as error:
