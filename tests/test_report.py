@@ -541,6 +541,9 @@ def test_an_image_opens_in_a_dialog_and_closes_by_escape(page):
     page.keys("#images .card h3 button", Keys.ENTER)
     rows = page.all("dialog tbody tr")
     assert f"A≠ wrong class{CUP}0.800dog" in rows
+    page.browser.switch_to.active_element.send_keys(Keys.ARROW_RIGHT)
+    page.wait()
+    assert page.text("dialog h3") == "image 20: 20.jpg"
     page.browser.switch_to.active_element.send_keys(Keys.ESCAPE)
     page.wait()
     assert not page.browser.execute_script("return document.querySelector('dialog').open")

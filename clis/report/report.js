@@ -195,7 +195,7 @@
    */
   function chart(title, series, { x = {}, y = {}, wide = false } = {}) {
     wide &&= window.innerWidth > 640;
-    const W = wide ? 640 : 330, H = wide ? 260 : 170, left = 44, right = 10, top = 8, bottom = x.label ? 34 : 22;
+    const W = wide ? 640 : 330, H = wide ? 260 : 170, left = 44, right = series.some((each) => each.notes) ? 26 : 10, top = 8, bottom = x.label ? 34 : 22;
     const every = series.flatMap((each) => each.points).filter((point) => point[1] != null);
     if (!every.length) return element("figure", { class: "chart" }, element("figcaption", {}, title), element("p", { class: "muted" }, "no values"));
     const firm = series.filter((each) => !each.faint).flatMap((each) => each.points).filter((point) => point[1] != null);
@@ -514,7 +514,7 @@
     const really = boxes.really.slice(0, 6).flatMap(([other, number], i) => [i ? ", " : "", classLink(other), ` ${number}`]);
     const list = [RIGHT, CLASS, LOCATION, DUPLICATE, NOTHING, NOT_JUDGED].filter((kind) => boxes.counts[kind]).map((kind) => `${boxes.counts[kind]} ${VERDICTS[kind].name}`).join(", ");
     return element("div", { class: "why" },
-      element("h3", {}, runMark(run), `   AP ${percent(runs[run].judged.ap[label])}, AP50 ${percent(runs[run].judged.ap50[label])}, recall at any score ${percent(runs[run].judged.recall50[label])}`),
+      element("h3", {}, runMark(run), `: AP ${percent(runs[run].judged.ap[label])}, AP50 ${percent(runs[run].judged.ap50[label])}, recall at any score ${percent(runs[run].judged.recall50[label])}`),
       element("p", {}, total ? `Its ${plural(total, "object")} at score ${state.score.toFixed(2)}: ${told}.` : "It has no object in this split that counts."),
       total ? element("div", { class: "fates" }, shares) : null,
       instead.length ? element("p", {}, "Called instead: ", ...instead, ".") : null,
@@ -832,14 +832,21 @@
   const drawPanes = (node) => node.querySelectorAll("canvas").forEach((canvas) => canvas.draw());
 
   const dialog = element("dialog", { "aria-label": "image" });
-  function enlarge(image) {
+  /** Show an image of a list, and with the arrow keys those before and after it. */
+  function enlarge(list, place) {
+    const image = list[place];
+    dialog.onkeydown = (event) => {
+      const to = place + ({ ArrowLeft: -1, ArrowRight: 1 }[event.key] || 0);
+      if (to !== place && to in list) { event.preventDefault(); enlarge(list, to); }
+    };
     const rows = judgedRuns.flatMap((run) => boxesOf(image, run).map((box) => element("tr", {}, element("td", {}, letter(run)),
       element("td", {}, `${VERDICTS[box.verdict].sign} ${VERDICTS[box.verdict].name}`), element("td", {}, names[box.label] ?? "?"), element("td", { class: "n" }, box.score == null ? "" : box.score.toFixed(3)),
       element("td", {}, box.truth >= 0 && box.truth !== box.label ? names[box.truth] : ""))));
-    clear(dialog, element("form", { method: "dialog", class: "controls" }, element("h3", {}, `image ${images.ids[image]}: ${images.files[image]}`), element("button", { autofocus: true }, "close")),
+    clear(dialog, element("form", { method: "dialog", class: "controls" }, element("h3", {}, `image ${images.ids[image]}: ${images.files[image]}`), element("button", { autofocus: true }, "close"), element("span", { class: "muted" }, `${place + 1} of ${list.length}; ← and → turn`)),
       panes(image),
       element("div", { class: "scroll" }, element("table", {}, element("thead", {}, element("tr", {}, ["run", "verdict", "box says", "score", "it is"].map((text) => element("th", {}, text)))), element("tbody", {}, rows))));
-    dialog.showModal();
+    if (dialog.open) dialog.querySelector("button").focus();
+    else dialog.showModal();
     drawPanes(dialog);
   }
 
@@ -897,8 +904,8 @@
       const list = ordered(), size = PAGE_SIZES.images;
       view.page = Math.min(view.page, Math.max(0, Math.ceil(list.length / size) - 1));
       clear(turning, pager(list.length, size, view.page, (to) => { view.page = to; draw(); }, "images"));
-      clear(grid, list.slice(view.page * size, (view.page + 1) * size).map((image) => element("div", { class: "card", "data-image": images.ids[image] },
-        element("h3", {}, element("button", { type: "button", class: "link", onclick: () => enlarge(image) }, images.files[image]), images.pictures[image] ? "" : element("span", { class: "muted" }, " boxes only")),
+      clear(grid, list.slice(view.page * size, (view.page + 1) * size).map((image, i) => element("div", { class: "card", "data-image": images.ids[image] },
+        element("h3", {}, element("button", { type: "button", class: "link", onclick: () => enlarge(list, view.page * size + i) }, images.files[image]), images.pictures[image] ? "" : element("span", { class: "muted" }, " boxes only")),
         panes(image))));
       drawPanes(grid);
     };
