@@ -94,7 +94,13 @@ def save_onnx(program: torch.export.ExportedProgram, path: Path, notes: dict[str
         torch.ops.clis.nms_in_groups.default: _nms_in_groups,
     }
     converted = torch.onnx.export(
-        program, dynamo=True, opset_version=OPSET, custom_translation_table=table, verbose=False
+        program,
+        dynamo=True,
+        opset_version=OPSET,
+        custom_translation_table=table,
+        verbose=False,
+        input_names=["image"],
+        output_names=["boxes", "scores", "labels"],
     )
     assert converted is not None
     converted.model.metadata_props.update(notes)
@@ -108,5 +114,5 @@ def run_onnx(path: Path) -> Callable[[Tensor], list[Tensor]]:
 
 
 def _run(session: Any, images: Tensor) -> list[Tensor]:
-    outputs = session.run(None, {session.get_inputs()[0].name: images.numpy()})
+    outputs = session.run(None, {"image": images.numpy()})
     return [torch.from_numpy(np.asarray(each)) for each in outputs]
