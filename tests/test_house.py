@@ -16,7 +16,7 @@ GROUND = {
 }  # fmt: skip
 BELOW = {
     "__main__": {"commands"} | GROUND,
-    "commands": {"engine", "metric", "models", "data", "pages", "drawing"} | GROUND,
+    "commands": {"engine", "metric", "models", "data", "pages", "drawing", "report"} | GROUND,
     "engine": {"metric", "models", "data"} | GROUND,
     "metric": {"data", "atomic", "progress", "text"},
     "models": {"data"} | GROUND,
@@ -24,6 +24,7 @@ BELOW = {
     **{room: GROUND - {"losses"} for room in GROUND},
     "losses": set(),
     "pages": set(),
+    "report": {"engine", "metric", "data", "pages"} | GROUND,
     "drawing": set(),
 }
 """What each room may import; `clis` itself stands for its lazy names."""

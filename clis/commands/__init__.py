@@ -21,6 +21,7 @@ VERBS = {
     "export": "make a program of a trained detector that runs without our code: torch.export or ONNX",
     "status": "print how far runs are, and whether their processes live",
     "plot": "draw figures of runs side by side, or of studies, as PNG, PDF or SVG files",
+    "report": "write one HTML file of runs: curves, classes, errors, pictures of mistakes, regions",
     "compare": "print the results of run folders as one table, the paper's beside them",
     "config": "print a config as it would run, with all defaults",
     "shapes": "write the embedded benchmark into a folder",
@@ -38,7 +39,7 @@ def run_verb(verb: str, argv: Sequence[str] | None = None, prog: str | None = No
     command = importlib.import_module(f"clis.commands.{verb}")
     parser = argparse.ArgumentParser(prog=prog or f"python -m clis {verb}", description=_sentence(verb))
     command.add_arguments(parser)
-    command.run(parser.parse_args(argv))
+    command.run(parser.parse_intermixed_args(argv))  # key=value may also follow an option
 
 
 def _sentence(verb: str) -> str:

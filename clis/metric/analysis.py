@@ -204,49 +204,79 @@ class ErrorShares:
     """How many detections (missed: ground truths) are of each kind."""
 
 
-def error_shares(
-    annotations: Annotations, detections: Detections, matches: Matches, categories: Sequence[Category]
-) -> ErrorShares:
-    """Compute the share of AP50 lost to each kind of error, as in TIDE (Bolya et al., arXiv 2008.08115).
+@dataclasses.dataclass(frozen=True)
+class Errors:
+    """The F false positives among the judged detections of `Matches`, and the missed ground truths."""
+
+    places: np.ndarray
+    """int64 [F], of each in the matches."""
+    kinds: np.ndarray
+    """uint8 [F], place in `ERRORS`."""
+    truths: np.ndarray
+    """int64 [F], the ground truth that it is about; -1 for ``background`` and ``both``."""
+    missed: np.ndarray
+    """bool [G]."""
+
+    def of_kind(self, name: str) -> np.ndarray:
+        """Return which of the false positives are of this kind, bool [F]."""
+        return self.kinds == ERRORS.index(name)
+
+
+def find_errors(annotations: Annotations, detections: Detections, matches: Matches) -> Errors:
+    """Find the kind of every false positive at IoU 0.5, as in TIDE (Bolya et al., arXiv 2008.08115).
 
     A judged false positive is, in this order: poorly located (IoU 0.1 to 0.5 with a ground truth of its
     class), of the wrong class (at least 0.5 with one of another class), a duplicate (at least 0.5 with one of
     its class, which is taken), background (below 0.1 with everything), or wrong in both. A ground truth that
-    nothing takes and that no location or class error could have taken is missed. To fix a kind of error, the
-    best location or class error of a free ground truth becomes its true positive, and all other errors of the
-    kind vanish; missed ground truth is no longer required. Detections that the metric ignores are not errors.
+    nothing takes and that no location or class error could have taken is missed. Detections that the metric
+    ignores are not errors.
     """
-    taken = (matches.truth_found & 1) != 0
-    counted = matches.truth_counts[:, 0]
     hit = (matches.true_positive & 1) != 0
     false = np.flatnonzero(~hit & ((matches.ignored & 1) == 0))
     own, own_truth, other, other_truth = _best_overlaps(annotations, detections, matches, false)
-
     location = (own >= BACKGROUND_IOU) & (own < FOREGROUND_IOU)
     wrong_class = ~location & (other >= FOREGROUND_IOU)
     duplicate = ~location & ~wrong_class & (own >= FOREGROUND_IOU)
     background = ~location & ~wrong_class & ~duplicate & (np.maximum(own, other) < BACKGROUND_IOU)
-    kinds = {
-        "class": wrong_class,
-        "location": location,
-        "both": ~(location | wrong_class | duplicate | background),
-        "duplicate": duplicate,
-        "background": background,
-    }
-    missed = counted & ~taken
-    missed[own_truth[location]] = False
-    missed[other_truth[wrong_class]] = False
+    kinds = np.full(len(false), ERRORS.index("both"), np.uint8)
+    for name, chosen in (
+        ("class", wrong_class), ("location", location), ("duplicate", duplicate), ("background", background)
+    ):  # fmt: skip
+        kinds[chosen] = ERRORS.index(name)
+    truths = np.where(wrong_class, other_truth, np.where(location | duplicate, own_truth, -1))
+    missed = matches.truth_counts[:, 0] & ((matches.truth_found & 1) == 0)
+    missed[truths[location | wrong_class]] = False
+    return Errors(false, kinds, truths, missed)
 
+
+def error_shares(
+    annotations: Annotations,
+    detections: Detections,
+    matches: Matches,
+    categories: Sequence[Category],
+    errors: Errors | None = None,
+) -> ErrorShares:
+    """Compute the share of AP50 lost to each kind of error (`find_errors`), as TIDE does.
+
+    To fix a kind of error, the best location or class error of a free ground truth becomes its true positive,
+    and all other errors of the kind vanish; missed ground truth is no longer required.
+
+    Args:
+        errors: those of the matches, if they are known.
+    """
+    errors = errors or find_errors(annotations, detections, matches)
+    free = matches.truth_counts[:, 0] & ((matches.truth_found & 1) == 0)
     groups = np.array([category.frequency for category in categories])
     base = _ap50(matches, groups)
     lost, counts = {}, {}
-    for name, chosen in kinds.items():
-        target = {"class": other_truth, "location": own_truth}.get(name)
-        fixed = _fix(matches, false[chosen], None if target is None else target[chosen], counted & ~taken)
+    for name in ERRORS[:-1]:
+        chosen = errors.of_kind(name)
+        targets = errors.truths[chosen] if name in ("class", "location") else None
+        fixed = _fix(matches, errors.places[chosen], targets, free)
         lost[name], counts[name] = _gain(base, _ap50(fixed, groups)), int(chosen.sum())
-    asked_for = dataclasses.replace(matches, truth_counts=matches.truth_counts & ~missed[:, None])
-    lost["missed"], counts["missed"] = _gain(base, _ap50(asked_for, groups)), int(missed.sum())
-    return ErrorShares(base, {name: lost[name] for name in ERRORS}, {name: counts[name] for name in ERRORS})
+    asked_for = dataclasses.replace(matches, truth_counts=matches.truth_counts & ~errors.missed[:, None])
+    lost["missed"], counts["missed"] = _gain(base, _ap50(asked_for, groups)), int(errors.missed.sum())
+    return ErrorShares(base, lost, counts)
 
 
 def _best_overlaps(

@@ -1,0 +1,68 @@
+"""``python -m clis report RUN_FOLDER...``: one HTML file that says what runs get right and wrong, and why."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from clis.report.page import write_report
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of `clis report`."""
+    parser.add_argument(
+        "runs", nargs="+", metavar="RUN_FOLDER",
+        help="run folders of one data set, finished or not; key=value changes their configs, e.g. "
+        "data.root=/datasets if the data have moved",
+    )  # fmt: skip
+    parser.add_argument(
+        "--out", type=Path, metavar="FILE", help="default: report.html in the first run folder"
+    )
+    parser.add_argument(
+        "--names", nargs="+", default=[], metavar="RUN=NAME", help="name runs in the page, by folder"
+    )
+    parser.add_argument(
+        "--images",
+        type=int,
+        metavar="N",
+        help="validation images with a picture (default: as many as 6 MB hold, about 450 photographs)",
+    )
+    parser.add_argument(
+        "--regions", type=int, default=90, metavar="N", help="regions with a picture (default 90)"
+    )
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Write the page of some runs."""
+    folders = [Path(each) for each in arguments.runs if not _is_override(each)]
+    if not folders:
+        raise ValueError("no run folder; name at least one before key=value")
+    for name in ("images", "regions"):
+        if (getattr(arguments, name) or 0) < 0:
+            raise ValueError(f"--{name} {getattr(arguments, name)}: must be at least 0")
+    write_report(
+        folders,
+        arguments.out or folders[0] / "report.html",
+        names=_names(folders, arguments.names),
+        overrides=[each for each in arguments.runs if _is_override(each)],
+        images=arguments.images,
+        regions=arguments.regions,
+    )
+
+
+def _is_override(text: str) -> bool:
+    return "=" in text and not Path(text).exists()
+
+
+def _names(folders: Sequence[Path], given: Sequence[str]) -> list[str]:
+    """Return a name for every run: the one that it is given, or its folder."""
+    names: dict[Path, str] = {}
+    for each in given:
+        folder, equals, name = each.rpartition("=")
+        matching = [path for path in folders if folder in (str(path), path.name)]
+        if not (equals and name and matching):
+            known = ", ".join(path.name for path in folders)
+            raise ValueError(f"--names {each}: write RUN=NAME with one of the runs ({known})")
+        names |= dict.fromkeys(matching, name)
+    return [names.get(path, str(path)) for path in folders]
