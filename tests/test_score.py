@@ -100,7 +100,7 @@ def test_groups_come_from_the_training_file(files: Path) -> None:
     [
         (["--errors", "--masks"], "--errors looks at boxes"),
         (["--protocol", "fixed", "--official"], "--official goes with the standard protocol"),
-        (["--protocol", "pooled", "--compare", "x.json"], "--compare goes with the standard protocol"),
+        (["--protocol", "pooled", "--errors"], "--errors goes with the standard protocol"),
         (["--samples", "0"], "--samples 0: at least 1"),
         (
             ["--protocol", "fixed", "--max-detections", "5"],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 from collections.abc import Sequence
+from pathlib import Path
 
 from clis.data.categories import Category
 
@@ -13,6 +14,12 @@ def add_config(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of a config: its file and the overrides."""
     parser.add_argument("config", help="a YAML file, e.g. configs/lvis_v1/clis_r50.yaml")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="change the config")
+
+
+def split_overrides(texts: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Split arguments into those that name files, and those that are ``key=value`` and name none."""
+    overrides = [text for text in texts if "=" in text and not Path(text).exists()]
+    return [text for text in texts if text not in overrides], overrides
 
 
 def positive(text: str) -> int:

@@ -38,13 +38,14 @@ from clis.data.streams import (
     read_index,
 )
 from clis.engine.checkpoint import load_checkpoint
+from clis.engine.preflight import check_space, check_writable, checkpoint_bytes
 from clis.engine.prerequisites import PlannedRun, plan_run
 from clis.engine.pretrain import SETTINGS as PRETRAINING
 from clis.engine.region_search import detector_checkpoint, given_boxes, read_boxes
 from clis.engine.run_folder import RunFolder, regions_file
 from clis.engine.start import check_run, starting_weights
 from clis.metric.matching import describe_uncounted
-from clis.models import build_classifier, build_model
+from clis.models import CLISDetector, build_classifier, build_model
 from clis.progress import Progress, say
 
 SHOWN = 5
@@ -165,7 +166,9 @@ def check(
                 _check_regions(config, index, detector, report)
     if train is not None:
         with report.catching():
-            _check_model(config, train, report)
+            folder, model = RunFolder(config.output), _check_model(config, train, report)
+            check_writable(folder.path)
+            check_space([(folder.path, checkpoint_bytes(model, config, folder))])
     costs = {}
     if train is not None:
         costs["instance-level"] = _examine_annotated(
@@ -289,13 +292,12 @@ def _check_regions(config: Config, index: ImageLevelIndex, detector: Config | No
     report.notes.append(f"{path}: will be made, by {made_by}")
 
 
-def _check_model(config: Config, train: Annotations, report: Report) -> None:
+def _check_model(config: Config, train: Annotations, report: Report) -> CLISDetector:
     """Build the model, which reads the backbone's weights and tries the classification loss."""
     folder = RunFolder(config.output)
     has_weights = config.pretrain.epochs > 0 and folder.pretraining.backbone.exists()
     if has_weights or config.start.from_ is not None:
-        build_model(config, train.categories, pretrained=starting_weights(config, folder))
-        return
+        return build_model(config, train.categories, pretrained=starting_weights(config, folder))
     backbone = config.model.backbone
     path = None if backbone.weights is None else data_path(config, backbone.weights)
     to_download = path is not None and backbone.download and not path.exists()
@@ -304,7 +306,8 @@ def _check_model(config: Config, train: Annotations, report: Report) -> None:
     if config.pretrain.epochs > 0:
         report.notes.append(f"{folder.pretraining.backbone}: will be made, by pre-training")
         build_classifier(config, train.categories, pretrained=not to_download)
-    build_model(config, train.categories, pretrained=config.pretrain.epochs == 0 and not to_download)
+    pretrained = config.pretrain.epochs == 0 and not to_download
+    return build_model(config, train.categories, pretrained=pretrained)
 
 
 # --- images -----------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from clis.commands.arguments import split_overrides
 from clis.commands.figures import (
     FORMATS,
     GROUPS,
@@ -25,6 +26,7 @@ from clis.commands.figures import (
 )
 from clis.commands.study_figure import study_figure
 from clis.config import Config, data_path
+from clis.config_files import config_from_dict, config_to_dict, merge_overrides, resolve_data_root
 from clis.data.annotations import Annotations
 from clis.data.streams import read_annotations
 from clis.engine.evaluate import load_validation, read_annotated
@@ -52,8 +54,10 @@ VERDICTS = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `clis plot`."""
     parser.add_argument(
-        "folders", nargs="+", type=Path, metavar="FOLDER", help="run folders, or folders of studies"
-    )
+        "folders", nargs="+", metavar="FOLDER",
+        help="run folders, or folders of studies; key=value changes the runs' configs, e.g. "
+        "data.root=/datasets if the data have moved",
+    )  # fmt: skip
     parser.add_argument("--out", type=Path, default=Path("runs/plots"), metavar="FOLDER")
     parser.add_argument(
         "--format", choices=FORMATS, default="png", help="default png; pdf and svg for papers"
@@ -70,8 +74,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Draw the figures of runs, and one of each study, as files in one folder."""
     names = _names(arguments.names)
-    studies = [folder for folder in arguments.folders if (folder / "study.json").is_file()]
-    runs = [folder for folder in arguments.folders if folder not in studies]
+    named, overrides = split_overrides(arguments.folders)
+    folders = [Path(each) for each in named]
+    if not folders:
+        raise ValueError("no folder; name at least one before key=value")
+    studies = [folder for folder in folders if (folder / "study.json").is_file()]
+    runs = [folder for folder in folders if folder not in studies]
     known = {str(folder) for folder in runs}
     if arguments.rows and not studies:
         raise ValueError("--rows chooses rows of studies, and no folder with a study.json is named")
@@ -87,7 +95,7 @@ def run(arguments: argparse.Namespace) -> None:
     if runs:
         plot(
             runs, arguments.out, images=arguments.images, score=arguments.score, names=names,
-            suffix=arguments.format,
+            suffix=arguments.format, overrides=overrides,
         )  # fmt: skip
 
 
@@ -125,8 +133,11 @@ class PlottedRun:
     """Those of the last evaluation; None before the first."""
 
     @classmethod
-    def read(cls, path: Path, name: str | None = None) -> PlottedRun:
+    def read(cls, path: Path, name: str | None = None, overrides: Sequence[str] = ()) -> PlottedRun:
         """Read a run, finished or not; what an unfinished one lacks is printed.
+
+        Args:
+            overrides: ``key=value`` for its config, e.g. where the data are now.
 
         Raises:
             FileNotFoundError: no run has begun there, or its detections are gone.
@@ -143,7 +154,11 @@ class PlottedRun:
             raise FileNotFoundError(f"{found.detections}: no such file; evaluate the checkpoint again")
         evaluations = state.evaluations + ([] if state.result is None else [(state.steps, state.result)])
         detections = Detections.load(found.detections) if evaluated else None
-        return cls(name or str(path), state.config, state.records, evaluations, detections)
+        config = state.config
+        if overrides:
+            values = merge_overrides(config_to_dict(config), overrides)
+            config = resolve_data_root(config_from_dict(values, source=str(folder.config)))
+        return cls(name or str(path), config, state.records, evaluations, detections)
 
     @property
     def figures(self) -> dict[str, float]:
@@ -159,6 +174,7 @@ def plot(
     score: float,
     names: Mapping[str, str] | None = None,
     suffix: str = "png",
+    overrides: Sequence[str] = (),
 ) -> list[Path]:
     """Write four figures of the runs, which must be of one data set, and return their paths.
 
@@ -169,11 +185,12 @@ def plot(
         score: detections below it are not drawn.
         names: other names of runs, by their folders.
         suffix: the format, one of `FORMATS`.
+        overrides: ``key=value`` for the configs of all runs, e.g. where the data are now.
 
     Raises:
         FileNotFoundError, ValueError: a run does not exist, or they are of different data sets.
     """
-    runs = [PlottedRun.read(folder, (names or {}).get(str(folder))) for folder in folders]
+    runs = [PlottedRun.read(folder, (names or {}).get(str(folder)), overrides) for folder in folders]
     _check_same_data(runs)
     figures = {"curves": training_curves(runs)}
     evaluated = [run for run in runs if run.detections is not None]

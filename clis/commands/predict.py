@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from clis.atomic import atomic_write
-from clis.commands.arguments import class_labels, positive
+from clis.commands.arguments import class_labels, positive, split_overrides
 from clis.config import Config
-from clis.config_files import config_from_dict, resolve_data_root
+from clis.config_files import config_from_dict, config_to_dict, merge_overrides, resolve_data_root
 from clis.data.annotated_images import check_size
 from clis.data.annotations import Annotations
 from clis.data.categories import Category, check_same_categories
@@ -52,8 +52,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `clis predict`."""
     parser.add_argument("run", metavar="RUN_OR_CHECKPOINT", help="a run folder (its last.pt) or a checkpoint")
     parser.add_argument(
-        "sources", nargs="+", metavar="SOURCE", help="an image file, a folder with all below it, or a glob"
-    )
+        "sources", nargs="+", metavar="SOURCE",
+        help="an image file, a folder with all below it, or a glob; key=value changes the detector's config, "
+        "e.g. data.root=/datasets for a calibration that measures the training annotations",
+    )  # fmt: skip
     parser.add_argument("--out", type=Path, default=Path("runs/predict"), metavar="FOLDER")
     parser.add_argument("--score", type=float, default=0.3, help="minimum score (default 0.3)")
     parser.add_argument(
@@ -78,9 +80,10 @@ def run(arguments: argparse.Namespace) -> None:
     if not 0 <= arguments.score <= 1:
         raise ValueError(f"--score {arguments.score}: must be between 0 and 1")
     out, stored = arguments.out, arguments.annotations is not None
-    files, others = find_images(arguments.sources, out)
+    sources, overrides = split_overrides(arguments.sources)
+    files, others = find_images(sources, out)
     checkpoint = checkpoint_of(arguments.run, None)
-    detector, config = load_for_inference(checkpoint, choose_device(arguments.device))
+    detector, config = load_for_inference(checkpoint, choose_device(arguments.device), overrides)
     labels = None
     if arguments.classes is not None:
         labels = torch.tensor(class_labels(arguments.classes, detector.categories))
@@ -196,10 +199,13 @@ def find_images(sources: Sequence[str], out: Path) -> tuple[list[ImageFile], int
     return list(found.values()), num_others
 
 
-def load_for_inference(checkpoint: Path, device: torch.device) -> tuple[CLISDetector, Config]:
-    """Load a detector ready for `detect`, and its config."""
+def load_for_inference(
+    checkpoint: Path, device: torch.device, overrides: Sequence[str] = ()
+) -> tuple[CLISDetector, Config]:
+    """Load a detector ready for `detect`, and its config, with ``key=value`` overrides."""
     state = load_checkpoint(checkpoint)
-    config = resolve_data_root(config_from_dict(state["config"], source=str(checkpoint)))
+    values = config_to_dict(config_from_dict(state["config"], source=str(checkpoint)))
+    config = resolve_data_root(config_from_dict(merge_overrides(values, overrides), source="override"))
     detector = load_model(state, config, str(checkpoint)).to(device).eval()
     measure_calibration(detector, config)
     return detector, config

@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from clis.commands.arguments import split_overrides
 from clis.report.page import write_report
 
 
@@ -35,7 +36,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Write the page of some runs."""
-    folders = [Path(each) for each in arguments.runs if not _is_override(each)]
+    names, overrides = split_overrides(arguments.runs)
+    folders = [Path(each) for each in names]
     if not folders:
         raise ValueError("no run folder; name at least one before key=value")
     for name in ("images", "regions"):
@@ -45,14 +47,10 @@ def run(arguments: argparse.Namespace) -> None:
         folders,
         arguments.out or folders[0] / "report.html",
         names=_names(folders, arguments.names),
-        overrides=[each for each in arguments.runs if _is_override(each)],
+        overrides=overrides,
         images=arguments.images,
         regions=arguments.regions,
     )
-
-
-def _is_override(text: str) -> bool:
-    return "=" in text and not Path(text).exists()
 
 
 def _names(folders: Sequence[Path], given: Sequence[str]) -> list[str]:

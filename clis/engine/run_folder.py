@@ -170,10 +170,11 @@ class RunFolder:
             ValueError: it belongs to another config, or holds such files of somebody else.
         """
         if not self.config.exists():
-            if self.is_used:
+            foreign = [path for path in (self.result, self.metrics) if path.exists()]
+            if foreign and not self.saved_checkpoints():  # a resumed run looks at what is in these
                 raise ValueError(
-                    f"{self}: has files named as those of a run, but no {self.config.name}; pass "
-                    "output=ANOTHER_FOLDER"
+                    f"{foreign[0]}: is not of a run, which would use the name (there is no "
+                    f"{self.config.name}); pass output=ANOTHER_FOLDER"
                 )
             return
         if not self.is_used:
