@@ -34,7 +34,8 @@ def run(arguments: argparse.Namespace) -> None:
         if config.data.generate == "shapes":
             generate_shapes(data_path(config, "shapes"))
         folder = RunFolder(config.output).pretraining
-        with only_process(folder), at_work(folder) as now:
+        folder.path.mkdir(parents=True, exist_ok=True)
+        with only_process(RunFolder(config.output)), at_work(folder) as now:
             now("pre-training as an image classifier")
             path = pretrain(config, device)
         say(f"for a detector of this network: pretrain.epochs=0 model.backbone.weights={path.absolute()}")
