@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
 from pathlib import Path
 
+from clis.commands.arguments import read_names
 from clis.report.page import write_report
 
 
@@ -41,10 +41,11 @@ def run(arguments: argparse.Namespace) -> None:
     for name in ("images", "regions"):
         if (getattr(arguments, name) or 0) < 0:
             raise ValueError(f"--{name} {getattr(arguments, name)}: must be at least 0")
+    names = read_names(arguments.names, [str(folder) for folder in folders])
     write_report(
         folders,
         arguments.out or folders[0] / "report.html",
-        names=_names(folders, arguments.names),
+        names=[names.get(str(folder), str(folder)) for folder in folders],
         overrides=[each for each in arguments.runs if _is_override(each)],
         images=arguments.images,
         regions=arguments.regions,
@@ -53,16 +54,3 @@ def run(arguments: argparse.Namespace) -> None:
 
 def _is_override(text: str) -> bool:
     return "=" in text and not Path(text).exists()
-
-
-def _names(folders: Sequence[Path], given: Sequence[str]) -> list[str]:
-    """Return a name for every run: the one that it is given, or its folder."""
-    names: dict[Path, str] = {}
-    for each in given:
-        folder, equals, name = each.rpartition("=")
-        matching = [path for path in folders if folder in (str(path), path.name)]
-        if not (equals and name and matching):
-            known = ", ".join(path.name for path in folders)
-            raise ValueError(f"--names {each}: write RUN=NAME with one of the runs ({known})")
-        names |= dict.fromkeys(matching, name)
-    return [names.get(path, str(path)) for path in folders]
