@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Sequence
+from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from torch import Tensor
 
 import clis
 from clis.config import data_path
@@ -21,10 +20,13 @@ from clis.data.annotations import Annotations
 from clis.data.images import read_image
 from clis.data.streams import read_annotations
 from clis.drawing import Mark, draw_caption, draw_marks, picture_of, side_by_side
-from clis.models import CLISDetector
+from clis.metric.analysis import find_errors
+from clis.metric.detections import Detections
+from clis.metric.matching import match
+from clis.metric.verdicts import RIGHT, verdicts_of
 
 COLUMNS, SIDE, SCORE = 5, 240, 0.5
-TRUTH, RIGHT, WRONG = (255, 255, 255), (90, 200, 120), (235, 110, 70)
+GREEN, RED = (90, 200, 120), (235, 110, 70)
 
 
 def rare_images(annotations: Annotations, count: int) -> list[int]:
@@ -41,31 +43,24 @@ def rare_images(annotations: Annotations, count: int) -> list[int]:
     return chosen
 
 
-def marks_of(
-    detector: CLISDetector, image: Tensor, truth_boxes: list[list[float]], truth_labels: list[int]
-) -> list[Mark]:
-    """Detections above SCORE: solid green if class and place are right, else dashed and red."""
-    (found,) = detector.detect(image)
-    marks = []
-    for box, score, label in zip(found.boxes.tolist(), found.scores.tolist(), found.labels.tolist()):
-        if score < SCORE:
-            break
-        right = any(
-            label == other and overlap(box, boxes) >= 0.5 for boxes, other in zip(truth_boxes, truth_labels)
+def marks_of(annotations: Annotations, detections: Detections) -> dict[int, list[Mark]]:
+    """Detections above SCORE by image id: solid and green if right, else dashed and red."""
+    matches = match(annotations, detections)
+    errors = find_errors(annotations, detections, matches)
+    verdicts = verdicts_of(annotations, detections, matches, errors).verdicts
+    names = {category.id: category.name for category in annotations.categories}
+    marks: dict[int, list[Mark]] = defaultdict(list)
+    for row in np.flatnonzero(detections.score >= SCORE):
+        x, y, width, height = detections.bbox[row].tolist()
+        right = verdicts[row] == RIGHT
+        mark = Mark(
+            box=(x, y, x + width, y + height),
+            text=f"{names[int(detections.category_id[row])]} {detections.score[row]:.2f}",
+            color=GREEN if right else RED,
+            dashed=not right,
         )
-        name = detector.categories[label].name
-        marks.append(
-            Mark(box=box, text=f"{name} {score:.2f}", color=RIGHT if right else WRONG, dashed=not right)
-        )
+        marks[int(detections.image_id[row])].append(mark)
     return marks
-
-
-def overlap(a: Sequence[float], b: Sequence[float]) -> float:
-    """IoU of two boxes."""
-    width = min(a[2], b[2]) - max(a[0], b[0])
-    height = min(a[3], b[3]) - max(a[1], b[1])
-    shared = max(width, 0) * max(height, 0)
-    return shared / ((a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - shared)
 
 
 def main() -> None:
@@ -79,28 +74,28 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     config = load_config(arguments.clis / "config.yaml", arguments.overrides)
-    detectors = [
-        clis.load_detector(run / "checkpoints" / "last.pt") for run in (arguments.baseline, arguments.clis)
-    ]
-    categories = detectors[0].categories  # with the frequency of training
+    categories = clis.load_detector(arguments.clis / "checkpoints" / "last.pt").categories
     annotations = read_annotations(data_path(config, config.data.val))
-    annotations = dataclasses.replace(annotations, categories=categories)
-    rows = {"ground truth": None, "baseline": detectors[0], "CLIS": detectors[1]}
+    annotations = dataclasses.replace(annotations, categories=categories)  # with the frequency of training
+    rows = rare_images(annotations, COLUMNS)
+    truth = {
+        int(annotations.image_ids[row]): [
+            Mark(box=box, text=categories[label].name)
+            for box, label in zip(annotations.boxes_of(row).tolist(), annotations.labels_of(row).tolist())
+        ]
+        for row in rows
+    }
+    found = [
+        marks_of(annotations, Detections.load(run / "detections.npz"))
+        for run in (arguments.baseline, arguments.clis)
+    ]
     strips = []
-    for name, detector in rows.items():
+    for name, marks in zip(("ground truth", "baseline", "CLIS"), (truth, *found)):
         pictures = []
-        for row in rare_images(annotations, COLUMNS):
+        for row in rows:
             image = read_image(data_path(config, config.data.val_images) / str(annotations.file_names[row]))
-            boxes, labels = annotations.boxes_of(row).tolist(), annotations.labels_of(row).tolist()
-            if detector is None:
-                marks = [
-                    Mark(box=box, text=categories[label].name, color=TRUTH)
-                    for box, label in zip(boxes, labels)
-                ]
-            else:
-                marks = marks_of(detector, image, boxes, labels)
             picture, scale = picture_of(image, smallest=2 * SIDE, largest=2 * SIDE)
-            draw_marks(picture, marks, scale)
+            draw_marks(picture, marks[int(annotations.image_ids[row])], scale)
             pictures.append(picture)
         strips.append(draw_caption(side_by_side(pictures), name, 28))
     width, height = max(strip.width for strip in strips), sum(strip.height for strip in strips)
