@@ -273,7 +273,7 @@ def test_a_study_of_few_rows_has_means_and_gains_over_the_first():
     assert line.get_xdata() == pytest.approx([3, (10 * 400) ** 0.5])
     assert line.get_ydata() == pytest.approx([(3 + 7) / 2, 11])
     assert [text.get_text() for text in gains.texts] == ["n=8", "n=5"]
-    assert gains.get_ylabel() == "AP above: first"
+    assert gains.get_ylabel() == "delta AP vs first"
 
 
 def test_a_sweep_is_a_line_over_its_values_with_the_other_rows_beside():
@@ -308,7 +308,7 @@ def test_a_study_by_the_command_with_chosen_rows_and_names(tmp_path, capsys):
     main(["plot", str(folder), out, "--format=svg", "--rows", "more", "first", "--names", "more=CLIS"])
     text = (tmp_path / "out" / "small.svg").read_text()
     assert "CLIS (n = 3)" in text
-    assert "AP above: CLIS" in text
+    assert "delta AP vs CLIS" in text
     for arguments, message in (
         (["--rows", "most"], "has no row most; it has first, more, not run"),
         (["--names", "most=x"], "--names most=x: write A=B, where A is one of: first, more, not run"),
