@@ -241,6 +241,13 @@ def test_settings_of_another_version_are_shown_and_named(root, tmp_path):
     assert "clis.queue_init" in page["runs"][0]["missing"][0]
 
 
+def test_a_place_that_cannot_be_written_is_said_before_the_work(root, tmp_path, monkeypatch):
+    monkeypatch.setattr("clis.commands.report.write_report", lambda *args, **options: pytest.fail("too late"))
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="file"):
+        main(["report", str(tmp_path), "--out", str(tmp_path / "file" / "report.html")])
+
+
 def test_bad_input_is_one_line(root, tmp_path):
     run = write_run(root, tmp_path / "run")
     out = ("--out", str(tmp_path / "page.html"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from clis.atomic import check_writable
 from clis.commands.arguments import read_names
 from clis.report.page import write_report
 
@@ -42,9 +43,11 @@ def run(arguments: argparse.Namespace) -> None:
         if (getattr(arguments, name) or 0) < 0:
             raise ValueError(f"--{name} {getattr(arguments, name)}: must be at least 0")
     names = read_names(arguments.names, [str(folder) for folder in folders])
+    out = arguments.out or folders[0] / "report.html"
+    check_writable(out)  # before minutes of work
     write_report(
         folders,
-        arguments.out or folders[0] / "report.html",
+        out,
         names=[names.get(str(folder), str(folder)) for folder in folders],
         overrides=[each for each in arguments.runs if _is_override(each)],
         images=arguments.images,
