@@ -50,3 +50,19 @@ def class_labels(names: str, categories: Sequence[Category]) -> list[int]:
     if not wanted:
         raise ValueError("--classes: name at least one class")
     return [label_of[name] for name in wanted]
+
+
+def read_names(pairs: Sequence[str], known: Sequence[str]) -> dict[str, str]:
+    """Read A=B of ``--names``: new names B by the known ones, A; of a path, the last part is enough.
+
+    Raises:
+        ValueError: a pair is not of this form, or A is not known.
+    """
+    names: dict[str, str] = {}
+    for pair in pairs:
+        old, _, new = pair.rpartition("=")
+        meant = [each for each in known if old and old.rstrip("/") in (each, Path(each).name)]
+        if not (new and meant):
+            raise ValueError(f"--names {pair}: write A=B, where A is one of: {', '.join(known)}")
+        names |= dict.fromkeys(meant, new)
+    return names

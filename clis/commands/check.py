@@ -38,7 +38,7 @@ from clis.data.streams import (
     read_index,
 )
 from clis.engine.checkpoint import load_checkpoint
-from clis.engine.preflight import check_space, check_writable, checkpoint_bytes
+from clis.engine.preflight import check_space, check_writable_folder, checkpoint_bytes
 from clis.engine.prerequisites import PlannedRun, plan_run
 from clis.engine.pretrain import SETTINGS as PRETRAINING
 from clis.engine.region_search import detector_checkpoint, given_boxes, read_boxes
@@ -167,7 +167,7 @@ def check(
     if train is not None:
         with report.catching():
             folder, model = RunFolder(config.output), _check_model(config, train, report)
-            check_writable(folder.path)
+            check_writable_folder(folder.path)
             check_space([(folder.path, checkpoint_bytes(model, config, folder))])
     costs = {}
     if train is not None:

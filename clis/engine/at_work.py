@@ -193,10 +193,16 @@ def at_work(folder: RunFolder) -> Iterator[Callable[[str], None]]:
     """
     process = Process.current()
     process.write(folder)
+
+    def now(stage: str) -> None:
+        nonlocal process
+        process = replace(process, stage=stage)
+        process.write(folder)
+
     with logged(folder.log):
         note(f"clis {clis.__version__}, process {process.pid} on {process.host}: {shlex.join(sys.argv)}")
         try:
-            yield lambda stage: replace(process, stage=stage).write(folder)
+            yield now
         except Preempted as stop:
             note(str(stop))
             _clear(folder)
@@ -221,7 +227,8 @@ def last_sign(folder: RunFolder) -> float | None:
 
 def _clear(folder: RunFolder) -> None:
     if is_main():
-        folder.process.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # it ends no run, as one that cannot be written
+            folder.process.unlink(missing_ok=True)
 
 
 def _machine() -> str:
