@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import resource
 import subprocess
@@ -13,6 +14,7 @@ import torch
 from runs import REPOSITORY
 from torch.utils.data import Dataset
 
+from clis.cli import is_worker_death
 from clis.data.sealed import LoaderError, Sealed, SealedLoader, allow_open_files, describe_limit
 
 PROGRAM = """
@@ -117,6 +119,19 @@ def test_a_full_shared_memory_ends_the_run():
     said = run("", prefix)
     assert said.startswith("LoaderError: a loader process cannot send its batch: /dev/shm (1 MB) is full")
     assert "--shm-size" in said
+
+
+def test_a_process_that_is_gone_counts_as_a_lost_loader():
+    """Its block can no longer be fetched: the socket that a batch names is closed."""
+    context = multiprocessing.get_context("fork")
+    receiver, sender = context.Pipe()
+    process = context.Process(target=lambda: sender.send(Sealed(torch.zeros(9))))
+    process.start()
+    sealed = receiver.recv()
+    process.join()
+    with pytest.raises(RuntimeError) as caught:
+        sealed.open()
+    assert is_worker_death(caught.value)
 
 
 def test_other_errors_stay_as_they_are():

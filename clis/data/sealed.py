@@ -60,9 +60,16 @@ class Sealed:
         self.block = bytes(ForkingPickler.dumps(block))  # copied to shared memory here
 
     def open(self) -> Any:
-        """Unpack it; the tensors are views of the block."""
+        """Unpack it; the tensors are views of the block.
+
+        Raises:
+            RuntimeError: the process that packed it, from which the block is fetched, is gone.
+        """
         unpickler = _Unpickler(io.BytesIO(self.rest))
-        block = pickle.loads(self.block)
+        try:
+            block = pickle.loads(self.block)
+        except (ConnectionError, EOFError, FileNotFoundError) as error:
+            raise RuntimeError("DataLoader worker ended while its batch was on its way") from error
         unpickler.tensors = [place.of(block) for place in self.places]
         return unpickler.load()
 
@@ -146,21 +153,17 @@ class SealedLoader:
         if self.workers:
             allow_open_files()
             warn_of_little_memory(self.workers)
-        batches = self._batches()
-        while True:
-            try:
-                batch = next(batches)
-            except StopIteration:
-                return
-            except (RuntimeError, OSError) as error:
-                if (limit := describe_limit(error)) is None:
-                    raise
-                raise LoaderError(limit) from error
-            yield batch
-
-    def _batches(self) -> Iterator[Any]:
-        for batch in self.loader:
-            yield batch.open() if isinstance(batch, Sealed) else batch
+        batches = iter(self.loader)
+        try:
+            for batch in batches:
+                yield batch.open() if isinstance(batch, Sealed) else batch
+        except (RuntimeError, OSError) as error:
+            if (limit := describe_limit(error)) is None:
+                raise
+            raise LoaderError(limit) from error
+        finally:
+            # An error's traceback would keep the processes until the program ends, which then waits for them.
+            getattr(batches, "_shutdown_workers", lambda: None)()
 
 
 class _Sealing:
