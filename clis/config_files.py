@@ -18,6 +18,8 @@ from clis.config import RESUMABLE, Config
 from clis.config_scopes import key_of
 from clis.text import read_text
 
+SHIPPED = Path(__file__).with_name("configs")
+"""The configs that come with the package."""
 CLIS_OFF = {
     "task_specialized": False, "objectness": False, "s": 0, "t": 0, "siamese": False, "contrastive": False,
 }  # fmt: skip
@@ -35,18 +37,43 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     it is relative to the working folder, as is `data.root` everywhere. `data.root` is made
     absolute, and `output` is filled in.
 
+    Args:
+        path: a file, or the name of a shipped config, e.g. ``shapes/clis``.
+
     Raises:
         FileNotFoundError: there is no such config, or no such base.
         ValueError: not a mapping of sections, an unknown key, a value of the wrong type, or settings that
             contradict each other.
     """
-    path = Path(path)
+    path = find_config(path)
     values = _read_with_parents(path, ())
     if any(key not in SAME_RECIPE for key in flatten(merge_overrides({}, overrides))):
         values.pop("paper", None)  # another recipe than the file's
     values = merge_overrides(values, overrides)
     values.setdefault("output", str(_run_folder(path)))
     return resolve_data_root(config_from_dict(values, source=str(path)))
+
+
+def find_config(name: str | Path) -> Path:
+    """Return the file of a config: a path, or a name below ``configs`` here or in the package.
+
+    A name may lack its suffix. The names of configs that are shipped with the package are their paths below
+    ``configs``.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    path = Path(name).expanduser()
+    named = [path, path.with_name(f"{path.name}.yaml")]
+    below = [] if path.is_absolute() else [Path("configs"), SHIPPED]
+    for each in [*named, *(folder / part for folder in below for part in named)]:
+        if each.is_file() or (each.exists() and not each.is_dir()):  # also a pipe
+            return each
+    shipped = sorted(each.relative_to(SHIPPED).with_suffix("").as_posix() for each in SHIPPED.rglob("*.yaml"))
+    near = difflib.get_close_matches(path.with_suffix("").as_posix(), shipped, n=3, cutoff=0.6)
+    known = f"did you mean {' or '.join(near)}?" if near else f"shipped: {', '.join(shipped[:5])}, ..."
+    what = "a folder, not a config" if path.is_dir() else "no such config"
+    raise FileNotFoundError(f"{path}: {what}; {known}")
 
 
 def resolve_data_root(config: Config) -> Config:
@@ -150,13 +177,13 @@ def _read_with_parents(path: Path, children: tuple[Path, ...]) -> dict[str, Any]
     for name, key in (("regions", "detector"), ("start", "from")):
         section = values.get(name)
         if isinstance(section, dict) and isinstance(section.get(key), str):
-            section[key] = os.path.relpath(path.parent / section[key])
+            section[key] = os.path.relpath(path.parent / os.path.expanduser(section[key]))
     base = values.pop("base", None)
     if base is None:
         return _merge({}, values)
     if not isinstance(base, str):
         raise ValueError(f"{path}: `base:` names one file, not {base!r}")
-    parent = path.parent / base
+    parent = path.parent / os.path.expanduser(base)
     if not parent.is_file():
         raise FileNotFoundError(f"{path}: `base: {base}` names {parent}, which does not exist")
     inherited = _read_with_parents(parent, (*children, path.resolve()))
@@ -208,7 +235,7 @@ def _read_value(text: str, kind: str | None) -> Any:
 
 
 def _run_folder(path: Path) -> Path:
-    parts = path.with_suffix("").resolve().parts
+    parts = Path(os.path.abspath(path)).with_suffix("").parts  # of a link its own name
     below = parts[len(parts) - parts[::-1].index("configs") :] if "configs" in parts else parts[-1:]
     return Path("runs", *below)
 
@@ -279,7 +306,7 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
         except ValueError:
             pass
     elif isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
-        return value
+        return os.path.expanduser(value) if hint is str else value  # only paths begin with ~
     raise ValueError(f"{where}: {_TYPE_NAMES[hint]} is needed, not {value!r}")
 
 

@@ -49,7 +49,9 @@ def loaded(path) -> dict[str, torch.Tensor]:
         {"state_dict": {"model": below("backbone.")}},
         {
             "arch": "resnet10",
-            "state_dict": below("module.encoder_q.") | below("module.encoder_k.", 2) | {"queue": torch.ones(2)},
+            "state_dict": below("module.encoder_q.")
+            | below("module.encoder_k.", 2)
+            | {"module.queue": torch.ones(2)},
         },
         {"state_dict": below("module.online_encoder.0.") | below("module.target_encoder.0.", 2)},
         {"network": below("model."), "ema_decay": 0.9},
@@ -57,7 +59,7 @@ def loaded(path) -> dict[str, torch.Tensor]:
         {"format": 1, "model": below("backbone.body.") | {"rpn.conv.bias": torch.ones(1)}},
     ],
     ids=[
-        "plain", "DDP", "model", "model_state_dict", "two keys", "MoCo", "BYOL", "one other key", "heads", "ours"
+        "plain", "DDP", "model", "model_state_dict", "two", "MoCo", "BYOL", "another key", "heads", "ours",
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("zipped", [True, False])

@@ -18,7 +18,7 @@ from clis.config_scopes import Scope
 from clis.distributed import choose_device, process_group
 from clis.engine.checkpoint import load_checkpoint, load_model
 from clis.engine.evaluate import evaluate_detector
-from clis.engine.run_folder import RunFolder
+from clis.engine.run_folder import RunFolder, find_checkpoint
 from clis.metric.lvis_eval import format_table
 from clis.progress import say
 
@@ -28,7 +28,7 @@ INFERENCE = scoped_keys(Scope.INFERENCE)
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `clis evaluate`."""
-    parser.add_argument("checkpoint", type=Path, help="e.g. runs/shapes/clis/checkpoints/last.pt")
+    parser.add_argument("checkpoint", type=Path, help="a run folder, or one of its checkpoints")
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value",
         help="change the checkpoint's config, e.g. data.root=/datasets test.score_threshold=0.05; "
@@ -39,6 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Evaluate a checkpoint on the validation split of its config, print the metrics and name the files."""
+    arguments.checkpoint = find_checkpoint(arguments.checkpoint)
     state = load_checkpoint(arguments.checkpoint)
     values = config_to_dict(config_from_dict(state["config"], source=str(arguments.checkpoint)))
     values["output"] = str(arguments.checkpoint.with_suffix(""))

@@ -18,7 +18,7 @@ from clis.config_files import config_differences, config_from_dict, config_to_di
 from clis.data.categories import Category, check_same_categories
 from clis.distributed import is_main
 from clis.engine.provenance import provenance, training_files
-from clis.engine.run_folder import RunFolder
+from clis.engine.run_folder import RunFolder, find_checkpoint
 from clis.models import CLISDetector, ImageClassifier, build_model
 from clis.models.weight_files import first_names, read_content
 from clis.models.weights import load_state
@@ -109,11 +109,14 @@ def mark_best(folder: RunFolder, step: int, ap: float) -> None:
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
     """Read a checkpoint onto the CPU, running no code: neither in it nor of a module that its config names.
 
+    Args:
+        path: the file, or the run folder whose last one it is.
+
     Raises:
         FileNotFoundError: there is none.
         ValueError: it is truncated, or not one of ours.
     """
-    path = Path(path)
+    path = find_checkpoint(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such checkpoint")
     try:
