@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import re
+import select
 import sys
 import time
 from collections.abc import Callable
@@ -74,14 +75,10 @@ def run_command(main: Callable[[], None]) -> None:
 
 
 def _is_closed(stream: TextIO) -> bool:
-    """Check whether nobody reads a pipe any more: what could not be written is still buffered."""
-    try:
-        stream.flush()
-    except BrokenPipeError:
-        return True
-    except (OSError, ValueError):
-        pass
-    return False
+    """Check whether a stream is a pipe that nobody reads any more."""
+    poll = select.poll()
+    poll.register(stream.fileno(), 0)
+    return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
 
 
 def let_rank_0_speak() -> None:
