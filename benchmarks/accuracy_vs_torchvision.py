@@ -33,7 +33,7 @@ from clis.data.annotations import load_annotations
 from clis.data.loader import MicroBatches, image_loader, train_loader
 from clis.data.shapes import generate_shapes
 from clis.data.streams import make_streams
-from clis.engine.evaluate import read_validation_image
+from clis.engine.evaluate import read_annotated
 from clis.engine.optim import learning_rate
 from clis.engine.run_folder import regions_file
 from clis.engine.train import run
@@ -139,7 +139,7 @@ def evaluate_peer(peer: FasterRCNN, config: Config) -> dict[str, float]:
     peer.eval()
     columns: dict[str, list[np.ndarray]] = {name: [] for name in ("image_id", "category_id", "bbox", "score")}
     category_ids = np.array([category.id for category in annotations.categories])
-    read = functools.partial(read_validation_image, folder, annotations.file_names)
+    read = functools.partial(read_annotated, annotations, folder)
     loader = image_loader(read, range(len(annotations)), config.test.images_per_batch, config.data.workers)
     with Progress("evaluate torchvision", len(annotations)) as progress:
         for rows, images in loader:

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Callable, Iterator
 from pathlib import Path
+
+_PARTIAL = re.compile(r"\.(?P<stem>.+)\.\d+\.tmp(?P<suffix>(\.[^.]+)?)")
+"""The temporary names of `atomic_write`."""
 
 
 @contextlib.contextmanager
@@ -27,10 +31,16 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def remove_partial_files(folder: Path) -> None:
-    """Remove the temporary files that killed processes left in or below a run folder."""
-    for path in folder.rglob(".*.tmp*"):
-        path.unlink(missing_ok=True)
+def remove_partial_files(folder: Path, is_own: Callable[[str], bool]) -> None:
+    """Remove the temporary files that killed processes left in a folder, not below it.
+
+    Args:
+        is_own: whether a file of this name, once it is whole, would be the caller's; others are left alone.
+    """
+    for path in folder.glob(".*"):
+        partial = _PARTIAL.fullmatch(path.name)
+        if partial is not None and is_own(partial["stem"] + partial["suffix"]) and path.is_file():
+            path.unlink(missing_ok=True)
 
 
 def _sync_folder(folder: Path) -> None:

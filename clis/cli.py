@@ -23,6 +23,25 @@ class Preempted(Exception):
     """The run was asked to stop, has saved its state and can be resumed."""
 
 
+class OutOfMemory(Exception):
+    """Memory has run out; the message says where, and which settings need less."""
+
+
+_NO_MEMORY = re.compile(
+    r"out of memory|not enough memory|can't allocate memory|cannot allocate memory|bad_alloc|_ALLOC_FAILED|"
+    r"could not create a memory|MemoryError",
+    re.IGNORECASE,
+)
+"""What CUDA, PyTorch's allocator of the CPU, C++, cuBLAS, oneDNN and a loader process say."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Check for the ways in which Python and PyTorch say that memory has run out."""
+    if isinstance(error, MemoryError | OutOfMemory):
+        return True
+    return isinstance(error, RuntimeError) and _NO_MEMORY.search(str(error)) is not None
+
+
 def is_worker_death(error: BaseException) -> bool:
     """Check for what torch raises, anywhere in the main process, when a loader process is killed."""
     return isinstance(error, RuntimeError) and "DataLoader worker" in str(error)
@@ -53,15 +72,18 @@ def run_command(main: Callable[[], None]) -> None:
         sys.exit(EXIT_CODE)
     except KeyboardInterrupt:
         sys.exit(130)
-    except (ValueError, OSError, FloatingPointError, RuntimeError) as error:
+    except (ValueError, OSError, FloatingPointError, RuntimeError, MemoryError, OutOfMemory) as error:
         if isinstance(error, BrokenPipeError) and _is_closed(sys.stdout):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still buffered
             sys.exit(141)
         let_rank_0_speak()
-        died, lost = is_worker_death(error), is_lost_process(error)
-        if os.environ.get("CLIS_DEBUG") == "1" or (isinstance(error, RuntimeError) and not (died or lost)):
+        died, lost, full = is_worker_death(error), is_lost_process(error), is_out_of_memory(error)
+        known = died or lost or full
+        if os.environ.get("CLIS_DEBUG") == "1" or (isinstance(error, RuntimeError) and not known):
             raise
         text = str(error).rstrip()
+        if full and not isinstance(error, OutOfMemory):
+            text = f"out of memory: {(text.splitlines() or ['no more is known'])[0]}"
         if died:
             text = f"a loader process ended ({text}); out of memory? Fewer data.workers need less. The same "
             text += "command resumes from the last checkpoint"

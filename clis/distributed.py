@@ -7,7 +7,7 @@ import inspect
 import os
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -141,6 +141,20 @@ def from_main(value: T) -> T:
     values = [value]
     dist.broadcast_object_list(values)
     return values[0]
+
+
+def on_main(function: Callable[[], T]) -> T:
+    """Call a function on rank 0 alone and return its result on all ranks; its error is raised on all, too."""
+    outcome: tuple[T | None, Exception | None] = (None, None)
+    if is_main():
+        try:
+            outcome = function(), None
+        except (OSError, ValueError) as error:
+            outcome = None, error
+    value, failure = from_main(outcome)
+    if failure is not None:
+        raise failure
+    return value  # type: ignore[return-value]  # there is one, or there was an error
 
 
 def all_gather_rows(rows: Tensor) -> Tensor:

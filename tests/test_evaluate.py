@@ -19,11 +19,11 @@ SIZES = [(64, 80), (80, 64), (64, 70), (128, 150), (64, 64)]
 def test_batches_have_images_of_like_shapes(canvas, data, monkeypatch):
     annotations = load_annotations(data / "shapes" / "val.json")
 
-    def read(folder, names, row):
+    def read(annotations, folder, row):
         generator = torch.Generator().manual_seed(row)
         return torch.randint(256, (3, *SIZES[row % 5]), dtype=torch.uint8, generator=generator)
 
-    monkeypatch.setattr(evaluate, "read_validation_image", read)
+    monkeypatch.setattr(evaluate, "read_annotated", read)
     found = []
     for images_per_batch in (1, 3):
         config = tiny_config(

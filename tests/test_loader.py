@@ -522,7 +522,7 @@ class TestBadImages:
         sample = make_dataset(data)[WorkItem(index=0, instance=0, image_level=(0, 1, 2, 3), seed=9)]
         assert sample.image_id == 101
         (message,) = sample.unreadable
-        assert "0.png: 80 x 60 pixels (height x width)" in message
+        assert "0.png: 60 x 80 pixels, but the annotations say 80 x 60" in message
         assert "train.json says 60 x 80 of image 100" in message
 
     @pytest.mark.parametrize("workers", [0, 1])

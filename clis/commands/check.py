@@ -21,11 +21,12 @@ from PIL import Image  # torchvision needs Pillow
 from clis.commands.arguments import add_config
 from clis.config import DETECTOR_RULES, Config, data_path
 from clis.config_files import load_config
+from clis.data.annotated_images import check_size
 from clis.data.annotations import Annotations, checked_for_training
 from clis.data.categories import check_same_categories
 from clis.data.image_classes import GROUPS, coverage, describe_coverage, shortened
 from clis.data.image_level import ImageLevelIndex, is_intact
-from clis.data.images import ImageError, decode_image, read_bytes, unpacked
+from clis.data.images import EncodedImage, ImageError, open_image, read_bytes, unpacked
 from clis.data.loader import image_loader
 from clis.data.region_file import load_regions
 from clis.data.sampling import class_repeat_factors
@@ -45,7 +46,6 @@ from clis.engine.start import check_run, starting_weights
 from clis.metric.matching import describe_uncounted
 from clis.models import build_classifier, build_model
 from clis.progress import Progress, say
-from clis.resize import image_size
 
 SHOWN = 5
 """Files named for each kind of finding; `listing` gets all."""
@@ -313,7 +313,7 @@ def _check_model(config: Config, train: Annotations, report: Report) -> None:
 def _examine_annotated(
     annotations: Annotations, folder: Path, allowed: int, workers: int, sample: int | None, report: Report
 ) -> tuple[float, float]:
-    read = functools.partial(_examine_instance, folder, annotations.file_names, annotations.image_sizes)
+    read = functools.partial(_examine_annotated_image, annotations, folder)
     return _examine(annotations.path, read, len(annotations), allowed, workers, sample, report)
 
 
@@ -352,29 +352,31 @@ def _examine(
     return seconds / max(len(rows), 1), num_bytes / max(len(rows), 1)
 
 
-def _examine_instance(folder: Path, file_names: np.ndarray, sizes: np.ndarray, row: int) -> Examined:
-    path, (height, width) = folder / str(file_names[row]), sizes[row].tolist()
-    result, size = _examine_image(lambda: read_bytes(path), str(path))
-    if size is not None and size != (height, width):
-        problem = f"{path}: {size[1]} x {size[0]} pixels, but the annotations say {width} x {height}"
-        return Examined(problem, result.oddities, result.seconds, result.num_bytes)
-    return result
+def _examine_annotated_image(annotations: Annotations, folder: Path, row: int) -> Examined:
+    path = folder / str(annotations.file_names[row])
+    return _examine_image(
+        lambda: read_bytes(path), str(path), lambda image: check_size(image, annotations, row)
+    )
 
 
 def _examine_image_level(index: ImageLevelIndex, row: int) -> Examined:
-    return _examine_image(lambda: index.read(row), index.name(row))[0]
+    return _examine_image(lambda: index.read(row), index.name(row))
 
 
-def _examine_image(read: Callable[[], bytes], name: str) -> tuple[Examined, tuple[int, int] | None]:
-    """Return what was found in an image, and its height and width if it can be decoded."""
+def _examine_image(
+    read: Callable[[], bytes], name: str, check: Callable[[EncodedImage], None] = lambda image: None
+) -> Examined:
+    """Return what was found in an image; `check` may refuse one that can be decoded."""
     began = time.perf_counter()
     try:
         data = read()
-        image = decode_image(data, name)
+        image = open_image(data, name)
+        image.decode()
+        seconds = time.perf_counter() - began
+        check(image)
     except ImageError as error:
-        return Examined(str(error)), None
-    seconds = time.perf_counter() - began
-    return Examined(None, _oddities(data), seconds, len(data)), image_size(image)
+        return Examined(str(error))
+    return Examined(None, _oddities(data), seconds, len(data))
 
 
 def _oddities(data: bytes) -> tuple[str, ...]:

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from clis.atomic import atomic_write
 from clis.config import Config, scoped_keys
 from clis.config_files import (
     config_differences,
@@ -15,11 +16,14 @@ from clis.config_files import (
     resolve_data_root,
 )
 from clis.config_scopes import Scope
-from clis.distributed import choose_device, process_group
+from clis.data.annotations import Annotations
+from clis.distributed import choose_device, is_main, process_group
 from clis.engine.checkpoint import load_checkpoint, load_model
-from clis.engine.evaluate import evaluate_detector
+from clis.engine.evaluate import detect_split, evaluate_detector, load_validation
 from clis.engine.run_folder import RunFolder, find_checkpoint
 from clis.metric.lvis_eval import format_table
+from clis.metric.matching import describe_uncounted
+from clis.models import CLISDetector
 from clis.progress import say
 
 INFERENCE = scoped_keys(Scope.INFERENCE)
@@ -38,7 +42,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Evaluate a checkpoint on the validation split of its config, print the metrics and name the files."""
+    """Evaluate a checkpoint on the validation split of its config, print the metrics and name the files.
+
+    Of a split without annotations only the detections are written.
+    """
     arguments.checkpoint = find_checkpoint(arguments.checkpoint)
     state = load_checkpoint(arguments.checkpoint)
     values = config_to_dict(config_from_dict(state["config"], source=str(arguments.checkpoint)))
@@ -51,9 +58,32 @@ def run(arguments: argparse.Namespace) -> None:
     with process_group(device):
         detector = load_model(state, config, str(arguments.checkpoint)).to(device).eval()
         folder = RunFolder(config.output)
+        annotations = load_validation(config, detector.categories, unlabeled=True)
+        if not len(annotations.labels):
+            _write_detections(detector, config, annotations, folder)
+            return
         metrics = evaluate_detector(detector, config, folder, state.get("record"))
         say(format_table({str(arguments.checkpoint): metrics}))
+        for line in describe_uncounted(annotations):
+            say(f"WARNING: {line}")
         say(f"{folder.result}, {folder.detections.name}")
+
+
+def _write_detections(
+    detector: CLISDetector, config: Config, annotations: Annotations, folder: RunFolder
+) -> None:
+    """Write what a detector finds in a split that cannot be judged, also as an LVIS result file."""
+    detections = detect_split(detector, config, annotations)
+    if is_main():
+        json_file = folder.detections.with_suffix(".json")
+        with atomic_write(folder.detections) as temporary:
+            detections.save(temporary)
+        detections.to_json(json_file)
+        say(f"{annotations.path}: has no annotations, so there are detections and no metric")
+        say(
+            f"{folder.detections}, {json_file.name}: {len(detections)} detections in {len(annotations)} "
+            "images"
+        )
 
 
 def _check_same_model(config: Config, state: dict[str, Any], checkpoint: Path) -> None:

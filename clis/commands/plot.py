@@ -26,9 +26,8 @@ from clis.commands.figures import (
 from clis.commands.study_figure import study_figure
 from clis.config import Config, data_path
 from clis.data.annotations import Annotations
-from clis.data.images import read_image
 from clis.data.streams import read_annotations
-from clis.engine.evaluate import load_validation
+from clis.engine.evaluate import load_validation, read_annotated
 from clis.engine.run_folder import RunFolder
 from clis.engine.run_state import RunState
 from clis.metric.analysis import FOREGROUND_IOU, ap_by_image_count, merge_small_bins
@@ -289,10 +288,10 @@ def boxes_on_images(
     figure = Figure(figsize=(width * (1 + len(runs)), heights.sum() + 0.4), layout="constrained")
     axes = figure.subplots(len(rows), 1 + len(runs), squeeze=False, height_ratios=heights)
     label_of = {category.id: label for label, category in enumerate(annotations.categories)}
+    folder = data_path(runs[0].config, runs[0].config.data.val_images)
     for row, line in zip(rows, axes):
         image_id = annotations.image_ids[row]
-        file = data_path(runs[0].config, runs[0].config.data.val_images) / str(annotations.file_names[row])
-        pixels = read_image(file).permute(1, 2, 0).numpy()
+        pixels = read_annotated(annotations, folder, row).permute(1, 2, 0).numpy()
         truth, labels = annotations.boxes_of(row), annotations.labels_of(row)
         names = [annotations.categories[label].name for label in labels.tolist()]
         _draw(line[0], pixels, truth, names, ["black"] * len(names))

@@ -22,10 +22,12 @@ from clis.atomic import atomic_write
 from clis.commands.arguments import class_labels, positive
 from clis.config import Config
 from clis.config_files import config_from_dict, resolve_data_root
+from clis.data.annotated_images import check_size
+from clis.data.annotations import Annotations
 from clis.data.categories import Category, check_same_categories
 from clis.data.image_classes import printable
 from clis.data.image_scan import is_image
-from clis.data.images import ImageError, read_image, read_photo
+from clis.data.images import ImageError, open_image, read_bytes, read_photo
 from clis.data.loader import image_loader, like_shapes
 from clis.data.streams import read_annotations
 from clis.distributed import choose_device
@@ -83,9 +85,9 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.classes is not None:
         labels = torch.tensor(class_labels(arguments.classes, detector.categories))
     selection = Selection(arguments.score, arguments.top, labels)
-    ids = known_ids(arguments.annotations, files, detector) if stored else None
+    known = find_annotated(arguments.annotations, files, detector) if stored else None
     pictures = None if arguments.no_pictures else out / PICTURES
-    photos = predict(detector, config, files, selection, arguments.batch, ids, pictures)
+    photos = predict(detector, config, files, selection, arguments.batch, known, pictures)
     written = write_results(out, photos, detector.categories, checkpoint, stored)
     if pictures is not None:
         facts = {"detector": str(checkpoint), "score": f"at least {arguments.score:g}"}
@@ -203,27 +205,40 @@ def load_for_inference(checkpoint: Path, device: torch.device) -> tuple[CLISDete
     return detector, config
 
 
-def known_ids(path: Path, files: Sequence[ImageFile], detector: CLISDetector) -> list[int]:
-    """Return the image ids that an annotation file gives the files, found by the ends of their paths.
+@dataclass(frozen=True)
+class Annotated:
+    """Which images of an annotation file the image files are."""
+
+    annotations: Annotations
+    rows: list[int]
+    """The place of each file."""
+
+    def ids(self) -> list[int]:
+        """Return the image id of each file."""
+        return self.annotations.image_ids[self.rows].tolist()
+
+
+def find_annotated(path: Path, files: Sequence[ImageFile], detector: CLISDetector) -> Annotated:
+    """Find image files in an annotation file, which need not have boxes, by the ends of their paths.
 
     Raises:
         ValueError: a file is not in it, or its name is that of several images; or it is of other classes.
     """
-    annotations = read_annotations(path)
+    annotations = read_annotations(path, unlabeled=True)
     check_same_categories(detector.categories, "the detector", annotations.categories, annotations.path)
     rows: dict[str, list[int]] = {}
     names = [str(name) for name in annotations.file_names]
     for row, name in enumerate(names):
         rows.setdefault(Path(name).name, []).append(row)
-    ids = []
+    found = []
     for file in files:
         full = file.path.resolve().as_posix()
         own = [row for row in rows.get(file.path.name, []) if full.endswith("/" + names[row])]
         if len(own) != 1:
             what = "is none of its images" if not own else f"may be any of {len(own)} of its images"
             raise ValueError(f"{file.path}: {what} ({path}); leave --annotations out, or name other files")
-        ids.append(int(annotations.image_ids[own[0]]))
-    return ids
+        found.append(own[0])
+    return Annotated(annotations, found)
 
 
 def predict(
@@ -232,7 +247,7 @@ def predict(
     files: Sequence[ImageFile],
     selection: Selection,
     batch: int = 1,
-    ids: Sequence[int] | None = None,
+    known: Annotated | None = None,
     pictures: Path | None = None,
 ) -> list[Photo]:
     """Detect objects in image files, which are read on the way, and draw a picture of each.
@@ -240,21 +255,21 @@ def predict(
     Args:
         config: the detector's, for its precision and the number of loader processes.
         batch: the most images at once; only those of one padded size share a batch.
-        ids: the images' ids in an annotation file, whose boxes are in pixels of the stored images: EXIF
-            orientations are not applied. None numbers the images from 1 and applies them.
+        known: the images in an annotation file, whose boxes are in pixels of the stored images: EXIF
+            orientations are not applied, and sizes have to agree. None numbers the images from 1 and applies
+            the orientations.
         pictures: folder of the pictures; None draws none.
 
     Returns:
         All images in their order, unreadable ones with an error.
     """
+    ids = range(1, len(files) + 1) if known is None else known.ids()
     photos = [
-        Photo(
-            id=row + 1 if ids is None else ids[row], name=printable(file.name), path=printable(str(file.path))
-        )
-        for row, file in enumerate(files)
+        Photo(id=number, name=printable(file.name), path=printable(str(file.path)))
+        for number, file in zip(ids, files)
     ]
     targets = picture_names(files)
-    read = functools.partial(_read, files, ids is None)
+    read = functools.partial(_read, files, known)
     loader = image_loader(read, range(len(files)), batch, config.data.workers if len(files) > batch else 0)
     shape_of, device = functools.partial(_shape_of, detector), next(detector.parameters()).device
     with Progress("predict", len(files)) as progress:
@@ -354,10 +369,15 @@ def write_page(
     return out / PAGE
 
 
-def _read(files: Sequence[ImageFile], displayed: bool, row: int) -> tuple[Tensor, bool] | str:
-    """Read an image, and whether it was turned; or say why it cannot be read."""
+def _read(files: Sequence[ImageFile], known: Annotated | None, row: int) -> tuple[Tensor, bool] | str:
+    """Read an image, and whether it was turned; or say why it cannot be used."""
+    path = files[row].path
     try:
-        return read_photo(files[row].path) if displayed else (read_image(files[row].path), False)
+        if known is None:
+            return read_photo(path)
+        image = open_image(read_bytes(path), str(path))
+        check_size(image, known.annotations, known.rows[row])
+        return image.decode(), False
     except ImageError as error:
         return str(error)
 

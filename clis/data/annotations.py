@@ -103,11 +103,16 @@ def _each(value: Any, kind: type, change: Callable[[Any], Any]) -> Any:
     return change(value) if isinstance(value, kind) else value
 
 
-def load_annotations(path: str | Path, advance: Advance = lambda count: None) -> Annotations:
+def load_annotations(
+    path: str | Path, advance: Advance = lambda count: None, *, unlabeled: bool = False
+) -> Annotations:
     """Read an LVIS v1, LVIS v0.5 or COCO-form JSON file; the boxes keep the file's digits.
 
     A category without LVIS's ``image_count`` or ``frequency`` has them counted in this file. Files of
     `CACHED_BYTES` and more are read once and then mapped from the cache, as long as they stay the same.
+
+    Args:
+        unlabeled: accept a file without annotations, such as that of a test split.
 
     Raises:
         ValueError: the file is not JSON, lacks a key, repeats an id, refers to an unknown one, or holds no
@@ -117,7 +122,10 @@ def load_annotations(path: str | Path, advance: Advance = lambda count: None) ->
     def build() -> Packed:
         return pack_records(document_parts(path, advance), path)
 
-    return _unpacked(cached(path, "file", build) if _is_big(path) else build(), path)
+    annotations = _unpacked(cached(path, "file", build) if _is_big(path) else build(), path)
+    if not unlabeled:
+        _refuse_unlabeled(annotations)
+    return annotations
 
 
 def load_training_annotations(
@@ -143,7 +151,17 @@ def load_training_annotations(
 
 def pack_annotations(document: Mapping[str, Any], path: str | Path) -> Annotations:
     """Pack a loaded JSON document as `load_annotations` does; `path` is its name in errors."""
-    return _unpacked(pack_records(lists_of(document), path), path)
+    annotations = _unpacked(pack_records(lists_of(document), path), path)
+    _refuse_unlabeled(annotations)
+    return annotations
+
+
+def _refuse_unlabeled(annotations: Annotations) -> None:
+    if not len(annotations.labels):
+        raise ValueError(
+            f"{annotations.path}: empty split: no annotations, so nothing can be trained on or judged; use a "
+            "file that has some (evaluate.py CHECKPOINT data.val=FILE gives the detections of one without)"
+        )
 
 
 def _is_big(path: str | Path) -> bool:

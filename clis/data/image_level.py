@@ -186,6 +186,33 @@ def _is_header_of(header: bytes, name: str, size: int) -> bool:
         return False
 
 
+def match_containers(
+    roots: Sequence[str | Path],
+    categories: Sequence[Category],
+    mapping: str | Path | None = None,
+    *,
+    strict: bool = True,
+    say: Callable[[str], None] = lambda text: None,
+) -> tuple[list[Container], list[int], tuple[str, ...]]:
+    """Find the class folders and class tars of the roots; no image is looked at.
+
+    Arguments and errors as `build_index`.
+
+    Args:
+        say: called with a message before slow work.
+
+    Returns:
+        Those that match a category, their labels, and the names of those that match none.
+    """
+    label_of = class_labels(categories, mapping)
+    containers = find_containers(roots, lambda name: label_of(name) is not None, say=say)
+    names = [container.class_name for container in containers]
+    where = ", ".join(map(str, roots))
+    found, unmatched = match_classes(names, label_of, categories, strict=strict, where=where)
+    pairs = [(container, label) for container, label in zip(containers, found) if label is not None]
+    return [container for container, _ in pairs], [label for _, label in pairs], unmatched
+
+
 def build_index(
     roots: Sequence[str | Path],
     categories: Sequence[Category],
@@ -208,13 +235,8 @@ def build_index(
         ValueError: a root is missing, a tar or the mapping is malformed, a class matches no category and
             `strict`, or no image is left.
     """
-    label_of = class_labels(categories, mapping)
-    containers = find_containers(roots, lambda name: label_of(name) is not None, say=say)
-    names = [container.class_name for container in containers]
+    containers, labels, unmatched = match_containers(roots, categories, mapping, strict=strict, say=say)
     where = ", ".join(map(str, roots))
-    found, unmatched = match_classes(names, label_of, categories, strict=strict, where=where)
-    pairs = [(container, label) for container, label in zip(containers, found) if label is not None]
-    containers, labels = [container for container, _ in pairs], [label for _, label in pairs]
     left_out: Counter[str] = Counter()
     skipped = 0
 
@@ -352,6 +374,28 @@ def open_index(folder: str | Path, categories: Sequence[Category] | None = None)
 def is_intact(index: ImageLevelIndex) -> bool:
     """Check whether the arrays are those that the digest was computed from; reads everything."""
     return index.digest == _digest(index.containers, {name: getattr(index, name) for name in _COLUMNS})
+
+
+def check_containers(index: ImageLevelIndex) -> None:
+    """Check that the folders and tars of an index are where they were when it was made.
+
+    Raises:
+        ValueError: some are gone, or tars have another size; the message names the first.
+    """
+    gone = []
+    for container in index.containers:
+        path = Path(container.path)
+        try:
+            there = path.is_dir() if container.is_folder else path.stat().st_size == container.file_size
+        except OSError:
+            there = False
+        if not there:
+            gone.append(container.path)
+    if gone:
+        raise ValueError(
+            f"{index.folder}: {len(gone)} of {len(index.containers)} folders and tars that it was prepared "
+            f"from have moved or changed, the first is {gone[0]}; {_AGAIN} with their new place"
+        )
 
 
 def _columns(labeled: Iterable[tuple[int | np.ndarray, Listing]]) -> Iterator[dict[str, np.ndarray]]:

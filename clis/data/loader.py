@@ -13,10 +13,11 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from clis.config import CLISConfig, DataConfig
+from clis.data.annotated_images import open_annotated
 from clis.data.annotations import Annotations
 from clis.data.batch import OnDevice, Sample, collate
 from clis.data.image_level import ImageLevelIndex
-from clis.data.images import EncodedImage, ImageError, open_image, read_bytes
+from clis.data.images import EncodedImage, ImageError, open_image
 from clis.data.mapped import MappedFile
 from clis.data.mosaic import draw_tile
 from clis.data.pasting import draw_paste
@@ -164,16 +165,7 @@ class TwoStreamDataset(Dataset[Sample]):
         return _Opened(row, instance, rows, [image for _, image in sources], tuple(unreadable))
 
     def _open_instance(self, row: int) -> EncodedImage:
-        path = self.image_folder / self.annotations.file_names[row]
-        image = open_image(read_bytes(path), str(path))
-        expected = tuple(self.annotations.image_sizes[row])
-        if image.size != expected:
-            raise ImageError(
-                f"{path}: {image.size[0]} x {image.size[1]} pixels (height x width), but "
-                f"{self.annotations.path} says {expected[0]} x {expected[1]} of image "
-                f"{self.annotations.image_ids[row]}"
-            )
-        return image
+        return open_annotated(self.annotations, self.image_folder, row)
 
     def _open_image_level(self, row: int) -> EncodedImage:
         index = self.index

@@ -128,14 +128,18 @@ def _read_columns(
         elif records:
             read = _image_columns if key == "images" else _annotation_columns
             columns[key].append(read(_Part(path, LISTS[key], records, first)))
+    if "images" in counts and "categories" in counts:
+        counts.setdefault("annotations", 0)  # some files of a test split lack the key
     for key in LISTS:
         if key not in counts:
             raise ValueError(
                 f"{path}: no list of {key!r}; an LVIS or COCO-form instance file has images, annotations and "
                 "categories"
             )
-        if not counts[key]:
+        if not counts[key] and key != "annotations":
             raise ValueError(f"{path}: empty split: no {key}; use a file that has some")
+    if not counts["annotations"]:
+        columns["annotations"] = [_annotation_columns(_Part(path, "annotation", []))]
     images, annotations = (
         {name: np.concatenate([part[name] for part in c]) for name in c[0]} for c in columns.values()
     )
@@ -175,7 +179,7 @@ class _Part:
         """Return int64 values, one per record; numpy alone would round 1.5 and parse "1"."""
         values = self.column(key)
         try:
-            if set(map(type, values)) == {int}:
+            if set(map(type, values)) <= {int}:
                 return np.array(values, dtype=np.int64)
         except OverflowError:
             pass
@@ -193,7 +197,7 @@ class _Part:
     def floats(self, key: str, values: list[Any], *width: int) -> np.ndarray:
         """Return one float64 value, or `width` values, per record."""
         try:
-            array = np.array(values)
+            array = np.array(values) if values else np.zeros((0, *width))
             if array.dtype.kind in "iuf" and array.shape == (len(values), *width):
                 return array.astype(np.float64)
         except ValueError:  # lists of unequal length

@@ -18,7 +18,14 @@ from clis.data.annotations import (
     load_training_annotations,
 )
 from clis.data.image_classes import shortened
-from clis.data.image_level import ImageLevelIndex, build_index, is_index, open_index
+from clis.data.image_level import (
+    ImageLevelIndex,
+    build_index,
+    check_containers,
+    is_index,
+    match_containers,
+    open_index,
+)
 from clis.data.label_noise import with_wrong_labels
 from clis.data.loader import TwoStreamDataset
 from clis.data.region_file import REGION_DTYPE, load_regions
@@ -36,10 +43,27 @@ from clis.distributed import local_main_first
 from clis.progress import Progress, say
 
 
-def read_annotations(path: str | Path) -> Annotations:
-    """Read annotations with progress; all processes of a machine must call this, and one of them reads."""
+def read_annotations(path: str | Path, *, unlabeled: bool = False) -> Annotations:
+    """Read annotations with progress; all processes of a machine must call this, and one of them reads.
+
+    Args:
+        unlabeled: accept a file without annotations.
+    """
     with _reading(path) as advance:
-        return load_annotations(path, advance)
+        return load_annotations(path, advance, unlabeled=unlabeled)
+
+
+def read_training_annotations(config: Config) -> tuple[Annotations, dict[str, int]]:
+    """Read what a run trains on, as `read_annotations`; also return what was left out or changed, counted.
+
+    Raises:
+        FileNotFoundError, ValueError: as `load_training_annotations`.
+    """
+    path, data = data_path(config, config.data.train), config.data
+    with _reading(path) as advance:
+        return load_training_annotations(
+            path, drop_invalid=data.drop_invalid, empty_images=data.empty_images, advance=advance
+        )
 
 
 @contextlib.contextmanager
@@ -63,11 +87,7 @@ def make_streams(
         FileNotFoundError, ValueError: a file is missing or wrong; see the readers in `clis.data`.
     """
     data, clis, seed = config.data, config.clis, config.train.seed
-    path = data_path(config, data.train)
-    with _reading(path) as advance:
-        annotations, changes = load_training_annotations(
-            path, drop_invalid=data.drop_invalid, empty_images=data.empty_images, advance=advance
-        )
+    annotations, changes = read_training_annotations(config)
     if any(changes.values()):
         say(
             f"{annotations.path}: " + ", ".join(f"{count} {what}" for what, count in changes.items() if count)
@@ -122,6 +142,26 @@ def read_index(config: Config, annotations: Annotations) -> ImageLevelIndex:
         some = shortened(index.unmatched)
         say(f"{len(index.unmatched)} image-level classes match no category and are left out: {some}")
     return index
+
+
+def check_image_level(config: Config, annotations: Annotations) -> ImageLevelIndex | None:
+    """Check where the image-level images come from, without scanning class folders and tars for images.
+
+    Returns:
+        The index, if it is a prepared one, which opens at once.
+
+    Raises:
+        FileNotFoundError, ValueError: as `make_index`; or folders or tars of a prepared index have moved.
+    """
+    data = config.data
+    roots = [data_path(config, root) for root in data.image_level]
+    if any(map(is_index, roots)):
+        index = make_index(config, annotations)
+        check_containers(index)
+        return index
+    mapping = None if data.mapping is None else data_path(config, data.mapping)
+    match_containers(roots, annotations.categories, mapping, strict=not data.drop_unmatched)
+    return None
 
 
 def make_image_level_sampler(config: Config, index: ImageLevelIndex, images: int | None = None) -> Sampler:

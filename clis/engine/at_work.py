@@ -1,9 +1,10 @@
-"""Who works on a run: a note of the process and the log in the run folder, and whether it still lives."""
+"""Who works on a run: one process at a time, its note and log in the run folder, and whether it lives."""
 
 from __future__ import annotations
 
 import contextlib
 import datetime
+import fcntl
 import json
 import os
 import shlex
@@ -17,12 +18,15 @@ from pathlib import Path
 import clis
 from clis.atomic import atomic_write
 from clis.cli import Preempted
-from clis.distributed import is_main
+from clis.distributed import is_main, on_main
 from clis.engine.run_folder import RunFolder
 from clis.progress import logged, note
 
 QUIET = 15 * 60.0
 """Seconds without a record or a line of the log after which a process on another machine counts as dead."""
+
+DYING = 3.0
+"""Seconds that a process which was asked to end has to leave the folder."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +88,88 @@ class Process:
         except PermissionError:  # it is there, and another user's
             return True
         return True
+
+
+@contextlib.contextmanager
+def only_process(folder: RunFolder) -> Iterator[None]:
+    """Keep other processes from working on a run folder in the block; all ranks of a run enter it together.
+
+    The lock is one of POSIX: the system drops it when rank 0 dies, however it dies, and loader processes do
+    not inherit it. Where a file system has no locks, the note of a process that lives serves as one.
+
+    Raises:
+        ValueError: another process works on it.
+        OSError: the folder cannot be made or written to.
+    """
+    descriptor = on_main(lambda: _lock(folder))
+    try:
+        yield
+    finally:
+        if is_main():
+            with contextlib.suppress(OSError):
+                folder.lock.unlink(missing_ok=True)
+            os.close(descriptor)
+            with contextlib.suppress(OSError):  # of a start that failed: nothing was written
+                folder.path.rmdir()
+
+
+def _lock(folder: RunFolder) -> int:
+    """Return the descriptor of the locked file; closing it releases the lock."""
+    until = time.monotonic() + DYING
+    while True:
+        try:
+            folder.path.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(folder.lock, os.O_RDWR | os.O_CREAT, 0o666)
+        except FileNotFoundError:  # another process has just removed the empty folder
+            continue
+        except OSError as error:
+            raise OSError(
+                f"{folder}: cannot be written ({error.strerror}); allow writing there, or pass "
+                "output=ANOTHER_FOLDER"
+            ) from error
+        free = _is_locked(descriptor, folder)
+        if free and not _is_stale(descriptor, folder):
+            return descriptor
+        os.close(descriptor)
+        if not free and time.monotonic() > until:
+            raise ValueError(
+                f"{folder}: {_worker(folder)}; wait until it ends, or pass output=ANOTHER_FOLDER"
+            )
+        time.sleep(0.1)
+
+
+def _is_locked(descriptor: int, folder: RunFolder) -> bool:
+    """Try to lock the file; where the file system has no locks, go by the note in the folder."""
+    try:
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return True
+    except (BlockingIOError, PermissionError):
+        return False
+    except OSError:
+        process = _noted(folder)
+        return process is None or process.pid == os.getpid() or not process.lives()
+
+
+def _is_stale(descriptor: int, folder: RunFolder) -> bool:
+    """Return whether the lock file has been removed since it was opened, by the process that held it."""
+    try:
+        return not os.path.samestat(os.fstat(descriptor), folder.lock.stat())
+    except FileNotFoundError:
+        return True
+
+
+def _noted(folder: RunFolder) -> Process | None:
+    with contextlib.suppress(ValueError, OSError):
+        return Process.read(folder)
+    return None
+
+
+def _worker(folder: RunFolder) -> str:
+    """Say which process works on the folder."""
+    process = _noted(folder)
+    if process is None:
+        return "another process is working on it"
+    return f"process {process.pid} on {process.host} has been working on it since {process.since}"
 
 
 @contextlib.contextmanager

@@ -11,14 +11,15 @@ from typing import Any
 
 import torch
 
-from clis.atomic import atomic_write, remove_partial_files
+from clis.atomic import atomic_write
 from clis.cli import is_worker_death
 from clis.config import Config
-from clis.config_files import config_differences, config_from_dict, config_to_dict
+from clis.config_files import config_from_dict, config_to_dict
 from clis.data.categories import Category, check_same_categories
 from clis.distributed import is_main
 from clis.engine.provenance import provenance, training_files
 from clis.engine.run_folder import RunFolder, find_checkpoint
+from clis.engine.schedule import differences_after
 from clis.models import CLISDetector, ImageClassifier, build_model
 from clis.models.weight_files import first_names, read_content
 from clis.models.weights import load_state
@@ -81,7 +82,7 @@ def save_checkpoint(
             f"{path}: the checkpoint could not be written ({str(error).splitlines()[0]}); {good}. Make room "
             "or allow writing there, then re-run the same command"
         ) from error
-    for old in sorted(folder.checkpoints.glob("step_*.pt"))[: -config.train.keep_last]:
+    for old in folder.step_checkpoints()[: -config.train.keep_last]:
         old.unlink()
     return path
 
@@ -98,9 +99,9 @@ def link(path: Path, name: Path) -> None:
 def mark_best(folder: RunFolder, step: int, ap: float) -> None:
     """Make the checkpoint of this step ``best.pt`` unless an earlier evaluation has at least its AP."""
     earlier = [
-        RunFolder(path).read_result()["AP"]
-        for path in folder.evaluations.glob("step_*")
-        if path < folder.evaluation(step).path and RunFolder(path).result.exists()
+        each.read_result()["AP"]
+        for each in folder.step_evaluations()
+        if each.path < folder.evaluation(step).path
     ]
     if ap > max(earlier, default=-1.0):
         link(folder.checkpoint(step), folder.best)
@@ -175,12 +176,13 @@ def resume(
         ValueError: it was trained by another config or for other categories.
     """
     if is_main():
-        remove_partial_files(folder.path)
+        folder.remove_partial_files()
     found = load_last_checkpoint(folder)
     if found is None:
         return 0, 0
     state, path = found
-    differences = config_differences(config_from_dict(state["config"], source=str(path)), config, within)
+    trained = config_from_dict(state["config"], source=str(path))
+    differences = differences_after(trained, config, state["step"], within)
     if differences:
         raise ValueError(f"{path} is of another config: {'; '.join(differences[:5])}; remove it")
     check_same_categories(saved_categories(state), str(path), model.categories, "the training split")

@@ -18,12 +18,13 @@ from clis.config import (
     Config,
     data_path,
 )
+from clis.data.annotated_images import open_annotated
 from clis.data.annotations import Annotations
 from clis.data.categories import Category, check_same_categories
-from clis.data.images import read_image
 from clis.data.loader import image_loader, like_shapes
 from clis.data.streams import read_annotations
 from clis.distributed import from_main, gather_rows, is_main, rank, world_size
+from clis.engine.memory import memory_advice
 from clis.engine.optim import autocast
 from clis.engine.provenance import provenance, validation_files
 from clis.engine.run_folder import RECORD, RunFolder
@@ -49,8 +50,7 @@ def evaluate_detector(
         ranks.
     """
     annotations = load_validation(config, detector.categories)
-    measure_calibration(detector, config)
-    detections = run_detector(detector, config, annotations)
+    detections = detect_split(detector, config, annotations)
     metrics: dict[str, float] = {}
     if is_main():
         figures = evaluate(annotations, detections, max_detections=config.test.detections)
@@ -61,6 +61,12 @@ def evaluate_detector(
             record = evaluation_record(config, training)
             temporary.write_text(json.dumps({**metrics, RECORD: record}, indent=1) + "\n")
     return from_main(metrics)
+
+
+def detect_split(detector: CLISDetector, config: Config, annotations: Annotations) -> Detections:
+    """Return the detections of all images of a split, as `run_detector`, with the calibration measured."""
+    measure_calibration(detector, config)
+    return run_detector(detector, config, annotations)
 
 
 def evaluation_record(config: Config, training: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -74,13 +80,18 @@ def evaluation_record(config: Config, training: Mapping[str, Any] | None) -> dic
     }
 
 
-def load_validation(config: Config, categories: Sequence[Category]) -> Annotations:
+def load_validation(
+    config: Config, categories: Sequence[Category], *, unlabeled: bool = False
+) -> Annotations:
     """Read the annotations of `data.val`, with the frequency groups of the training split's `categories`.
+
+    Args:
+        unlabeled: accept a split without annotations, which cannot be judged.
 
     Raises:
         FileNotFoundError, ValueError: they cannot be read, or are of other categories.
     """
-    annotations = read_annotations(data_path(config, config.data.val))
+    annotations = read_annotations(data_path(config, config.data.val), unlabeled=unlabeled)
     check_same_categories(categories, "the detector", annotations.categories, annotations.path)
     return dataclasses.replace(annotations, categories=tuple(categories))
 
@@ -99,13 +110,6 @@ def measure_calibration(detector: CLISDetector, config: Config) -> None:
     calibration.to(device)
 
 
-def check_validation(config: Config, categories: Sequence[Category]) -> None:
-    """Read the validation annotations and one image, so that errors surface before training."""
-    read_validation_image(
-        data_path(config, config.data.val_images), load_validation(config, categories).file_names, 0
-    )
-
-
 def run_detector(detector: CLISDetector, config: Config, annotations: Annotations) -> Detections:
     """Return the detections of all images in their order, best first in each image.
 
@@ -113,16 +117,15 @@ def run_detector(detector: CLISDetector, config: Config, annotations: Annotation
     padded size make a batch, so that none sees another's padding. Detections wait on the CPU and are
     gathered there, so no device ever holds more than those of one batch.
     """
-    read = functools.partial(
-        read_validation_image, data_path(config, config.data.val_images), annotations.file_names
-    )
+    read = functools.partial(read_annotated, annotations, data_path(config, config.data.val_images))
     rows = range(rank(), len(annotations), world_size())
     loader = image_loader(read, rows, config.test.images_per_batch, config.data.workers)
     # copies: a loader process's pixels hold a file descriptor each while they wait for others of their size
     read_ahead = ((batch_rows, [image.clone() for image in images]) for batch_rows, images in loader)
     shape_of, device = functools.partial(padded_size, detector), next(detector.parameters()).device
     tables = [torch.zeros(0, 7, dtype=torch.float64)]
-    with Progress("evaluate", len(rows)) as progress:
+    where, less = "evaluation", "a lower test.images_per_batch, test.short_side or test.max_size"
+    with Progress("evaluate", len(rows)) as progress, memory_advice(lambda: where, less):
         for batch_rows, images in like_shapes(read_ahead, config.test.images_per_batch, shape_of):
             with autocast(config.train.precision, device):
                 found = detector.detect(images)
@@ -159,6 +162,6 @@ def padded_size(detector: CLISDetector, image: Tensor) -> tuple[int, ...]:
     return tuple(-(-side // 32) for side in size)
 
 
-def read_validation_image(folder: Path, file_names: np.ndarray, row: int) -> Tensor:
-    """Read image `row` of an annotation file, uint8 RGB [3,H,W]."""
-    return read_image(folder / str(file_names[row]))
+def read_annotated(annotations: Annotations, folder: Path, row: int) -> Tensor:
+    """Read the image at place `row` of an annotation file: uint8 RGB [3,H,W]; see `open_annotated`."""
+    return open_annotated(annotations, folder, row).decode()

@@ -29,6 +29,7 @@ from clis.engine.checkpoint import resume, save_checkpoint
 from clis.engine.describe import describe_pretraining, step_metrics
 from clis.engine.feed import Feed
 from clis.engine.log import MetricsLog
+from clis.engine.memory import memory_advice
 from clis.engine.optim import gradient_step, learning_rate, make_optimizer, make_scaler, split_batch
 from clis.engine.preemption import StopRequest, stop
 from clis.engine.run_folder import RunFolder
@@ -126,6 +127,10 @@ def train_classifier(
         Feed(loader, LabeledBatch, accumulation, device, config.data.max_bad_images) as feed,
         StopRequest() as request,
         Progress("pretrain", steps.stop, steps.start) as progress,
+        memory_advice(
+            lambda: f"{folder}: step {progress.done + 1} of the pre-training",
+            "a lower pretrain.images_per_process or pretrain.image_size",
+        ),
     ):
         for step in steps:
             given = feed.take(request.received, clock.is_over())

@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import json
 import os
-import shutil
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -86,7 +86,14 @@ class RegionParts:
 
 
 def remove_parts(path: Path, keep: Path | None = None) -> None:
-    """Remove the parts of every recipe beside the region file `path`, but for the folder `keep`."""
+    """Remove the parts of every recipe beside the region file `path`, but for the folder `keep`.
+
+    Nothing else is removed, whatever is called alike or has been put into these folders.
+    """
     for folder in path.parent.glob(f"{path.stem}.partial-*"):
-        if folder != keep:
-            shutil.rmtree(folder, ignore_errors=True)
+        if folder == keep or re.fullmatch(r"[0-9a-f]{12}", folder.name.rpartition("-")[2]) is None:
+            continue
+        for part in folder.glob("process_*.bin"):
+            part.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # it holds somebody else's file
+            folder.rmdir()

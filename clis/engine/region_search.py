@@ -26,6 +26,7 @@ from clis.data.streams import make_index, read_annotations
 from clis.distributed import barrier, broadcast_flag, from_main, is_main, rank, world_size
 from clis.engine.bad_images import check_bad_images
 from clis.engine.checkpoint import load_detector
+from clis.engine.memory import memory_advice
 from clis.engine.optim import autocast
 from clis.engine.prerequisites import checkpoint_of, detector_config
 from clis.engine.region_parts import RegionParts, remove_parts
@@ -108,7 +109,12 @@ def make_regions(
     met = np.flatnonzero(table["source"] == RegionSource.UNREADABLE)
     unreadable = [f"{index.name(row)} (found before)" for row in met.tolist()]
     mine, rule = pending[rank() :: world_size()], region_rule(config, index, detector)
-    with parts.writer(rank()) as write, Progress("regions", len(mine)) as progress:
+    less = "a lower regions.images_per_batch, regions.short_side or regions.max_size"
+    with (
+        parts.writer(rank()) as write,
+        Progress("regions", len(mine)) as progress,
+        memory_advice(lambda: "search for regions", less),
+    ):
         for rows, images in search_batches(config, index, mine.tolist(), detector):
             unreadable += [image for image in images if isinstance(image, str)]
             check_bad_images(unreadable, config.data.max_bad_images)

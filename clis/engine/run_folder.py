@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from clis.atomic import atomic_write
+from clis.atomic import atomic_write, remove_partial_files
 from clis.config import Config
-from clis.config_files import config_differences, config_from_dict, config_to_yaml, read_yaml
+from clis.config_files import config_from_dict, config_to_yaml, read_yaml
 from clis.distributed import barrier, is_main
+from clis.engine.schedule import differences_after
+
+_STEP = re.compile(r"step_(\d{8,})(\.pt)?")
+"""Names of checkpoints and of evaluations on the way; a user's own files have others."""
+_SECTIONS = {"model", "clis", "loss", "data", "optim", "train", "test", "output"}
+"""What the config.yaml of every run has, of whatever version."""
 
 RECORD = "record"
 """Name in eval.json of what is no metric: where the result comes from."""
@@ -47,6 +54,8 @@ class RunFolder:
         self.accuracy = self.path / "pretrain.json"
         """How well it classifies the images that were held out."""
         self.tensorboard = self.path / "tensorboard"
+        self.lock = self.path / "run.lock"
+        """Held by the process that works on the run (see `clis.engine.at_work.only_process`)."""
 
     def __str__(self) -> str:
         return str(self.path)
@@ -81,10 +90,43 @@ class RunFolder:
 
     def saved_checkpoints(self) -> list[Path]:
         """List the checkpoints to resume from, last first: ``last.pt``, then those of other steps."""
-        steps = sorted(self.checkpoints.glob("step_*.pt"), reverse=True)
+        steps = self.step_checkpoints()[::-1]
         if not self.last.exists():
             return steps
         return [self.last, *(path for path in steps if not path.samefile(self.last))]
+
+    def step_checkpoints(self) -> list[Path]:
+        """List the checkpoints that are named after their steps, in the order of these."""
+        return sorted(path for path in self.checkpoints.glob("step_*.pt") if _STEP.fullmatch(path.name))
+
+    def step_evaluations(self) -> list[RunFolder]:
+        """List the finished evaluations on the way, in the order of their steps."""
+        paths = sorted(path for path in self.evaluations.glob("step_*") if _STEP.fullmatch(path.name))
+        return [each for each in map(RunFolder, paths) if each.result.exists()]
+
+    @property
+    def steps_done(self) -> int:
+        """Steps behind the last checkpoint, by the names of the files; 0 where there is none."""
+        numbers = [_STEP.fullmatch(path.name) for path in self.step_checkpoints()]
+        return max((int(number[1]) for number in numbers if number is not None), default=0)
+
+    @property
+    def is_used(self) -> bool:
+        """Whether there is anything that a training has made; else the folder belongs to nobody."""
+        files = (self.result, self.last, self.backbone)
+        has_records = self.metrics.exists() and self.metrics.stat().st_size > 0
+        return has_records or bool(self.step_checkpoints()) or any(path.exists() for path in files)
+
+    def remove_partial_files(self) -> None:
+        """Remove the temporary files that killed processes of this run have left."""
+        own = {value.name for value in vars(self).values() if isinstance(value, Path)} | {"regions.json"}
+
+        def is_own(name: str) -> bool:
+            return name in own or _STEP.fullmatch(name) is not None
+
+        evaluations = (path for path in self.evaluations.glob("step_*") if _STEP.fullmatch(path.name))
+        for folder in (self.path, self.checkpoints, *evaluations):
+            remove_partial_files(folder, is_own)
 
     def read_config(self) -> Config:
         """Read the config that the folder belongs to."""
@@ -118,26 +160,57 @@ class RunFolder:
     def check(self, config: Config, within: Collection[str] | None = None) -> None:
         """Check that the folder is free, or belongs to the config.
 
+        A start that failed leaves a folder that belongs to nobody. A run may get more steps where those that
+        it has made would have been the same (see `differences_after`).
+
         Args:
             within: sections and keys that matter here; None is all of them.
 
         Raises:
-            ValueError: it belongs to another config.
+            ValueError: it belongs to another config, or holds such files of somebody else.
         """
         if not self.config.exists():
+            if self.is_used:
+                raise ValueError(
+                    f"{self}: has files named as those of a run, but no {self.config.name}; pass "
+                    "output=ANOTHER_FOLDER"
+                )
             return
-        differences = config_differences(self.read_config(), config, within)
+        if not self.is_used:
+            if not read_yaml(self.config).keys() >= _SECTIONS:
+                raise ValueError(
+                    f"{self.config}: was not written by a run, which would replace it; pass "
+                    "output=ANOTHER_FOLDER"
+                )
+            return
+        differences = differences_after(self.read_config(), config, self.steps_done, within)
         if differences:
+            start = f" (with start.from={self} to start from its weights)" * self.last.exists()
             raise ValueError(
                 f"{self} belongs to another config: {'; '.join(differences[:5])}; "
-                "pass output=ANOTHER_FOLDER, or remove it"
+                f"pass output=ANOTHER_FOLDER{start}, or remove it"
             )
 
+    def is_finished(self, config: Config) -> bool:
+        """Return whether the run has its result, and the config does not ask for more steps."""
+        return self.result.exists() and not (
+            self.config.exists() and self.read_config().train.steps < config.train.steps
+        )
+
     def claim(self, config: Config, within: Collection[str] | None = None) -> None:
-        """Write the config into the folder; arguments and errors as `check`."""
+        """Write the config into the folder; arguments and errors as `check`.
+
+        Where the config asks for more steps than a finished run has, its result becomes one on the way.
+        """
         self.check(config, within)
         barrier()
         if is_main():
+            if self.result.exists() and not self.is_finished(config):
+                earlier = self.evaluation(self.steps_done)
+                earlier.path.mkdir(parents=True, exist_ok=True)
+                for path, kept in ((self.detections, earlier.detections), (self.result, earlier.result)):
+                    if path.exists():
+                        path.replace(kept)
             with atomic_write(self.config) as temporary:
                 temporary.write_text(config_to_yaml(config))
 

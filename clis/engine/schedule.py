@@ -1,11 +1,13 @@
-"""What is due after a step: a pure function of the step, and a clock."""
+"""What is due after a step, a pure function of the step; a clock; and how far two schedules are the same."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Collection
 from dataclasses import dataclass
 
-from clis.config import TrainConfig
+from clis.config import Config, TrainConfig
+from clis.config_files import config_differences
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,26 @@ def due_after(done: int, train: TrainConfig) -> Due:
         checkpoint=last or done % train.save_every == 0 or evaluation,
         evaluation=evaluation,
     )
+
+
+def differences_after(
+    before: Config, now: Config, done: int, within: Collection[str] | None = None
+) -> list[str]:
+    """List the settings by which a run that has made `done` steps cannot be resumed with another config.
+
+    Another number of steps and other decay steps may be fine: the learning rate is a function of the step, so
+    those made are the same if each change is of later ones. A loss that depends on the share of the training
+    that is done would have been another one.
+
+    Args:
+        within: sections and keys that matter; None is all of them.
+    """
+    differences = config_differences(before, now, within)
+    keys = {difference.partition(":")[0] for difference in differences}
+    moved = set(before.optim.decay_steps) ^ set(now.optim.decay_steps)
+    by_share = "pcb" in now.loss.classification or ":" in now.loss.classification  # ":": a user's own loss
+    longer = keys <= {"train.steps", "optim.decay_steps"} and not by_share and now.train.steps >= done > 0
+    return [] if longer and all(step >= done for step in moved) else differences
 
 
 class SaveClock:

@@ -6,7 +6,7 @@ import contextlib
 import functools
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -27,7 +27,7 @@ from clis.distributed import (
     world_size,
     wrap_ddp,
 )
-from clis.engine.at_work import at_work
+from clis.engine.at_work import at_work, only_process
 from clis.engine.checkpoint import mark_best, resume, save_checkpoint
 from clis.engine.describe import (
     ContrastWatch,
@@ -38,11 +38,13 @@ from clis.engine.describe import (
     step_metrics,
     summarize_step,
 )
-from clis.engine.evaluate import check_validation, evaluate_detector
+from clis.engine.evaluate import evaluate_detector
 from clis.engine.feed import Feed
 from clis.engine.log import MetricsLog
+from clis.engine.memory import memory_advice
 from clis.engine.optim import gradient_step, learning_rate, make_optimizer, make_scaler, split_batch
 from clis.engine.preemption import StopRequest, stop
+from clis.engine.preflight import check_files
 from clis.engine.prerequisites import PlannedRun, plan_run
 from clis.engine.pretrain import pretrain
 from clis.engine.provenance import provenance, training_files
@@ -57,6 +59,11 @@ from clis.progress import Progress, say
 
 ADVICE = "a lower optim.lr or loss.beta, a longer optim.warmup_steps or an optim.clip_norm may help"
 """What to try where a loss or gradient is not finite."""
+LESS_MEMORY = (
+    "a lower train.images_per_process, data.short_sides and data.max_size, or clis.s (and data.workers, if "
+    "it is the machine's own memory)"
+)
+"""What to try where a training step does not fit into memory."""
 
 
 def recipe(config: Config, name: str, overrides: Sequence[str], device: torch.device) -> None:
@@ -65,23 +72,46 @@ def recipe(config: Config, name: str, overrides: Sequence[str], device: torch.de
     check_plan(plan)  # mistakes are reported before any work starts
     runs = list(plan.walk())
     stages: dict[tuple[str, str], tuple[str, Callable[[], object]]] = {}
-    if config.data.generate == "shapes":
-        stages["", "data"] = ("embedded benchmark", lambda: generate_shapes(data_path(config, "shapes")))
+    to_generate = config.data.generate == "shapes"
+    if to_generate:
+        stages["", "data"] = ("embedded benchmark", lambda: _generate(plan))
     _add_stages(stages, plan, device)
-    for each in runs:
-        if (each.config.output, "train") in stages:  # others are not needed, whatever their folders hold
-            RunFolder(each.config.output).claim(each.config)
-    with _at_work(config.output) as now:
+    # others are not needed, whatever their folders hold
+    trained = {each.config.output: each.config for each in runs if (each.config.output, "train") in stages}
+    with contextlib.ExitStack() as stack:
+        for output, each in trained.items():
+            RunFolder(output).check(each)
+            if not broadcast_flag(RunFolder(output).is_finished(each)):
+                stack.enter_context(only_process(RunFolder(output)))
+        if not to_generate or broadcast_flag(data_path(config, config.data.train).exists()):
+            check_files(plan)
+        for output, each in trained.items():
+            RunFolder(output).claim(each)
+        _run_stages(stages, config.output)
+        _compare([each.config for each in runs])
+
+
+def _run_stages(stages: Mapping[tuple[str, str], tuple[str, Callable[[], object]]], run_output: str) -> None:
+    """Run the stages in their order, each noted in its run's folder and in that of the run itself."""
+    with _at_work(run_output) as now:
         for number, ((output, _), (title, stage)) in enumerate(stages.items(), 1):
             text = f"{number}/{len(stages)} {title}"
             say(text)
             now(text)
-            own = output in ("", config.output)
+            own = output in ("", run_output)
             with contextlib.nullcontext(now) if own else _at_work(output) as here:
                 here(text)
                 stage()
                 barrier()
-        _compare([each.config for each in runs])
+
+
+def _generate(plan: PlannedRun) -> None:
+    """Write the embedded benchmark if it does not exist yet, and check that it has all that the runs name."""
+    path = data_path(plan.config, plan.config.data.train)
+    is_new = not broadcast_flag(path.exists())
+    generate_shapes(data_path(plan.config, "shapes"))
+    if is_new:
+        check_files(plan)
 
 
 def _at_work(output: str) -> contextlib.AbstractContextManager[Callable[[str], None]]:
@@ -134,7 +164,6 @@ def train(
     uninterrupted one (bit for bit on the CPU), and another number of processes sees the same images.
     """
     annotations, dataset, sampler = make_streams(config, regions_file(config))
-    check_validation(config, annotations.categories)
     images_per_process, accumulation = split_batch(config, world_size())
     torch.manual_seed(config.train.seed)
     model = starting_model(config, annotations.categories, folder, start).to(device)
@@ -172,6 +201,7 @@ def train(
         Feed(loader, Batch, accumulation, device, config.data.max_bad_images) as feed,
         StopRequest() as request,
         Progress("train", steps.stop, steps.start) as progress,
+        memory_advice(lambda: _where(folder, progress.done), LESS_MEMORY),
     ):
         if due_after(first_step, config.train).evaluation and broadcast_flag(
             not log.has_evaluation(first_step)
@@ -259,6 +289,15 @@ def global_normalizers(counts: Sequence[int], config: Config) -> Normalizers:
 
 
 # ---------------------------------------------------------------------------------------------------------
+
+
+def _where(folder: RunFolder, done: int) -> str:
+    """Say in which step a run is, and from where it can be resumed."""
+    saved = folder.saved_checkpoints()
+    checkpoint = (
+        f"the last checkpoint is of step {folder.steps_done}" if saved else "there is no checkpoint yet"
+    )
+    return f"{folder}: step {done + 1}, {checkpoint}"
 
 
 def _not_finite(step: int, outputs: Sequence[TrainOutput], batches: Sequence[Batch]) -> str:

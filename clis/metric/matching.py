@@ -126,7 +126,7 @@ def match(
         raise ValueError(f"max_detections must be at least 1, found {max_detections}")
     if protocol not in ("standard", "fixed", "pooled"):
         raise ValueError(f"protocol is {protocol!r}; it must be standard, fixed or pooled")
-    _check_truth(annotations)
+    check_truth(annotations)
     truth = _ground_truth(annotations)
     judged = _judged(annotations, detections, truth, max_detections if protocol == "standard" else None)
     rows = judged["rows"]
@@ -169,7 +169,12 @@ _TRUTH = np.dtype(
 )  # fmt: skip
 
 
-def _check_truth(annotations: Annotations) -> None:
+def check_truth(annotations: Annotations) -> None:
+    """Check the ground truth of a split.
+
+    Raises:
+        ValueError: there is none, or a box is not finite or has a negative size.
+    """
     boxes, areas = annotations.bboxes, annotations.areas
     bad = ~np.isfinite(boxes).all(axis=1) | (boxes[:, 2:] < 0).any(axis=1) | np.isnan(areas)
     if bad.any():

@@ -12,10 +12,11 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from clis.data.annotated_images import open_annotated
 from clis.data.annotations import Annotations
 from clis.data.categories import Category
 from clis.data.image_level import ImageLevelIndex
-from clis.data.images import ImageError, open_image, read_bytes
+from clis.data.images import EncodedImage, ImageError, open_image
 from clis.data.region_file import RegionSource
 from clis.metric.verdicts import CLASS, LOCATION, NOTHING
 from clis.progress import Progress
@@ -31,13 +32,12 @@ MAX_UNREADABLE = 20
 """Images in a row, from the first, after which no more are tried: the folder is not there."""
 
 
-def encode_small(data: bytes, name: str, side: int) -> str:
+def encode_small(image: EncodedImage, side: int) -> str:
     """Return an image as base64 of a JPEG whose longer side is at most this many pixels.
 
     Raises:
         ImageError: it cannot be decoded.
     """
-    image = open_image(data, name)
     scale = min(1.0, side / max(image.size))
     height, width = (max(1, round(scale * length)) for length in image.size)
     pixels = image.decode_resized((height, width)).permute(1, 2, 0).contiguous().numpy()
@@ -104,9 +104,8 @@ def read_pictures(
         "pictures" + ", kB" * (not by_count), len(rows) if room is None else room // 1000
     ) as progress:
         for row in rows:
-            path = folder / str(annotations.file_names[row])
             try:
-                picture = encode_small(read_bytes(path), str(path), SIDE)
+                picture = encode_small(open_annotated(annotations, folder, row), SIDE)
                 used += len(picture)
                 if room is not None and used > room:
                     break
@@ -119,7 +118,7 @@ def read_pictures(
     if not errors:
         return pictures, []
     what = "Validation images cannot" if not pictures else f"{len(errors)} validation images cannot"
-    return pictures, [f"{what} be read; pass data.root=FOLDER if they have moved. The first: {errors[0]}."]
+    return pictures, [f"{what} be used; pass data.root=FOLDER if they have moved. The first: {errors[0]}."]
 
 
 def region_payload(
@@ -160,9 +159,9 @@ def region_payload(
 def _region_picture(index: ImageLevelIndex, region: np.void, row: int) -> dict[str, Any] | None:
     """Return one region with its image, or None where the image cannot be read."""
     try:
-        data = index.read(row)
-        height, width = open_image(data, index.name(row)).size
-        picture = encode_small(data, index.name(row), REGION_SIDE)
+        image = open_image(index.read(row), index.name(row))
+        height, width = image.size
+        picture = encode_small(image, REGION_SIDE)
     except ImageError:
         return None
     x1, y1, x2, y2 = (float(value) for value in region["box"])

@@ -1,0 +1,304 @@
+"""What can be known of the files of all runs of a plan before the first of them is trained.
+
+Nothing is decoded and no class folder is scanned: at the size of LVIS and ImageNet-22k it takes seconds.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import shutil
+import stat
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+from torch import nn
+
+from clis.config import DETECTOR_RULES, Config, data_path
+from clis.data.annotated_images import check_size
+from clis.data.annotations import Annotations
+from clis.data.categories import Category, check_same_categories
+from clis.data.images import ImageError, open_image, read_bytes
+from clis.data.region_file import load_regions
+from clis.data.streams import (
+    check_image_level,
+    make_image_level_sampler,
+    make_index,
+    read_training_annotations,
+)
+from clis.distributed import on_main
+from clis.engine.checkpoint import load_checkpoint, saved_categories
+from clis.engine.evaluate import load_validation
+from clis.engine.prerequisites import PlannedRun
+from clis.engine.region_search import detector_checkpoint, given_boxes, read_boxes
+from clis.engine.run_folder import RunFolder, regions_file
+from clis.engine.start import starting_weights
+from clis.metric.matching import check_truth, describe_uncounted
+from clis.models import CLISDetector, build_classifier, build_model
+from clis.progress import Progress, say
+
+THREADS = 16
+"""That ask for files at once: a network file system answers each only after a while."""
+HEADER_SECONDS = 3.0
+"""For the headers of a split's images: all of most sets, an even sample of one on a slow disk."""
+HEADER_BYTES = 1 << 16
+QUIET_SECONDS = 2.0
+"""After which looking for images shows its progress."""
+TRAIN_SAMPLE = 100
+"""Training images that are looked for: some may be missing (`data.max_bad_images`), but not all."""
+SHOWN = 3
+
+
+def check_files(plan: PlannedRun) -> None:
+    """Check the files of a run and of those that it needs and that are not done; all processes call this.
+
+    Warns of ground truths that will not count.
+
+    Raises:
+        FileNotFoundError, ValueError: a run could not be trained or evaluated to its end; the message names
+            the first reason.
+    """
+    seen: set[tuple[Path, Path]] = set()
+    space: list[tuple[Path, int]] = []
+    # rank 0 decides, since files may show late elsewhere
+    outputs = on_main(lambda: {run.config.output for run in pending_runs(plan)})
+    pending = {run.config.output: run for run in plan.walk() if run.config.output in outputs}
+    for number, run in enumerate(pending.values()):
+        config = run.config
+        training, _ = read_training_annotations(config)
+        validation = load_validation(config, training.categories)
+        images = data_path(config, config.data.val_images)
+        if (data_path(config, config.data.val), images) not in seen:
+            seen.add((data_path(config, config.data.val), images))
+            check_truth(validation)
+            for line in describe_uncounted(validation):
+                say(f"WARNING: {line}")
+            on_main(functools.partial(check_images, validation, images))
+        is_first = number == 0 and config.pretrain.epochs == 0
+        space.append(on_main(functools.partial(_check_run, run, training, is_first)))
+    on_main(lambda: check_space(space))
+
+
+def pending_runs(plan: PlannedRun) -> Iterator[PlannedRun]:
+    """Yield the runs that are not finished, each after those that it needs."""
+    config, folder = plan.config, RunFolder(plan.config.output)
+    if folder.is_finished(config):
+        return
+    if plan.start is not None and not folder.has_begun:
+        yield from pending_runs(plan.start)
+    if plan.detector is not None and config.clis.s > 0 and not regions_file(config).exists():
+        yield from pending_runs(plan.detector)
+    yield plan
+
+
+def _check_run(run: PlannedRun, training: Annotations, first: bool) -> tuple[Path, int]:
+    """Check what one process can check; return the run's folder and the bytes that it will need there.
+
+    Args:
+        first: the run is the first stage, which reads all files of both streams at once.
+    """
+    config, folder = run.config, RunFolder(run.config.output)
+    _check_some_images(training, config)
+    pretrains = config.pretrain.epochs > 0 and not folder.pretraining.backbone.exists()
+    if config.clis.s > 0 or pretrains:
+        _check_image_level(run, training, first)
+    model = build_to_train(config, training.categories, folder)
+    check_writable(folder.path)
+    return folder.path, checkpoint_bytes(model, config, folder)
+
+
+def build_to_train(config: Config, categories: Sequence[Category], folder: RunFolder) -> CLISDetector:
+    """Build a run's detector, and the classifier of its pre-training if that is not done yet.
+
+    Their loss and the backbone's weights are read and tried, and the weights downloaded if need be.
+
+    Raises:
+        FileNotFoundError, ValueError: the weights are missing or do not fit, or the loss fails.
+    """
+    if config.pretrain.epochs > 0 and not folder.pretraining.backbone.exists():
+        build_classifier(config, categories)
+        return build_model(config, categories, pretrained=False)
+    return build_model(config, categories, pretrained=starting_weights(config, folder))
+
+
+def _check_image_level(run: PlannedRun, training: Annotations, first: bool) -> None:
+    config, path = run.config, regions_file(run.config)
+    index = check_image_level(config, training)
+    made = path.exists()
+    given = config.clis.s > 0 and not made and config.regions.rule == "given"
+    if index is None and (given or (made and not first)):
+        index = make_index(config, training)
+    if index is not None:
+        make_image_level_sampler(config, index)
+    if config.clis.s == 0:
+        return
+    if made:
+        if index is not None:
+            load_regions(path, index, config.regions)
+        return
+    check_writable(path.parent)
+    if given:
+        assert index is not None
+        read_boxes(given_boxes(config), index)
+    elif config.regions.rule in DETECTOR_RULES and run.detector is None:
+        checkpoint = detector_checkpoint(config, None)
+        categories = saved_categories(load_checkpoint(checkpoint))
+        check_same_categories(categories, str(checkpoint), training.categories, training.path)
+
+
+# --- images -----------------------------------------------------------------------------------------------
+
+
+def check_images(annotations: Annotations, folder: Path) -> None:
+    """Check that all images of a split are there, and that they have the sizes of the annotations.
+
+    Headers are read in an even order for `HEADER_SECONDS`; none is decoded.
+
+    Raises:
+        ValueError: some are not; the message names the first.
+    """
+
+    def missing(row: int) -> str | None:
+        return _missing(folder / str(annotations.file_names[row]))
+
+    def wrong(row: int) -> str | None:
+        try:
+            _check_header(annotations, folder, row)
+        except ImageError as error:
+            return str(error)
+        return None
+
+    rows = list(range(len(annotations)))
+    _refuse(annotations, _problems(missing, rows, f"look for {Path(annotations.path).name}"), len(rows))
+    until = time.monotonic() + HEADER_SECONDS
+    even = np.random.default_rng(0).permutation(len(annotations)).tolist()
+    _refuse(annotations, _problems(wrong, even, f"sizes of {Path(annotations.path).name}", until), len(rows))
+
+
+def _problems(
+    problem_of: Callable[[int], str | None], rows: Sequence[int], label: str, until: float = np.inf
+) -> list[str]:
+    """Return what is wrong with the images of these rows, as far as there is time."""
+    found: list[str] = []
+    block = 64 * THREADS
+    began, done = time.monotonic(), 0
+    with ThreadPoolExecutor(THREADS) as pool, Progress(label, len(rows)) as progress:
+        for start in range(0, len(rows), block):
+            if time.monotonic() > until:
+                break
+            part = rows[start : start + block]
+            found += [problem for problem in pool.map(problem_of, part) if problem is not None]
+            done += len(part)
+            if time.monotonic() - began > QUIET_SECONDS:
+                progress.advance(done - progress.done)
+    return found
+
+
+def _refuse(annotations: Annotations, problems: Sequence[str], length: int) -> None:
+    if problems:
+        more = f"; and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
+        raise ValueError(
+            f"{annotations.path}: {len(problems)} of {length} images cannot be used: "
+            f"{'; '.join(problems[:SHOWN])}{more}"
+        )
+
+
+def _missing(path: Path) -> str | None:
+    """Say why there is no image file of this name."""
+    try:
+        status = path.stat()
+    except OSError as error:
+        return f"{path}: {error.strerror or error}; check the image folder"
+    if not stat.S_ISREG(status.st_mode):
+        return f"{path}: no regular file; check the image folder"
+    return None if status.st_size > 0 else f"{path}: the file is empty; replace it"
+
+
+def _check_header(annotations: Annotations, folder: Path, row: int) -> None:
+    """Check an image's size by the first bytes of its file, or by all where its header is longer."""
+    path = folder / str(annotations.file_names[row])
+    try:
+        with path.open("rb") as file:
+            image = open_image(file.read(HEADER_BYTES), str(path))
+    except (ImageError, OSError):
+        image = open_image(read_bytes(path), str(path))
+    check_size(image, annotations, row)
+
+
+def _check_some_images(annotations: Annotations, config: Config) -> None:
+    folder = data_path(config, config.data.train_images)
+    rows = np.linspace(0, len(annotations) - 1, min(TRAIN_SAMPLE, len(annotations))).astype(int).tolist()
+    problems = [_missing(folder / str(annotations.file_names[row])) for row in rows]
+    if None not in problems:
+        raise ValueError(
+            f"{annotations.path}: none of {len(rows)} training images that were looked for is there "
+            f"(data.train_images={config.data.train_images}): {problems[0]}"
+        )
+
+
+# --- the place of the run ---------------------------------------------------------------------------------
+
+
+def check_writable(folder: Path) -> None:
+    """Check that files can be made in a folder, which may not exist yet; nothing is left behind.
+
+    Raises:
+        OSError: they cannot.
+    """
+    place = _existing(folder)
+    try:
+        with tempfile.TemporaryFile(dir=place):
+            pass
+    except OSError as error:
+        raise OSError(
+            f"{folder}: nothing can be written there ({place}: {error.strerror}); allow writing, or pass "
+            "another output="
+        ) from error
+
+
+def checkpoint_bytes(model: CLISDetector, config: Config, folder: RunFolder) -> int:
+    """Return the bytes that a run's checkpoints will take, in addition to those that it has.
+
+    There are `train.keep_last`, one that is written before an older one goes, and perhaps the best one.
+    """
+    number = config.train.keep_last + 1 + (config.train.eval_every is not None)
+    kept = sum(path.stat().st_size for path in folder.step_checkpoints())
+    return max(0, number * _checkpoint_size(model) - kept)
+
+
+def _checkpoint_size(model: nn.Module) -> int:
+    """Return the bytes of a checkpoint: all tensors, of which modules share some, and SGD's momentum."""
+    tensors = {value.data_ptr(): value for value in model.state_dict().values()}
+    trained = (parameter for parameter in model.parameters() if parameter.requires_grad)
+    return sum(each.numel() * each.element_size() for each in (*tensors.values(), *trained))
+
+
+def check_space(needs: Sequence[tuple[Path, int]]) -> None:
+    """Check that each disk has room for the checkpoints of all runs that will be on it.
+
+    Args:
+        needs: run folders, which may not exist yet, and their bytes.
+
+    Raises:
+        OSError: there is too little.
+    """
+    by_disk: dict[int, list[tuple[Path, int]]] = {}
+    for folder, num_bytes in needs:
+        by_disk.setdefault(os.stat(_existing(folder)).st_dev, []).append((folder, num_bytes))
+    for runs in by_disk.values():
+        usage, needed = shutil.disk_usage(_existing(runs[0][0])), sum(num_bytes for _, num_bytes in runs)
+        if usage.total > 0 and usage.free < needed:  # some network file systems know no total
+            raise OSError(
+                f"{', '.join(str(folder) for folder, _ in runs)}: checkpoints will take "
+                f"{needed / 1e9:.2f} GB, but only {usage.free / 1e9:.2f} GB are free there; make room, lower "
+                "train.keep_last, or pass output= on another disk"
+            )
+
+
+def _existing(folder: Path) -> Path:
+    """Return the folder, or the nearest above it that exists."""
+    return next(each for each in (folder.absolute(), *folder.absolute().parents) if each.exists())
