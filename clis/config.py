@@ -303,6 +303,9 @@ class DataConfig:
     """Range of sqrt(area) of a pasted crop, in pixels of the instance-level image."""
     paste_max_cover: float = setting(0.5, IMAGE_LEVEL)
     """A paste that would cover more than this share of any box is rejected."""
+    max_pixels: int = setting(2**27, SHARED | MACHINE)
+    """An image that claims more is taken for a decompression bomb, and cannot be used: 2^27 pixels are 400 MB
+    as RGB. It also holds for validation images, the region search, reports and `clis predict`."""
     workers: int = setting(4, SHARED | MACHINE)
     """Loader processes per training process."""
 
@@ -310,7 +313,7 @@ class DataConfig:
         rules = Rules("data", self)
         usable = len(self.short_sides) > 0 and min(self.short_sides) >= 1
         rules.require("short_sides", usable, "must be at least one size, all above 0")
-        rules.at_least(1, "max_size")
+        rules.at_least(1, "max_size", "max_pixels")
         even = self.mosaic_size > 0 and self.mosaic_size % 2 == 0
         rules.require("mosaic_size", even, "must be even and above 0")
         rules.between(0, 1, "flip", "cutout", "paste_max_cover")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import unicodedata
 from pathlib import Path
 
 
@@ -14,6 +15,15 @@ def read_text(path: str | Path) -> str:
         ValueError: it is not UTF-8; the message names the file and what it looks like.
     """
     return decode(Path(path).read_bytes(), str(path))
+
+
+def loose(name: str) -> str:
+    """Return the form of a name that is equal for names that people take for the same.
+
+    Composed and decomposed accents, case, spaces or underscores, and spaces at the ends do not matter.
+    """
+    folded = unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
+    return "_".join(folded.replace("_", " ").split())
 
 
 def decode(data: bytes, source: str) -> str:

@@ -12,6 +12,7 @@ from typing import NoReturn
 
 from clis.cli import let_rank_0_speak
 from clis.data.categories import Category
+from clis.text import loose
 
 SHORT_FOR = {
     "--seed": "train.seed",
@@ -128,14 +129,19 @@ def class_labels(names: str, categories: Sequence[Category]) -> list[int]:
     Raises:
         ValueError: no class has such a name, and the nearest ones are named; or there is none.
     """
-    label_of = {category.name: label for label, category in enumerate(categories)}
+    label_of: dict[str, list[int]] = {}
+    for label, category in enumerate(categories):
+        label_of.setdefault(category.name, []).append(label)
+    alike: dict[str, list[int]] = {}
+    for name, labels in label_of.items():
+        alike.setdefault(loose(name), []).extend(labels)
     wanted = [name.strip() for name in names.split(",") if name.strip()]
     for name in wanted:
-        if name not in label_of:
+        if name not in label_of and loose(name) not in alike:
             near = difflib.get_close_matches(name, label_of, n=3, cutoff=0.4)
             known = f"known: {', '.join([*label_of][:10])}, ..."
             meant = f"did you mean {' or '.join(near)}?" if near else known
             raise ValueError(f"--classes: there is no class {name!r}; {meant}")
     if not wanted:
         raise ValueError("--classes: name at least one class")
-    return [label_of[name] for name in wanted]
+    return [label for name in wanted for label in label_of.get(name) or alike[loose(name)]]

@@ -66,6 +66,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--annotations", type=Path, metavar="FILE",
         help="take the image ids of this LVIS or COCO-form file, so that `clis score` can judge the result",
     )  # fmt: skip
+    parser.add_argument(
+        "--max-pixels", type=positive, metavar="N", help="read images of up to N pixels (default: the run's)"
+    )
     parser.add_argument("--no-pictures", action="store_true", help="write the JSON files alone")
 
 
@@ -81,6 +84,10 @@ def run(arguments: argparse.Namespace) -> None:
     files, others = find_images(arguments.sources, out)
     checkpoint = checkpoint_of(arguments.run, None)
     detector, config = load_for_inference(checkpoint, choose_device(arguments.device))
+    if arguments.max_pixels is not None:
+        config = dataclasses.replace(
+            config, data=dataclasses.replace(config.data, max_pixels=arguments.max_pixels)
+        )
     labels = None
     if arguments.classes is not None:
         labels = torch.tensor(class_labels(arguments.classes, detector.categories))
@@ -269,7 +276,7 @@ def predict(
         for number, file in zip(ids, files)
     ]
     targets = picture_names(files)
-    read = functools.partial(_read, files, known)
+    read = functools.partial(_read, files, known, config.data.max_pixels)
     loader = image_loader(read, range(len(files)), batch, config.data.workers if len(files) > batch else 0)
     shape_of, device = functools.partial(_shape_of, detector), next(detector.parameters()).device
     with Progress("predict", len(files)) as progress:
@@ -369,13 +376,15 @@ def write_page(
     return out / PAGE
 
 
-def _read(files: Sequence[ImageFile], known: Annotated | None, row: int) -> tuple[Tensor, bool] | str:
+def _read(
+    files: Sequence[ImageFile], known: Annotated | None, max_pixels: int, row: int
+) -> tuple[Tensor, bool] | str:
     """Read an image, and whether it was turned; or say why it cannot be used."""
     path = files[row].path
     try:
         if known is None:
-            return read_photo(path)
-        image = open_image(read_bytes(path), str(path))
+            return read_photo(path, max_pixels)
+        image = open_image(read_bytes(path), str(path), max_pixels)
         check_size(image, known.annotations, known.rows[row])
         return image.decode(), False
     except ImageError as error:

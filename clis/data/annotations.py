@@ -71,6 +71,10 @@ class Annotations:
         """Return the number of images."""
         return len(self.image_ids)
 
+    def __repr__(self) -> str:
+        counts = f"{len(self)} images, {len(self.labels)} boxes, {self.num_classes} classes"
+        return f"<Annotations of {self.path}: {counts}>"
+
     @property
     def num_classes(self) -> int:
         """C, background not counted."""
