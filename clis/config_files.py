@@ -147,7 +147,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: no such config") from None
     except yaml.YAMLError as error:
-        raise ValueError(f"{path}: not valid YAML: {error}") from None
+        raise ValueError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    except RecursionError:
+        raise ValueError(f"{path}: not valid YAML: brackets nested too deeply") from None
     values = {} if values is None else values
     if not isinstance(values, dict):
         raise ValueError(
@@ -283,6 +285,8 @@ def _text_fields(cls: type, prefix: str = "") -> Iterator[tuple[str, str]]:
 
 _KINDS = dict(_text_fields(Config))
 
+LARGEST = 2**31 - 1
+"""Of whole numbers in a config; sizes beyond it are none."""
 _TYPE_NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
 
 
@@ -305,6 +309,8 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
             return float(value)
         except ValueError:
             pass
+    elif hint is int and isinstance(value, int) and not -LARGEST <= value <= LARGEST:
+        raise ValueError(f"{where}: {value} is beyond 2^31")
     elif isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
         return os.path.expanduser(value) if hint is str else value  # only paths begin with ~
     raise ValueError(f"{where}: {_TYPE_NAMES[hint]} is needed, not {value!r}")

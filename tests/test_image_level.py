@@ -371,3 +371,19 @@ def test_what_is_left_out_is_said(tmp_path, capsys):
     assert "2 files that are neither folders nor tars are left out: 6.jpg, photos.zip" in said
     assert "3 files are left out, since their suffix is none of an image: .heic 2, none 1" in said
     assert "1 images are left out, since they are links" in said
+
+
+def test_folders_one_level_too_high_or_too_low(tmp_path):
+    write_folder(tmp_path / "sets" / "train" / "bird", "x.jpg")
+    write_folder(tmp_path / "sets" / "val" / "bird", "x.jpg")
+    with pytest.raises(ValueError, match=r"sets/train has folders that do match \(bird\): name it"):
+        build_index([tmp_path / "sets"], CATEGORIES)
+    with pytest.raises(ValueError, match=r"train/bird: no class folder and no tar in it, but 1 images"):
+        build_index([tmp_path / "sets" / "train" / "bird"], CATEGORIES)
+
+
+def test_the_repr_is_one_line(tmp_path):
+    write_folder(tmp_path / "bird", "x.jpg", "y.jpg")
+    assert repr(build_index([tmp_path], CATEGORIES)) == (
+        "<ImageLevelIndex: 2 images of 1 classes in 1 folders and tars>"
+    )

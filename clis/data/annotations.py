@@ -122,6 +122,7 @@ def load_annotations(
         ValueError: the file is not JSON, lacks a key, repeats an id, refers to an unknown one, or holds no
             image or no annotation; the message names the file and the first record at fault.
     """
+    path = os.path.expanduser(path)
 
     def build() -> Packed:
         return pack_records(document_parts(path, advance), path)

@@ -238,9 +238,7 @@ def find_checkpoint(source: str | Path) -> Path:
     folder = RunFolder(path.parent if path.name == "checkpoints" else path)
     saved = folder.saved_checkpoints()
     if not saved:
-        raise FileNotFoundError(
-            f"{path}: a folder without {folder.last.relative_to(folder.path)}; name a run's"
-        )
+        raise FileNotFoundError(f"{path}: no checkpoint in this folder; name a run's, or wait for its first")
     return saved[0]
 
 
