@@ -175,17 +175,17 @@ class _StrictLoader(yaml.SafeLoader):
 def _read_with_parents(path: Path, children: tuple[Path, ...]) -> dict[str, Any]:
     if path.resolve() in children:
         raise ValueError(f"{children[-1]}: `base: {path.name}` leads back to itself")
-    values = read_yaml(path)
+    values = _at_home(read_yaml(path))
     for name, key in (("regions", "detector"), ("start", "from")):
         section = values.get(name)
         if isinstance(section, dict) and isinstance(section.get(key), str):
-            section[key] = os.path.relpath(path.parent / os.path.expanduser(section[key]))
+            section[key] = os.path.relpath(path.parent / section[key])
     base = values.pop("base", None)
     if base is None:
         return _merge({}, values)
     if not isinstance(base, str):
         raise ValueError(f"{path}: `base:` names one file, not {base!r}")
-    parent = path.parent / os.path.expanduser(base)
+    parent = path.parent / base
     if not parent.is_file():
         raise FileNotFoundError(f"{path}: `base: {base}` names {parent}, which does not exist")
     inherited = _read_with_parents(parent, (*children, path.resolve()))
@@ -212,7 +212,16 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
         values = values.setdefault(section, {})
         if not isinstance(values, dict):
             raise ValueError(f"override {override!r}: {section} is a value, not a section")
-    values.update(_merge(values, {name: _read_value(text, _KINDS.get(key.strip()))}))
+    values.update(_merge(values, {name: _at_home(_read_value(text, _KINDS.get(key.strip())))}))
+
+
+def _at_home(value: Any) -> Any:
+    """Expand ``~`` in all texts of nested values; only paths begin with it."""
+    if isinstance(value, dict):
+        return {key: _at_home(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_at_home(item) for item in value]
+    return os.path.expanduser(value) if isinstance(value, str) else value
 
 
 def _read_value(text: str, kind: str | None) -> Any:
@@ -285,8 +294,8 @@ def _text_fields(cls: type, prefix: str = "") -> Iterator[tuple[str, str]]:
 
 _KINDS = dict(_text_fields(Config))
 
-LARGEST = 2**31 - 1
-"""Of whole numbers in a config; sizes beyond it are none."""
+LARGEST = 2**48
+"""Of whole numbers in a config."""
 _TYPE_NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
 
 
@@ -310,9 +319,9 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
         except ValueError:
             pass
     elif hint is int and isinstance(value, int) and not -LARGEST <= value <= LARGEST:
-        raise ValueError(f"{where}: {value} is beyond 2^31")
+        raise ValueError(f"{where}: {value} is beyond 2^48")
     elif isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
-        return os.path.expanduser(value) if hint is str else value  # only paths begin with ~
+        return value
     raise ValueError(f"{where}: {_TYPE_NAMES[hint]} is needed, not {value!r}")
 
 
