@@ -31,6 +31,19 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def check_writable(path: str | Path) -> None:
+    """Raise an error now if `atomic_write` could not write this file after the work for it.
+
+    Raises:
+        OSError: the folder cannot be made or written in.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    trial = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
+    trial.touch()
+    trial.unlink()
+
+
 def remove_partial_files(folder: Path, is_own: Callable[[str], bool]) -> None:
     """Remove the temporary files that killed processes left in a folder, not below it.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -43,12 +44,18 @@ def say(text: str) -> None:
 
 
 def note(text: str) -> None:
-    """Append a text to the innermost log, if there is one, on rank 0 only; a log that fails ends no run."""
+    """Append a text to the innermost log, if there is one, on rank 0 only; a log that fails ends no run.
+
+    The outer logs are touched: whoever looks at them sees that the work goes on.
+    """
     if not _logs or not is_main():
         return
     stamp = time.strftime("%Y-%m-%d %H:%M:%S  ")
     with contextlib.suppress(OSError), _logs[-1].open("a", encoding="utf-8") as file:
         file.write(stamp + text.replace("\n", "\n" + " " * len(stamp)) + "\n")
+    for outer in _logs[:-1]:
+        with contextlib.suppress(OSError):
+            os.utime(outer)
 
 
 class Progress:

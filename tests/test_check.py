@@ -263,7 +263,8 @@ def test_settings_that_cannot_run(root, finished):
     report = checked(root, "data.shuffle_block=8")
     assert any("data.shuffle_block is for tars of mixed classes" in error for error in report.errors)
     (root.parent / "run").mkdir()
-    shutil.copy(finished / "config.yaml", root.parent / "run")
+    for name in ("config.yaml", "metrics.jsonl"):
+        shutil.copy(finished / name, root.parent / "run")
     report = checked(root, "optim.lr=0.5")
     assert any("belongs to another config: optim.lr: 0.04 != 0.5" in error for error in report.errors)
 
@@ -272,7 +273,8 @@ def test_the_detectors_run_folder_is_the_one_that_the_run_would_use(root, finish
     """output=FOLDER puts it into FOLDER/detector; one that is there is of another learning rate."""
     folder = root.parent / "run"
     (folder / "detector").mkdir(parents=True)
-    shutil.copy(finished / "detector" / "config.yaml", folder / "detector")
+    for name in ("config.yaml", "metrics.jsonl"):
+        shutil.copy(finished / "detector" / name, folder / "detector")
     overrides = [*SHORT, f"data.root={root}", f"output={folder}", "optim.lr=0.5"]
     report = check(load_config(CONFIG, overrides), overrides, workers=0)
     assert [error.split(":")[0] for error in report.errors] == [

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import numpy as np
 import pytest
 import torch
@@ -60,9 +62,13 @@ def test_boxes_of_a_turned_photo_are_those_of_the_displayed_one(model, tmp_path)
 
 
 def test_arrays_that_are_views():
-    """OpenCV's BGR turned to RGB has a negative stride, which PyTorch does not take."""
+    """OpenCV's BGR turned to RGB has a negative stride, which PyTorch does not take; of memory that is
+    read-only, as that of `np.asarray(picture)`, it warns."""
     bgr = np.ascontiguousarray(ARRAY[..., ::-1])
     assert torch.equal(as_tensors(bgr[..., ::-1])[0], PIXELS)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(as_tensors(np.asarray(Image.fromarray(ARRAY)))[0], PIXELS)
 
 
 @pytest.mark.parametrize("mode", ["L", "P", "RGBA", "CMYK", "1"])

@@ -17,10 +17,12 @@ from runs import BASELINE, SHORT
 
 from clis.__main__ import main
 from clis.commands import figures, plot, run_verb
+from clis.commands.arguments import read_names
 from clis.commands.plot import PlottedRun
 from clis.commands.study_figure import study_figure
 from clis.data.annotations import pack_annotations
 from clis.engine.evaluate import load_validation
+from clis.metric.detections import Detections
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +44,10 @@ def test_the_command_writes_four_pictures(finished, tmp_path, capsys):
     assert [file.name for file in files] == ["curves.png", "frequency.png", "image_count.png", "images.png"]
     assert all(file.read_bytes().startswith(b"\x89PNG") and file.stat().st_size > 5000 for file in files)
     assert str(files[0]) in capsys.readouterr().out
+    main(["plot", str(finished), f"--out={tmp_path / 'none'}", "--images=0"])
+    assert not (tmp_path / "none" / "images.png").exists()
+    with pytest.raises(ValueError, match="--images -1: must be at least 0"):
+        main(["plot", str(finished), "--images=-1"])
 
 
 def run_with(run: PlottedRun, **changed) -> PlottedRun:
@@ -71,8 +77,8 @@ def test_dots_are_means_with_single_runs_and_undefined_figures_are_left_out(runs
 
 
 def test_curves_begin_with_the_first_record_and_end_with_the_last_evaluation(runs):
-    """40 records of loss 0..39, so the window is 4: the first point is the first value, the last one the mean
-    of 36..39 = 37.5. The raw values are there too."""
+    """40 records of loss 0..39: the first and the last point are those values, the second is the mean of the
+    first three. The raw values are there too. One evaluation alone is no curve."""
     records = [{"step": step + 1, "loss": float(step)} for step in range(40)]
     records.insert(20, {"step": 99, "loss": None})  # of a step that was left out
     run = run_with(runs[0], records=records, evaluations=[(15, {"AP": 0.125}), (40, {"AP": 0.25})])
@@ -80,19 +86,11 @@ def test_curves_begin_with_the_first_record_and_end_with_the_last_evaluation(run
     raw, smooth = loss.lines
     assert list(raw.get_ydata()) == list(range(40))
     steps, values = smooth.get_data()
-    assert (steps[0], values[0], steps[-1], values[-1]) == pytest.approx((1, 0, 40, 37.5))
-    assert values[1] == pytest.approx(0.5)
+    assert (steps[0], values[0], steps[-1], values[-1]) == pytest.approx((1, 0, 40, 39))
+    assert values[1] == pytest.approx(1)
     steps, values = ap.lines[0].get_data()
     assert (list(steps), list(values)) == ([15, 40], [12.5, 25.0])
-
-
-def test_the_window_of_a_running_mean_is_bounded():
-    """Of 400 values the window is 20, not 40: the last mean is that of 380..399."""
-    means = plot.running_mean(np.arange(400.0), 20)
-    assert len(means) == 400
-    assert means[-1] == pytest.approx(389.5)
-    assert list(plot.running_mean(np.array([3.0]), 20)) == [3.0]
-    assert len(plot.running_mean(np.array([]), 20)) == 0
+    assert len(plot.training_curves([run_with(run, evaluations=run.evaluations[1:])]).axes) == 1
 
 
 def test_images_of_the_rarest_classes_come_first(annotations):
@@ -108,6 +106,7 @@ def test_images_of_the_rarest_classes_come_first(annotations):
     assert 3 in changed.labels_of(second)
     assert first != second
     assert len(set(plot.rarest_images(changed, 10))) == 10
+    assert plot.rarest_images(changed, 0) == []
 
 
 def test_boxes_of_truth_and_of_detections_above_the_score(runs, annotations):
@@ -116,26 +115,25 @@ def test_boxes_of_truth_and_of_detections_above_the_score(runs, annotations):
     (row,) = plot.rarest_images(annotations, 1)
     score = float(np.median(run.detections.score[run.detections.image_id == annotations.image_ids[row]]))
     truth, found = plot.boxes_on_images([run], annotations, 1, score).axes
-    _, missed = plot.verdicts(annotations, row, *drawn_boxes(run, annotations, row, score))
     drawn = [(p.get_x(), p.get_y(), p.get_width(), p.get_height()) for p in truth.patches]
     own = slice(annotations.offsets[row], annotations.offsets[row + 1])
     np.testing.assert_allclose(drawn, annotations.bboxes[own], atol=1e-4)
-    boxes, _ = drawn_boxes(run, annotations, row, score)
-    drawn = np.array([[*p.get_xy(), p.get_width(), p.get_height()] for p in found.patches])[missed.sum() :]
+    boxes = drawn_boxes(run, annotations, row, score)
+    missed = len(found.patches) - len(boxes)
+    drawn = np.array([[*p.get_xy(), p.get_width(), p.get_height()] for p in found.patches])[missed:]
     assert 0 < len(drawn) < (run.detections.image_id == annotations.image_ids[row]).sum()
     drawn[:, 2:] += drawn[:, :2]
     np.testing.assert_allclose(drawn, boxes[::-1], atol=1e-3)  # the best one on top
 
 
-def drawn_boxes(run, annotations, row: int, score: float) -> tuple[np.ndarray, np.ndarray]:
-    """Boxes xyxy and labels that are drawn, best first."""
+def drawn_boxes(run, annotations, row: int, score: float) -> np.ndarray:
+    """Boxes xyxy that are drawn, best first."""
     found = run.detections
     own = np.flatnonzero((found.image_id == annotations.image_ids[row]) & (found.score >= score))
     own = own[np.argsort(-found.score[own], kind="stable")]
     boxes = found.bbox[own].copy()
     boxes[:, 2:] += boxes[:, :2]
-    label_of = {category.id: label for label, category in enumerate(annotations.categories)}
-    return boxes, np.array([label_of[each] for each in found.category_id[own].tolist()])
+    return boxes
 
 
 def document(federated: bool) -> dict:
@@ -158,31 +156,52 @@ def document(federated: bool) -> dict:
     }
 
 
+def photo_run(run: PlottedRun, folder, boxes: list, labels: list, scores: list) -> PlottedRun:
+    """A run with these detections, x y w h, in the image of `document`, which is made in the folder."""
+    data = dataclasses.replace(run.config.data, root=str(folder), val_images="")
+    Image.new("RGB", (100, 50)).save(folder / "7.jpg")
+    detections = Detections(
+        image_id=np.full(len(boxes), 7), category_id=np.array(labels, np.int64),
+        bbox=np.array(boxes, np.float64).reshape(-1, 4), score=np.array(scores, np.float64),
+    )  # fmt: skip
+    return run_with(run, config=dataclasses.replace(run.config, data=data), detections=detections)
+
+
 @pytest.mark.parametrize("federated", [True, False])
-def test_verdicts(federated):
-    """In order of score: a cat on the cat, a second one on it (its truth is taken: nothing is there for it),
-    an owl on the cat, a cat on nothing, a dog that overlaps the dog by a third, a bat on nothing."""
+def test_boxes_are_drawn_by_the_verdicts_of_the_metric(runs, tmp_path, federated):
+    """By score: a cat on the cat, a second one on it, an owl on the cat, a cat on nothing, a dog that has an
+    IoU of a third with the dog, a bat on nothing. Without the last two nothing is on the dog."""
+    boxes = [
+        [0, 0, 20, 20],
+        [1, 0, 20, 20],
+        [0, 0, 20, 18],
+        [30, 0, 20, 20],
+        [70, 0, 20, 20],
+        [30, 20, 20, 20],
+    ]
+    run = photo_run(runs[0], tmp_path, boxes, [1, 1, 3, 1, 2, 4], [0.9, 0.8, 0.7, 0.6, 0.5, 0.4])
     annotations = pack_annotations(document(federated), "test.json")
-    boxes = np.array(
-        [[0, 0, 20, 20], [1, 0, 21, 20], [0, 0, 20, 18], [30, 0, 50, 20], [70, 0, 90, 20], [30, 20, 50, 40]]
-    )
-    kinds, missed = plot.verdicts(annotations, 0, boxes, np.array([0, 0, 2, 0, 1, 3]))
+
+    def drawn(score: float) -> list[str]:
+        name_of = {figures.matplotlib.colors.to_rgba(color): name for name, (color, _) in plot.LOOKS.items()}
+        _, found = plot.boxes_on_images([run], annotations, 1, score).axes
+        return [name_of[patch.get_edgecolor()] for patch in found.patches][::-1]
+
     bat = "not judged" if federated else "nothing there"
-    assert kinds == ["right", "nothing there", "wrong class", "nothing there", "nothing there", bat]
-    assert missed.tolist() == [False, True]
-    kinds, missed = plot.verdicts(annotations, 0, np.zeros((0, 4)), np.zeros(0, np.int64))
-    assert kinds == []
-    assert missed.all()
+    assert drawn(0.3) == ["right", "duplicate", "wrong class", "nothing there", "box off", bat]
+    assert drawn(0.55) == ["right", "duplicate", "wrong class", "nothing there", "missed"]
+
+
+def test_names_are_given_by_the_last_part_of_a_path_too():
+    known = ["runs/clis", "runs/a=b", "w/o ILS"]
+    given = ["clis=CLIS", "runs/a=b/=second", "w/o ILS=third"]
+    assert read_names(given, known) == {"runs/clis": "CLIS", "runs/a=b": "second", "w/o ILS": "third"}
 
 
 def test_wide_images_leave_no_empty_rows(runs, tmp_path):
     """An image of 100 x 50 gets half the height of a square one: two columns of 3.2 inches are 1.6 high."""
     annotations = pack_annotations(document(False), "test.json")
-    config = dataclasses.replace(
-        runs[0].config, data=dataclasses.replace(runs[0].config.data, root=str(tmp_path), val_images="")
-    )
-    Image.new("RGB", (100, 50)).save(tmp_path / "7.jpg")
-    figure = plot.boxes_on_images([run_with(runs[0], config=config)], annotations, 1, 0.5)
+    figure = plot.boxes_on_images([photo_run(runs[0], tmp_path, [], [], [])], annotations, 1, 0.5)
     width, height = figure.get_size_inches()
     assert (width, height) == pytest.approx((6.4, 1.6 + 0.25 + 0.4))
 
@@ -254,7 +273,7 @@ def test_a_study_of_few_rows_has_means_and_gains_over_the_first():
     assert line.get_xdata() == pytest.approx([3, (10 * 400) ** 0.5])
     assert line.get_ydata() == pytest.approx([(3 + 7) / 2, 11])
     assert [text.get_text() for text in gains.texts] == ["n=8", "n=5"]
-    assert gains.get_ylabel() == "AP above: first"
+    assert gains.get_ylabel() == "delta AP vs first"
 
 
 def test_a_sweep_is_a_line_over_its_values_with_the_other_rows_beside():
@@ -289,11 +308,11 @@ def test_a_study_by_the_command_with_chosen_rows_and_names(tmp_path, capsys):
     main(["plot", str(folder), out, "--format=svg", "--rows", "more", "first", "--names", "more=CLIS"])
     text = (tmp_path / "out" / "small.svg").read_text()
     assert "CLIS (n = 3)" in text
-    assert "AP above: CLIS" in text
+    assert "delta AP vs CLIS" in text
     for arguments, message in (
         (["--rows", "most"], "has no row most; it has first, more, not run"),
-        (["--names", "most=x"], "--names most=...: no such run folder or row"),
-        (["--names", "most"], "write it as FOLDER=NAME or ROW=NAME"),
+        (["--names", "most=x"], "--names most=x: write A=B, where A is one of: first, more, not run"),
+        (["--names", "most"], "--names most: write A=B"),
     ):
         with pytest.raises(ValueError, match=re.escape(message)):
             main(["plot", str(folder), out, *arguments])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
 
@@ -132,6 +133,61 @@ def test_sources_are_files_folders_and_globs_each_file_once(photos, tmp_path):
     assert names(photos, out=photos / "below") == ([name for name in every if "/" not in name], 1)
 
 
+def test_linked_folders_are_looked_into_and_hidden_ones_are_not(photos, tmp_path):
+    """The second link leads back up; `find_images` ends all the same."""
+    (tmp_path / "in" / ".thumbnails").mkdir(parents=True)
+    shutil.copy(photos / "b.jpg", tmp_path / "in" / ".thumbnails" / "b.jpg")
+    shutil.copy(photos / "b.jpg", tmp_path / "in" / "._b.jpg")
+    (tmp_path / "in" / "linked").symlink_to(photos / "below")
+    (tmp_path / "in" / "up").symlink_to(tmp_path / "in")
+    files, others = find_images([str(tmp_path / "in")], tmp_path / "out")
+    assert ([file.name for file in files], others) == (["linked/a.jpg"], 0)
+
+
+def test_the_ids_of_links_are_found_by_their_names_or_by_those_of_their_files(finished, data, tmp_path):
+    """The first is a store whose files have other names, the second a folder that is linked."""
+    val = data / "shapes" / "val"
+    (tmp_path / "store").mkdir()
+    (tmp_path / "val").mkdir()
+    shutil.copy(val / "000002.jpg", tmp_path / "store" / "d41d8c")
+    (tmp_path / "val" / "000002.jpg").symlink_to(tmp_path / "store" / "d41d8c")
+    (tmp_path / "photos").symlink_to(val)
+    annotations = f"--annotations={data}/shapes/val.json"
+    photo = tmp_path / "photos" / "000001.jpg"
+    main(["predict", str(finished), str(tmp_path / "val"), str(photo), annotations,
+          f"--out={tmp_path / 'out'}", "--no-pictures"])  # fmt: skip
+    _, document = read(tmp_path / "out")
+    known = json.loads((data / "shapes" / "val.json").read_text())["images"]
+    id_of = {image["file_name"]: image["id"] for image in known}
+    expected = [id_of["val/000002.jpg"], id_of["val/000001.jpg"]]
+    assert [image["id"] for image in document["images"]] == expected
+
+
+def test_names_that_are_no_utf8_or_very_long(finished, photos, tmp_path, capsys):
+    """Also those of unreadable files: what is said and every file can be written."""
+    pytest.importorskip("jinja2")
+    try:
+        shutil.copy(photos / "b.jpg", os.fsencode(tmp_path) + b"/caf\xe9.jpg")
+    except OSError:
+        pytest.skip("this file system takes UTF-8 alone")
+    (tmp_path / (250 * "n" + ".jpg")).write_bytes((photos / "b.jpg").read_bytes())
+    with open(os.fsencode(tmp_path) + b"/bad\xe9.jpg", "wb") as file:
+        file.write(b"no image")
+    main(["predict", str(finished), str(tmp_path), f"--out={tmp_path / 'out'}"])
+    assert r"bad\udce9.jpg: not a JPEG" in capsys.readouterr().out
+    page = (tmp_path / "out" / "index.html").read_text(encoding="utf-8")
+    assert 'src="pictures/caf_udce9.jpg"' in page
+    _, document = read(tmp_path / "out")
+    pictures = [image["picture"] for image in document["images"] if "picture" in image]
+    assert [(tmp_path / "out" / picture).is_file() for picture in pictures] == [True, True]
+
+
+def test_a_place_that_cannot_be_written_is_known_before_the_work(finished, photos, monkeypatch):
+    monkeypatch.setattr("clis.commands.predict.predict", None)
+    with pytest.raises(OSError, match=r"b\.jpg"):
+        main(["predict", str(finished), str(photos), f"--out={photos / 'b.jpg'}", "--no-pictures"])
+
+
 def test_each_picture_has_a_name_of_its_own():
     files = [ImageFile(path=None, name=name) for name in ("a.png", "a.jpg", "x/a.jpg", "a_2.jpg", "b.tar.gz")]
     assert picture_names(files) == ["a.jpg", "a_2.jpg", "x/a.jpg", "a_2_2.jpg", "b.tar.jpg"]
@@ -142,7 +198,7 @@ def test_each_picture_has_a_name_of_its_own():
     [
         (["{photos}/none.jpg"], "none.jpg: no such file or folder; name images"),
         (["{photos}/*.bmp"], r"bmp: matches no file"),
-        (["{tmp}"], "no JPEG, PNG, WebP or GIF file found"),
+        (["{tmp}"], "no JPEG, PNG, WebP, GIF, BMP or TIFF file found"),
         (["{photos}/b.jpg", "--classes=dots_rign"], "there is no class 'dots_rign'; did you mean dots_ring"),
         (["{photos}/b.jpg", "--classes=,"], "--classes: name at least one class"),
         (["{photos}/b.jpg", "--score=30"], "--score 30.0: must be between 0 and 1"),

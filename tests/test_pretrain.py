@@ -543,7 +543,9 @@ class TestRecipe:
         assert report.errors == []
         assert f"{tmp_path / 'pretrain' / 'backbone.pt'}: will be made, by pre-training" in report.notes
         assert not [note for note in report.notes if "0 image-level" in note]
-        RunFolder(tmp_path).pretraining.claim(load_config(BASELINE, [*overrides, "pretrain.lr=0.5"]))
+        folder = RunFolder(tmp_path).pretraining
+        folder.claim(load_config(BASELINE, [*overrides, "pretrain.lr=0.5"]))
+        folder.metrics.write_text('{"step": 1}\n')
         report = check(load_config(BASELINE, overrides), overrides, workers=0, sample=2)
         assert [error.split(":")[0] for error in report.errors] == [
             f"{tmp_path / 'pretrain'} belongs to another config"

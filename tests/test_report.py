@@ -208,16 +208,17 @@ def test_a_run_that_has_just_begun_says_what_is_missing(root, tmp_path):
     assert page["classes"]["names"] == NAMES  # what the data set has is shown all the same
 
 
-def test_data_that_have_moved(root, tmp_path):
+def test_data_that_have_moved(root, tmp_path, capsys):
     """Without images there are boxes alone, without annotations curves and figures; overrides find them."""
     run = write_run(root, tmp_path / "run")
     page = report(run, "data.val_images=nowhere", "--out", tmp_path / "page.html")
     assert page["images"]["pictures"] == {}
-    assert "Validation images cannot be read; pass data.root=FOLDER" in page["notes"][0]
+    assert "Validation images cannot be used; pass data.root=FOLDER" in page["notes"][0]
     page = report(run, f"data.root={tmp_path}", "--out", tmp_path / "page.html")
     assert "classes" not in page
     assert page["runs"][0]["figures"]["AP"] > 0
     assert "the annotations cannot be read" in page["notes"][0]
+    assert page["notes"][0] in capsys.readouterr().out
     assert "data.root=FOLDER" in page["notes"][0]
     moved = tmp_path / "moved"
     shutil.copytree(root, moved)
@@ -240,12 +241,19 @@ def test_settings_of_another_version_are_shown_and_named(root, tmp_path):
     assert "clis.queue_init" in page["runs"][0]["missing"][0]
 
 
+def test_a_place_that_cannot_be_written_is_said_before_the_work(root, tmp_path, monkeypatch):
+    monkeypatch.setattr("clis.commands.report.write_report", lambda *args, **options: pytest.fail("too late"))
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="file"):
+        main(["report", str(tmp_path), "--out", str(tmp_path / "file" / "report.html")])
+
+
 def test_bad_input_is_one_line(root, tmp_path):
     run = write_run(root, tmp_path / "run")
     out = ("--out", str(tmp_path / "page.html"))
     with pytest.raises(FileNotFoundError, match=r"config\.yaml: no such file; name run folders"):
         main(["report", str(tmp_path / "nothing"), *out])
-    with pytest.raises(ValueError, match=r"--names x=y: write RUN=NAME with one of the runs \(run\)"):
+    with pytest.raises(ValueError, match=r"--names x=y: write A=B, where A is one of: .*run$"):
         main(["report", str(run), *out, "--names", "x=y"])
     with pytest.raises(ValueError, match="--images -1: must be at least 0"):
         main(["report", str(run), *out, "--images=-1"])
@@ -257,6 +265,10 @@ def test_bad_input_is_one_line(root, tmp_path):
     lines = run.metrics.read_text().splitlines()
     run.metrics.write_text("\n".join([lines[0], "{damaged", lines[1]]))
     with pytest.raises(ValueError, match=r"metrics\.jsonl: damaged"):
+        read_run(run.path, "run", [])
+    run.metrics.write_text("")
+    run.result.write_text('{"AP":')
+    with pytest.raises(ValueError, match=r"eval\.json: damaged"):
         read_run(run.path, "run", [])
 
 
@@ -401,6 +413,10 @@ def test_boxes_that_nobody_can_judge_are_no_mistakes(page):
     assert "not judged" not in page.pane(10)
     page.click('input[name="verdict"][value="5"]')
     assert page.pane(10).endswith("? 1 not judged")
+    count = page.text("#images .pager .count")
+    page.click('input[name="verdict"][value="0"]')  # six are chosen, as at first, and yet it is a choice
+    assert page.text("#images .pager .count") != count
+    page.click('input[name="verdict"][value="0"]')
     page.click('input[name="verdict"][value="5"]')
     page.choose("#class-filter", TEA)
     assert page.images() == ["30.jpg"]

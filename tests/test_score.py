@@ -77,6 +77,27 @@ def test_comparison_and_errors(files: Path, capsys: pytest.CaptureFixture) -> No
     assert "boxes alone, classes erased: AP " in printed
 
 
+@pytest.mark.parametrize("protocol", ["fixed", "pooled"])
+def test_results_are_compared_by_any_protocol(
+    files: Path, protocol: str, capsys: pytest.CaptureFixture
+) -> None:
+    options = ["--protocol", protocol]
+    run(files, *options, "--compare", str(files / "half.json"), "--samples", "20")
+    figures = [
+        evaluate(files / "gt.json", files / name, protocol=protocol) for name in ("dt.json", "half.json")
+    ]
+    difference = 100 * (figures[0][f"{protocol}_AP"] - figures[1][f"{protocol}_AP"])
+    printed = capsys.readouterr().out
+    assert re.search(rf"^ +{protocol}_AP {re.escape(f'{difference:+.1f}')}  \(", printed, re.MULTILINE)
+    run(files, *options, "--compare", str(files / "dt.json"), "--samples", "5")
+    assert f"{protocol}_AP +0.0  (+0.0 .. +0.0)" in capsys.readouterr().out
+
+
+def test_a_file_that_is_missing_is_named_first(files: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"--results .*none.json: no such file"):
+        run(files, results="none.json")
+
+
 def test_protocols_have_their_own_names(files: Path, capsys: pytest.CaptureFixture) -> None:
     for protocol in ("fixed", "pooled"):
         run(files, "--protocol", protocol, "--out", str(files / "eval.json"))
@@ -100,7 +121,7 @@ def test_groups_come_from_the_training_file(files: Path) -> None:
     [
         (["--errors", "--masks"], "--errors looks at boxes"),
         (["--protocol", "fixed", "--official"], "--official goes with the standard protocol"),
-        (["--protocol", "pooled", "--compare", "x.json"], "--compare goes with the standard protocol"),
+        (["--protocol", "pooled", "--errors"], "--errors goes with the standard protocol"),
         (["--samples", "0"], "--samples 0: at least 1"),
         (
             ["--protocol", "fixed", "--max-detections", "5"],

@@ -88,6 +88,20 @@ def test_of_a_process_elsewhere_the_last_sign_of_life_tells(folder):
     assert "probably dead (process" in describe(RunState.read(folder))
 
 
+def test_a_run_that_waits_for_its_detector_shows_signs_of_life(folder, tmp_path):
+    """What is said goes to the log of the run that makes the regions; that of the waiting one is touched."""
+    with at_work(folder):
+        long_ago = time.time() - 2 * QUIET
+        for path in (folder.metrics, folder.log, folder.last, folder.result):
+            if path.exists():
+                os.utime(path, (long_ago, long_ago))
+        assert last_sign(folder) > QUIET
+        (tmp_path / "detector").mkdir()
+        with at_work(RunFolder(tmp_path / "detector")):
+            note("train 40/60")
+        assert last_sign(folder) < 60
+
+
 def test_how_a_run_ended_is_noted(folder):
     """An error is in the note and in the log; a run that stopped on request or well leaves no note."""
 
@@ -101,6 +115,7 @@ def test_how_a_run_ended_is_noted(folder):
     with pytest.raises(ValueError, match="no good"):
         fail()
     assert "ended by ValueError: no good (process" in describe(RunState.read(folder))
+    assert ", 2/3 training); log.txt has more" in describe(RunState.read(folder))
     lines = folder.log.read_text().splitlines()
     assert [line[21:].split(" ")[0] for line in lines] == ["clis", "something", "ended"]
     assert time.strptime(lines[1][:19], "%Y-%m-%d %H:%M:%S")
@@ -188,6 +203,11 @@ def test_comparing_an_unfinished_run_and_the_papers_figures(evaluated, tmp_path,
     ]
     assert cells[1][1:] == ["22.0", "-", "-", "8.9", "-", "-", "-"]
     assert lines[-1] == f"{copy}: not finished, step 4 of 4; its metrics are those after step 2"
+    alone = tmp_path / "step_2"  # the results of a checkpoint, as `clis evaluate` writes them
+    alone.mkdir()
+    shutil.copy(evaluated / "eval.json", alone)
+    main(["compare", str(alone)])
+    assert f"| {alone} " in capsys.readouterr().out
 
 
 def test_results_and_checkpoints_say_where_they_come_from(evaluated, data, tmp_path):

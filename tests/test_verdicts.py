@@ -70,6 +70,9 @@ def test_the_hand_made_case():
     assert verdicts.other_labels.tolist() == [-1, 0, -1, -1, -1]
     assert verdicts.off.tolist() == [-1, -1, 0.6, -1, -1]
     assert verdicts.required.all()
+    assert np.flatnonzero(verdicts.missed(0.3)).tolist() == [4]
+    assert np.flatnonzero(verdicts.missed(0.65)).tolist() == [2, 4]  # the dog of image 10 is called a cup
+    assert np.flatnonzero(verdicts.missed(0.88)).tolist() == [1, 2, 3, 4]
 
 
 def test_of_two_boxes_on_two_objects_the_better_score_chooses_first():

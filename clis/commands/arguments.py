@@ -112,6 +112,12 @@ def add_config(parser: argparse.ArgumentParser) -> None:
     parser.epilog = f"Short for fields: {', '.join(f'{each} is {key}=' for each, key in SHORT_FOR.items())}."
 
 
+def split_overrides(texts: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Split arguments into those that name files, and those that are ``key=value`` and name none."""
+    overrides = [text for text in texts if "=" in text and not Path(text).exists()]
+    return [text for text in texts if text not in overrides], overrides
+
+
 def positive(text: str) -> int:
     """Read a whole number above 0.
 
@@ -145,3 +151,19 @@ def class_labels(names: str, categories: Sequence[Category]) -> list[int]:
     if not wanted:
         raise ValueError("--classes: name at least one class")
     return [label for name in wanted for label in label_of.get(name) or alike[loose(name)]]
+
+
+def read_names(pairs: Sequence[str], known: Sequence[str]) -> dict[str, str]:
+    """Read A=B of ``--names``: new names B by the known ones, A; of a path, the last part is enough.
+
+    Raises:
+        ValueError: a pair is not of this form, or A is not known.
+    """
+    names: dict[str, str] = {}
+    for pair in pairs:
+        old, _, new = pair.rpartition("=")
+        meant = [each for each in known if old and old.rstrip("/") in (each, Path(each).name)]
+        if not (new and meant):
+            raise ValueError(f"--names {pair}: write A=B, where A is one of: {', '.join(known)}")
+        names |= dict.fromkeys(meant, new)
+    return names

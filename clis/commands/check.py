@@ -39,13 +39,14 @@ from clis.data.streams import (
 )
 from clis.engine.checkpoint import load_checkpoint
 from clis.engine.describe import schedule_warnings
+from clis.engine.preflight import check_space, check_writable_folder, checkpoint_bytes
 from clis.engine.prerequisites import PlannedRun, plan_run
 from clis.engine.pretrain import SETTINGS as PRETRAINING
 from clis.engine.region_search import detector_checkpoint, given_boxes, read_boxes
 from clis.engine.run_folder import RunFolder, regions_file
 from clis.engine.start import check_run, starting_weights
 from clis.metric.matching import describe_uncounted
-from clis.models import build_classifier, build_model
+from clis.models import CLISDetector, build_classifier, build_model
 from clis.progress import Progress, say
 from clis.text import loose
 
@@ -168,7 +169,9 @@ def check(
                 _check_regions(config, index, detector, report)
     if train is not None:
         with report.catching():
-            _check_model(config, train, report)
+            folder, model = RunFolder(config.output), _check_model(config, train, report)
+            check_writable_folder(folder.path)
+            check_space([(folder.path, checkpoint_bytes(model, config, folder))])
     costs = {}
     if train is not None:
         costs["instance-level"] = _examine_annotated(
@@ -186,8 +189,8 @@ def check(
             "image-level", read, len(index), config.data.max_bad_images, workers, sample, report
         )
     if val is not None:
-        folder, max_pixels = data_path(config, config.data.val_images), config.data.max_pixels
-        _examine_annotated(val, folder, max_pixels, 0, workers, sample, report)
+        images, max_pixels = data_path(config, config.data.val_images), config.data.max_pixels
+        _examine_annotated(val, images, max_pixels, 0, workers, sample, report)
     _describe_step(costs, config, report)
     return report
 
@@ -303,13 +306,12 @@ def _check_regions(config: Config, index: ImageLevelIndex, detector: Config | No
     report.notes.append(f"{path}: will be made, by {made_by}")
 
 
-def _check_model(config: Config, train: Annotations, report: Report) -> None:
+def _check_model(config: Config, train: Annotations, report: Report) -> CLISDetector:
     """Build the model, which reads the backbone's weights and tries the classification loss."""
     folder = RunFolder(config.output)
     has_weights = config.pretrain.epochs > 0 and folder.pretraining.backbone.exists()
     if has_weights or config.start.from_ is not None:
-        build_model(config, train.categories, pretrained=starting_weights(config, folder))
-        return
+        return build_model(config, train.categories, pretrained=starting_weights(config, folder))
     backbone = config.model.backbone
     path = None if backbone.weights is None else data_path(config, backbone.weights)
     to_download = path is not None and backbone.download and not path.exists()
@@ -318,7 +320,8 @@ def _check_model(config: Config, train: Annotations, report: Report) -> None:
     if config.pretrain.epochs > 0:
         report.notes.append(f"{folder.pretraining.backbone}: will be made, by pre-training")
         build_classifier(config, train.categories, pretrained=not to_download)
-    build_model(config, train.categories, pretrained=config.pretrain.epochs == 0 and not to_download)
+    pretrained = config.pretrain.epochs == 0 and not to_download
+    return build_model(config, train.categories, pretrained=pretrained)
 
 
 # --- images -----------------------------------------------------------------------------------------------

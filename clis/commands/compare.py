@@ -11,7 +11,10 @@ from clis.metric.lvis_eval import format_table
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `clis compare`: run folders."""
-    parser.add_argument("folders", nargs="+", type=RunFolder, metavar="RUN_FOLDER")
+    parser.add_argument(
+        "folders", nargs="+", type=RunFolder, metavar="RUN_FOLDER",
+        help="a run folder, or one with the results of a checkpoint (clis evaluate)",
+    )  # fmt: skip
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -20,7 +23,11 @@ def run(arguments: argparse.Namespace) -> None:
     An unfinished run has its last evaluation on the way; what is missing is printed below the table.
     """
     rows, missing = {}, []
-    for state in map(RunState.read, arguments.folders):
+    for folder in arguments.folders:
+        if folder.result.exists() and not folder.config.exists():  # of a checkpoint
+            rows[str(folder)] = folder.read_result()
+            continue
+        state = RunState.read(folder)
         evaluated, name = state.metrics, str(state.folder)
         if state.result is None:
             missing.append(str(state.what_is_missing()))

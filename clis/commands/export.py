@@ -60,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `clis export`."""
     parser.add_argument("checkpoint", type=Path, help="a run folder, or one of its checkpoints")
     parser.add_argument("out", type=Path, help="the program to write: .pt2 (torch.export) or .onnx")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the section test")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the section test, or data.root")
     parser.add_argument(
         "--size", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"),
         help="only for images of this size, which need no square canvas then (default: any size)",
@@ -108,7 +108,7 @@ def export(
         out: a .pt2 or .onnx file.
         size: height and width of the images, before they are resized as the `test` section says; None is any.
         device: where the program will run.
-        overrides: `key.path=value` of the `test` section.
+        overrides: `key.path=value` of the `test` section, or where the data are now.
         candidates: how many boxes of an image NMS chooses from, the best ones.
         batch: images at a time; None is one image without the dimension.
 
@@ -121,8 +121,10 @@ def export(
         raise ValueError(f"--size {size[0]} {size[1]}: height and width are above 0")
     if candidates < 1:
         raise ValueError(f"--candidates {candidates}: must be at least 1")
-    if wrong := [each for each in overrides if not each.startswith("test.")]:
-        raise ValueError(f"{wrong[0]}: only the section test can change, e.g. test.detections=100")
+    if wrong := [each for each in overrides if not each.startswith(("test.", "data.root="))]:
+        raise ValueError(
+            f"{wrong[0]}: only the section test can change, e.g. test.detections=100, and data.root"
+        )
     onnx = out.suffix == ".onnx"
     if onnx and (device.type != "cpu" or batch is not None):
         raise ValueError(f"{out}: ONNX is for the CPU and single images; leave out --device and --batch")

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from clis.commands.arguments import read_names, split_overrides
 from clis.commands.figures import (
     FORMATS,
     GROUPS,
@@ -25,35 +26,39 @@ from clis.commands.figures import (
 )
 from clis.commands.study_figure import study_figure
 from clis.config import Config, data_path
+from clis.config_files import config_from_dict, config_to_dict, merge_overrides, resolve_data_root
 from clis.data.annotations import Annotations
 from clis.data.streams import read_annotations
 from clis.engine.evaluate import load_validation, read_annotated
 from clis.engine.run_folder import RunFolder
 from clis.engine.run_state import RunState
-from clis.metric.analysis import FOREGROUND_IOU, ap_by_image_count, merge_small_bins
+from clis.metric.analysis import ap_by_image_count, find_errors, merge_small_bins
 from clis.metric.detections import Detections
 from clis.metric.lvis_eval import accumulate
 from clis.metric.matching import match
+from clis.metric.verdicts import Verdicts, verdicts_of
 from clis.progress import Progress, say
+from clis.report.curves import smoothed
 
-SMOOTHED = 20
-"""The most records of metrics.jsonl that a point of a curve is the mean of."""
-
-VERDICTS = {
+LOOKS = {
     "right": ("#009E73", "-"),
     "wrong class": ("#E69F00", "--"),
+    "box off": ("#CC79A7", (0, (1, 1))),
+    "duplicate": ("#56B4E9", (0, (6, 1.5, 1, 1.5, 1, 1.5))),
     "nothing there": ("#D55E00", ":"),
     "not judged": ("0.6", "-"),
     "missed": ("#0072B2", "-."),
 }
-"""Color and line style of a box by what it is, at IoU 0.5; the last is of ground truth."""
+"""Color and line style of a box, in the order of `clis.metric.verdicts.VERDICTS`; then of missed objects."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `clis plot`."""
     parser.add_argument(
-        "folders", nargs="+", type=Path, metavar="FOLDER", help="run folders, or folders of studies"
-    )
+        "folders", nargs="+", metavar="FOLDER",
+        help="run folders, or folders of studies; key=value changes the runs' configs, e.g. "
+        "data.root=/datasets if the data have moved",
+    )  # fmt: skip
     parser.add_argument("--out", type=Path, default=Path("runs/plots"), metavar="FOLDER")
     parser.add_argument(
         "--format", choices=FORMATS, default="png", help="default png; pdf and svg for papers"
@@ -68,38 +73,37 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Draw the figures of runs, and one of each study, as files in one folder."""
-    names = _names(arguments.names)
-    studies = [folder for folder in arguments.folders if (folder / "study.json").is_file()]
-    runs = [folder for folder in arguments.folders if folder not in studies]
-    known = {str(folder) for folder in runs}
+    """Draw the figures of runs, and one of each study, as files in one folder.
+
+    Raises:
+        FileNotFoundError, ValueError: an argument is wrong; see `plot`.
+    """
+    if arguments.images < 0:
+        raise ValueError(f"--images {arguments.images}: must be at least 0")
+    named, overrides = split_overrides(arguments.folders)
+    folders = [Path(each) for each in named]
+    if not folders:
+        raise ValueError("no folder; name at least one before key=value")
+    studies = {
+        folder: json.loads((folder / "study.json").read_text())
+        for folder in folders
+        if (folder / "study.json").is_file()
+    }
+    runs = [folder for folder in folders if folder not in studies]
+    rows = dict.fromkeys(row for document in studies.values() for row in document["rows"])
+    names = read_names(arguments.names, [*map(str, runs), *rows])
     if arguments.rows and not studies:
         raise ValueError("--rows chooses rows of studies, and no folder with a study.json is named")
-    for folder in studies:
-        document = json.loads((folder / "study.json").read_text())
-        known |= set(document["rows"])
+    for folder, document in studies.items():
         document = _chosen(document, arguments.rows, names, str(folder))
         path = arguments.out / f"{folder.resolve().name}.{arguments.format}"
         save(study_figure(document, folder.resolve().name), path)
         say(str(path))
-    if unknown := [name for name in names if name not in known]:
-        raise ValueError(f"--names {unknown[0]}=...: no such run folder or row; there are {sorted(known)}")
     if runs:
         plot(
             runs, arguments.out, images=arguments.images, score=arguments.score, names=names,
-            suffix=arguments.format,
+            suffix=arguments.format, overrides=overrides,
         )  # fmt: skip
-
-
-def _names(pairs: Sequence[str]) -> dict[str, str]:
-    """Read A=B into new names by old ones."""
-    names = {}
-    for pair in pairs:
-        old, _, new = pair.rpartition("=")
-        if not (old and new):
-            raise ValueError(f"--names {pair}: write it as FOLDER=NAME or ROW=NAME")
-        names[old.rstrip("/")] = new
-    return names
 
 
 def _chosen(
@@ -125,8 +129,11 @@ class PlottedRun:
     """Those of the last evaluation; None before the first."""
 
     @classmethod
-    def read(cls, path: Path, name: str | None = None) -> PlottedRun:
+    def read(cls, path: Path, name: str | None = None, overrides: Sequence[str] = ()) -> PlottedRun:
         """Read a run, finished or not; what an unfinished one lacks is printed.
+
+        Args:
+            overrides: ``key=value`` for its config, e.g. where the data are now.
 
         Raises:
             FileNotFoundError: no run has begun there, or its detections are gone.
@@ -143,7 +150,11 @@ class PlottedRun:
             raise FileNotFoundError(f"{found.detections}: no such file; evaluate the checkpoint again")
         evaluations = state.evaluations + ([] if state.result is None else [(state.steps, state.result)])
         detections = Detections.load(found.detections) if evaluated else None
-        return cls(name or str(path), state.config, state.records, evaluations, detections)
+        config = state.config
+        if overrides:
+            values = merge_overrides(config_to_dict(config), overrides)
+            config = resolve_data_root(config_from_dict(values, source=str(folder.config)))
+        return cls(name or str(path), config, state.records, evaluations, detections)
 
     @property
     def figures(self) -> dict[str, float]:
@@ -159,21 +170,23 @@ def plot(
     score: float,
     names: Mapping[str, str] | None = None,
     suffix: str = "png",
+    overrides: Sequence[str] = (),
 ) -> list[Path]:
     """Write four figures of the runs, which must be of one data set, and return their paths.
 
     Before its first evaluation a run is in the curves alone; without any other run these are all.
 
     Args:
-        images: validation images that are shown, those with the rarest classes.
+        images: validation images that are shown, those with the rarest classes; 0 draws no such figure.
         score: detections below it are not drawn.
         names: other names of runs, by their folders.
         suffix: the format, one of `FORMATS`.
+        overrides: ``key=value`` for the configs of all runs, e.g. where the data are now.
 
     Raises:
         FileNotFoundError, ValueError: a run does not exist, or they are of different data sets.
     """
-    runs = [PlottedRun.read(folder, (names or {}).get(str(folder))) for folder in folders]
+    runs = [PlottedRun.read(folder, (names or {}).get(str(folder)), overrides) for folder in folders]
     _check_same_data(runs)
     figures = {"curves": training_curves(runs)}
     evaluated = [run for run in runs if run.detections is not None]
@@ -182,8 +195,9 @@ def plot(
         figures |= {
             "frequency": frequency_dots(evaluated),
             "image_count": ap_against_images(evaluated, annotations),
-            "images": boxes_on_images(evaluated, annotations, images, score),
         }
+        if images:
+            figures["images"] = boxes_on_images(evaluated, annotations, images, score)
     paths = [out / f"{name}.{suffix}" for name in figures]
     with Progress("figures", len(paths)) as progress:
         for path, figure in zip(paths, figures.values()):
@@ -195,8 +209,8 @@ def plot(
 
 
 def training_curves(runs: Sequence[PlottedRun]) -> Figure:
-    """Draw the total loss over the steps, raw and smoothed; below it the AP of the evaluations, if any."""
-    evaluated = any(run.evaluations for run in runs)
+    """Draw the total loss over the steps, raw and smoothed; below it AP, if a run has several evaluations."""
+    evaluated = any(len(run.evaluations) > 1 for run in runs)  # one alone is no curve
     figure, axes = subplots(1 + evaluated, 1, (7, 3.2), sharex=True)
     numbers = _numbers(runs)
     for run in runs:
@@ -204,10 +218,8 @@ def training_curves(runs: Sequence[PlottedRun]) -> Figure:
         losses = [r for r in run.records if r.get("loss") is not None]
         steps, values = [r["step"] for r in losses], np.array([r["loss"] for r in losses], dtype=float)
         axes[0, 0].plot(steps, values, color=kind["color"], lw=0.6, alpha=0.3)
-        axes[0, 0].plot(
-            steps, running_mean(values, SMOOTHED), color=kind["color"], ls=kind["linestyle"], label=label
-        )
-        if run.evaluations:
+        axes[0, 0].plot(steps, smoothed(values), color=kind["color"], ls=kind["linestyle"], label=label)
+        if evaluated and run.evaluations:
             points, metrics = zip(*run.evaluations)
             axes[1, 0].plot(points, [100 * each["AP"] for each in metrics], ms=5, **kind)
     axes[0, 0].set(ylabel="total loss")
@@ -217,18 +229,6 @@ def training_curves(runs: Sequence[PlottedRun]) -> Figure:
         axes[1, 0].set(ylabel="AP")
     axes[0, 0].legend(fontsize=8)
     return figure
-
-
-def running_mean(values: np.ndarray, most: int) -> np.ndarray:
-    """Return the mean of each value and up to `most` - 1 before it, float64 [n]: from the first value on.
-
-    The window is at most a tenth of the values, so that a short run is not one flat line.
-    """
-    width = max(1, min(most, len(values) // 10))
-    sums = np.concatenate([[0.0], np.cumsum(values)])
-    ends = np.arange(1, len(values) + 1)
-    starts = np.maximum(ends - width, 0)
-    return (sums[ends] - sums[starts]) / (ends - starts)
 
 
 def frequency_dots(runs: Sequence[PlottedRun]) -> Figure:
@@ -279,7 +279,7 @@ def boxes_on_images(
 ) -> Figure:
     """Draw one row per image: the ground truth, then each run's detections of at least this score.
 
-    Colors and line styles are verdicts (`VERDICTS`), not classes.
+    Colors and line styles are verdicts (`LOOKS`), not classes: those of `clis report`, at this score.
     """
     rows = rarest_images(annotations, images)
     width = 3.2
@@ -287,7 +287,8 @@ def boxes_on_images(
     heights = width * sizes[:, 0] / sizes[:, 1] + 0.25
     figure = Figure(figsize=(width * (1 + len(runs)), heights.sum() + 0.4), layout="constrained")
     axes = figure.subplots(len(rows), 1 + len(runs), squeeze=False, height_ratios=heights)
-    label_of = {category.id: label for label, category in enumerate(annotations.categories)}
+    name_of = {category.id: category.name for category in annotations.categories}
+    judged = [_verdicts(run, annotations) for run in runs]
     folder = data_path(runs[0].config, runs[0].config.data.val_images)
     for row, line in zip(rows, axes):
         image_id = annotations.image_ids[row]
@@ -298,18 +299,18 @@ def boxes_on_images(
         names = [annotations.categories[label].name for label in labels.tolist()]
         _draw(line[0], pixels, truth, names, ["black"] * len(names))
         line[0].set_title(f"image {image_id}: ground truth", fontsize=7)
-        for run, ax in zip(runs, line[1:]):
+        of_image = slice(annotations.offsets[row], annotations.offsets[row + 1])
+        for run, verdicts, ax in zip(runs, judged, line[1:]):
             assert run.detections is not None
             found = run.detections
             own = np.flatnonzero((found.image_id == image_id) & (found.score >= score))
             own = own[np.argsort(-found.score[own], kind="stable")]
             boxes = found.bbox[own].copy()
             boxes[:, 2:] += boxes[:, :2]
-            own_labels = np.array([label_of[id_] for id_ in found.category_id[own].tolist()], dtype=np.int64)
-            kinds, missed = verdicts(annotations, row, boxes, own_labels)
+            missed = verdicts.missed(score)[of_image]
+            kinds = [[*LOOKS][verdict] for verdict in verdicts.verdicts[own].tolist()]
             texts = [
-                f"{annotations.categories[label].name} {found.score[place]:.2f}"
-                for label, place in zip(own_labels.tolist(), own)
+                f"{name_of[found.category_id[place]]} {found.score[place]:.2f}" for place in own.tolist()
             ]
             texts = [name for name, gone in zip(names, missed) if gone] + texts[::-1]  # the best on top
             kinds = ["missed"] * int(missed.sum()) + kinds[::-1]
@@ -317,64 +318,18 @@ def boxes_on_images(
             ax.set_title(run.name, fontsize=7)
     handles = [
         matplotlib.lines.Line2D([], [], color=color, ls=style, label=name)
-        for name, (color, style) in VERDICTS.items()
+        for name, (color, style) in LOOKS.items()
     ]
-    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), fontsize=7)
+    figure.legend(handles=handles, loc="outside lower center", ncols=4, fontsize=7)
     return figure
 
 
-def verdicts(
-    annotations: Annotations, image: int, boxes: np.ndarray, labels: np.ndarray
-) -> tuple[list[str], np.ndarray]:
-    """Judge the boxes of an image against its ground truth at IoU 0.5.
-
-    A box is right if it is the first to take a ground truth of its class, of the wrong class if one of
-    another class is there; else nothing is there for it. Where the annotations do not say whether its class
-    is in the image, it is not judged.
-
-    Args:
-        boxes: float [n,4] xyxy, best first.
-        labels: integer [n].
-
-    Returns:
-        A key of `VERDICTS` for each box, and which ground truths were missed, bool [G].
-    """
-    truth, truth_labels = annotations.boxes_of(image), annotations.labels_of(image)
-    iou, taken = _iou(boxes, truth), np.zeros(len(truth), dtype=bool)
-    kinds = []
-    for overlaps, label in zip(iou, labels.tolist()):
-        fits = overlaps >= FOREGROUND_IOU
-        own = np.where(fits & (truth_labels == label) & ~taken, overlaps, 0)
-        if own.any():
-            taken[own.argmax()] = True
-            kinds.append("right")
-        elif not _is_judged(annotations, image, label):
-            kinds.append("not judged")
-        else:
-            kinds.append("wrong class" if (fits & (truth_labels != label)).any() else "nothing there")
-    return kinds, ~taken
-
-
-def _is_judged(annotations: Annotations, image: int, label: int) -> bool:
-    """Return whether a false detection of this class counts in this image."""
-    if not annotations.federated:
-        return True
-
-    def listed(pair: tuple[np.ndarray, np.ndarray]) -> bool:
-        offsets, labels = pair
-        return label in labels[offsets[image] : offsets[image + 1]]
-
-    present = label in annotations.labels_of(image) or listed(annotations.negatives)
-    return present and not listed(annotations.not_exhaustive)
-
-
-def _iou(boxes: np.ndarray, truth: np.ndarray) -> np.ndarray:
-    """Return the IoU of xyxy boxes [n,4] and [G,4]: float64 [n,G]."""
-    a, b = boxes[:, None].astype(float), truth[None].astype(float)
-    sides = (np.minimum(a[..., 2:], b[..., 2:]) - np.maximum(a[..., :2], b[..., :2])).clip(min=0)
-    inter = sides.prod(axis=-1)
-    areas = [(each[..., 2:] - each[..., :2]).prod(axis=-1) for each in (a, b)]
-    return inter / np.maximum(areas[0] + areas[1] - inter, 1e-12)
+def _verdicts(run: PlottedRun, annotations: Annotations) -> Verdicts:
+    assert run.detections is not None
+    matches = match(annotations, run.detections, run.config.test.detections)
+    return verdicts_of(
+        annotations, run.detections, matches, find_errors(annotations, run.detections, matches)
+    )
 
 
 def rarest_images(annotations: Annotations, images: int) -> list[int]:
@@ -383,10 +338,10 @@ def rarest_images(annotations: Annotations, images: int) -> list[int]:
     chosen: list[int] = []
     holders = np.repeat(np.arange(len(annotations)), np.diff(annotations.offsets))
     for label in np.argsort(counts, kind="stable"):
-        own = [row for row in holders[annotations.labels == label].tolist() if row not in chosen]
-        chosen += own[:1]
         if len(chosen) == images:
             break
+        own = [row for row in holders[annotations.labels == label].tolist() if row not in chosen]
+        chosen += own[:1]
     return chosen
 
 
@@ -396,11 +351,12 @@ def _draw(
     """Draw an image with its boxes, each in the color and style of its verdict, or in that color."""
     ax.imshow(pixels)
     for (x1, y1, x2, y2), text, kind in zip(boxes.tolist(), texts, kinds):
-        color, style = VERDICTS.get(kind, (kind, "-"))
+        color, style = LOOKS.get(kind, (kind, "-"))
         ax.add_patch(
             matplotlib.patches.Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, ec=color, ls=style, lw=1.3)
         )
-        ax.text(x1, y1, text, fontsize=5, color="white", va="bottom", clip_on=True,
+        room = y1 >= 0.05 * len(pixels)  # above the box
+        ax.text(x1, y1, text, fontsize=5, color="white", va="bottom" if room else "top", clip_on=True,
                 bbox={"facecolor": color, "edgecolor": "none", "pad": 0.6})  # fmt: skip
     ax.set_axis_off()
 

@@ -8,8 +8,9 @@ import functools
 import glob
 import itertools
 import json
+import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,15 +20,15 @@ import torch
 from torch import Tensor
 
 from clis.atomic import atomic_write
-from clis.commands.arguments import class_labels, positive
+from clis.commands.arguments import class_labels, positive, split_overrides
 from clis.config import Config
-from clis.config_files import config_from_dict, resolve_data_root
+from clis.config_files import config_from_dict, config_to_dict, merge_overrides, resolve_data_root
 from clis.data.annotated_images import check_size
 from clis.data.annotations import Annotations
 from clis.data.categories import Category, check_same_categories
 from clis.data.image_classes import printable
-from clis.data.image_scan import is_image
-from clis.data.images import ImageError, open_image, read_bytes, read_photo
+from clis.data.image_scan import is_hidden, is_image
+from clis.data.images import FORMATS, ImageError, open_image, read_bytes, read_photo
 from clis.data.loader import image_loader, like_shapes
 from clis.data.streams import read_annotations
 from clis.distributed import choose_device
@@ -46,14 +47,18 @@ from clis.resize import image_size
 PICTURES, PREDICTIONS, IMAGES, PAGE = "pictures", "predictions.json", "images.json", "index.html"
 NAMED = 10
 """Unreadable files that are named on the terminal; images.json has them all."""
+LONGEST = 200
+"""Bytes of a picture's name, and of each of its folders: most systems allow 255, also for temporary names."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `clis predict`."""
     parser.add_argument("run", metavar="RUN_OR_CHECKPOINT", help="a run folder (its last.pt) or a checkpoint")
     parser.add_argument(
-        "sources", nargs="+", metavar="SOURCE", help="an image file, a folder with all below it, or a glob"
-    )
+        "sources", nargs="+", metavar="SOURCE",
+        help="an image file, a folder with all below it, or a glob; key=value changes the detector's config, "
+        "e.g. data.root=/datasets for a calibration that measures the training annotations",
+    )  # fmt: skip
     parser.add_argument("--out", type=Path, default=Path("runs/predict"), metavar="FOLDER")
     parser.add_argument("--score", type=float, default=0.3, help="minimum score (default 0.3)")
     parser.add_argument(
@@ -66,9 +71,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--annotations", type=Path, metavar="FILE",
         help="take the image ids of this LVIS or COCO-form file, so that `clis score` can judge the result",
     )  # fmt: skip
-    parser.add_argument(
-        "--max-pixels", type=positive, metavar="N", help="read images of up to N pixels (default: the run's)"
-    )
     parser.add_argument("--no-pictures", action="store_true", help="write the JSON files alone")
 
 
@@ -81,23 +83,21 @@ def run(arguments: argparse.Namespace) -> None:
     if not 0 <= arguments.score <= 1:
         raise ValueError(f"--score {arguments.score}: must be between 0 and 1")
     out, stored = arguments.out, arguments.annotations is not None
-    files, others = find_images(arguments.sources, out)
+    sources, overrides = split_overrides(arguments.sources)
+    files, others = find_images(sources, out)
     checkpoint = checkpoint_of(arguments.run, None)
-    detector, config = load_for_inference(checkpoint, choose_device(arguments.device))
-    if arguments.max_pixels is not None:
-        config = dataclasses.replace(
-            config, data=dataclasses.replace(config.data, max_pixels=arguments.max_pixels)
-        )
+    detector, config = load_for_inference(checkpoint, choose_device(arguments.device), overrides)
     labels = None
     if arguments.classes is not None:
         labels = torch.tensor(class_labels(arguments.classes, detector.categories))
     selection = Selection(arguments.score, arguments.top, labels)
     known = find_annotated(arguments.annotations, files, detector) if stored else None
     pictures = None if arguments.no_pictures else out / PICTURES
+    out.mkdir(parents=True, exist_ok=True)  # if this is impossible, say so before the work
     photos = predict(detector, config, files, selection, arguments.batch, known, pictures)
     written = write_results(out, photos, detector.categories, checkpoint, stored)
     if pictures is not None:
-        facts = {"detector": str(checkpoint), "score": f"at least {arguments.score:g}"}
+        facts = {"detector": printable(str(checkpoint)), "score": f"at least {arguments.score:g}"}
         facts["boxes"] = f"at most {arguments.top} per image"
         if arguments.classes:
             facts["classes"] = arguments.classes
@@ -163,10 +163,11 @@ class Photo:
 def find_images(sources: Sequence[str], out: Path) -> tuple[list[ImageFile], int]:
     """List the image files of the sources: files as they are named, folders and globs sorted.
 
-    Each file comes once. The output folder is left out, so that pictures are never taken for photos.
+    Each file comes once. Links to folders are followed; hidden files and folders are left out. So is the
+    output folder, so that pictures are never taken for photos.
 
     Returns:
-        The files, and how many files in folders are no images by their names.
+        The files, and how many other files are in the folders, by their names no images.
 
     Raises:
         FileNotFoundError: a source does not exist, a glob matches nothing, or no image is found.
@@ -191,22 +192,35 @@ def find_images(sources: Sequence[str], out: Path) -> tuple[list[ImageFile], int
             if not path.is_dir():
                 add(path, path.name)
                 continue
-            for each in sorted(path.rglob("*")):
-                if each.is_dir() or out.resolve() in each.resolve().parents:
+            for each in sorted(_files_below(path)):
+                if out.resolve() in each.resolve().parents:
                     continue
                 if is_image(each.name):
                     add(each, str(each.relative_to(path)))
                 else:
                     num_others += 1
     if not found:
-        raise FileNotFoundError(f"{', '.join(sources)}: no JPEG, PNG, WebP or GIF file found")
+        raise FileNotFoundError(f"{', '.join(sources)}: no {FORMATS} file found")
     return list(found.values()), num_others
 
 
-def load_for_inference(checkpoint: Path, device: torch.device) -> tuple[CLISDetector, Config]:
-    """Load a detector ready for `detect`, and its config."""
+def _files_below(folder: Path) -> Iterator[Path]:
+    """List the files in and below a folder that are not hidden, also in linked folders, each folder once."""
+    seen = {os.path.realpath(folder)}
+    for here, folders, names in os.walk(folder, followlinks=True):
+        inside = {name: os.path.realpath(os.path.join(here, name)) for name in folders if not is_hidden(name)}
+        folders[:] = [name for name, real in inside.items() if real not in seen]
+        seen.update(inside.values())
+        yield from (Path(here, name) for name in names if not is_hidden(name))
+
+
+def load_for_inference(
+    checkpoint: Path, device: torch.device, overrides: Sequence[str] = ()
+) -> tuple[CLISDetector, Config]:
+    """Load a detector ready for `detect`, and its config, with ``key=value`` overrides."""
     state = load_checkpoint(checkpoint)
-    config = resolve_data_root(config_from_dict(state["config"], source=str(checkpoint)))
+    values = config_to_dict(config_from_dict(state["config"], source=str(checkpoint)))
+    config = resolve_data_root(config_from_dict(merge_overrides(values, overrides), source="override"))
     detector = load_model(state, config, str(checkpoint)).to(device).eval()
     measure_calibration(detector, config)
     return detector, config
@@ -228,6 +242,8 @@ class Annotated:
 def find_annotated(path: Path, files: Sequence[ImageFile], detector: CLISDetector) -> Annotated:
     """Find image files in an annotation file, which need not have boxes, by the ends of their paths.
 
+    A path may be that of a link, or of what it links to.
+
     Raises:
         ValueError: a file is not in it, or its name is that of several images; or it is of other classes.
     """
@@ -239,8 +255,12 @@ def find_annotated(path: Path, files: Sequence[ImageFile], detector: CLISDetecto
         rows.setdefault(Path(name).name, []).append(row)
     found = []
     for file in files:
-        full = file.path.resolve().as_posix()
-        own = [row for row in rows.get(file.path.name, []) if full.endswith("/" + names[row])]
+        full = {Path(os.path.abspath(file.path)), file.path.resolve()}
+        own = [
+            row
+            for row in {row for path in full for row in rows.get(path.name, [])}
+            if any(path.as_posix().endswith("/" + names[row]) for path in full)
+        ]
         if len(own) != 1:
             what = "is none of its images" if not own else f"may be any of {len(own)} of its images"
             raise ValueError(f"{file.path}: {what} ({path}); leave --annotations out, or name other files")
@@ -283,7 +303,8 @@ def predict(
         for rows, images in like_shapes(map(_own_memory, loader), batch, shape_of):
             readable = [image for image in images if not isinstance(image, str)]
             if not readable:  # it is alone in its batch
-                photos[rows[0]] = dataclasses.replace(photos[rows[0]], error=str(images[0]))
+                error = printable(str(images[0]))
+                photos[rows[0]] = dataclasses.replace(photos[rows[0]], error=error)
                 progress.advance()
                 continue
             with autocast(config.train.precision, device):  # as `run_detector`
@@ -302,11 +323,15 @@ def predict(
 
 
 def picture_names(files: Sequence[ImageFile]) -> list[str]:
-    """Return the file names of the pictures, each its own: as those of the files, but JPEGs."""
+    """Return the file names of the pictures, each its own: as those of the files, but JPEGs.
+
+    Names that no page could link to are made printable, long ones are cut.
+    """
     taken: set[str] = set()
     names = []
     for file in files:
-        stem = Path(file.name).with_suffix("").as_posix()
+        stem = printable(Path(file.name).with_suffix("").as_posix()).replace("\\", "_")
+        stem = "/".join(part.encode()[:LONGEST].decode(errors="ignore") for part in stem.split("/"))
         tries = (f"{stem}{'' if number == 1 else f'_{number}'}.jpg" for number in itertools.count(1))
         names.append(next(name for name in tries if name not in taken))
         taken.add(names[-1])
@@ -420,7 +445,7 @@ def _say_summary(photos: Sequence[Photo], others: int) -> None:
     if turned := sum(photo.turned for photo in read):
         say(f"{turned} turned by their EXIF orientation; boxes are in the images as displayed")
     if others:
-        say(f"left out by name: {others} in the folders that are not JPEG, PNG, WebP or GIF files")
+        say(f"left out by name: {others} in the folders that are not {FORMATS} files")
     for photo in bad[:NAMED]:
         say(f"unreadable: {photo.error}")
     if bad:

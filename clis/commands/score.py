@@ -105,11 +105,11 @@ def score_results(arguments: argparse.Namespace) -> dict[str, float]:
 
 
 def _check(arguments: argparse.Namespace) -> None:
-    """Refuse options that do not go together, before anything is read."""
+    """Refuse options that do not go together, and files that are not there, before anything is read."""
     if arguments.errors and arguments.masks:
         raise ValueError("--errors looks at boxes; leave --masks out")
     if arguments.protocol != "standard":
-        for name in ("errors", "compare", "official"):
+        for name in ("errors", "official"):
             if getattr(arguments, name):
                 raise ValueError(f"--{name} goes with the standard protocol; leave --protocol out")
         if arguments.max_detections is not None:
@@ -120,6 +120,10 @@ def _check(arguments: argparse.Namespace) -> None:
         raise ValueError("--official takes the groups of --annotations; leave --train-annotations out")
     if arguments.samples < 1:
         raise ValueError(f"--samples {arguments.samples}: at least 1")
+    for name in ("annotations", "results", "compare", "train_annotations"):
+        path = getattr(arguments, name)
+        if path is not None and not path.exists():
+            raise FileNotFoundError(f"--{name.replace('_', '-')} {path}: no such file")
 
 
 def _ground_truth(arguments: argparse.Namespace) -> tuple[Annotations, list | None]:
@@ -160,11 +164,14 @@ def _say_comparison(
 ) -> None:
     other = Detections.load(arguments.compare, masks=arguments.masks)
     below = match(annotations, other, limit, arguments.protocol, masks)
-    intervals = analysis.bootstrap(below, matches, annotations.categories, arguments.samples)
+    intervals = analysis.bootstrap(
+        below, matches, annotations.categories, arguments.samples, protocol=arguments.protocol
+    )
     say(f"\n{arguments.results} against {arguments.compare}, 95 % intervals of {arguments.samples} samples")
+    width = max((5, *map(len, intervals)))
     for name, interval in intervals.items():
         low, high = 100 * interval.low, 100 * interval.high
-        say(f"{name:>5} {100 * interval.value:+.1f}  ({low:+.1f} .. {high:+.1f})")
+        say(f"{name:>{width}} {100 * interval.value:+.1f}  ({low:+.1f} .. {high:+.1f})")
 
 
 def _say_official(

@@ -75,7 +75,8 @@ def run(arguments: argparse.Namespace) -> None:
     charts = write_charts(seen, out, sides)
     try:
         page = write_page(seen, out, arguments.config, steps, classes, charts, dropped)
-        say(f"{page}, with {sum(1 for _ in out.glob('*.png'))} pictures beside it")
+        pictures = sum(1 + len(each["mosaics"]) for each in steps) + len(classes) + len(charts)
+        say(f"{page}, with {pictures} pictures beside it")
     except MissingExtra as error:
         say(f"no {PAGE}: {error}; the pictures are in {out}")
 

@@ -68,7 +68,10 @@ def activity(state: RunState) -> str:
         return f"not running; {sign}"
     where = f"process {process.pid} on {process.host}"
     if process.ended is not None:
-        return f"ended by {process.ended} ({where}); {state.folder.log.name} has more; re-run to resume"
+        stage = f", {process.stage}" if process.stage else ""
+        return (
+            f"ended by {process.ended} ({where}{stage}); {state.folder.log.name} has more; re-run to resume"
+        )
     lives = process.lives()
     if lives:
         return f"running ({where}), {process.stage}"

@@ -97,7 +97,7 @@ def _gains(rows: Mapping[str, Mapping[str, Any]], classes: Mapping[str, int], ti
     left.set_title(title, fontsize=9, loc="left")
     left.legend(fontsize=7, framealpha=0.6)
     right.axhline(0, color="black", lw=0.6)
-    right.set(xscale="log", xlabel="training images of the class (n: classes)", ylabel=f"AP above: {first}")
+    right.set(xscale="log", xlabel="training images of the class (n: classes)", ylabel=f"delta AP vs {first}")
     for ax in axes[0]:
         ax.grid(axis="y", lw=0.4, color="0.85")
         ax.spines[["top", "right"]].set_visible(False)

@@ -151,7 +151,14 @@ def table(rows: Mapping[str, Mapping[str, Any]]) -> str:
     It has mean ± standard deviation over the seeds; the mean difference to the first row of the seeds that
     both have; and the paper's figures.
     """
-    head = ["row", "seeds", *FIGURES, "AP to the first", "seconds a step", "paper's " + " / ".join(FIGURES)]
+    head = [
+        "row",
+        "seeds",
+        *FIGURES,
+        "delta AP vs first row",
+        "seconds a step",
+        "paper's " + " / ".join(FIGURES),
+    ]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     first = next(iter(rows.values()))["runs"] if rows else {}
     for number, (name, row) in enumerate(rows.items()):

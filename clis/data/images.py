@@ -30,6 +30,9 @@ from torchvision.transforms.functional import pil_to_tensor
 from clis.data.image_scan import MAX_BYTES
 from clis.resize import resize_image
 
+FORMATS = "JPEG, PNG, WebP, GIF, BMP or TIFF"
+"""What can be read, for messages."""
+
 MAX_PIXELS = 2**27
 """Default of `data.max_pixels`: an image that claims more is taken for a decompression bomb."""
 
@@ -218,7 +221,7 @@ def _opened(data: bytes) -> ImageFile:
     """Read only the header. `Image.open` would do, except for its own limit of pixels."""
     image_file = next((read for start, read in _FORMATS.items() if data.startswith(start)), None)
     if image_file is None:
-        raise ValueError("not a JPEG, PNG, WebP, GIF, BMP or TIFF image")
+        raise ValueError(f"not a {FORMATS} image")
     try:
         return image_file(io.BytesIO(data))
     except Exception as error:

@@ -35,7 +35,9 @@ def document_parts(
         yield from read_lists(path, LISTS, advance)
     except FileNotFoundError:
         raise FileNotFoundError(
-            f"{path}: no such annotation file (a config's paths are relative to data.root, or CLIS_DATA)"
+            f"{path}: no such annotation file; paths of a config are relative to data.root, so pass "
+            "data.root=FOLDER if the data have moved (run folders and checkpoints keep theirs; CLIS_DATA is "
+            "for configs without one)"
         ) from None
     except NotJSON as error:
         raise ValueError(

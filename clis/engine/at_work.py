@@ -101,40 +101,50 @@ def only_process(folder: RunFolder) -> Iterator[None]:
         ValueError: another process works on it.
         OSError: the folder cannot be made or written to.
     """
-    descriptor = on_main(lambda: _lock(folder))
+    with _locked(folder.lock, folder, "pass output=ANOTHER_FOLDER"):
+        yield
+
+
+@contextlib.contextmanager
+def only_maker(path: Path) -> Iterator[None]:
+    """Keep other processes from making a file, such as a region file, in the block; as `only_process`."""
+    with _locked(path.with_suffix(".lock"), RunFolder(path.parent), f"name another file than {path}"):
+        yield
+
+
+@contextlib.contextmanager
+def _locked(lock: Path, folder: RunFolder, instead: str) -> Iterator[None]:
+    descriptor = on_main(lambda: _lock(lock, folder, instead))
     try:
         yield
     finally:
         if is_main():
             with contextlib.suppress(OSError):
-                folder.lock.unlink(missing_ok=True)
+                lock.unlink(missing_ok=True)
             os.close(descriptor)
             with contextlib.suppress(OSError):  # of a start that failed: nothing was written
-                folder.path.rmdir()
+                lock.parent.rmdir()
 
 
-def _lock(folder: RunFolder) -> int:
+def _lock(lock: Path, folder: RunFolder, instead: str) -> int:
     """Return the descriptor of the locked file; closing it releases the lock."""
     until = time.monotonic() + DYING
     while True:
         try:
-            folder.path.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(folder.lock, os.O_RDWR | os.O_CREAT, 0o666)
+            lock.parent.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
         except FileNotFoundError:  # another process has just removed the empty folder
             continue
         except OSError as error:
             raise OSError(
-                f"{folder}: cannot be written ({error.strerror}); allow writing there, or pass "
-                "output=ANOTHER_FOLDER"
+                f"{folder}: cannot be written ({error.strerror}); allow writing there, or {instead}"
             ) from error
         free = _is_locked(descriptor, folder)
-        if free and not _is_stale(descriptor, folder):
+        if free and not _is_stale(descriptor, lock):
             return descriptor
         os.close(descriptor)
         if not free and time.monotonic() > until:
-            raise ValueError(
-                f"{folder}: {_worker(folder)}; wait until it ends, or pass output=ANOTHER_FOLDER"
-            )
+            raise ValueError(f"{folder}: {_worker(folder)}; wait until it ends, or {instead}")
         time.sleep(0.1)
 
 
@@ -150,10 +160,10 @@ def _is_locked(descriptor: int, folder: RunFolder) -> bool:
         return process is None or process.pid == os.getpid() or not process.lives()
 
 
-def _is_stale(descriptor: int, folder: RunFolder) -> bool:
+def _is_stale(descriptor: int, lock: Path) -> bool:
     """Return whether the lock file has been removed since it was opened, by the process that held it."""
     try:
-        return not os.path.samestat(os.fstat(descriptor), folder.lock.stat())
+        return not os.path.samestat(os.fstat(descriptor), lock.stat())
     except FileNotFoundError:
         return True
 
@@ -183,10 +193,16 @@ def at_work(folder: RunFolder) -> Iterator[Callable[[str], None]]:
     """
     process = Process.current()
     process.write(folder)
+
+    def now(stage: str) -> None:
+        nonlocal process
+        process = replace(process, stage=stage)
+        process.write(folder)
+
     with logged(folder.log):
         note(f"clis {clis.__version__}, process {process.pid} on {process.host}: {shlex.join(sys.argv)}")
         try:
-            yield lambda stage: replace(process, stage=stage).write(folder)
+            yield now
         except Preempted as stop:
             note(str(stop))
             _clear(folder)
@@ -211,7 +227,8 @@ def last_sign(folder: RunFolder) -> float | None:
 
 def _clear(folder: RunFolder) -> None:
     if is_main():
-        folder.process.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # it ends no run, as one that cannot be written
+            folder.process.unlink(missing_ok=True)
 
 
 def _machine() -> str:

@@ -107,7 +107,7 @@ def _check_run(run: PlannedRun, training: Annotations, first: bool) -> tuple[Pat
     if config.clis.s > 0 or pretrains:
         _check_image_level(run, training, first)
     model = build_to_train(config, training.categories, folder)
-    check_writable(folder.path)
+    check_writable_folder(folder.path)
     return folder.path, checkpoint_bytes(model, config, folder)
 
 
@@ -140,7 +140,7 @@ def _check_image_level(run: PlannedRun, training: Annotations, first: bool) -> N
         if index is not None:
             load_regions(path, index, config.regions)
         return
-    check_writable(path.parent)
+    check_writable_folder(path.parent)
     if given:
         assert index is not None
         read_boxes(given_boxes(config), index)
@@ -243,7 +243,7 @@ def _check_some_images(annotations: Annotations, config: Config) -> None:
 # --- the place of the run ---------------------------------------------------------------------------------
 
 
-def check_writable(folder: Path) -> None:
+def check_writable_folder(folder: Path) -> None:
     """Check that files can be made in a folder, which may not exist yet; nothing is left behind.
 
     Raises:

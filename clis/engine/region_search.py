@@ -24,6 +24,7 @@ from clis.data.loader import image_loader, like_shapes
 from clis.data.region_file import REGION_DTYPE, RegionSource, region_sidecar
 from clis.data.streams import make_index, read_annotations
 from clis.distributed import barrier, broadcast_flag, from_main, is_main, rank, world_size
+from clis.engine.at_work import only_maker
 from clis.engine.bad_images import check_bad_images
 from clis.engine.checkpoint import load_detector
 from clis.engine.memory import memory_advice
@@ -44,13 +45,14 @@ def find_regions(config: Config, device: torch.device, detector: Config | None =
             remove_parts(path)  # of a process that died before it could
         say(f"{path} already exists")
         return
-    index = make_index(config, read_annotations(data_path(config, config.data.train)))
-    if config.regions.rule not in DETECTOR_RULES:
-        make_regions(config, index, None, path)
-        return
-    model = load_searcher(config, device, detector)
-    status = detector_checkpoint(config, detector or detector_config(config)).stat()
-    make_regions(config, index, model, path, stamp=f"{status.st_size} {status.st_mtime_ns}")
+    with only_maker(path):
+        index = make_index(config, read_annotations(data_path(config, config.data.train)))
+        if config.regions.rule not in DETECTOR_RULES:
+            make_regions(config, index, None, path)
+            return
+        model = load_searcher(config, device, detector)
+        status = detector_checkpoint(config, detector or detector_config(config)).stat()
+        make_regions(config, index, model, path, stamp=f"{status.st_size} {status.st_mtime_ns}")
 
 
 def load_searcher(config: Config, device: torch.device, detector: Config | None = None) -> CLISDetector:

@@ -133,15 +133,25 @@ class RunFolder:
         return config_from_dict(read_yaml(self.config), source=str(self.config))
 
     def read_result(self) -> dict[str, float]:
-        """Read the metrics of the validation split, fractions by name.
+        """Read the metrics of the validation split, fractions by name; errors as `read_record`."""
+        return {name: value for name, value in self._result().items() if name != RECORD}
+
+    def read_record(self) -> dict[str, Any]:
+        """Read where the metrics come from; empty in results of earlier versions.
 
         Raises:
             FileNotFoundError: the run is not finished.
+            ValueError: the file is damaged.
         """
+        return self._result().get(RECORD, {})
+
+    def _result(self) -> dict[str, Any]:
         if not self.result.exists():
             raise FileNotFoundError(f"{self.result}: no such file; name folders of finished runs")
-        values = json.loads(self.result.read_text())
-        return {name: value for name, value in values.items() if name != RECORD}
+        try:
+            return json.loads(self.result.read_text())
+        except ValueError as error:
+            raise ValueError(f"{self.result}: damaged ({error}); evaluate the checkpoint again") from None
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """Read the records of metrics.jsonl, none where it is missing; a number that was not finite is None.
@@ -170,10 +180,11 @@ class RunFolder:
             ValueError: it belongs to another config, or holds such files of somebody else.
         """
         if not self.config.exists():
-            if self.is_used:
+            foreign = [path for path in (self.result, self.metrics) if path.exists()]
+            if foreign and not self.saved_checkpoints():  # a resumed run looks at what is in these
                 raise ValueError(
-                    f"{self}: has files named as those of a run, but no {self.config.name}; pass "
-                    "output=ANOTHER_FOLDER"
+                    f"{foreign[0]}: is not of a run, which would use the name (there is no "
+                    f"{self.config.name}); pass output=ANOTHER_FOLDER"
                 )
             return
         if not self.is_used:

@@ -14,7 +14,7 @@ from clis.data.annotations import Annotations
 from clis.data.categories import Category
 from clis.metric.detections import Detections
 from clis.metric.lvis_eval import Curves, accumulate, defined_mean, summarize
-from clis.metric.matching import AREA_RANGES, IOU_THRESHOLDS, BoxIoU, Matches, match
+from clis.metric.matching import AREA_RANGES, IOU_THRESHOLDS, BoxIoU, Matches, Protocol, match
 from clis.progress import Progress
 
 GROUPS = {"all": "rcf", "r": "r", "c": "c", "f": "f"}
@@ -112,27 +112,31 @@ def bootstrap(
     categories: Sequence[Category],
     samples: int = 200,
     seed: int = 0,
+    protocol: Protocol = "standard",
 ) -> dict[str, Interval]:
     """Estimate, by a paired bootstrap over images, how far `second`'s figures are above those of `first`.
 
     Every sample draws the split's images with replacement, the same for both. A class is left out of a sample
     that holds none of its ground truth. Percentile interval (Efron & Tibshirani 1993, chapter 13).
 
+    Args:
+        protocol: by which both were matched.
+
     Returns:
         For those of AP, AP50, AP75, APr, APc and APf that are defined on the split and in any sample: the
-        difference on the whole split with its interval.
+        difference on the whole split with its interval. The names are the protocol's, as in `summarize`.
     """
     columns = ("truth_places", "truth_labels", "truth_images")
     if not all(np.array_equal(getattr(first, name), getattr(second, name)) for name in columns):
         raise ValueError("a paired bootstrap needs two results on the same annotations")
     generator = np.random.default_rng(seed)
-    names = [name for name, value in _figures(first, categories, None).items() if value >= 0]
-    difference = _difference(first, second, categories, names, None)
+    names = [name for name, value in _figures(first, categories, protocol, None).items() if value >= 0]
+    difference = _difference(first, second, categories, protocol, names, None)
     drawn = np.empty((samples, len(names)))
     with Progress("bootstrap", samples) as progress:
         for row in drawn:
             weights = generator.multinomial(first.num_images, np.full(first.num_images, 1 / first.num_images))
-            row[:] = _difference(first, second, categories, names, weights)
+            row[:] = _difference(first, second, categories, protocol, names, weights)
             progress.advance()
     intervals = {}
     for name, value, column in zip(names, difference.tolist(), drawn.T):
@@ -143,21 +147,22 @@ def bootstrap(
 
 
 def _figures(
-    matches: Matches, categories: Sequence[Category], image_weights: np.ndarray | None
+    matches: Matches, categories: Sequence[Category], protocol: Protocol, image_weights: np.ndarray | None
 ) -> dict[str, float]:
-    figures = summarize(matches, categories, image_weights=image_weights, num_areas=1)
-    return {name: value for name, value in figures.items() if name.startswith("AP")}
+    figures = summarize(matches, categories, protocol=protocol, image_weights=image_weights, num_areas=1)
+    return {name: value for name, value in figures.items() if name.rpartition("_")[2].startswith("AP")}
 
 
 def _difference(
     first: Matches,
     second: Matches,
     categories: Sequence[Category],
+    protocol: Protocol,
     names: Sequence[str],
     image_weights: np.ndarray | None,
 ) -> np.ndarray:
     """Return the difference per figure, float64 [names]; NaN where a sample holds no class of the group."""
-    below, above = (_figures(matches, categories, image_weights) for matches in (first, second))
+    below, above = (_figures(matches, categories, protocol, image_weights) for matches in (first, second))
     return np.array([above[name] - below[name] if below[name] >= 0 else np.nan for name in names])
 
 

@@ -43,6 +43,14 @@ class Verdicts:
     off: np.ndarray
     """float64 [A], highest score of a poorly located detection of its class; -1 where there is none."""
 
+    def missed(self, score: float) -> np.ndarray:
+        """Return the objects on which no detection of at least this score is right, of another class or off.
+
+        Returns:
+            bool [A].
+        """
+        return self.required & (np.maximum.reduce((self.found, self.other, self.off)) < score)
+
 
 def verdicts_of(
     annotations: Annotations, detections: Detections, matches: Matches, errors: Errors

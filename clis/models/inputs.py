@@ -46,7 +46,8 @@ def _as_tensor(image: ImageInput, number: int) -> Tensor:
         return as_displayed(image)
     if isinstance(image, np.ndarray):
         _check(number, "an array", "[H,W,3], RGB", str(image.dtype), image.shape, channels=-1)
-        return torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)
+        image = np.require(image, requirements=("C", "W"))  # copied if it is a view or read-only
+        return torch.from_numpy(image).permute(2, 0, 1)
     if isinstance(image, Tensor):
         dtype = str(image.dtype).removeprefix("torch.")
         _check(number, "a tensor", "[3,H,W], RGB", dtype, image.shape, channels=0)

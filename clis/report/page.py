@@ -74,9 +74,12 @@ def write_report(
     """
     runs = [read_run(folder, name, overrides) for folder, name in zip(folders, names)]
     check_same_data(runs)
-    text = render_page(collect(runs, images, regions))
+    payload = collect(runs, images, regions)
+    text = render_page(payload)
     with atomic_write(out) as temporary:
         temporary.write_text(text, encoding="utf-8")
+    for note in payload["notes"]:
+        say(note)
     for run in runs:
         for sentence in run.missing:
             say(f"{run.name}: {sentence}")
@@ -234,4 +237,4 @@ def _regions(
 
 
 def _moved(error: Exception) -> str:
-    return f"{error}. If the data have moved, pass data.root=FOLDER"
+    return f"{error}. If the data have moved, pass data.root=FOLDER."

@@ -422,7 +422,7 @@
       notes: place ? null : runs[run].judged.bins.map((bin) => `n=${bin[2]}`),
     }));
     section("long-tail", "AP along the long tail", bars,
-      series.length ? [chart("AP against training images of the class", series, { wide: true, x: { log: true, label: "training images of the class (n: classes in the bin, at least three)", name: "images" }, y: { format: percent, min: 0 } })] : null);
+      series.length ? [chart("AP against training images of the class (n: classes in the bin, at least three)", series, { wide: true, x: { log: true, label: "training images of the class", name: "images" }, y: { format: percent, min: 0 } })] : null);
   }
 
   function classTable() {
@@ -873,7 +873,7 @@
       const highest = new Float64Array(total), wrong = new Float64Array(total), list = [];
       for (let image = 0; image < total; image++) {
         if (!involved[image] || (view.pictures && !images.pictures[image])) continue;
-        let any = shown.verdicts.size >= 6; // nothing is filtered: images without any box are shown too
+        let any = [RIGHT, ...MISTAKES].every((kind) => shown.verdicts.has(kind)); // no filter: images without any box are shown too
         for (const kind of shown.verdicts) if (counts[image * 7 + kind]) any = true;
         if (!any) continue;
         for (const kind of kinds) {

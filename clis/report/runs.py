@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,7 +16,7 @@ from clis.config_files import (
     read_yaml,
     resolve_data_root,
 )
-from clis.engine.run_folder import RECORD, RunFolder
+from clis.engine.run_folder import RunFolder
 from clis.metric.detections import Detections
 from clis.metric.lvis_eval import METRICS
 
@@ -90,11 +89,11 @@ def read_run(folder: Path, name: str, overrides: Sequence[str]) -> ReportRun:
     figures, record = None, {}
     if results.result.exists():
         read = results.read_result()
-        record = json.loads(results.result.read_text()).get(RECORD, {})
+        record = results.read_record()
         names = (*METRICS, *(name for name in read if name.startswith("AR@")))
         figures = {key: read[key] for key in dict.fromkeys(names) if key in read}
     if figures is None:
-        missing.append("The run is not finished and has no evaluation on the way: no AP, classes, pictures.")
+        missing.append("The run is not finished and has no eval.json of any step: no AP, classes, pictures.")
     elif step is not None:
         missing.append(f"The run is not finished: figures and pictures are of the evaluation at step {step}.")
     return ReportRun(
