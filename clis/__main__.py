@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import sys
 from collections.abc import Sequence
 
+import clis
 from clis.cli import run_command
 from clis.commands import VERBS, run_verb
 
@@ -24,7 +26,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         epilog=f"verbs:\n{table}\n\npython -m clis VERB --help describes the arguments of one.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("--version", action="version", version=f"clis {clis.__version__}")
     parser.add_argument("verb", choices=VERBS, metavar="VERB", help="one of those below")
+    if not argv:
+        parser.print_help(sys.stderr)
+        sys.exit(2)
+    if not argv[0].startswith("-"):
+        near = difflib.get_close_matches(argv[0], VERBS, n=1)
+        meant = f"did you mean {near[0]}?" if near else f"the verbs are {', '.join(VERBS)}"
+        parser.exit(2, f"{parser.prog}: error: no verb {argv[0]!r}; {meant}\n")
     parser.parse_args(argv)
 
 

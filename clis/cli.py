@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import io
 import os
 import re
+import select
 import sys
+import time
 from collections.abc import Callable
+from typing import TextIO
 
 EXIT_CODE = 75
 """Of a run, or a study, that stopped because it was asked to and can resume (sysexits.h: EX_TEMPFAIL)."""
+
+
+PATIENCE = 5.0
+"""Seconds within which torchrun stops the other processes when one has ended."""
 
 
 class Preempted(Exception):
@@ -39,22 +47,39 @@ def is_worker_death(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and "DataLoader worker" in str(error)
 
 
+def is_lost_process(error: BaseException) -> bool:
+    """Check for what torch raises in a collective when another process of the group has ended."""
+    lost = r"Connection (closed|reset)|gloo.*(timed out|Broken pipe)|NCCL|process group.*aborted"
+    return isinstance(error, RuntimeError) and re.search(lost, str(error), re.DOTALL) is not None
+
+
 def run_command(main: Callable[[], None]) -> None:
     """Run a command; an error that a user can fix is reported in one line, without a traceback.
 
-    Exit codes: 0 done, 1 an error of this kind, 75 a training or study that was asked to stop and can resume,
-    130 interrupted. With CLIS_DEBUG=1 the traceback is shown.
+    Exit codes: 0 done, 1 an error of this kind, 2 wrong arguments, 75 a training or study that was asked to
+    stop and can resume, 130 interrupted, 141 nobody reads the output any more. With CLIS_DEBUG=1 the
+    traceback is shown. What the terminal's encoding does not have is printed as a backslash escape. Under
+    torchrun, rank 0 reports an error that all processes have.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         main()
+        sys.stdout.flush()  # here, where a closed pipe is met with calm
     except Preempted as stop:
         print(stop, file=sys.stderr, flush=True)
         sys.exit(EXIT_CODE)
     except KeyboardInterrupt:
         sys.exit(130)
     except (ValueError, OSError, FloatingPointError, RuntimeError, MemoryError, OutOfMemory) as error:
-        died, full = is_worker_death(error), is_out_of_memory(error)
-        if os.environ.get("CLIS_DEBUG") == "1" or (isinstance(error, RuntimeError) and not (died or full)):
+        if isinstance(error, BrokenPipeError) and _is_closed(sys.stdout):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still buffered
+            sys.exit(141)
+        let_rank_0_speak()
+        died, lost, full = is_worker_death(error), is_lost_process(error), is_out_of_memory(error)
+        known = died or lost or full
+        if os.environ.get("CLIS_DEBUG") == "1" or (isinstance(error, RuntimeError) and not known):
             raise
         text = str(error).rstrip()
         if full and not isinstance(error, OutOfMemory):
@@ -62,8 +87,26 @@ def run_command(main: Callable[[], None]) -> None:
         if died:
             text = f"a loader process ended ({text}); out of memory? Fewer data.workers need less. The same "
             text += "command resumes from the last checkpoint"
+        if lost:
+            text = f"another process of this run has ended ({text.splitlines()[0]}); its own error says why"
         if "Original Traceback" in text:  # from a loader process, whose traceback is in the message
             text = text.splitlines()[-1].partition(": ")[2]
         print(f"error: {text}\n(CLIS_DEBUG=1 shows the traceback)", file=sys.stderr)
         sys.stderr.flush()
         sys.exit(1)
+
+
+def _is_closed(stream: TextIO) -> bool:
+    """Check whether a stream is a pipe that nobody reads any more."""
+    poll = select.poll()
+    poll.register(stream.fileno(), 0)
+    return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
+
+
+def let_rank_0_speak() -> None:
+    """Wait before an error is reported by a rank above 0, which torchrun stops once rank 0 has ended.
+
+    So an error of all processes is reported once, and an error of one process by that one.
+    """
+    if int(os.environ.get("RANK", "0")) > 0:
+        time.sleep(PATIENCE)

@@ -15,6 +15,9 @@ from typing import Literal
 from clis.config_rules import Rules
 from clis.config_scopes import Scope, scoped, scopes_of, setting
 
+MOST_CHANNELS = 2**16
+"""Of a layer; more is a slip, and memory would not hold it."""
+
 SHARED, OWN, IMAGE_LEVEL, MACHINE, INFERENCE, PRETRAINING, REGIONS = Scope
 
 
@@ -56,6 +59,7 @@ class BackboneConfig:
     def __post_init__(self) -> None:
         rules = Rules("model.backbone", self)
         rules.between(0, 5, "trainable_layers")
+        rules.between(1, MOST_CHANNELS, "width", "fpn_channels")
         rules.at_least(0, "norm_eps")
         allowed = not self.stride_in_1x1 or self.name in ("resnet50", "resnet101")
         rules.require("stride_in_1x1", allowed, f"requires bottleneck blocks; {self.name} has basic blocks")
@@ -136,6 +140,7 @@ class RoIConfig:
         rules = Rules("model.roi", self)
         rules.at_least(1, "samples")
         rules.between(0, 1, "positive_fraction")
+        rules.between(1, MOST_CHANNELS, "fc_dim", "pool_size")
         rules.at_least(0, "fc_cls_std")
         bounded = self.cosine is None or 0 < self.cosine < math.inf
         rules.require("cosine", bounded, "must be above 0 and finite, or null")
@@ -303,6 +308,9 @@ class DataConfig:
     """Range of sqrt(area) of a pasted crop, in pixels of the instance-level image."""
     paste_max_cover: float = setting(0.5, IMAGE_LEVEL)
     """A paste that would cover more than this share of any box is rejected."""
+    max_pixels: int = setting(2**27, SHARED | MACHINE)
+    """An image that claims more is taken for a decompression bomb, and cannot be used: 2^27 pixels are 400 MB
+    as RGB. It also holds for validation images, the region search, reports and `clis predict`."""
     workers: int = setting(4, SHARED | MACHINE)
     """Loader processes per training process."""
 
@@ -310,7 +318,7 @@ class DataConfig:
         rules = Rules("data", self)
         usable = len(self.short_sides) > 0 and min(self.short_sides) >= 1
         rules.require("short_sides", usable, "must be at least one size, all above 0")
-        rules.at_least(1, "max_size")
+        rules.at_least(1, "max_size", "max_pixels")
         even = self.mosaic_size > 0 and self.mosaic_size % 2 == 0
         rules.require("mosaic_size", even, "must be even and above 0")
         rules.between(0, 1, "flip", "cutout", "paste_max_cover")

@@ -18,6 +18,8 @@ from clis.config import RESUMABLE, Config
 from clis.config_scopes import key_of
 from clis.text import read_text
 
+SHIPPED = Path(__file__).with_name("configs")
+"""The configs that come with the package."""
 CLIS_OFF = {
     "task_specialized": False, "objectness": False, "s": 0, "t": 0, "siamese": False, "contrastive": False,
 }  # fmt: skip
@@ -35,18 +37,43 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     it is relative to the working folder, as is `data.root` everywhere. `data.root` is made
     absolute, and `output` is filled in.
 
+    Args:
+        path: a file, or the name of a shipped config, e.g. ``shapes/clis``.
+
     Raises:
         FileNotFoundError: there is no such config, or no such base.
         ValueError: not a mapping of sections, an unknown key, a value of the wrong type, or settings that
             contradict each other.
     """
-    path = Path(path)
+    path = find_config(path)
     values = _read_with_parents(path, ())
     if any(key not in SAME_RECIPE for key in flatten(merge_overrides({}, overrides))):
         values.pop("paper", None)  # another recipe than the file's
     values = merge_overrides(values, overrides)
     values.setdefault("output", str(_run_folder(path)))
     return resolve_data_root(config_from_dict(values, source=str(path)))
+
+
+def find_config(name: str | Path) -> Path:
+    """Return the file of a config: a path, or a name below ``configs`` here or in the package.
+
+    A name may lack its suffix. The names of configs that are shipped with the package are their paths below
+    ``configs``.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    path = Path(name).expanduser()
+    named = [path, path.with_name(f"{path.name}.yaml")]
+    below = [] if path.is_absolute() else [Path("configs"), SHIPPED]
+    for each in [*named, *(folder / part for folder in below for part in named)]:
+        if each.is_file() or (each.exists() and not each.is_dir()):  # also a pipe
+            return each
+    shipped = sorted(each.relative_to(SHIPPED).with_suffix("").as_posix() for each in SHIPPED.rglob("*.yaml"))
+    near = difflib.get_close_matches(path.with_suffix("").as_posix(), shipped, n=3, cutoff=0.6)
+    known = f"did you mean {' or '.join(near)}?" if near else f"shipped: {', '.join(shipped[:5])}, ..."
+    what = "a folder, not a config" if path.is_dir() else "no such config"
+    raise FileNotFoundError(f"{path}: {what}; {known}")
 
 
 def resolve_data_root(config: Config) -> Config:
@@ -120,7 +147,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: no such config") from None
     except yaml.YAMLError as error:
-        raise ValueError(f"{path}: not valid YAML: {error}") from None
+        raise ValueError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+    except RecursionError:
+        raise ValueError(f"{path}: not valid YAML: brackets nested too deeply") from None
     values = {} if values is None else values
     if not isinstance(values, dict):
         raise ValueError(
@@ -146,7 +175,7 @@ class _StrictLoader(yaml.SafeLoader):
 def _read_with_parents(path: Path, children: tuple[Path, ...]) -> dict[str, Any]:
     if path.resolve() in children:
         raise ValueError(f"{children[-1]}: `base: {path.name}` leads back to itself")
-    values = read_yaml(path)
+    values = _at_home(read_yaml(path))
     for name, key in (("regions", "detector"), ("start", "from")):
         section = values.get(name)
         if isinstance(section, dict) and isinstance(section.get(key), str):
@@ -183,7 +212,16 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
         values = values.setdefault(section, {})
         if not isinstance(values, dict):
             raise ValueError(f"override {override!r}: {section} is a value, not a section")
-    values.update(_merge(values, {name: _read_value(text, _KINDS.get(key.strip()))}))
+    values.update(_merge(values, {name: _at_home(_read_value(text, _KINDS.get(key.strip())))}))
+
+
+def _at_home(value: Any) -> Any:
+    """Expand ``~`` in all texts of nested values; only paths begin with it."""
+    if isinstance(value, dict):
+        return {key: _at_home(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_at_home(item) for item in value]
+    return os.path.expanduser(value) if isinstance(value, str) else value
 
 
 def _read_value(text: str, kind: str | None) -> Any:
@@ -208,7 +246,7 @@ def _read_value(text: str, kind: str | None) -> Any:
 
 
 def _run_folder(path: Path) -> Path:
-    parts = path.with_suffix("").resolve().parts
+    parts = Path(os.path.abspath(path)).with_suffix("").parts  # of a link its own name
     below = parts[len(parts) - parts[::-1].index("configs") :] if "configs" in parts else parts[-1:]
     return Path("runs", *below)
 
@@ -256,6 +294,8 @@ def _text_fields(cls: type, prefix: str = "") -> Iterator[tuple[str, str]]:
 
 _KINDS = dict(_text_fields(Config))
 
+LARGEST = 2**48
+"""Of whole numbers in a config."""
 _TYPE_NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
 
 
@@ -278,6 +318,8 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
             return float(value)
         except ValueError:
             pass
+    elif hint is int and isinstance(value, int) and not -LARGEST <= value <= LARGEST:
+        raise ValueError(f"{where}: {value} is beyond 2^48")
     elif isinstance(value, hint) and not (hint is int and isinstance(value, bool)):
         return value
     raise ValueError(f"{where}: {_TYPE_NAMES[hint]} is needed, not {value!r}")

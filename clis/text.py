@@ -3,7 +3,25 @@
 from __future__ import annotations
 
 import codecs
+import contextlib
+import os
+import stat
+import unicodedata
 from pathlib import Path
+
+
+def check_regular(path: str | Path) -> None:
+    """Check that a path, if it exists, is a file that can be read now: a pipe might have to be waited for.
+
+    Pipes that a shell has opened (``<(command)``) pass.
+
+    Raises:
+        ValueError: it is a pipe or a device.
+    """
+    with contextlib.suppress(OSError):  # reading it will say what is wrong
+        mode = os.stat(path).st_mode
+        if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode) or str(path).startswith(("/dev/fd/", "/proc/"))):
+            raise ValueError(f"{path}: no regular file, but a pipe or device; name a file")
 
 
 def read_text(path: str | Path) -> str:
@@ -11,9 +29,19 @@ def read_text(path: str | Path) -> str:
 
     Raises:
         FileNotFoundError, OSError: it cannot be read.
-        ValueError: it is not UTF-8; the message names the file and what it looks like.
+        ValueError: it is a pipe or not UTF-8; the message names the file and what it looks like.
     """
+    check_regular(path)
     return decode(Path(path).read_bytes(), str(path))
+
+
+def loose(name: str) -> str:
+    """Return the form of a name that is equal for names that people take for the same.
+
+    Composed and decomposed accents, case, spaces or underscores, and spaces at the ends do not matter.
+    """
+    folded = unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
+    return "_".join(folded.replace("_", " ").split())
 
 
 def decode(data: bytes, source: str) -> str:

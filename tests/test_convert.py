@@ -21,11 +21,11 @@ import clis
 from clis.__main__ import main
 from clis.commands import run_verb
 from clis.commands.convert import convert
-from clis.commands.weight_files import read_weights
 from clis.config_files import config_from_dict, merge_overrides
 from clis.data.images import read_image
 from clis.engine.checkpoint import load_checkpoint, load_model
 from clis.models import ImageDetections, build_model
+from clis.models.weight_files import read_weights
 
 COCO_MINI = Path(__file__).resolve().parents[2] / "shared" / "data" / "coco_mini"
 SMALL = ("test.short_side=128", "test.max_size=160", "model.rpn.anchor_scale=2", "test.detections=500")

@@ -19,7 +19,7 @@ SIZES = [(64, 80), (80, 64), (64, 70), (128, 150), (64, 64)]
 def test_batches_have_images_of_like_shapes(canvas, data, monkeypatch):
     annotations = load_annotations(data / "shapes" / "val.json")
 
-    def read(annotations, folder, row):
+    def read(annotations, folder, row, max_pixels):
         generator = torch.Generator().manual_seed(row)
         return torch.randint(256, (3, *SIZES[row % 5]), dtype=torch.uint8, generator=generator)
 

@@ -65,7 +65,7 @@ def test_no_arrow_runs_up_the_house(path):
 def test_verbs_hardly_know_each_other():
     """A verb may use another's parts only where it says so here."""
     known = {
-        ("regions", "region_scan"), ("convert", "weight_files"), ("study", "study_record"),
+        ("regions", "region_scan"), ("study", "study_record"),
         ("show", "show_pictures"), ("show", "show_charts"),
         ("study_record", "figures"), ("study_record", "study_figure"), ("study_figure", "figures"),
         ("export", "export_program"), ("export", "export_onnx"), ("plot", "figures"),

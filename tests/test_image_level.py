@@ -58,10 +58,10 @@ def test_mapping_comes_first(tmp_path):
     assert build_index([tmp_path / "root"], CATEGORIES, tmp_path / "mapping.tsv").labels.tolist() == [0]
 
 
-def test_exact_name_before_a_similar_one_and_shared_names_mean_none(tmp_path):
+def test_exact_name_before_a_similar_one_and_of_two_none_is_guessed(tmp_path):
     write_folder(tmp_path / "Bat", "x.jpg")
     assert build_index([tmp_path], [category(1, "bat"), category(2, "Bat")]).labels.tolist() == [1]
-    with pytest.raises(ValueError, match="1 of 1 image-level classes match no category: Bat"):
+    with pytest.raises(ValueError, match="class 'Bat': is category 1 'bat' or 2 'BAT' meant"):
         build_index([tmp_path], [category(1, "bat"), category(2, "BAT")])
 
 
@@ -124,7 +124,7 @@ def test_nothing_matches(tmp_path):
 def test_bad_roots(tmp_path):
     with pytest.raises(ValueError, match=r"none: no such folder"):
         build_index([tmp_path / "none"], CATEGORIES)
-    with pytest.raises(ValueError, match=r"0 of 0 image-level classes"):
+    with pytest.raises(ValueError, match=r"no class folder and no tar in it, but nothing"):
         build_index([tmp_path], CATEGORIES)
     (tmp_path / "bird").mkdir()
     with pytest.raises(ValueError, match=r"bird: no \.jpg, .* file"):
@@ -371,3 +371,19 @@ def test_what_is_left_out_is_said(tmp_path, capsys):
     assert "2 files that are neither folders nor tars are left out: 6.jpg, photos.zip" in said
     assert "3 files are left out, since their suffix is none of an image: .heic 2, none 1" in said
     assert "1 images are left out, since they are links" in said
+
+
+def test_folders_one_level_too_high_or_too_low(tmp_path):
+    write_folder(tmp_path / "sets" / "train" / "bird", "x.jpg")
+    write_folder(tmp_path / "sets" / "val" / "bird", "x.jpg")
+    with pytest.raises(ValueError, match=r"sets/train has folders that do match \(bird\): name it"):
+        build_index([tmp_path / "sets"], CATEGORIES)
+    with pytest.raises(ValueError, match=r"train/bird: no class folder and no tar in it, but 1 images"):
+        build_index([tmp_path / "sets" / "train" / "bird"], CATEGORIES)
+
+
+def test_the_repr_is_one_line(tmp_path):
+    write_folder(tmp_path / "bird", "x.jpg", "y.jpg")
+    assert repr(build_index([tmp_path], CATEGORIES)) == (
+        "<ImageLevelIndex: 2 images of 1 classes in 1 folders and tars>"
+    )

@@ -394,3 +394,10 @@ def test_what_must_not_be_read(tmp_path):
         file.truncate(2**30 + 1)  # a hole: it takes no space
     with pytest.raises(ImageError, match=r"large\.jpg: 1073741825 bytes, more than 1 GiB; check"):
         read_image(tmp_path / "large.jpg")
+
+
+def test_the_limit_of_pixels_is_a_setting():
+    data = png(40, 30, zlib.compress(bytes(30 * (1 + 40 * 3))))
+    assert open_image(data, "a", 1200).size == (30, 40)
+    with pytest.raises(ImageError, match=r"a: 40 x 30 pixels, more than data\.max_pixels=1199 "):
+        open_image(data, "a", 1199)

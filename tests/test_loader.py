@@ -523,7 +523,7 @@ class TestBadImages:
         assert sample.image_id == 101
         (message,) = sample.unreadable
         assert "0.png: 60 x 80 pixels, but the annotations say 80 x 60" in message
-        assert "train.json says 60 x 80 of image 100" in message
+        assert "(image 100 of " in message
 
     @pytest.mark.parametrize("workers", [0, 1])
     @pytest.mark.parametrize("stream", ["train", "folders"])

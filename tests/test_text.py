@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import os
 
 import pytest
 from conftest import CATEGORIES
 
 from clis.config_files import load_config
-from clis.data.image_classes import _read_mapping
+from clis.data.annotated_images import image_path
+from clis.data.categories import Category, check_same_categories
+from clis.data.image_classes import MemberLabels, _read_mapping, class_labels
+from clis.metric.detections import Detections
 from clis.metric.official import official_precision
 from clis.text import decode, read_text
 
@@ -64,3 +69,66 @@ def test_the_published_packages_read_what_we_read(federated, tmp_path):
         (tmp_path / f"{name}.json").write_text(json.dumps(document), encoding="utf-8-sig")
     figures, *_ = official_precision(tmp_path / "truth.json", tmp_path / "results.json")
     assert figures["AP"] == pytest.approx(1)
+
+
+CAFE, COMBINED = "caf\u00e9", "cafe\u0301"  # one letter with its accent, and a letter and its accent
+
+
+def named(*names: str) -> list[Category]:
+    return [dataclasses.replace(category, name=name) for category, name in zip(CATEGORIES, names)]
+
+
+@pytest.mark.parametrize(
+    ("name", "same"),
+    [(CAFE, True), (COMBINED, True), ("Caf\u00e9 ", True), ("CAFE\u0301", True), ("cafe", False)],
+)
+def test_class_folders_are_matched_as_people_mean_them(name, same):
+    assert class_labels(named(CAFE, "tea"), None)(name) == (0 if same else None)
+
+
+def test_mappings_too_and_two_meanings_are_an_error(tmp_path):
+    (tmp_path / "map.tsv").write_text(f"{COMBINED}\tTEA\n", encoding="utf-8")
+    categories = named("coffee", "tea")
+    assert class_labels(categories, tmp_path / "map.tsv")(CAFE) == 1
+    (tmp_path / "map.tsv").write_text(f"{COMBINED}\ttea\n{CAFE} \tcoffee\n", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"map\.tsv, line 2: .* means 'coffee' here and 'tea' above"):
+        class_labels(categories, tmp_path / "map.tsv")
+
+
+def test_a_class_of_two_names_is_an_error_that_names_both():
+    label_of = class_labels(named("cat", "Cat "), None)
+    assert label_of("cat") == 0
+    with pytest.raises(ValueError, match=r"class 'CAT': is category 1 'cat' or 2 'Cat ' meant"):
+        label_of("CAT")
+
+
+def test_splits_of_one_data_set_may_spell_a_name_differently():
+    first, second = (dataclasses.replace(CATEGORIES[0], name=name) for name in (CAFE, f"{COMBINED} "))
+    check_same_categories([first], "train", [second], "val")
+    with pytest.raises(ValueError, match="they must be of one data set"):
+        check_same_categories([first], "train", [dataclasses.replace(first, name="tea")], "val")
+
+
+def test_labels_of_members_whose_accents_are_composed(tmp_path):
+    """A label file of a keyboard for a tar of a Mac."""
+    (tmp_path / "labels.tsv").write_text(f"a/{CAFE}.jpg\ttea\n", encoding="utf-8")
+    labels = MemberLabels(tmp_path / "labels.tsv", lambda name: 3)
+    assert labels.take([f"./a/{COMBINED}.jpg".encode()], "x.tar").tolist() == [3]
+
+
+def test_file_names_of_windows_and_of_the_other_unicode_form(tmp_path):
+    (tmp_path / "photos").mkdir()
+    for name in (f"{COMBINED}.jpg", "b.jpg", "c\\d.jpg"):
+        (tmp_path / "photos" / name).write_bytes(b"x")
+    assert image_path(tmp_path, f"photos\\{CAFE}.jpg").exists()
+    assert image_path(tmp_path, "photos\\b.jpg") == tmp_path / "photos" / "b.jpg"
+    assert image_path(tmp_path / "photos", "c\\d.jpg").exists()  # a name of POSIX may have one
+    assert image_path(tmp_path, "photos\\none.jpg") == tmp_path / "photos\\none.jpg"
+
+
+def test_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe.yaml")
+    with pytest.raises(ValueError, match=r"pipe\.yaml: no regular file, but a pipe"):
+        load_config(tmp_path / "pipe.yaml")
+    with pytest.raises(ValueError, match=r"pipe\.yaml: no regular file, but a pipe"):
+        Detections.load(tmp_path / "pipe.yaml")

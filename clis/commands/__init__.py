@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
 import importlib
+import sys
 from collections.abc import Sequence
+
+import clis
+from clis.commands.arguments import VerbParser
 
 VERBS = {
     "train": "train a detector, and before it what its config needs (benchmark, baseline, regions)",
@@ -37,9 +40,10 @@ def run_verb(verb: str, argv: Sequence[str] | None = None, prog: str | None = No
         prog: name of the program in its help; default ``python -m clis VERB``.
     """
     command = importlib.import_module(f"clis.commands.{verb}")
-    parser = argparse.ArgumentParser(prog=prog or f"python -m clis {verb}", description=_sentence(verb))
+    parser = VerbParser(prog=prog or f"python -m clis {verb}", description=_sentence(verb))
+    parser.add_argument("--version", action="version", version=f"clis {clis.__version__}")
     command.add_arguments(parser)
-    command.run(parser.parse_intermixed_args(argv))  # key=value may also follow an option
+    command.run(parser.parse(sys.argv[1:] if argv is None else argv))
 
 
 def _sentence(verb: str) -> str:

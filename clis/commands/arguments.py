@@ -4,16 +4,112 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
+from clis.cli import let_rank_0_speak
 from clis.data.categories import Category
+from clis.text import loose
+
+SHORT_FOR = {
+    "--seed": "train.seed",
+    "--steps": "train.steps",
+    "--batch-size": "train.images_per_step",
+    "--device": "train.device",
+    "--lr": "optim.lr",
+    "--workers": "data.workers",
+    "--output": "output",
+}
+"""Options that other programs have, and the field that each sets, for verbs with overrides."""
+NOT_NEEDED = ("--resume",)
+"""Options that say what happens anyway: the same command resumes."""
+INSTEAD = {
+    "--eval-only": "a run is evaluated by `python evaluate.py RUN_FOLDER`",
+    "--resume": "the same command resumes a run; start.from=CHECKPOINT starts from another run's weights",
+    "--epochs": "the length is train.steps=N, of train.images_per_step images each",
+    "--gpus": "several GPUs are used by `torchrun --nproc_per_node N train.py ...`",
+    "--num-gpus": "several GPUs are used by `torchrun --nproc_per_node N train.py ...`",
+    "--amp": "mixed precision is train.precision=bfloat16 or float16",
+    "--weights": "weights to start from are start.from=CHECKPOINT or model.backbone.weights=FILE",
+}
+"""Options that other programs have, and what does the same here."""
+
+
+class VerbParser(argparse.ArgumentParser):
+    """Parses the arguments of a verb; what is wrong is told in one line."""
+
+    def parse(self, argv: Sequence[str]) -> argparse.Namespace:
+        """Parse arguments; overrides may follow options, and be options that other programs have.
+
+        Ends the program where an argument is unknown, missing or of another form.
+        """
+        given = self._translated(argv)
+        intermixed = self._subparsers is None  # argparse has no way to mix these
+        arguments = self.parse_intermixed_args(given) if intermixed else self.parse_args(given)
+        if self._declares("config") and self._declares("overrides"):
+            self._take_config(arguments)
+        return arguments
+
+    def error(self, message: str) -> NoReturn:
+        """End the program with exit code 2, after one line of what is wrong and what does the same here."""
+        let_rank_0_speak()
+        hints = [what for option, what in INSTEAD.items() if re.search(rf"{option}(?![-\w])", message)]
+        hint = hints[0] if hints else f"{self.prog} --help lists the arguments"
+        self.exit(2, f"{self.prog}: error: {message}; {hint}\n")
+
+    def _declares(self, name: str) -> bool:
+        return any(action.dest == name for action in self._actions)
+
+    def _translated(self, argv: Sequence[str]) -> list[str]:
+        """Expand ``~`` and turn options of `SHORT_FOR` into overrides, unless the verb has its own."""
+        rest, given = [re.sub(r"^(--[\w-]+=)?(~.*)", _at_home, each) for each in argv], []
+        while rest:
+            option, equals, value = rest.pop(0).partition("=")
+            name = option.replace("_", "-")
+            foreign = name not in self._option_string_actions and self._declares("overrides")
+            if foreign and name in SHORT_FOR:
+                if not equals and not rest:
+                    self.error(f"{option} needs a value")
+                given.append(f"{SHORT_FOR[name]}={value if equals else rest.pop(0)}")
+            elif not (foreign and name in NOT_NEEDED and not equals):
+                given.append(option + equals + value)
+        return given
+
+    def _take_config(self, arguments: argparse.Namespace) -> None:
+        """Move the config from among the overrides to its place."""
+        named = [] if arguments.config is None else [arguments.config]
+        named += [text for text in arguments.overrides if not _is_override(text)]
+        if not named:
+            self.error("name a config: a YAML file, or a shipped one like shapes/clis")
+        if Path(named[0]).suffix == ".pt":
+            self.error(f"{named[0]} is a checkpoint, not a config; {INSTEAD['--resume']}")
+        if len(named) > 1:
+            self.error(f"{named[1]!r} is neither the config, which is {named[0]}, nor key=value")
+        arguments.config = named[0]
+        arguments.overrides = [text for text in arguments.overrides if _is_override(text)]
+
+
+def _is_override(text: str) -> bool:
+    return "=" in text and not (Path(text).suffix in (".yaml", ".yml") and Path(text).is_file())
+
+
+def _at_home(found: re.Match) -> str:
+    return (found[1] or "") + os.path.expanduser(found[2])
 
 
 def add_config(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments of a config: its file and the overrides."""
-    parser.add_argument("config", help="a YAML file, e.g. configs/lvis_v1/clis_r50.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="change the config")
+    """Add the arguments of a config: its file, also as an option, and the overrides."""
+    parser.add_argument("--config", metavar="CONFIG", help="the config, where it is not the first argument")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="CONFIG key=value",
+        help="a YAML file, or the name of a shipped one, e.g. shapes/clis; then changes of its fields, e.g. "
+        "train.steps=100 output=runs/short. In `train`, those of the model, the instance-level data and the "
+        "training also apply to the runs that it needs first",
+    )  # fmt: skip
+    parser.epilog = f"Short for fields: {', '.join(f'{each} is {key}=' for each, key in SHORT_FOR.items())}."
 
 
 def split_overrides(texts: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -39,17 +135,22 @@ def class_labels(names: str, categories: Sequence[Category]) -> list[int]:
     Raises:
         ValueError: no class has such a name, and the nearest ones are named; or there is none.
     """
-    label_of = {category.name: label for label, category in enumerate(categories)}
+    label_of: dict[str, list[int]] = {}
+    for label, category in enumerate(categories):
+        label_of.setdefault(category.name, []).append(label)
+    alike: dict[str, list[int]] = {}
+    for name, labels in label_of.items():
+        alike.setdefault(loose(name), []).extend(labels)
     wanted = [name.strip() for name in names.split(",") if name.strip()]
     for name in wanted:
-        if name not in label_of:
+        if name not in label_of and loose(name) not in alike:
             near = difflib.get_close_matches(name, label_of, n=3, cutoff=0.4)
             known = f"known: {', '.join([*label_of][:10])}, ..."
             meant = f"did you mean {' or '.join(near)}?" if near else known
             raise ValueError(f"--classes: there is no class {name!r}; {meant}")
     if not wanted:
         raise ValueError("--classes: name at least one class")
-    return [label_of[name] for name in wanted]
+    return [label for name in wanted for label in label_of.get(name) or alike[loose(name)]]
 
 
 def read_names(pairs: Sequence[str], known: Sequence[str]) -> dict[str, str]:

@@ -21,7 +21,7 @@ from PIL import Image  # torchvision needs Pillow
 from clis.commands.arguments import add_config
 from clis.config import DETECTOR_RULES, Config, data_path
 from clis.config_files import load_config
-from clis.data.annotated_images import check_size
+from clis.data.annotated_images import check_size, image_path
 from clis.data.annotations import Annotations, checked_for_training
 from clis.data.categories import check_same_categories
 from clis.data.image_classes import GROUPS, coverage, describe_coverage, shortened
@@ -38,6 +38,7 @@ from clis.data.streams import (
     read_index,
 )
 from clis.engine.checkpoint import load_checkpoint
+from clis.engine.describe import schedule_warnings
 from clis.engine.preflight import check_space, check_writable_folder, checkpoint_bytes
 from clis.engine.prerequisites import PlannedRun, plan_run
 from clis.engine.pretrain import SETTINGS as PRETRAINING
@@ -47,6 +48,7 @@ from clis.engine.start import check_run, starting_weights
 from clis.metric.matching import describe_uncounted
 from clis.models import CLISDetector, build_classifier, build_model
 from clis.progress import Progress, say
+from clis.text import loose
 
 SHOWN = 5
 """Files named for each kind of finding; `listing` gets all."""
@@ -134,6 +136,7 @@ def check(
                 RunFolder(each.config.output).pretraining.check(each.config, PRETRAINING)
         with report.catching():
             check_run(each)
+    report.notes += schedule_warnings(config)
     if config.data.generate == "shapes" and not data_path(config, config.data.train).exists():
         report.notes.append(
             f"{data_path(config, 'shapes')}: the embedded benchmark will be written at the start"
@@ -174,18 +177,20 @@ def check(
         costs["instance-level"] = _examine_annotated(
             train,
             data_path(config, config.data.train_images),
+            config.data.max_pixels,
             config.data.max_bad_images,
             workers,
             sample,
             report,
         )
     if index is not None:
-        read = functools.partial(_examine_image_level, index)
+        read = functools.partial(_examine_image_level, index, config.data.max_pixels)
         costs["image-level"] = _examine(
             "image-level", read, len(index), config.data.max_bad_images, workers, sample, report
         )
     if val is not None:
-        _examine_annotated(val, data_path(config, config.data.val_images), 0, workers, sample, report)
+        images, max_pixels = data_path(config, config.data.val_images), config.data.max_pixels
+        _examine_annotated(val, images, max_pixels, 0, workers, sample, report)
     _describe_step(costs, config, report)
     return report
 
@@ -227,6 +232,15 @@ def _describe_classes(train: Annotations, config: Config, report: Report) -> Non
             )
     draws, data = len(make_instance_sampler(config, train)), config.data
     report.notes.append(f"  a pass is {draws} images ({data.repeat}, rounding {data.repeat_rounding})")
+    named: dict[str, list[str]] = {}
+    for category in train.categories:
+        named.setdefault(loose(category.name), []).append(f"{category.id} {category.name!r}")
+    for alike in named.values():
+        if len(alike) > 1:
+            report.warnings.append(
+                f"{train.path}: categories {' and '.join(alike)} have one name, and are learned as different "
+                "classes"
+            )
     absent = [category.name for category, count in zip(train.categories, instances) if count == 0]
     if absent:
         report.warnings.append(
@@ -314,9 +328,15 @@ def _check_model(config: Config, train: Annotations, report: Report) -> CLISDete
 
 
 def _examine_annotated(
-    annotations: Annotations, folder: Path, allowed: int, workers: int, sample: int | None, report: Report
+    annotations: Annotations,
+    folder: Path,
+    max_pixels: int,
+    allowed: int,
+    workers: int,
+    sample: int | None,
+    report: Report,
 ) -> tuple[float, float]:
-    read = functools.partial(_examine_annotated_image, annotations, folder)
+    read = functools.partial(_examine_annotated_image, annotations, folder, max_pixels)
     return _examine(annotations.path, read, len(annotations), allowed, workers, sample, report)
 
 
@@ -355,25 +375,28 @@ def _examine(
     return seconds / max(len(rows), 1), num_bytes / max(len(rows), 1)
 
 
-def _examine_annotated_image(annotations: Annotations, folder: Path, row: int) -> Examined:
-    path = folder / str(annotations.file_names[row])
+def _examine_annotated_image(annotations: Annotations, folder: Path, max_pixels: int, row: int) -> Examined:
+    path = image_path(folder, str(annotations.file_names[row]))
     return _examine_image(
-        lambda: read_bytes(path), str(path), lambda image: check_size(image, annotations, row)
+        lambda: read_bytes(path), str(path), max_pixels, lambda image: check_size(image, annotations, row)
     )
 
 
-def _examine_image_level(index: ImageLevelIndex, row: int) -> Examined:
-    return _examine_image(lambda: index.read(row), index.name(row))
+def _examine_image_level(index: ImageLevelIndex, max_pixels: int, row: int) -> Examined:
+    return _examine_image(lambda: index.read(row), index.name(row), max_pixels)
 
 
 def _examine_image(
-    read: Callable[[], bytes], name: str, check: Callable[[EncodedImage], None] = lambda image: None
+    read: Callable[[], bytes],
+    name: str,
+    max_pixels: int,
+    check: Callable[[EncodedImage], None] = lambda image: None,
 ) -> Examined:
     """Return what was found in an image; `check` may refuse one that can be decoded."""
     began = time.perf_counter()
     try:
         data = read()
-        image = open_image(data, name)
+        image = open_image(data, name, max_pixels)
         image.decode()
         seconds = time.perf_counter() - began
         check(image)

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from clis.atomic import atomic_write
-from clis.commands.weight_files import read_weights
 from clis.config import Config
 from clis.config_files import config_differences, config_from_dict, merge_overrides
 from clis.data.annotations import Annotations
@@ -25,6 +24,7 @@ from clis.data.streams import read_annotations
 from clis.engine.checkpoint import detector_state
 from clis.models import build_model
 from clis.models.backbone import BLOCKS, IMAGE_MEAN, IMAGE_STD
+from clis.models.weight_files import first_names, prefixes_of, read_weights
 from clis.models.weights import load_state
 from clis.progress import say
 
@@ -150,7 +150,7 @@ def convert(
     """Write the detector in the file `source` as the checkpoint `out`, and print what was assumed.
 
     Args:
-        source: see `clis.commands.weight_files.read_weights`.
+        source: see `clis.models.weight_files.read_weights`.
         out: a .pt file that does not exist yet.
         annotations: LVIS or COCO-form file with the classes of the detector.
         style: of the ResNet, ``pytorch`` (RGB, ImageNet's std) or ``caffe`` (BGR, std 1, strides in the 1x1
@@ -168,7 +168,7 @@ def convert(
     weights = read_weights(source)
     classes = read_annotations(annotations)
     try:
-        kind = _kind_of(weights)
+        kind, weights = _kind_of(weights)
         style = style or kind.style
         _check_input(weights, style)
         names = _names(weights, kind)
@@ -196,13 +196,20 @@ def convert(
     say(f"{out}: for evaluate.py, load_detector and regions.detector")
 
 
-def _kind_of(weights: Mapping[str, Tensor]) -> Source:
+def _kind_of(weights: dict[str, Tensor]) -> tuple[Source, dict[str, Tensor]]:
+    """Return the kind of detector, and its weights without a prefix of all names (DDP's ``module.``)."""
     for kind in SOURCES:
-        if kind.marker in weights:
-            return kind
+        prefixes = prefixes_of(weights, kind.marker)
+        if "" in prefixes:
+            return kind, weights
+        if len(prefixes) > 1:
+            raise ValueError(f"several detectors, below {', '.join(prefixes)}: write a file of one of them")
+        if prefixes:
+            return kind, {name.removeprefix(prefixes[0]): value for name, value in weights.items()}
     markers = ", ".join(f"{kind.marker} ({kind.name})" for kind in SOURCES)
-    names = ", ".join(list(weights)[:4])
-    raise ValueError(f"no Faster R-CNN with FPN that is known: none of {markers} is there, but {names}, ...")
+    raise ValueError(
+        f"no Faster R-CNN with FPN that is known: none of {markers} is there, but {first_names(weights)}"
+    )
 
 
 def _check_input(weights: Mapping[str, Tensor], style: str) -> None:

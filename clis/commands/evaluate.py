@@ -20,7 +20,7 @@ from clis.data.annotations import Annotations
 from clis.distributed import choose_device, is_main, process_group
 from clis.engine.checkpoint import load_checkpoint, load_model
 from clis.engine.evaluate import detect_split, evaluate_detector, load_validation
-from clis.engine.run_folder import RunFolder
+from clis.engine.run_folder import RunFolder, find_checkpoint
 from clis.metric.lvis_eval import format_table
 from clis.metric.matching import describe_uncounted
 from clis.models import CLISDetector
@@ -32,7 +32,7 @@ INFERENCE = scoped_keys(Scope.INFERENCE)
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `clis evaluate`."""
-    parser.add_argument("checkpoint", type=Path, help="e.g. runs/shapes/clis/checkpoints/last.pt")
+    parser.add_argument("checkpoint", type=Path, help="a run folder, or one of its checkpoints")
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value",
         help="change the checkpoint's config, e.g. data.root=/datasets test.score_threshold=0.05; "
@@ -46,6 +46,7 @@ def run(arguments: argparse.Namespace) -> None:
 
     Of a split without annotations only the detections are written.
     """
+    arguments.checkpoint = find_checkpoint(arguments.checkpoint)
     state = load_checkpoint(arguments.checkpoint)
     values = config_to_dict(config_from_dict(state["config"], source=str(arguments.checkpoint)))
     values["output"] = str(arguments.checkpoint.with_suffix(""))

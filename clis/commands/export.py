@@ -58,7 +58,7 @@ for path in sys.argv[1:]:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `clis export`."""
-    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("checkpoint", type=Path, help="a run folder, or one of its checkpoints")
     parser.add_argument("out", type=Path, help="the program to write: .pt2 (torch.export) or .onnx")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the section test, or data.root")
     parser.add_argument(

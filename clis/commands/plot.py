@@ -292,7 +292,9 @@ def boxes_on_images(
     folder = data_path(runs[0].config, runs[0].config.data.val_images)
     for row, line in zip(rows, axes):
         image_id = annotations.image_ids[row]
-        pixels = read_annotated(annotations, folder, row).permute(1, 2, 0).numpy()
+        pixels = (
+            read_annotated(annotations, folder, row, runs[0].config.data.max_pixels).permute(1, 2, 0).numpy()
+        )
         truth, labels = annotations.boxes_of(row), annotations.labels_of(row)
         names = [annotations.categories[label].name for label in labels.tolist()]
         _draw(line[0], pixels, truth, names, ["black"] * len(names))

@@ -296,7 +296,7 @@ def predict(
         for number, file in zip(ids, files)
     ]
     targets = picture_names(files)
-    read = functools.partial(_read, files, known)
+    read = functools.partial(_read, files, known, config.data.max_pixels)
     loader = image_loader(read, range(len(files)), batch, config.data.workers if len(files) > batch else 0)
     shape_of, device = functools.partial(_shape_of, detector), next(detector.parameters()).device
     with Progress("predict", len(files)) as progress:
@@ -401,13 +401,15 @@ def write_page(
     return out / PAGE
 
 
-def _read(files: Sequence[ImageFile], known: Annotated | None, row: int) -> tuple[Tensor, bool] | str:
+def _read(
+    files: Sequence[ImageFile], known: Annotated | None, max_pixels: int, row: int
+) -> tuple[Tensor, bool] | str:
     """Read an image, and whether it was turned; or say why it cannot be used."""
     path = files[row].path
     try:
         if known is None:
-            return read_photo(path)
-        image = open_image(read_bytes(path), str(path))
+            return read_photo(path, max_pixels)
+        image = open_image(read_bytes(path), str(path), max_pixels)
         check_size(image, known.annotations, known.rows[row])
         return image.decode(), False
     except ImageError as error:

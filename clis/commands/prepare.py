@@ -43,6 +43,7 @@ from clis.data.image_scan import (
     end_with_parent,
     find_containers,
     keep_listing,
+    level_hint,
     list_images,
     part_file,
     remove_other_parts,
@@ -163,7 +164,14 @@ def _matched(
     if labels is None:
         containers = find_containers(roots, lambda name: label_of(name) is not None, parts, say)
         names = [container.class_name for container in containers]
-        found, unmatched = match_classes(names, label_of, categories, strict=strict, where=where)
+        found, unmatched = match_classes(
+            names,
+            label_of,
+            categories,
+            strict=strict,
+            where=where,
+            hint=lambda: level_hint(containers, label_of),
+        )
         pairs = [(c, label) for c, label in zip(containers, found) if label is not None]
         return [container for container, _ in pairs], [label for _, label in pairs], unmatched, None
     containers = find_containers(roots, lambda name: True, say=say)

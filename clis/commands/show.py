@@ -140,7 +140,11 @@ def open_streams(config: Config, name: str) -> Seen:
     fill = None if index is None or exists else _filler(as_drawn, dataset)
     known = index is not None and (exists or not by_detector)
     streams = Streams(
-        annotations.categories, index, dataset.regions if known else None, scored=exists and by_detector
+        annotations.categories,
+        index,
+        dataset.regions if known else None,
+        scored=exists and by_detector,
+        max_pixels=config.data.max_pixels,
     )
     seen = Seen(config, annotations, dataset, sampler, streams, fill, ())
     return replace(seen, notes=(*notes, *_coverage_notes(seen), *_region_notes(seen)))

@@ -11,7 +11,7 @@ from PIL import Image
 
 from clis.data.categories import Category
 from clis.data.image_level import ImageLevelIndex
-from clis.data.images import ImageError, open_image
+from clis.data.images import MAX_PIXELS, ImageError, open_image
 from clis.data.loader import Explained
 from clis.data.mosaic import Placement
 from clis.data.region_file import RegionSource
@@ -35,6 +35,7 @@ class Streams:
     """`REGION_DTYPE` [n]; None where the regions are not known yet."""
     scored: bool
     """Whether the regions' scores tell them apart."""
+    max_pixels: int = MAX_PIXELS
 
 
 def draw_image(explained: Explained, streams: Streams) -> Image.Image:
@@ -159,7 +160,7 @@ def _draw_tile(kind: str, row: int, streams: Streams) -> Image.Image:
     assert streams.regions is not None
     region = streams.regions[row]
     try:
-        image = open_image(streams.index.read(row), streams.index.name(row))
+        image = open_image(streams.index.read(row), streams.index.name(row), streams.max_pixels)
         pixels, _ = image.decode_reduced((TILE, TILE))
     except ImageError:
         return draw_caption(Image.new("RGB", (TILE, TILE), GRAY), "unreadable", CAPTION, lines=2)

@@ -21,6 +21,7 @@ from clis.commands.study_record import FIGURES, Record
 from clis.config import DETECTOR_RULES, RESUMABLE, Config, data_path, scoped_keys
 from clis.config_files import (
     config_to_dict,
+    find_config,
     flatten,
     load_config,
     merge_overrides,
@@ -42,7 +43,7 @@ POLL = 0.5
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `clis study`."""
-    parser.add_argument("file", type=Path)
+    parser.add_argument("file", type=find_config, help="a study, e.g. studies/components")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="for every row")
     parser.add_argument("--rows", nargs="+", default=(), metavar="NAME", help="run only these rows")
     parser.add_argument("--seeds", nargs="+", type=int, default=(), help="run only these seeds, of every row")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from clis.commands.arguments import add_config
 from clis.config_files import load_config
 from clis.distributed import choose_device, process_group
 from clis.engine.train import recipe
@@ -11,12 +12,7 @@ from clis.engine.train import recipe
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `clis train`."""
-    parser.add_argument("--config", required=True, help="e.g. configs/shapes/clis.yaml")
-    parser.add_argument(
-        "overrides", nargs="*", metavar="key=value",
-        help="change the config, e.g. train.steps=100 output=runs/short. Those of the model, the "
-        "instance-level data and the training also apply to the runs that it needs first",
-    )  # fmt: skip
+    add_config(parser)
 
 
 def run(arguments: argparse.Namespace) -> None:

@@ -2,28 +2,48 @@
 
 from __future__ import annotations
 
+import unicodedata
 from pathlib import Path
 
 from clis.data.annotations import Annotations
-from clis.data.images import EncodedImage, ImageError, open_image, read_bytes
+from clis.data.images import MAX_PIXELS, EncodedImage, ImageError, open_image, read_bytes
 
 _SIDEWAYS = 5
 """EXIF orientations from here on exchange width and height."""
 
 
-def open_annotated(annotations: Annotations, folder: Path, row: int) -> EncodedImage:
+def open_annotated(
+    annotations: Annotations, folder: Path, row: int, max_pixels: int = MAX_PIXELS
+) -> EncodedImage:
     """Open the image at place `row` of an annotation file, whose boxes are in its stored pixels.
 
     Args:
         folder: folder that `annotations.file_names` are relative to.
+        max_pixels: see `data.max_pixels`.
 
     Raises:
         ImageError: it cannot be read, or its size is not the one in the annotations.
     """
-    path = folder / str(annotations.file_names[row])
-    image = open_image(read_bytes(path), str(path))
+    path = image_path(folder, str(annotations.file_names[row]))
+    image = open_image(read_bytes(path), str(path), max_pixels)
     check_size(image, annotations, row)
     return image
+
+
+def image_path(folder: Path, name: str) -> Path:
+    r"""Return the path of an image of an annotation file.
+
+    A name that was written on Windows (``photos\1.jpg``), or whose accents the disk has in Unicode's other
+    form, is the file that it means, where only that exists.
+    """
+    path = folder / name
+    if (name.isascii() and "\\" not in name) or path.exists():
+        return path
+    for text in (name, name.replace("\\", "/")):
+        for form in ("NFC", "NFD"):
+            if (found := folder / unicodedata.normalize(form, text)).exists():
+                return found
+    return path
 
 
 def check_size(image: EncodedImage, annotations: Annotations, row: int) -> None:

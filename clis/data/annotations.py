@@ -71,6 +71,10 @@ class Annotations:
         """Return the number of images."""
         return len(self.image_ids)
 
+    def __repr__(self) -> str:
+        counts = f"{len(self)} images, {len(self.labels)} boxes, {self.num_classes} classes"
+        return f"<Annotations of {self.path}: {counts}>"
+
     @property
     def num_classes(self) -> int:
         """C, background not counted."""
@@ -118,6 +122,7 @@ def load_annotations(
         ValueError: the file is not JSON, lacks a key, repeats an id, refers to an unknown one, or holds no
             image or no annotation; the message names the file and the first record at fault.
     """
+    path = os.path.expanduser(path)
 
     def build() -> Packed:
         return pack_records(document_parts(path, advance), path)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from clis.text import loose
+
 
 @dataclass(frozen=True, kw_only=True)
 class Category:
@@ -36,7 +38,7 @@ def check_same_categories(
             "one data set"
         )
     for label, (a, b) in enumerate(zip(first, second)):
-        if (a.id, a.name) != (b.id, b.name):
+        if (a.id, loose(a.name)) != (b.id, loose(b.name)):
             raise ValueError(
                 f"label {label} is category {a.id} ({a.name}) in {first_source} but {b.id} ({b.name}) in "
                 f"{second_source}; they must be of one data set"

@@ -14,7 +14,7 @@ from torchvision.transforms import v2
 from clis.config import DataConfig, PretrainConfig
 from clis.data.batch import OnDevice
 from clis.data.image_level import ImageLevelIndex
-from clis.data.images import ImageError, decode_image, open_image
+from clis.data.images import MAX_PIXELS, ImageError, decode_image, open_image
 from clis.data.loader import ReadAhead, first_readable
 from clis.data.sampling import ImageItem
 from clis.resize import round_half_up, shortest_size
@@ -94,7 +94,7 @@ class RandomCrops(Dataset[LabeledImage]):
                 v2.RandomHorizontalFlip(data.flip),
             ]
         )
-        self.read_ahead = ReadAhead(data.shuffle_block)
+        self.read_ahead, self.max_pixels = ReadAhead(data.shuffle_block), data.max_pixels
 
     def __getitem__(self, item: ImageItem) -> LabeledImage:
         unreadable: list[str] = []
@@ -108,13 +108,13 @@ class RandomCrops(Dataset[LabeledImage]):
     def _read(self, place: int) -> Tensor:
         row = self.split.trained_row(place)
         self.read_ahead(self.index, place, self.split.trained, self.split.trained_row)
-        return decode_image(self.index.read(row), self.index.name(row))
+        return decode_image(self.index.read(row), self.index.name(row), self.max_pixels)
 
 
-def central_crop(index: ImageLevelIndex, size: int, row: int) -> Tensor | str:
+def central_crop(index: ImageLevelIndex, size: int, row: int, max_pixels: int = MAX_PIXELS) -> Tensor | str:
     """Return the central square of an image, uint8 [3,size,size], or what is wrong with the image."""
     try:
-        image = open_image(index.read(row), index.name(row))
+        image = open_image(index.read(row), index.name(row), max_pixels)
         short_side = round_half_up(size * SHORT_SIDE)
         pixels = image.decode_resized(shortest_size(image.size, short_side, LONG_SIDE * short_side))
     except ImageError as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import hashlib
 import os
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from clis.data.categories import Category
+from clis.text import loose
 
 _SYNSETS = Path(__file__).with_name("wnids.tsv")
 GROUPS = {"r": "rare", "c": "common", "f": "frequent", "all": "all"}
@@ -32,8 +34,8 @@ def class_labels(categories: Sequence[Category], mapping: str | Path | None) -> 
     """Return a function from the name of a class to its label, or None where it matches no category.
 
     The name is translated by the mapping, then taken as a category's name, its synset or the synset's WordNet
-    3.0 id (wnid), else as a name regardless of case and of spaces or underscores. A key that two categories
-    share matches neither.
+    3.0 id (wnid), else as a name in its `clis.text.loose` form. A synset or wnid that two categories share
+    matches neither. The function raises `ValueError` for a name that may mean two categories.
 
     Args:
         mapping: file of ``name<TAB>category`` lines; a header and lines that start with # are allowed.
@@ -48,11 +50,23 @@ def class_labels(categories: Sequence[Category], mapping: str | Path | None) -> 
         | _unshared([category.synset for category in categories])
         | _unshared([category.name for category in categories])
     )
-    loose = _unshared([_loose(category.name) for category in categories])
+    loosely: dict[str, list[int]] = {}
+    for label, category in enumerate(categories):
+        loosely.setdefault(loose(category.name), []).append(label)
+    aliases = {loose(key): value for key, value in translated.items()}
 
-    def label_of(name: str) -> int | None:
-        name = translated.get(name, name)
-        return exact.get(name, loose.get(_loose(name)))
+    def label_of(given: str) -> int | None:
+        name = translated.get(given, aliases.get(loose(given), given))
+        if name in exact:
+            return exact[name]
+        labels = loosely.get(loose(name), [])
+        if len(labels) > 1:
+            meant = " or ".join(f"{categories[each].id} {categories[each].name!r}" for each in labels)
+            raise ValueError(
+                f"image-level class {printable(given)!r}: is category {meant} meant? Give them names that "
+                "differ by more than case and spaces, or name the folder exactly"
+            )
+        return labels[0] if labels else None
 
     return label_of
 
@@ -64,8 +78,12 @@ def match_classes(
     *,
     strict: bool,
     where: str,
+    hint: Callable[[], str] = str,
 ) -> tuple[list[int | None], tuple[str, ...]]:
     """Match names to labels (None where one matches no category), and list the names without match, sorted.
+
+    Args:
+        hint: says what else may be wrong where no name matches.
 
     Raises:
         ValueError: a name matches no category and `strict`, or no name matches; `where` is named.
@@ -81,6 +99,7 @@ def match_classes(
             + f"; name them by category ({expected}), WordNet synset or wnid, or give a mapping file "
             "(data.mapping)"
             + ("; data.drop_unmatched=true, or prepare without --strict, leaves them out" * some_match)
+            + ("" if some_match else hint())
         )
     return labels, unmatched
 
@@ -289,6 +308,8 @@ def printable(name: str) -> str:
 def _hash(name: bytes) -> int:
     # `tar cf x.tar ./folder` gives its members names that start with ./
     name = name.removeprefix(b"./")
+    if not name.isascii():  # a Mac's tar has decomposed accents, and a label file seldom
+        name = os.fsencode(unicodedata.normalize("NFC", os.fsdecode(name)))
     return int.from_bytes(hashlib.blake2b(name, digest_size=8).digest(), "little")
 
 
@@ -296,10 +317,6 @@ def _unshared(keys: Sequence[str]) -> dict[str, int]:
     """Map each key to its label, without empty keys and keys that two labels share."""
     counts = Counter(keys)
     return {key: label for label, key in enumerate(keys) if key and counts[key] == 1}
-
-
-def _loose(name: str) -> str:
-    return name.casefold().replace(" ", "_")
 
 
 def _synsets() -> dict[str, tuple[str, bool]]:
@@ -310,10 +327,14 @@ def _synsets() -> dict[str, tuple[str, bool]]:
 
 def _read_mapping(path: Path) -> dict[str, str]:
     table: dict[str, str] = {}
+    alike: dict[str, tuple[str, str]] = {}
     for line, row in _read_rows(path, 2):
         key, value = map(os.fsdecode, row)
-        if table.setdefault(key, value) != value:
-            raise ValueError(f"{path}, line {line}: {key} means {value!r} here and {table[key]!r} above")
+        above, meant = alike.setdefault(loose(key), (key, value))
+        if loose(meant) != loose(value):
+            alias = f" ({above})" * (above != key)
+            raise ValueError(f"{path}, line {line}: {key} means {value!r} here and {meant!r} above{alias}")
+        table.setdefault(key, value)
     return table
 
 

@@ -20,10 +20,18 @@ import numpy as np
 from clis.atomic import atomic_write
 from clis.data.categories import Category
 from clis.data.image_classes import class_labels, describe_others, match_classes, printable, shortened
-from clis.data.image_scan import IMAGE_SUFFIXES, Container, Listing, find_containers, list_images
+from clis.data.image_scan import (
+    IMAGE_SUFFIXES,
+    Container,
+    Listing,
+    find_containers,
+    level_hint,
+    list_images,
+)
 from clis.data.images import ImageError, read_bytes
 from clis.data.mapped import map_array
 from clis.progress import say
+from clis.text import loose
 
 FORMAT = 1
 """Version of a prepared index; other versions are rejected."""
@@ -98,6 +106,11 @@ class ImageLevelIndex:
     def __len__(self) -> int:
         """Return the number of images."""
         return len(self.labels)
+
+    def __repr__(self) -> str:
+        some = int((self.image_counts > 0).sum())
+        where = f"{len(self.containers)} folders and tars"
+        return f"<ImageLevelIndex: {len(self)} images of {some} classes in {where}>"
 
     def name(self, i: int) -> str:
         """Return the image's name for messages: ``n01514668.tar:foo.JPEG`` or ``n01514668/foo.JPEG``."""
@@ -208,7 +221,9 @@ def match_containers(
     containers = find_containers(roots, lambda name: label_of(name) is not None, say=say)
     names = [container.class_name for container in containers]
     where = ", ".join(map(str, roots))
-    found, unmatched = match_classes(names, label_of, categories, strict=strict, where=where)
+    found, unmatched = match_classes(
+        names, label_of, categories, strict=strict, where=where, hint=lambda: level_hint(containers, label_of)
+    )
     pairs = [(container, label) for container, label in zip(containers, found) if label is not None]
     return [container for container, _ in pairs], [label for _, label in pairs], unmatched
 
@@ -460,12 +475,15 @@ def _write_header(folder: Path, header: dict[str, Any]) -> None:
 
 
 def _check_categories(folder: Path, made_for: list[list], categories: Sequence[Category]) -> None:
-    theirs = {(id_, name) for id_, name in made_for}
-    ours = {(category.id, category.name) for category in categories}
-    if theirs != ours:
+    theirs = {(id_, loose(name)): (id_, name) for id_, name in made_for}
+    ours = {(category.id, loose(category.name)): (category.id, category.name) for category in categories}
+    if theirs.keys() != ours.keys():
         only = [
             f"{len(some)} only in {where} ({shortened([f'{id_} {name}' for id_, name in sorted(some)], 3)})"
-            for some, where in ((theirs - ours, "the index"), (ours - theirs, "the annotations"))
+            for some, where in (
+                ([theirs[key] for key in theirs.keys() - ours.keys()], "the index"),
+                ([ours[key] for key in ours.keys() - theirs.keys()], "the annotations"),
+            )
             if some
         ]
         raise ValueError(

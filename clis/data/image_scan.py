@@ -132,6 +132,22 @@ def find_containers(
     ]
 
 
+def level_hint(containers: Sequence[Container], label_of: Callable[[str], object]) -> str:
+    """Say in which of the folders that are no classes themselves there are folders that are."""
+    for container in containers:
+        if container.is_folder:
+            with contextlib.suppress(OSError), os.scandir(container.path) as entries:
+                inner = sorted(
+                    entry.name for entry in entries if entry.is_dir() and not is_hidden(entry.name)
+                )
+                if own := [name for name in inner if label_of(name) is not None]:
+                    return (
+                        f". {container.path} has folders that do match ({', '.join(own[:3])}"
+                        f"{', ...' * (len(own) > 3)}): name it in data.image_level instead"
+                    )
+    return ""
+
+
 def list_images(container: Container, *, by_name: bool, parts: Path | None = None) -> Listing:
     """List the images of a container, sorted by name or, with `by_name` False, in their order in the tar.
 
@@ -203,6 +219,13 @@ def _entries(root: Path, say: Callable[[str], None]) -> list[Path]:
         say(
             f"{root}: {len(others)} files that are neither folders nor tars are left out: "
             f"{', '.join(others[:5])}{', ...' * (len(others) > 5)}"
+        )
+    if not used and root.is_dir():
+        images = sum(map(is_image, others))
+        held = f"{images} images" if images else f"{len(others)} other files" if others else "nothing"
+        raise ValueError(
+            f"{root}: no class folder and no tar in it, but {held}; images belong in folders that are named "
+            "after their class, and data.image_level names what holds these folders"
         )
     return used
 

@@ -34,7 +34,7 @@ FORMATS = "JPEG, PNG, WebP, GIF, BMP or TIFF"
 """What can be read, for messages."""
 
 MAX_PIXELS = 2**27
-"""An image that claims more is taken for a decompression bomb: 400 MB as RGB."""
+"""Default of `data.max_pixels`: an image that claims more is taken for a decompression bomb."""
 
 _GZIP = b"\x1f\x8b"
 _JPEG = b"\xff\xd8\xff"
@@ -61,16 +61,16 @@ class ImageError(ValueError):
     """An image that cannot be used; the message names it and says why."""
 
 
-def read_image(path: str | Path) -> Tensor:
+def read_image(path: str | Path, max_pixels: int = MAX_PIXELS) -> Tensor:
     """Read an image file: uint8 RGB [3,H,W]; see `decode_image`.
 
     Raises:
         ImageError: the file is missing, or its bytes are not a usable image.
     """
-    return decode_image(read_bytes(path), str(path))
+    return decode_image(read_bytes(path), str(path), max_pixels)
 
 
-def read_photo(path: str | Path) -> tuple[Tensor, bool]:
+def read_photo(path: str | Path, max_pixels: int = MAX_PIXELS) -> tuple[Tensor, bool]:
     """Read an image file as it is displayed: uint8 RGB [3,H,W], turned as its EXIF orientation says.
 
     Training, evaluation and the region search see images as they are stored: annotations belong to these.
@@ -81,7 +81,7 @@ def read_photo(path: str | Path) -> tuple[Tensor, bool]:
     Raises:
         ImageError: as `read_image`.
     """
-    image = open_image(read_bytes(path), str(path))
+    image = open_image(read_bytes(path), str(path), max_pixels)
     orientation = image.orientation()
     return _turned(image.decode(), orientation), orientation != 1
 
@@ -110,16 +110,17 @@ def read_bytes(path: str | Path) -> bytes:
         raise ImageError(f"{path}: {error.strerror or error}; check the image folder") from error
 
 
-def decode_image(data: bytes, name: str) -> Tensor:
+def decode_image(data: bytes, name: str, max_pixels: int = MAX_PIXELS) -> Tensor:
     """Decode image bytes, with `open_image` and `EncodedImage.decode`: uint8 RGB [3,H,W]."""
-    return open_image(data, name).decode()
+    return open_image(data, name, max_pixels).decode()
 
 
-def open_image(data: bytes, name: str) -> EncodedImage:
+def open_image(data: bytes, name: str, max_pixels: int = MAX_PIXELS) -> EncodedImage:
     """Read the header of JPEG, PNG, WebP, GIF, BMP or TIFF bytes, also gzip'ed ones (as in ImageNet-22k).
 
     Args:
         name: name of the image in messages.
+        max_pixels: see `data.max_pixels`.
 
     Raises:
         ImageError: the bytes are empty, not an image, or an image of too many pixels.
@@ -127,8 +128,11 @@ def open_image(data: bytes, name: str) -> EncodedImage:
     with _naming(name):
         data = unpacked(data)
         width, height = _opened(data).size
-        if height * width > MAX_PIXELS:
-            raise ValueError(f"{width} x {height} pixels, which is more than {MAX_PIXELS}")
+        if height * width > max_pixels:
+            raise ValueError(
+                f"{width} x {height} pixels, more than data.max_pixels={max_pixels} (raise it "
+                "to use this image)"
+            )
         return EncodedImage(data=data, name=name, size=(height, width))
 
 

@@ -10,6 +10,8 @@ from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
+from clis.text import check_regular
+
 
 def _fastest_loads() -> Callable[[str], Any]:
     """Return orjson's `loads`, of the extra [fast] (half the time), else the standard library's."""
@@ -68,6 +70,7 @@ def read_lists(
         FileNotFoundError: there is no such file.
         NotJSON: it is not JSON, or is truncated, or has one of the keys twice.
     """
+    check_regular(path)
     with open(path, "rb") as file:
         text, seen = _Text(file, advance), set()
         if text.next() != "{":

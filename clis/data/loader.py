@@ -165,13 +165,13 @@ class TwoStreamDataset(Dataset[Sample]):
         return _Opened(row, instance, rows, [image for _, image in sources], tuple(unreadable))
 
     def _open_instance(self, row: int) -> EncodedImage:
-        return open_annotated(self.annotations, self.image_folder, row)
+        return open_annotated(self.annotations, self.image_folder, row, self.data.max_pixels)
 
     def _open_image_level(self, row: int) -> EncodedImage:
         index = self.index
         assert index is not None  # work items have image-level images only where there is an index
         self._read_ahead(index, row, len(index))
-        return open_image(index.read(row), index.name(row))
+        return open_image(index.read(row), index.name(row), self.data.max_pixels)
 
     def _explained(self, item: WorkItem, opened: _Opened) -> Explained:
         plan = self._plan(item, opened)

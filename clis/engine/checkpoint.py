@@ -18,9 +18,10 @@ from clis.config_files import config_from_dict, config_to_dict
 from clis.data.categories import Category, check_same_categories
 from clis.distributed import is_main
 from clis.engine.provenance import provenance, training_files
-from clis.engine.run_folder import RunFolder
+from clis.engine.run_folder import RunFolder, find_checkpoint
 from clis.engine.schedule import differences_after
 from clis.models import CLISDetector, ImageClassifier, build_model
+from clis.models.weight_files import first_names, read_content
 from clis.models.weights import load_state
 from clis.progress import say
 
@@ -109,20 +110,27 @@ def mark_best(folder: RunFolder, step: int, ap: float) -> None:
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
     """Read a checkpoint onto the CPU, running no code: neither in it nor of a module that its config names.
 
+    Args:
+        path: the file, or the run folder whose last one it is.
+
     Raises:
         FileNotFoundError: there is none.
         ValueError: it is truncated, or not one of ours.
     """
-    path = Path(path)
+    path = find_checkpoint(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such checkpoint")
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        first_line = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"{path}: not a readable checkpoint (truncated or foreign?): {first_line}") from None
+        state = read_content(path)
+    except ValueError as error:
+        reason = str(error).removeprefix(f"{path}: ")
+        raise ValueError(f"{path}: not a readable checkpoint (truncated or foreign?): {reason}") from None
     if not isinstance(state, dict) or state.get("format") != FORMAT:
-        raise ValueError(f"{path}: not a checkpoint of clis, format {FORMAT}")
+        holds = f"it holds {first_names(state)}" if isinstance(state, dict) else f"a {type(state).__name__}"
+        raise ValueError(
+            f"{path}: not a checkpoint of clis, format {FORMAT}: {holds}; `python -m clis convert` makes "
+            "one of the weights of a Faster R-CNN"
+        )
     return state
 
 

@@ -78,7 +78,25 @@ def describe_run(
     for word, state in (("on", True), ("off", False)):
         names = [name for name, on in parts.items() if bool(on) is state]
         lines.append(f"{word}: {', '.join(names) or 'nothing'}")
-    return "\n".join(f"  {line}" for line in [*lines, f"run folder {config.output}"])
+    lines.append(f"run folder {config.output}")
+    lines += [f"WARNING: {each}" for each in schedule_warnings(config)]
+    return "\n".join(f"  {line}" for line in lines)
+
+
+def schedule_warnings(config: Config) -> list[str]:
+    """List what the schedule of a run never reaches: a warm-up or decays after its end."""
+    optim, steps, found = config.optim, config.train.steps, []
+    if optim.warmup_steps >= steps:
+        found.append(
+            f"optim.warmup_steps={optim.warmup_steps} is not over at the end, train.steps={steps}: the run "
+            "never has its full learning rate"
+        )
+    if late := [step for step in optim.decay_steps if step >= steps]:
+        found.append(
+            f"optim.decay_steps: {', '.join(map(str, late))} are not before the end, train.steps={steps}: "
+            "the learning rate does not decay there"
+        )
+    return found
 
 
 def describe_pretraining(

@@ -21,6 +21,7 @@ from clis.config import (
 from clis.data.annotated_images import open_annotated
 from clis.data.annotations import Annotations
 from clis.data.categories import Category, check_same_categories
+from clis.data.images import MAX_PIXELS
 from clis.data.loader import image_loader, like_shapes
 from clis.data.streams import read_annotations
 from clis.distributed import from_main, gather_rows, is_main, rank, world_size
@@ -117,7 +118,12 @@ def run_detector(detector: CLISDetector, config: Config, annotations: Annotation
     padded size make a batch, so that none sees another's padding. Detections wait on the CPU and are
     gathered there, so no device ever holds more than those of one batch.
     """
-    read = functools.partial(read_annotated, annotations, data_path(config, config.data.val_images))
+    read = functools.partial(
+        read_annotated,
+        annotations,
+        data_path(config, config.data.val_images),
+        max_pixels=config.data.max_pixels,
+    )
     rows = range(rank(), len(annotations), world_size())
     loader = image_loader(read, rows, config.test.images_per_batch, config.data.workers)
     # copies: a loader process's pixels hold a file descriptor each while they wait for others of their size
@@ -162,6 +168,6 @@ def padded_size(detector: CLISDetector, image: Tensor) -> tuple[int, ...]:
     return tuple(-(-side // 32) for side in size)
 
 
-def read_annotated(annotations: Annotations, folder: Path, row: int) -> Tensor:
+def read_annotated(annotations: Annotations, folder: Path, row: int, max_pixels: int = MAX_PIXELS) -> Tensor:
     """Read the image at place `row` of an annotation file: uint8 RGB [3,H,W]; see `open_annotated`."""
-    return open_annotated(annotations, folder, row).decode()
+    return open_annotated(annotations, folder, row, max_pixels).decode()

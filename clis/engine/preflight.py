@@ -19,10 +19,10 @@ import numpy as np
 from torch import nn
 
 from clis.config import DETECTOR_RULES, Config, data_path
-from clis.data.annotated_images import check_size
+from clis.data.annotated_images import check_size, image_path
 from clis.data.annotations import Annotations
 from clis.data.categories import Category, check_same_categories
-from clis.data.images import ImageError, open_image, read_bytes
+from clis.data.images import MAX_PIXELS, ImageError, open_image, read_bytes
 from clis.data.region_file import load_regions
 from clis.data.streams import (
     check_image_level,
@@ -77,7 +77,7 @@ def check_files(plan: PlannedRun) -> None:
             check_truth(validation)
             for line in describe_uncounted(validation):
                 say(f"WARNING: {line}")
-            on_main(functools.partial(check_images, validation, images))
+            on_main(functools.partial(check_images, validation, images, config.data.max_pixels))
         is_first = number == 0 and config.pretrain.epochs == 0
         space.append(on_main(functools.partial(_check_run, run, training, is_first)))
     on_main(lambda: check_space(space))
@@ -153,7 +153,7 @@ def _check_image_level(run: PlannedRun, training: Annotations, first: bool) -> N
 # --- images -----------------------------------------------------------------------------------------------
 
 
-def check_images(annotations: Annotations, folder: Path) -> None:
+def check_images(annotations: Annotations, folder: Path, max_pixels: int = MAX_PIXELS) -> None:
     """Check that all images of a split are there, and that they have the sizes of the annotations.
 
     Headers are read in an even order for `HEADER_SECONDS`; none is decoded.
@@ -163,11 +163,11 @@ def check_images(annotations: Annotations, folder: Path) -> None:
     """
 
     def missing(row: int) -> str | None:
-        return _missing(folder / str(annotations.file_names[row]))
+        return _missing(image_path(folder, str(annotations.file_names[row])))
 
     def wrong(row: int) -> str | None:
         try:
-            _check_header(annotations, folder, row)
+            _check_header(annotations, folder, row, max_pixels)
         except ImageError as error:
             return str(error)
         return None
@@ -218,21 +218,21 @@ def _missing(path: Path) -> str | None:
     return None if status.st_size > 0 else f"{path}: the file is empty; replace it"
 
 
-def _check_header(annotations: Annotations, folder: Path, row: int) -> None:
+def _check_header(annotations: Annotations, folder: Path, row: int, max_pixels: int) -> None:
     """Check an image's size by the first bytes of its file, or by all where its header is longer."""
-    path = folder / str(annotations.file_names[row])
+    path = image_path(folder, str(annotations.file_names[row]))
     try:
         with path.open("rb") as file:
-            image = open_image(file.read(HEADER_BYTES), str(path))
+            image = open_image(file.read(HEADER_BYTES), str(path), max_pixels)
     except (ImageError, OSError):
-        image = open_image(read_bytes(path), str(path))
+        image = open_image(read_bytes(path), str(path), max_pixels)
     check_size(image, annotations, row)
 
 
 def _check_some_images(annotations: Annotations, config: Config) -> None:
     folder = data_path(config, config.data.train_images)
     rows = np.linspace(0, len(annotations) - 1, min(TRAIN_SAMPLE, len(annotations))).astype(int).tolist()
-    problems = [_missing(folder / str(annotations.file_names[row])) for row in rows]
+    problems = [_missing(image_path(folder, str(annotations.file_names[row]))) for row in rows]
     if None not in problems:
         raise ValueError(
             f"{annotations.path}: none of {len(rows)} training images that were looked for is there "

@@ -217,7 +217,9 @@ def held_out_accuracy(
         ImageError: more images than `data.max_bad_images` cannot be read.
     """
     rows = [split.held_out_row(place) for place in range(rank(), split.held_out, world_size())]
-    read = functools.partial(central_crop, index, config.pretrain.image_size)
+    read = functools.partial(
+        central_crop, index, config.pretrain.image_size, max_pixels=config.data.max_pixels
+    )
     loader = image_loader(read, rows, config.pretrain.images_per_process, config.data.workers)
     counts, unreadable = torch.zeros(2, dtype=torch.int64), []
     with Progress("held-out images", len(rows)) as progress:

@@ -200,12 +200,14 @@ def image_reader(
     part of its size; it gets whole ones.
     """
     whole = detector is not None and detector.test_config.resize != "pillow"
-    return functools.partial(_read, index, search_sizes(config.regions), whole)
+    return functools.partial(_read, index, search_sizes(config.regions), whole, config.data.max_pixels)
 
 
-def _read(index: LabeledImages, searched: list[tuple[int, int]], whole: bool, row: int) -> ImageOfRow | str:
+def _read(
+    index: LabeledImages, searched: list[tuple[int, int]], whole: bool, max_pixels: int, row: int
+) -> ImageOfRow | str:
     try:
-        image = open_image(index.read(row), index.name(row))
+        image = open_image(index.read(row), index.name(row), max_pixels)
         sizes = [shortest_size(image.size, *each) for each in searched]  # the largest first
         pixels, extent = (image.decode(), None) if whole else image.decode_reduced(sizes[0])
         return ImageOfRow(pixels, extent, image.size, sizes)

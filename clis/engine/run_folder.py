@@ -237,6 +237,22 @@ class RunFolder:
             self.preempted.unlink(missing_ok=True)
 
 
+def find_checkpoint(source: str | Path) -> Path:
+    """Return the checkpoint that a path names: a file itself, or the last one of a run folder.
+
+    Raises:
+        FileNotFoundError: it is a folder without a checkpoint.
+    """
+    path = Path(source).expanduser()
+    if not path.is_dir():
+        return path
+    folder = RunFolder(path.parent if path.name == "checkpoints" else path)
+    saved = folder.saved_checkpoints()
+    if not saved:
+        raise FileNotFoundError(f"{path}: no checkpoint in this folder; name a run's, or wait for its first")
+    return saved[0]
+
+
 def regions_file(config: Config) -> Path:
     """Return the path of the config's region file, which may not exist yet."""
     return Path(config.regions.file) if config.regions.file else RunFolder(config.output).regions

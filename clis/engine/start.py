@@ -14,7 +14,7 @@ from clis.engine.prerequisites import PlannedRun, checkpoint_of, start_config
 from clis.engine.run_folder import RunFolder
 from clis.losses import find_classification_loss
 from clis.models import CLISDetector, build_model, find_calibration
-from clis.models.weights import load_state
+from clis.models.weights import FROM_SCRATCH, load_state
 
 
 def starting_model(
@@ -71,7 +71,25 @@ def check_run(run: PlannedRun) -> None:
     """
     find_classification_loss(run.config.loss.classification)
     find_calibration(run.config.test.calibration, run.config.loss.classification)
+    check_frozen_layers(run.config)
     check_start(run)
+
+
+def check_frozen_layers(config: Config) -> None:
+    """Check that no layer of a new run would be frozen at its random weights.
+
+    Raises:
+        ValueError: `model.backbone` freezes layers, and nothing gives them weights.
+    """
+    backbone = config.model.backbone
+    given = backbone.weights is not None or config.pretrain.epochs > 0 or config.start.from_ is not None
+    if given or backbone.trainable_layers == 5 or RunFolder(config.output).has_begun:
+        return
+    raise ValueError(
+        f"model.backbone.weights=null: trainable_layers={backbone.trainable_layers} would freeze "
+        f"{5 - backbone.trainable_layers} of 5 groups of layers at random weights; name weights, or set "
+        f"{FROM_SCRATCH}"
+    )
 
 
 def check_start(run: PlannedRun) -> None:

@@ -16,6 +16,7 @@ from pycocotools import mask as rle
 
 from clis.atomic import atomic_write
 from clis.data.json_lists import NotJSON, read_list
+from clis.text import check_regular
 
 COLUMNS = ("image_id", "category_id", "bbox", "score")
 ROWS = 1 << 16
@@ -107,7 +108,8 @@ class Detections:
         Raises ValueError with the path, and the row (counted from 0) and value where there is one, for a file
         that is truncated, a missing or ill-typed column or key, and all that the class itself rejects.
         """
-        path = Path(path)
+        path = Path(path).expanduser()
+        check_regular(path)
         try:
             if path.suffix == ".npz":
                 if masks:

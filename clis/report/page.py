@@ -135,7 +135,7 @@ def collect(runs: Sequence[ReportRun], images: int | None, regions: int) -> dict
             room = PICTURE_BYTES if images is None else None
             config = runs[0].config
             folder = data_path(config, config.data.val_images)
-            pictures, complaint = read_pictures(annotations, folder, shown, room)
+            pictures, complaint = read_pictures(annotations, folder, shown, room, config.data.max_pixels)
             payload["images"]["pictures"] = pictures
             notes += complaint
         if index is not None:
@@ -231,7 +231,8 @@ def _regions(
     except (OSError, ValueError) as error:
         run.missing.append(f"No regions: {error}.")
         return None
-    payload = region_payload(index, found, annotations.categories, order, count)
+    limit = run.config.data.max_pixels
+    payload = region_payload(index, found, annotations.categories, order, count, limit)
     return payload | {"run": run.name, "file": str(path), "rule": run.config.regions.rule}
 
 

@@ -16,7 +16,7 @@ from clis.data.annotated_images import open_annotated
 from clis.data.annotations import Annotations
 from clis.data.categories import Category
 from clis.data.image_level import ImageLevelIndex
-from clis.data.images import EncodedImage, ImageError, open_image
+from clis.data.images import MAX_PIXELS, EncodedImage, ImageError, open_image
 from clis.data.region_file import RegionSource
 from clis.metric.verdicts import CLASS, LOCATION, NOTHING
 from clis.progress import Progress
@@ -89,7 +89,11 @@ def worst_images(annotations: Annotations, runs: Sequence[Judged], count: int) -
 
 
 def read_pictures(
-    annotations: Annotations, folder: Path, rows: Sequence[int], room: int | None
+    annotations: Annotations,
+    folder: Path,
+    rows: Sequence[int],
+    room: int | None,
+    max_pixels: int = MAX_PIXELS,
 ) -> tuple[dict[int, str], list[str]]:
     """Encode validation images; return them by place, and one sentence if some cannot be read.
 
@@ -105,7 +109,7 @@ def read_pictures(
     ) as progress:
         for row in rows:
             try:
-                picture = encode_small(open_annotated(annotations, folder, row), SIDE)
+                picture = encode_small(open_annotated(annotations, folder, row, max_pixels), SIDE)
                 used += len(picture)
                 if room is not None and used > room:
                     break
@@ -122,7 +126,12 @@ def read_pictures(
 
 
 def region_payload(
-    index: ImageLevelIndex, regions: np.ndarray, categories: Sequence[Category], order: np.ndarray, count: int
+    index: ImageLevelIndex,
+    regions: np.ndarray,
+    categories: Sequence[Category],
+    order: np.ndarray,
+    count: int,
+    max_pixels: int = MAX_PIXELS,
 ) -> dict[str, Any]:
     """Return regions for the page's script: figures of every class, and pictures of some.
 
@@ -143,7 +152,7 @@ def region_payload(
         for label in order.tolist():
             own = by_score[bounds[label] : bounds[label + 1]]
             for row in dict.fromkeys(own[[0, len(own) // 2, -1]].tolist() if len(own) else []):
-                picture = _region_picture(index, regions[row], row)
+                picture = _region_picture(index, regions[row], row, max_pixels)
                 if len(shown) < count and picture is not None:
                     shown.append({"label": label, **picture})
                     progress.advance()
@@ -156,10 +165,12 @@ def region_payload(
     }
 
 
-def _region_picture(index: ImageLevelIndex, region: np.void, row: int) -> dict[str, Any] | None:
+def _region_picture(
+    index: ImageLevelIndex, region: np.void, row: int, max_pixels: int
+) -> dict[str, Any] | None:
     """Return one region with its image, or None where the image cannot be read."""
     try:
-        image = open_image(index.read(row), index.name(row))
+        image = open_image(index.read(row), index.name(row), max_pixels)
         height, width = image.size
         picture = encode_small(image, REGION_SIDE)
     except ImageError:
