@@ -16,6 +16,7 @@ from clis.data import streams
 from clis.data.annotations import load_annotations
 from clis.data.images import decode_image
 from clis.data.region_file import load_regions
+from clis.engine.run_folder import RunFolder
 from clis.metric.detections import Detections
 from clis.metric.lvis_eval import METRICS
 
@@ -52,7 +53,7 @@ def test_the_recipe_runs_on_photographs(tmp_path):
     run_verb("train", ["--config", str(CONFIGS / "clis.yaml"), *arguments])
 
     for folder in (output, output / "detector"):
-        metrics = json.loads((folder / "eval.json").read_text())
+        metrics = RunFolder(folder).read_result()
         assert tuple(metrics) == METRICS
         assert all(value == -1 or 0 <= value <= 1 for value in metrics.values())
         assert metrics["AP"] >= 0  # defined: the split has boxes
