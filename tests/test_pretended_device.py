@@ -81,7 +81,7 @@ def test_a_step_launches_few_operators(monkeypatch):
                 model, model, optimizer, scaler, [batch], normalizers_of(batch), 1e-4, 0.5, config
             )
     assert sum(device.waits.values()) == 7
-    assert sum(device.launches.values()) < 1900
+    assert sum(device.launches.values()) < 1850
 
 
 def detectors(device: PretendedDevice, *overrides: str) -> tuple[CLISDetector, CLISDetector]:

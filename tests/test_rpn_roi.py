@@ -86,6 +86,20 @@ def test_rounded_anchors_on_the_grid_are_torchvisions(size):
     assert not torch.equal(nominal, expected)  # P6 has an odd grid of P5 below it
 
 
+def test_anchors_do_not_depend_on_the_sizes_before():
+    """They are cut out of the largest grid so far: smaller and wider maps, another type, inference mode."""
+    rpn = RPN(2, RPNConfig())
+    for height, width in ((96, 64), (64, 64), (32, 160), (96, 160), (96, 64)):
+        features = pyramid(2, height, width)
+        with torch.inference_mode(height == 32):
+            found = torch.cat(rpn.anchors(features))
+        assert torch.equal(found, torch.cat(RPN(2, RPNConfig()).anchors(features)))
+        assert not rpn.anchors(features)[0].is_inference()
+    exact = torch.cat(rpn.double().anchors(features))
+    assert exact.dtype == torch.float64
+    torch.testing.assert_close(exact.float(), found)
+
+
 def test_rpn_output_belongs_to_its_anchor():
     torch.manual_seed(0)
     rpn, features = RPN(4, RPNConfig()).double(), pyramid(4, 64, 96, images=2)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -70,6 +71,7 @@ class RPN(nn.Module):
             nn.init.zeros_(layer.bias)
         cells = torch.stack([cell_anchors(config, stride) for stride in STRIDES])
         self.register_buffer("cell_anchors", cells, persistent=False)
+        self._grids: dict[tuple[Any, ...], Tensor] = {}
 
     def forward(self, features: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """Return objectness logits [B,n] and deltas [B,n,4] of every level."""
@@ -91,8 +93,25 @@ class RPN(nn.Module):
             spacing = (stride, stride)
             if self.config.anchor_spacing == "grid":
                 spacing = (padded_height // height, padded_width // width)
-            anchors.append(grid_anchors(cell, height, width, spacing))
+            anchors.append(self._grid(stride, cell, height, width, spacing))
         return anchors
+
+    def _grid(self, stride: int, cell: Tensor, height: int, width: int, spacing: tuple[int, int]) -> Tensor:
+        """Cut a level's anchors out of the largest grid that was needed so far, which stays on its device.
+
+        Not while a program is exported: its tensors and sizes are placeholders.
+        """
+        if type(cell) is not Tensor:
+            return grid_anchors(cell, height, width, spacing)
+        key = (stride, spacing, cell.device, cell.dtype)
+        grid = self._grids.get(key)
+        if grid is None or grid.shape[0] < height or grid.shape[1] < width:
+            rows, columns = (height, width) if grid is None else grid.shape[:2]
+            rows, columns = max(rows, height), max(columns, width)
+            with torch.inference_mode(False):  # training may need it later
+                grid = grid_anchors(cell, rows, columns, spacing).view(rows, columns, -1, 4)
+            self._grids[key] = grid
+        return grid[:height, :width].reshape(-1, 4)
 
     def predict_at(
         self, features: Sequence[Tensor], images: Tensor, anchors: Tensor
