@@ -250,6 +250,7 @@ def test_a_checkpoint_imports_its_loss_with_the_detector_and_not_before(modules)
         load_detector(path)
 
 
+@pytest.mark.slow
 def test_the_working_folder_is_searched_by_torchrun_and_from_scripts_elsewhere(data, tmp_path):
     """`torchrun train.py`, `python evaluate.py` and a user's script put their own folder on Python's path."""
     work, elsewhere = tmp_path / "work", tmp_path / "elsewhere"

@@ -40,6 +40,7 @@ def small_split(path: Path) -> Path:
 
 
 @needs_data
+@pytest.mark.slow
 def test_the_recipe_runs_on_photographs(tmp_path):
     output = tmp_path / "run"
     arguments = [

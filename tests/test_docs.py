@@ -12,6 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 import yaml
 from conftest import rows_of
@@ -73,6 +74,7 @@ def run_commands(document: str, folder: Path, *, more: dict[str, list[str]]) -> 
     return said
 
 
+@pytest.mark.slow
 def test_your_own_data_from_zero(data, tmp_path):
     """A table of boxes and folders by class name, made of the embedded benchmark's images."""
     folder = tmp_path / "mine"
@@ -104,6 +106,7 @@ def test_your_own_data_from_zero(data, tmp_path):
     assert (tmp_path / "runs" / "mine" / "checkpoints" / "last" / "eval.json").exists()
 
 
+@pytest.mark.slow
 def test_adding_a_classification_loss(data, tmp_path):
     """The file as it is shown: trained, evaluated by another process, and compared to cross-entropy."""
     write_named(tmp_path, blocks("benchmark.md", "python") + blocks("benchmark.md", "yaml"))

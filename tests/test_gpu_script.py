@@ -27,6 +27,7 @@ def python(*lines: str) -> list[str]:
     return [sys.executable, "-c", "\n".join(lines)]
 
 
+@pytest.mark.slow
 def test_a_part_that_goes_wrong_ends_alone(gpu, tmp_path):
     parts = {key: gpu.Part(f"part {key}", 8, ("kept", "more*")) for key in "abcde"}
     write = "open({!r}, 'a').write({!r} + chr(10))"
@@ -61,6 +62,7 @@ def test_the_limits_leave_nine_minutes(gpu):
     assert sum(part.seconds for part in gpu.PARTS.values()) < 9 * 60
 
 
+@pytest.mark.slow
 def test_what_is_left_when_the_time_is_over(gpu, tmp_path):
     parts = {"a": gpu.Part("one", 6, ()), "b": gpu.Part("two", 1, ())}
     commands = {"a": python("import time", "time.sleep(60)"), "b": python()}
