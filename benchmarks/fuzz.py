@@ -245,7 +245,7 @@ def attempts(root: Path) -> dict[str, Callable[[], object]]:
 
 @contextlib.contextmanager
 def time_limit(seconds: int) -> Iterator[None]:
-    """Raise `TimeoutError` in the block after so many seconds, also while a file is waited for."""
+    """Raise `TimeoutError` in the block after `seconds`, even while it waits for a file."""
 
     def over(*_: object) -> None:
         raise _TooLong(f"more than {seconds} s")

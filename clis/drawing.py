@@ -117,7 +117,7 @@ def font_of(size: int) -> ImageFont.FreeTypeFont:
 
 
 def shorten(text: str, font: ImageFont.FreeTypeFont, width: float) -> str:
-    """Return the text, or as much of its start as fits this width in pixels with three dots behind it."""
+    """Return the text, or as much of its start as fits this width in pixels, followed by three dots."""
     if font.getlength(text) <= width:
         return text
     while text and font.getlength(text + "...") > width:

@@ -39,7 +39,7 @@ INSTEAD = {
 
 
 class VerbParser(argparse.ArgumentParser):
-    """Parses the arguments of a verb; what is wrong is told in one line."""
+    """Parse the arguments of a verb and report errors in one line."""
 
     def parse(self, argv: Sequence[str]) -> argparse.Namespace:
         """Parse arguments; overrides may follow options, and be options that other programs have.

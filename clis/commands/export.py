@@ -115,19 +115,8 @@ def export(
     Raises:
         FileNotFoundError, ValueError: the checkpoint or an argument is wrong, or onnx is not installed.
     """
-    if out.suffix not in (".pt2", ".onnx"):
-        raise ValueError(f"{out}: the name of an exported program ends in .pt2 or .onnx")
-    if size is not None and min(size) < 1:
-        raise ValueError(f"--size {size[0]} {size[1]}: height and width are above 0")
-    if candidates < 1:
-        raise ValueError(f"--candidates {candidates}: must be at least 1")
-    if wrong := [each for each in overrides if not each.startswith(("test.", "data.root="))]:
-        raise ValueError(
-            f"{wrong[0]}: only the section test can change, e.g. test.detections=100, and data.root"
-        )
+    _check_arguments(out, size, device, overrides, candidates, batch)
     onnx = out.suffix == ".onnx"
-    if onnx and (device.type != "cpu" or batch is not None):
-        raise ValueError(f"{out}: ONNX is for the CPU and single images; leave out --device and --batch")
     nms = _onnx_nms() if onnx else nms_of_best
     state = load_checkpoint(checkpoint)
     values = config_to_dict(config_from_dict(state["config"], source=str(checkpoint)))
@@ -172,6 +161,29 @@ def export(
         with atomic_write(script) as temporary:
             temporary.write_text(SCRIPT.format(script=script.name, program=out.name, device=device))
         say(f"{script}: runs it, with torch and torchvision alone")
+
+
+def _check_arguments(
+    out: Path,
+    size: tuple[int, int] | None,
+    device: torch.device,
+    overrides: Sequence[str],
+    candidates: int,
+    batch: int | None,
+) -> None:
+    """Refuse arguments of `export` that are wrong or do not go together, before anything is loaded."""
+    if out.suffix not in (".pt2", ".onnx"):
+        raise ValueError(f"{out}: the name of an exported program ends in .pt2 or .onnx")
+    if size is not None and min(size) < 1:
+        raise ValueError(f"--size {size[0]} {size[1]}: height and width are above 0")
+    if candidates < 1:
+        raise ValueError(f"--candidates {candidates}: must be at least 1")
+    if wrong := [each for each in overrides if not each.startswith(("test.", "data.root="))]:
+        raise ValueError(
+            f"{wrong[0]}: only the section test can change, e.g. test.detections=100, and data.root"
+        )
+    if out.suffix == ".onnx" and (device.type != "cpu" or batch is not None):
+        raise ValueError(f"{out}: ONNX is for the CPU and single images; leave out --device and --batch")
 
 
 def _onnx_nms() -> Callable[..., Tensor]:

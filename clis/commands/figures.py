@@ -59,7 +59,7 @@ def dot_plot(rows: Mapping[str, Sequence[Mapping[str, float]]], title: str = "")
     """Draw AP of all, rare, common and frequent classes, a panel each, with a line per row.
 
     The dot is the mean of the runs, its whiskers are one standard deviation of at least three to both sides,
-    and the rings below it are the single runs. Their number is behind the name.
+    and the rings below it are the single runs. Their number follows the name.
 
     Args:
         rows: figures of each run in percent, -1 where undefined, by the row's name.

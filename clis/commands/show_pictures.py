@@ -104,7 +104,7 @@ def _region_mark(
 
 
 def score_text(streams: Streams, row: int) -> str:
-    """Return what to write behind a region's class: its score, and where it is a fallback."""
+    """Return what follows a region's class in its caption: the score, and whether it is a fallback."""
     assert streams.regions is not None
     region = streams.regions[row]
     score = f" {format_score(region['score'])}" if streams.scored else ""

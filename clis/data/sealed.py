@@ -207,7 +207,7 @@ def allow_open_files() -> None:
 
 @functools.cache
 def warn_of_little_memory(workers: int) -> None:
-    """Print a warning, once, where /dev/shm has little room for the batches of so many processes."""
+    """Print a warning, once, if /dev/shm has little room for the batches of `workers` processes."""
     free = shutil.disk_usage(_SHARED).free if _SHARED.exists() else None
     if free is not None and free < workers * MEMORY_PER_WORKER:
         say(

@@ -36,7 +36,7 @@ class Process:
     pid: int
     host: str
     machine: str
-    """Changes with the boot and with the container, in both of which process numbers begin anew."""
+    """Changes with the boot and with the container, both of which number their processes from scratch."""
     started: str | None
     """When the system started it, in the system's own unit: another process may get the same number."""
     since: str

@@ -106,7 +106,7 @@ class RunFolder:
 
     @property
     def steps_done(self) -> int:
-        """Steps behind the last checkpoint, by the names of the files; 0 where there is none."""
+        """Return the step of the last checkpoint, by the names of the files; 0 if there is none."""
         numbers = [_STEP.fullmatch(path.name) for path in self.step_checkpoints()]
         return max((int(number[1]) for number in numbers if number is not None), default=0)
 

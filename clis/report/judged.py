@@ -33,7 +33,7 @@ ROOM = 17_000_000
 BOX_BYTES, TRUTH_BYTES = 20, 11
 """Of one detection and of one ground truth of one run, as base64."""
 BOXES_OF_AN_IMAGE = 50
-"""At most so many judged ones of an image and run, and as many that are not judged."""
+"""Maximum number of judged boxes per image and run, and of boxes that are not judged."""
 LEAST_CLASSES = 3
 """Classes that a bin of AP against training images must have."""
 
