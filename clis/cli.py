@@ -11,6 +11,8 @@ import time
 from collections.abc import Callable
 from typing import TextIO
 
+from clis.text import wrapped
+
 EXIT_CODE = 75
 """Of a run, or a study, that stopped because it was asked to and can resume (sysexits.h: EX_TEMPFAIL)."""
 
@@ -68,7 +70,7 @@ def run_command(main: Callable[[], None]) -> None:
         main()
         sys.stdout.flush()  # here, where a closed pipe is met with calm
     except Preempted as stop:
-        print(stop, file=sys.stderr, flush=True)
+        print(wrapped(str(stop), sys.stderr), file=sys.stderr, flush=True)
         sys.exit(EXIT_CODE)
     except KeyboardInterrupt:
         sys.exit(130)
@@ -91,7 +93,8 @@ def run_command(main: Callable[[], None]) -> None:
             text = f"another process of this run has ended ({text.splitlines()[0]}); its own error says why"
         if "Original Traceback" in text:  # from a loader process, whose traceback is in the message
             text = text.splitlines()[-1].partition(": ")[2]
-        print(f"error: {text}\n(CLIS_DEBUG=1 shows the traceback)", file=sys.stderr)
+        text = f"error: {text}\n(CLIS_DEBUG=1 shows the traceback)"
+        print(wrapped(text, sys.stderr), file=sys.stderr)
         sys.stderr.flush()
         sys.exit(1)
 

@@ -245,6 +245,8 @@ class DataConfig:
     """Folder that the paths below are relative to; null is $CLIS_DATA, or ``data`` if that is unset."""
     generate: Literal["shapes"] | None = setting(None, SHARED)
     """Write the embedded benchmark to ``root/shapes`` if it does not exist yet."""
+    source: str | None = setting(None, SHARED | MACHINE)
+    """How to get the data, in words: told where the training annotations are missing."""
     train: str = setting("lvis/lvis_v1_train.json", SHARED | PRETRAINING | REGIONS)
     """Instance-level annotations (D_d): LVIS v1, LVIS v0.5 or COCO form."""
     train_images: str = setting("coco", SHARED)

@@ -12,6 +12,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from clis.distributed import is_main
+from clis.text import wrapped
 
 PLAIN_INTERVAL = 15.0
 """Seconds between lines where the output is not a terminal."""
@@ -38,7 +39,7 @@ def logged(path: Path) -> Iterator[None]:
 def say(text: str) -> None:
     """Print a line on rank 0 only, and note it in the log."""
     if is_main():
-        tqdm.write(text, file=sys.stdout)
+        tqdm.write(wrapped(text, sys.stdout), file=sys.stdout)
         sys.stdout.flush()
         note(text)
 

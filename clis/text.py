@@ -1,13 +1,16 @@
-"""Text files as people have them: UTF-8 with or without a byte order mark, or named where it is not."""
+"""Text as people have it: files in UTF-8, names in one form or another, lines for a terminal."""
 
 from __future__ import annotations
 
 import codecs
 import contextlib
 import os
+import shutil
 import stat
+import textwrap
 import unicodedata
 from pathlib import Path
+from typing import TextIO
 
 
 def check_regular(path: str | Path) -> None:
@@ -42,6 +45,22 @@ def loose(name: str) -> str:
     """
     folded = unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
     return "_".join(folded.replace("_", " ").split())
+
+
+def wrapped(text: str, stream: TextIO) -> str:
+    """Break the lines that are longer than a terminal is wide between words; for other streams, none."""
+    if not stream.isatty():
+        return text
+    width = shutil.get_terminal_size().columns
+    return "\n".join(
+        textwrap.fill(
+            line, width, subsequent_indent="  ", expand_tabs=False, replace_whitespace=False,
+            break_long_words=False, break_on_hyphens=False,
+        )
+        if len(line) > width
+        else line
+        for line in text.split("\n")
+    )  # fmt: skip
 
 
 def decode(data: bytes, source: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -128,6 +129,26 @@ def test_configs_are_found_by_name_anywhere(tmp_path, monkeypatch):
         find_config("configs/shapes")
     (tmp_path / "configs" / "shapes" / "clis.yaml").write_text("train: {steps: 5}")
     assert load_config("shapes/clis").train.steps == 5  # those of the working folder come first
+
+
+@pytest.mark.slow
+def test_an_editable_install_is_found_from_the_folder_above_the_clone(tmp_path):
+    """A folder called clis lies there, the clone, which Python would take for a package without contents."""
+    shutil.copytree(
+        REPOSITORY,
+        tmp_path / "clis",
+        symlinks=True,
+        ignore=shutil.ignore_patterns(".*", "*.egg-info", "runs"),
+    )
+    subprocess.run([sys.executable, "-m", "venv", tmp_path / "venv"], check=True)
+    python = tmp_path / "venv" / "bin" / "python"
+    subprocess.run([python, "-m", "pip", "install", "-q", "--no-deps", "-e", tmp_path / "clis"], check=True)
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    found = subprocess.run(
+        [python, "-c", "import clis; print(clis.__file__)"],
+        cwd=tmp_path, env=environment, capture_output=True, text=True,
+    )  # fmt: skip
+    assert found.stdout.strip() == str(tmp_path / "clis" / "clis" / "__init__.py")
 
 
 def test_a_link_beside_a_config_names_its_own_run_folder(tmp_path, monkeypatch):

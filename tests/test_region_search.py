@@ -25,7 +25,7 @@ from clis.data.images import ImageError
 from clis.data.region_file import RegionSource, load_regions
 from clis.engine import region_search
 from clis.engine.region_parts import PART_DTYPE, RegionParts
-from clis.engine.region_search import center_box, make_regions
+from clis.engine.region_search import center_box, image_key, make_regions
 from clis.models import ImageDetections
 from clis.resize import resize_image, shortest_size
 
@@ -211,6 +211,16 @@ class TestRules:
                 assert table["source"][row] == RegionSource.RULE
                 expected = [2, 0, 42, 20] if number == 6 else box_of(number)
                 assert table["box"][row].tolist() == expected
+
+    def test_names_of_boxes_in_another_form_are_found(self, index, tmp_path):
+        """As a program on Windows or macOS writes them: backslashes, decomposed accents."""
+        assert image_key("cafe\u0301\\1.jpg") == image_key("caf\u00e9/1.jpg") == "caf\u00e9/1.jpg"
+        boxes = {index.name(row).replace("/", "\\"): [1, 2, 8, 9] for row in range(len(index))}
+        (tmp_path / "boxes.json").write_text(json.dumps(boxes))
+        given = ["regions.rule=given", f"regions.boxes={tmp_path}/boxes.json"]
+        make_regions(config_of(*given), index, None, tmp_path / "regions.npy")
+        table = load_regions(tmp_path / "regions.npy", index, RegionsConfig(rule="given"))
+        assert (table["box"] == [1, 2, 8, 9]).all()
 
     def test_boxes_of_another_file_do_not_go_on_with_a_partial_one(self, index, tmp_path, monkeypatch):
         """Interrupted after 8 of 21 images, the file edited: all regions are of the new boxes."""

@@ -84,7 +84,7 @@ def test_asked_to_stop_it_finishes_the_step_and_goes_on(number, data, reference,
     assert load_checkpoint(tmp_path / "checkpoints" / "last.pt")["step"] == step == len(records(tmp_path))
     process = start(arguments)
     output, _ = process.communicate(timeout=300)
-    assert f"resuming from step {step}" in output
+    assert f"going on from step {step}" in output
     assert not RunFolder(tmp_path).preempted.exists()
     assert_same_training(tmp_path, reference)
 
@@ -148,7 +148,7 @@ def test_a_killed_process_is_started_again_by_torchrun(data, tmp_path):
     os.kill(victim, signal.SIGKILL)
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 0, output
-    assert "resuming from step" in output
+    assert "going on from step" in output
     assert [record["step"] for record in records(tmp_path)] == list(range(1, 61))
     assert (tmp_path / "eval.json").exists()
 
@@ -187,7 +187,7 @@ def test_images_that_go_away_leave_a_checkpoint_to_go_on_from(workers, data, ref
     assert f"; saving step {step}\n" in output
     (root / "elsewhere").rename(root / "shapes" / "train")
     output, _ = start(arguments).communicate(timeout=120)
-    assert f"resuming from step {step}" in output
+    assert f"going on from step {step}" in output
     assert_same_training(tmp_path / "run", reference)
 
 

@@ -1,8 +1,9 @@
-"""Text files of other encodings: read where that is safe, else named with the line and what to do."""
+"""Text files of other encodings, read where that is safe, else named; lines that fit a terminal."""
 
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import os
 
@@ -15,7 +16,7 @@ from clis.data.categories import Category, check_same_categories
 from clis.data.image_classes import MemberLabels, _read_mapping, class_labels
 from clis.metric.detections import Detections
 from clis.metric.official import official_precision
-from clis.text import decode, read_text
+from clis.text import decode, read_text, wrapped
 
 WORD = "r\u00e9glages"  # its second letter is one byte in Latin-1, two in UTF-8
 
@@ -35,6 +36,19 @@ def test_a_byte_order_mark_is_no_part_of_the_text(tmp_path):
 def test_other_encodings_are_named(encoding, message):
     with pytest.raises(ValueError, match=message):
         decode(f"one\n{WORD}\n".encode(encoding), "a.txt")
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_lines_break_between_words_on_a_terminal(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "20")
+    text = "| a-long-name  | 51.7 | 46.8 |\nshort\n" + "x" * 30
+    # the second line of the first hangs; a word that is longer than the terminal stays whole
+    assert wrapped(text, Terminal()) == "| a-long-name  |\n  51.7 | 46.8 |\nshort\n" + "x" * 30
+    assert wrapped(text, io.StringIO()) == text  # a file or pipe has no width
 
 
 def test_a_config_that_is_not_utf8_is_named(tmp_path):

@@ -553,6 +553,12 @@ class TestBadInput:
                 run_verb("evaluate", [checkpoint, override])
         run_verb("evaluate", [checkpoint, "model.rpn.proposals=20", "test.nms_iou=0.6", f"output={tmp_path}"])
 
+    def test_evaluation_never_writes_into_the_folder_of_a_training(self, finished):
+        before = (finished / "eval.json").read_bytes()
+        with pytest.raises(ValueError, match="is the folder of a training, whose results stay"):
+            run_verb("evaluate", [str(finished), "test.nms_iou=0.9", f"output={finished}"])
+        assert (finished / "eval.json").read_bytes() == before
+
     def test_a_run_does_not_go_on_from_the_checkpoint_of_another(self, data, tmp_path):
         run_verb("train", self.arguments(data, tmp_path / "a"))
         shutil.copytree(tmp_path / "a" / "checkpoints", tmp_path / "b" / "checkpoints")

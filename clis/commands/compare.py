@@ -7,6 +7,7 @@ import argparse
 from clis.engine.run_folder import RunFolder
 from clis.engine.run_state import RunState
 from clis.metric.lvis_eval import format_table
+from clis.progress import say
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,4 +36,4 @@ def run(arguments: argparse.Namespace) -> None:
         rows[name] = {} if evaluated is None else evaluated[1]
         if paper := state.config.paper.figures:
             rows[f"{state.folder}: the paper's, not ours"] = {key: paper[key] / 100 for key in paper}
-    print("\n".join([format_table(rows), *missing]))
+    say("\n".join([format_table(rows), *missing]))

@@ -54,10 +54,14 @@ def run(arguments: argparse.Namespace) -> None:
         config_from_dict(merge_overrides(values, arguments.overrides), source="override")
     )
     _check_same_model(config, state, arguments.checkpoint)
+    folder = RunFolder(config.output)
+    if folder.config.exists():
+        raise ValueError(
+            f"{folder} is the folder of a training, whose results stay; name another output=FOLDER"
+        )
     device = choose_device(config.train.device)
     with process_group(device):
         detector = load_model(state, config, str(arguments.checkpoint)).to(device).eval()
-        folder = RunFolder(config.output)
         annotations = load_validation(config, detector.categories, unlabeled=True)
         if not len(annotations.labels):
             _write_detections(detector, config, annotations, folder)

@@ -17,7 +17,14 @@ from clis.data.image_level import ImageLevelIndex
 from clis.data.images import ImageError
 from clis.data.region_file import REGION_DTYPE
 from clis.data.streams import make_index, read_annotations
-from clis.engine.region_search import load_searcher, read_boxes, region_rule, regions_of, search_batches
+from clis.engine.region_search import (
+    image_key,
+    load_searcher,
+    read_boxes,
+    region_rule,
+    regions_of,
+    search_batches,
+)
 from clis.models import CLISDetector
 from clis.progress import Progress, say
 
@@ -54,7 +61,8 @@ def scan_sizes(
     index = make_index(config, read_annotations(data_path(config, config.data.train)))
     rows = np.unique(np.linspace(0, len(index) - 1, min(images, len(index))).astype(int)).tolist()
     truth = None if boxes is None else read_boxes(boxes, index)
-    if truth is not None and not any(index.name(row) in truth for row in rows):
+    names = [image_key(index.name(row)) for row in rows]
+    if truth is not None and not any(name in truth for name in names):
         raise ValueError(f"{boxes}: no box of the {len(rows)} images that are looked at; raise --images")
     model = load_searcher(config, device, detector)
     sizes = sorted(sizes) or [round(fraction * config.test.short_side) for fraction in FRACTIONS]
@@ -69,7 +77,7 @@ def scan_sizes(
         scores[size, max_size] = float(found["score"].mean())
         cells = [str(size), str(max_size), f"{found['score'].mean():.4f}", f"{rate:.1f}"]
         if truth is not None:
-            overlaps = _overlaps(found["box"], [index.name(row) for row in rows], truth)
+            overlaps = _overlaps(found["box"], names, truth)
             cells += [f"{overlaps.mean():.3f}", f"{100 * (overlaps > 0.5).mean():.1f}"]
         lines.append("| " + " | ".join(cells) + " |")
     head = ["short_side", "max_size", "mean score", "images a second"]

@@ -10,6 +10,7 @@ from clis.engine.at_work import QUIET, Process, last_sign
 from clis.engine.describe import format_losses, format_metrics
 from clis.engine.run_folder import RunFolder
 from clis.engine.run_state import RunState
+from clis.progress import say
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,7 +27,7 @@ def run(arguments: argparse.Namespace) -> None:
     errors = []
     for folder in arguments.folders:
         try:
-            print(describe(RunState.read(folder)))
+            say(describe(RunState.read(folder)))
         except (OSError, ValueError) as error:
             errors.append(error)
     if errors:

@@ -57,7 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Run the rows and seeds of a study that are missing, then print its table; or only draw it again."""
     if arguments.draw:
-        print(draw_again(arguments.file, arguments.out, arguments.overrides))
+        say(str(draw_again(arguments.file, arguments.out, arguments.overrides)))
         return
     folder = run_study(
         arguments.file,
@@ -67,7 +67,7 @@ def run(arguments: argparse.Namespace) -> None:
         jobs=arguments.jobs,
         overrides=arguments.overrides,
     )
-    print((folder / "table.md").read_text() + f"{folder}/study.json, table.md")
+    say((folder / "table.md").read_text() + f"{folder}/study.json, table.md")
 
 
 @dataclass(frozen=True)

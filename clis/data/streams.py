@@ -60,10 +60,13 @@ def read_training_annotations(config: Config) -> tuple[Annotations, dict[str, in
         FileNotFoundError, ValueError: as `load_training_annotations`.
     """
     path, data = data_path(config, config.data.train), config.data
-    with _reading(path) as advance:
-        return load_training_annotations(
-            path, drop_invalid=data.drop_invalid, empty_images=data.empty_images, advance=advance
-        )
+    try:
+        with _reading(path) as advance:
+            return load_training_annotations(
+                path, drop_invalid=data.drop_invalid, empty_images=data.empty_images, advance=advance
+            )
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{error}. {data.source}" if data.source else str(error)) from None
 
 
 @contextlib.contextmanager

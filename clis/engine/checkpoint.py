@@ -189,7 +189,7 @@ def resume(
     load_state(model, state["model"], str(path))
     optimizer.load_state_dict(state["optimizer"])
     scaler.load_state_dict(state["scaler"])
-    say(f"{path}: resuming from step {state['step']}")
+    say(f"{path}: resumed, going on from step {state['step']}")
     return state["step"], state.get("skipped", 0)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -254,7 +255,7 @@ def region_rule(config: Config, index: LabeledImages, detector: CLISDetector | N
         boxes = read_boxes(given_boxes(config), index)
         nothing = torch.full((4,), torch.nan)
         return lambda rows, images: [
-            (box_ops.clip(boxes.get(index.name(row), nothing), image.size), 1.0)
+            (box_ops.clip(boxes.get(image_key(index.name(row)), nothing), image.size), 1.0)
             for row, image in zip(rows, images)
         ]
     find = _top_score if name == "top-score" else _rank_first
@@ -320,7 +321,7 @@ def search_sizes(regions: RegionsConfig) -> list[tuple[int, int]]:
 
 
 def read_boxes(path: Path, index: LabeledImages) -> dict[str, Tensor]:
-    """Read a file as `regions.boxes` names one: a box, float32 [4], xyxy, by the name of its image.
+    """Read a file as `regions.boxes` names one: a box, float32 [4], xyxy, by `image_key` of its image.
 
     Raises:
         FileNotFoundError, ValueError: it is missing, not a JSON file of boxes, or of none of these images.
@@ -336,15 +337,21 @@ def read_boxes(path: Path, index: LabeledImages) -> dict[str, Tensor]:
     boxes = {}
     for name, box in values.items():
         try:
-            boxes[name] = torch.tensor(box, dtype=torch.float32).reshape(4)
+            corners = torch.tensor(box, dtype=torch.float32).reshape(4)
         except (TypeError, ValueError, RuntimeError):
             raise ValueError(f"{path}: {name}: [x1, y1, x2, y2] is needed, not {box!r}") from None
-        x1, y1, x2, y2 = boxes[name].tolist()
+        x1, y1, x2, y2 = corners.tolist()
         if not (x2 > x1 and y2 > y1):
             raise ValueError(f"{path}: {name}: the box {box} has no area; remove it or correct it")
-    if not any(index.name(row) in boxes for row in range(len(index))):
+        boxes[image_key(name)] = corners
+    if not any(image_key(index.name(row)) in boxes for row in range(len(index))):
         raise ValueError(f"{path}: no box of data.image_level's images; they are called e.g. {index.name(0)}")
     return boxes
+
+
+def image_key(name: str) -> str:
+    """Return the form of an image's name that does not depend on how a system writes accents or folders."""
+    return unicodedata.normalize("NFC", name).replace("\\", "/")
 
 
 def center_box(size: tuple[int, int]) -> Tensor:
