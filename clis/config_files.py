@@ -50,7 +50,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     if any(key not in SAME_RECIPE for key in flatten(merge_overrides({}, overrides))):
         values.pop("paper", None)  # another recipe than the file's
     values = merge_overrides(values, overrides)
-    values.setdefault("output", str(_run_folder(path)))
+    values.setdefault("output", str(Path("runs") / name_below(path, "configs")))
     return resolve_data_root(config_from_dict(values, source=str(path)))
 
 
@@ -245,10 +245,10 @@ def _read_value(text: str, kind: str | None) -> Any:
     return plain
 
 
-def _run_folder(path: Path) -> Path:
+def name_below(path: Path, folder: str) -> Path:
+    """Return a file's path below the innermost folder of a name, or its own name; without the suffix."""
     parts = Path(os.path.abspath(path)).with_suffix("").parts  # of a link its own name
-    below = parts[len(parts) - parts[::-1].index("configs") :] if "configs" in parts else parts[-1:]
-    return Path("runs", *below)
+    return Path(*(parts[len(parts) - parts[::-1].index(folder) :] if folder in parts else parts[-1:]))
 
 
 def _build(cls: type, values: Any, prefix: str) -> Any:

@@ -15,10 +15,12 @@ from runs import BASELINE, CONFIG, SHORT
 from clis.cli import OutOfMemory, is_out_of_memory
 from clis.commands import run_verb
 from clis.commands.prepare import prepare_image_level
+from clis.config_files import load_config
 from clis.data.annotations import load_annotations
 from clis.engine import preflight, train
 from clis.engine.memory import memory_advice
 from clis.engine.preflight import check_images
+from clis.models import build_model
 
 ORIENTATION = 0x0112
 
@@ -120,6 +122,25 @@ class TestBeforeTheDetectorIsTrained:
         usage = namedtuple("usage", "total used free")
         monkeypatch.setattr(preflight.shutil, "disk_usage", lambda _: usage(10**12, 0, 5_000_000))
         refused("run/detector, .*run: checkpoints will take 0.0[0-9] GB, but only 0.01 GB", error=OSError)
+
+    def test_the_checkpoints_of_a_pretraining_take_room_too(self, root, monkeypatch):
+        """Three at once (keep_last is 2) of the backbone: float32 weights, and momentum for all of them."""
+        asked = []
+
+        def stop(needs):
+            asked.append(needs)
+            raise OSError("too little")
+
+        monkeypatch.setattr(preflight, "check_space", stop)
+        arguments = [*SHORT, f"data.root={root}", f"output={root.parent / 'run'}", "train.keep_last=2"]
+        for epochs in (0, 1):
+            with pytest.raises(OSError, match="too little"):
+                run_verb("train", ["--config", BASELINE, *arguments, f"pretrain.epochs={epochs}"])
+        (((_, without),), ((_, pretrained),)) = asked
+        config = load_config(BASELINE, arguments)
+        backbone = build_model(config, load_annotations(root / "shapes" / "train.json").categories).backbone
+        numbers = sum(parameter.numel() for parameter in backbone.parameters())
+        assert pretrained - without == 3 * 2 * 4 * numbers
 
     def test_a_folder_below_a_file(self, root, refused):
         (root.parent / "run").write_text("")

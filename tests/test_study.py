@@ -19,6 +19,8 @@ from clis.commands import run_verb, study, study_record
 from clis.commands.study import Study, run_study
 from clis.config_files import load_config
 
+RECORDED = REPOSITORY / "docs" / "studies"
+
 
 def write_study(path: Path, rows: dict, seeds: tuple[int, ...] = (0,)) -> Path:
     path.write_text(yaml.safe_dump({"base": CONFIG, "seeds": list(seeds), "rows": rows}, sort_keys=False))
@@ -322,16 +324,19 @@ def test_rows_that_are_not_there(tmp_path):
 
 @pytest.mark.parametrize(
     "path",
-    sorted(path.parent for path in (REPOSITORY / "docs" / "studies").glob("*/study.json")),
-    ids=lambda path: path.name,
+    sorted(path.parent for path in RECORDED.rglob("study.json")),
+    ids=lambda path: path.relative_to(RECORDED).as_posix(),
 )
 def test_recorded_runs_are_those_of_the_rows(path):
     """What docs/ shows is what `python -m clis study` would skip as done, and not of other settings."""
-    loaded = Study.load(REPOSITORY / "configs" / "studies" / f"{path.name}.yaml")
-    recorded = json.loads((path / "study.json").read_text())["rows"]
+    name = path.relative_to(RECORDED).as_posix()
+    loaded = Study.load(REPOSITORY / "configs" / "studies" / f"{name}.yaml")
+    assert loaded.name == name
+    document = json.loads((path / "study.json").read_text())
+    recorded = document["rows"]
     for row in loaded.rows:
         for seed, run in recorded[row.name]["runs"].items():
-            assert run["key"] == loaded.run(row, int(seed), []).key, (row.name, seed)
+            assert run["key"] == loaded.run(row, int(seed), document["overrides"]).key, (row.name, seed)
     assert (path / "table.md").read_text() == study_record.table(
         recorded
     ) + "\n" + study_record.table_by_images(recorded)

@@ -22,7 +22,7 @@ from clis.commands.show_pictures import (
     format_score,
 )
 from clis.config import DETECTOR_RULES, Config, data_path
-from clis.config_files import load_config
+from clis.config_files import load_config, name_below
 from clis.data.annotations import Annotations
 from clis.data.image_classes import GROUPS, coverage, printable, shortened
 from clis.data.loader import TwoStreamDataset
@@ -43,7 +43,7 @@ SIZED = 64
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `clis show`."""
     add_config(parser)
-    parser.add_argument("--out", type=Path, metavar="FOLDER", help="default: runs/show/ + the config's name")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="default: below runs/show")
     parser.add_argument("--steps", type=positive, default=1, metavar="N", help="draw the first N steps (1)")
     parser.add_argument("--batch", type=positive, default=4, metavar="N", help="images of each step (4)")
     parser.add_argument(
@@ -60,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Write pictures and a page of what the first steps of a config see."""
     config = load_config(arguments.config, arguments.overrides)
-    out = arguments.out or Path("runs/show", Path(arguments.config).stem)
+    out = arguments.out or Path("runs/show") / name_below(Path(arguments.config), "configs")
     if config.data.generate == "shapes":
         generate_shapes(data_path(config, "shapes"))
     seen = open_streams(config, arguments.config)

@@ -25,6 +25,7 @@ from clis.config_files import (
     flatten,
     load_config,
     merge_overrides,
+    name_below,
     read_yaml,
 )
 from clis.config_scopes import Scope
@@ -94,6 +95,7 @@ class Study:
     """A study file: the base config, the seeds and the rows."""
 
     name: str
+    """Of its folder below `--out`: the file's path below a folder ``studies``, or its own name."""
     base: Path
     seeds: tuple[int, ...]
     rows: tuple[Row, ...]
@@ -116,7 +118,7 @@ class Study:
         base, axis = _beside(path, values["base"]), values.get("axis")
         if axis is None and any(row.at is not None for row in rows):
             raise ValueError(f"{path}: rows have places `at`, and no `axis` says on what; add its label")
-        return cls(path.stem, base, seeds, rows, axis)
+        return cls(name_below(path, "studies").as_posix(), base, seeds, rows, axis)
 
     def run(self, row: Row, seed: int, overrides: Sequence[str]) -> StudyRun:
         """Load the run of a row and seed, with `overrides` that hold for all rows."""

@@ -108,7 +108,10 @@ def _check_run(run: PlannedRun, training: Annotations, first: bool) -> tuple[Pat
         _check_image_level(run, training, first)
     model = build_to_train(config, training.categories, folder)
     check_writable_folder(folder.path)
-    return folder.path, checkpoint_bytes(model, config, folder)
+    needed = checkpoint_bytes(model, config, folder)
+    if pretrains:
+        needed += checkpoint_bytes(model.backbone, config, folder.pretraining)
+    return folder.path, needed
 
 
 def build_to_train(config: Config, categories: Sequence[Category], folder: RunFolder) -> CLISDetector:
@@ -260,8 +263,8 @@ def check_writable_folder(folder: Path) -> None:
         ) from error
 
 
-def checkpoint_bytes(model: CLISDetector, config: Config, folder: RunFolder) -> int:
-    """Return the bytes that a run's checkpoints will take, in addition to those that it has.
+def checkpoint_bytes(model: nn.Module, config: Config, folder: RunFolder) -> int:
+    """Return the bytes that a training's checkpoints of a model will take, in addition to those that it has.
 
     There are `train.keep_last`, one that is written before an older one goes, and perhaps the best one.
     """
