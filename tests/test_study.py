@@ -342,6 +342,21 @@ def test_recorded_runs_are_those_of_the_rows(path):
     ) + "\n" + study_record.table_by_images(recorded)
 
 
+def test_a_study_like_another_takes_what_it_does_not_give(tmp_path):
+    """Another base and seed; of two rows one is given anew, one added, and paths are those of their files."""
+    (tmp_path / "other").mkdir()
+    rows = {"a": {"at": 0}, "b": {"at": 1, "config": "b.yaml"}}
+    first = {"base": "one.yaml", "seeds": [0, 1], "axis": "alpha", "rows": rows}
+    (tmp_path / "first.yaml").write_text(yaml.safe_dump(first))
+    second = {"like": "../first.yaml", "base": "two.yaml", "rows": {"a": {"at": 3}, "c": {"at": 4}}}
+    (tmp_path / "other" / "second.yaml").write_text(yaml.safe_dump(second))
+    loaded = Study.load(tmp_path / "other" / "second.yaml")
+    assert (loaded.name, loaded.seeds, loaded.axis) == ("second", (0, 1), "alpha")
+    assert loaded.base.resolve() == tmp_path / "other" / "two.yaml"
+    assert [(row.name, row.at) for row in loaded.rows] == [("a", 3), ("b", 1), ("c", 4)]
+    assert loaded.rows[1].config.resolve() == tmp_path / "b.yaml"
+
+
 def test_places_on_an_axis_need_an_axis_and_are_numbers(tmp_path):
     path = tmp_path / "sweep.yaml"
     values = {"base": CONFIG, "seeds": [0], "rows": {"a": {"at": 0}, "b": {"at": 0.5}}}

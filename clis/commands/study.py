@@ -38,6 +38,8 @@ from clis.progress import say
 
 KEY_VERSION = 3
 """Of `run_key`; another one where a default, or what the code makes of equal settings, has changed."""
+STUDY_KEYS = {"base", "seeds", "axis", "rows"}
+"""Of a study file."""
 POLL = 0.5
 """Seconds between two looks at what is running."""
 
@@ -106,19 +108,19 @@ class Study:
     def load(cls, path: Path) -> Study:
         """Read a study file: `base` (relative to it), `seeds`, `axis`, and `rows` with the fields of `Row`.
 
+        A study `like` another takes from that one what it does not give itself, row by row.
+
         Raises:
             FileNotFoundError, ValueError: it is missing, or a key is unknown, missing or ill-typed.
         """
-        values = read_yaml(path)
-        _check_keys(values, {"base", "seeds", "axis", "rows"}, {"base", "seeds", "rows"}, str(path))
+        values = _read_keys(path)
+        _check_keys(values, STUDY_KEYS, {"base", "seeds", "rows"}, str(path))
         seeds = _read_seeds(values["seeds"], str(path))
-        if not isinstance(values["rows"], Mapping):
-            raise ValueError(f"{path}: rows is {values['rows']!r}; give a mapping of names to rows")
         rows = tuple(_read_row(str(name), row or {}, path) for name, row in values["rows"].items())
-        base, axis = _beside(path, values["base"]), values.get("axis")
+        axis = values.get("axis")
         if axis is None and any(row.at is not None for row in rows):
             raise ValueError(f"{path}: rows have places `at`, and no `axis` says on what; add its label")
-        return cls(name_below(path, "studies").as_posix(), base, seeds, rows, axis)
+        return cls(name_below(path, "studies").as_posix(), values["base"], seeds, rows, axis)
 
     def run(self, row: Row, seed: int, overrides: Sequence[str]) -> StudyRun:
         """Load the run of a row and seed, with `overrides` that hold for all rows."""
@@ -166,10 +168,28 @@ class StudyRun:
         return cls(base, overrides, plan, start, detector, regions, key)
 
 
+def _read_keys(path: Path) -> dict[str, Any]:
+    """Read the keys of a study file and of the one that it is like; paths become those of their files."""
+    values = read_yaml(path)
+    _check_keys(values, STUDY_KEYS | {"like"}, set(), str(path))
+    if "base" in values:
+        values["base"] = _beside(path, values["base"])
+    if not isinstance(values.get("rows", {}), Mapping):
+        raise ValueError(f"{path}: rows is {values['rows']!r}; give a mapping of names to rows")
+    for row in values.get("rows", {}).values():
+        if isinstance(row, dict) and "config" in row:
+            row["config"] = _beside(path, row["config"])
+    if "like" not in values:
+        return values
+    like = _read_keys(_beside(path, values.pop("like")))
+    if "rows" in values:
+        values["rows"] = {**like.get("rows", {}), **values["rows"]}
+    return {**like, **values}
+
+
 def _read_row(name: str, values: Any, path: Path) -> Row:
     where = f"{path}: row {name}"
     _check_keys(values, {"at", "config", "overrides", "paper", "paper_seconds", "seeds"}, set(), where)
-    config = _beside(path, values["config"]) if "config" in values else None
     seeds = _read_seeds(values["seeds"], where) if "seeds" in values else None
     overrides, paper = values.get("overrides", []), values.get("paper")
     if not isinstance(overrides, list) or not all(isinstance(each, str) for each in overrides):
@@ -184,7 +204,7 @@ def _read_row(name: str, values: Any, path: Path) -> Row:
     paper, at = None if paper is None else tuple(paper), values.get("at")
     if at is not None and (isinstance(at, bool) or not isinstance(at, (int, float))):
         raise ValueError(f"{where}: at is {at!r}; give a number")
-    return Row(name, tuple(overrides), paper, values.get("paper_seconds"), seeds, config, at)
+    return Row(name, tuple(overrides), paper, values.get("paper_seconds"), seeds, values.get("config"), at)
 
 
 def _beside(path: Path, name: str) -> Path:
