@@ -22,7 +22,7 @@ from clis.data import loader
 from clis.data.categories import Category
 from clis.data.image_level import ImageLevelIndex, build_index
 from clis.data.images import ImageError
-from clis.data.region_file import RegionSource, load_regions
+from clis.data.region_file import REGION_DTYPE, RegionSource, load_regions, mean_scores
 from clis.engine import region_search
 from clis.engine.region_parts import PART_DTYPE, RegionParts
 from clis.engine.region_search import center_box, image_key, make_regions
@@ -524,6 +524,16 @@ class TestScan:
         assert "10 of 100 images" in (said := capsys.readouterr().out)
         assert "| 24 |" in said
         assert "| 48 |" in said
+
+
+def test_mean_scores_leave_out_what_the_rule_did_not_give():
+    """Class 0: (.2 + .6) / 2, its fallback counts for nothing; class 1 has a fallback alone, class 2 nothing."""
+    regions = np.zeros(4, REGION_DTYPE)
+    regions["score"] = [0.2, 0, 0.6, 0]
+    regions["source"] = [RegionSource.RULE, RegionSource.FALLBACK, RegionSource.RULE, RegionSource.FALLBACK]
+    means, counts = mean_scores(np.array([0, 0, 0, 1]), regions, 3)
+    np.testing.assert_allclose(means, [0.4, -1, -1], rtol=1e-6)
+    assert counts.tolist() == [2, 0, 0]
 
 
 def test_a_search_that_two_processes_began_is_finished_by_one(index, tmp_path):

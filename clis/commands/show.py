@@ -26,7 +26,7 @@ from clis.config_files import load_config, name_below
 from clis.data.annotations import Annotations
 from clis.data.image_classes import GROUPS, coverage, printable, shortened
 from clis.data.loader import TwoStreamDataset
-from clis.data.region_file import RegionSource
+from clis.data.region_file import RegionSource, mean_scores
 from clis.data.sampling import JointSampler, WorkItem
 from clis.data.shapes import generate_shapes
 from clis.data.streams import make_streams
@@ -202,7 +202,7 @@ def draw_classes(
         return []
     by_label = np.argsort(index.labels, kind="stable")
     bounds = np.searchsorted(index.labels[by_label], np.arange(len(seen.streams.categories) + 1))
-    mean = _mean_scores(seen)
+    mean, _ = mean_scores(index.labels, regions, len(seen.streams.categories))
     order = np.argsort(mean, kind="stable") if labels is None else np.array(labels)
     has_images = np.diff(bounds) > 0
     if labels is not None and (missing := [label for label in labels if not has_images[label]]):
@@ -225,7 +225,7 @@ def draw_classes(
             drawn.append({
                 "category": seen.streams.categories[label],
                 "images": len(own),
-                "mean": format_score(mean[label]) if seen.streams.scored else None,
+                "mean": format_score(mean[label]) if seen.streams.scored and mean[label] >= 0 else None,
                 "fallback": 100 * float((sources == RegionSource.FALLBACK).mean()),
                 "picture": _save(picture, out / f"class_{label + 1:04d}.png"),
                 "width": picture.width,
@@ -331,17 +331,6 @@ def _filler(config: Config, dataset: TwoStreamDataset) -> Callable[[Sequence[int
             table[places] = regions_of(places, images, rule)
 
     return fill
-
-
-def _mean_scores(seen: Seen) -> np.ndarray:
-    """Return the mean score of each class's regions, float64 [C]; -1 without images."""
-    index, regions = seen.streams.index, seen.streams.regions
-    assert index is not None
-    assert regions is not None
-    classes = len(seen.streams.categories)
-    counts = np.bincount(index.labels, minlength=classes)
-    sums = np.bincount(index.labels, regions["score"], minlength=classes)
-    return np.where(counts > 0, sums / counts.clip(min=1), -1)
 
 
 def classes_without_images(seen: Seen) -> dict[str, list[str]]:

@@ -93,6 +93,22 @@ def load_regions(
     return regions
 
 
+def mean_scores(labels: np.ndarray, regions: np.ndarray, classes: int) -> tuple[np.ndarray, np.ndarray]:
+    """Average each class's scores over the regions that the rule gave.
+
+    Args:
+        labels: of the rows, int.
+        regions: rows of `REGION_DTYPE`.
+
+    Returns:
+        The means, float64 [C], -1 where the rule gave none, and how many it gave, int64 [C].
+    """
+    given = regions["source"] == RegionSource.RULE
+    counts = np.bincount(labels[given], minlength=classes)
+    sums = np.bincount(labels[given], regions["score"][given], minlength=classes)
+    return np.where(counts > 0, sums / counts.clip(min=1), -1), counts
+
+
 def _unusable(regions: np.ndarray) -> np.ndarray:
     """Return the places of the regions that are unfinished or have no area."""
     x1, y1, x2, y2 = regions["box"].T

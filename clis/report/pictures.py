@@ -17,7 +17,7 @@ from clis.data.annotations import Annotations
 from clis.data.categories import Category
 from clis.data.image_level import ImageLevelIndex
 from clis.data.images import MAX_PIXELS, EncodedImage, ImageError, open_image
-from clis.data.region_file import RegionSource
+from clis.data.region_file import RegionSource, mean_scores
 from clis.metric.verdicts import CLASS, LOCATION, NOTHING
 from clis.progress import Progress
 from clis.report.judged import Judged
@@ -139,11 +139,8 @@ def region_payload(
     are `count` pictures.
     """
     labels, scores = np.asarray(index.labels), np.asarray(regions["score"], np.float64)
-    made = regions["source"] == RegionSource.RULE
     total = np.bincount(labels, minlength=len(categories))
-    by_rule = np.bincount(labels[made], minlength=len(categories))
-    sums = np.bincount(labels[made], scores[made], minlength=len(categories))
-    means = np.where(by_rule > 0, sums / by_rule.clip(min=1), -1)
+    means, by_rule = mean_scores(labels, regions, len(categories))
 
     by_score = np.lexsort((scores, labels))
     bounds = np.searchsorted(labels[by_score], np.arange(len(categories) + 1))
