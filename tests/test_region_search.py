@@ -527,7 +527,7 @@ class TestScan:
 
 
 def test_mean_scores_leave_out_what_the_rule_did_not_give():
-    """Class 0: (.2 + .6) / 2, its fallback counts for nothing; class 1 has a fallback alone, class 2 nothing."""
+    """Class 0: (.2 + .6) / 2 without its fallback; class 1 has a fallback alone, class 2 nothing."""
     regions = np.zeros(4, REGION_DTYPE)
     regions["score"] = [0.2, 0, 0.6, 0]
     regions["source"] = [RegionSource.RULE, RegionSource.FALLBACK, RegionSource.RULE, RegionSource.FALLBACK]
