@@ -2,6 +2,7 @@
 
     URL=https://github.com/aleksandar-aleksandrov/groceries-object-detection-dataset
     git clone $URL clone
+    git -C clone checkout 0130c6cdbc9f8d278d8b9da5d07d97bcb6647d90
     python benchmarks/groceries.py build clone data/groceries
     python benchmarks/groceries.py verify data/groceries
 
@@ -16,6 +17,7 @@ from __future__ import annotations
 import argparse
 import csv
 import hashlib
+import itertools
 import json
 import sys
 from collections import defaultdict
@@ -42,7 +44,7 @@ SIDE = 224
 """Of the repository's images, border included."""
 JPEG_QUALITY = 85
 HELD_BACK = 5
-"""One of so many training photographs of a class is in the tuning split's validation."""
+"""One in so many training photographs of a class is in the tuning split's validation."""
 COLOR_TOLERANCE = 1.0
 """Of 255: other versions of the JPEG library round otherwise."""
 SPLITS = ("train", "val", "image_level")
@@ -60,6 +62,8 @@ class Photo:
     number: int
     width: int
     height: int
+    boxes: str = ""
+    """The first digits of `box_digest`, where the width of the border is odd: see `without_border`."""
 
     @property
     def stem(self) -> str:
@@ -76,9 +80,9 @@ def read_photos(path: Path = TABLES / "groceries_photos.tsv") -> list[Photo]:
     """Read which photograph goes where, by class, split and number."""
     with open(path, encoding="utf-8", newline="") as file:
         photos = [
-            Photo(row["class"], row["split"], int(number), int(row["width"]), int(row["height"]))
+            Photo(row["class"], row["split"], int(number), int(row["width"]), int(row["height"]), boxes)
             for row in csv.DictReader(file, delimiter="\t")
-            for number in row["numbers"].split()
+            for number, _, boxes in (entry.partition(":") for entry in row["numbers"].split())
         ]
     return sorted(photos, key=lambda photo: (photo.category, SPLITS.index(photo.split), photo.number))
 
@@ -97,8 +101,9 @@ def build(clone: Path, folder: Path, photos: Sequence[Photo]) -> None:
     boxes: dict[Photo, list[Box]] = {}
     with Progress("groceries", len(photos)) as progress:
         for photo in photos:
-            image, (left, top) = without_border(decode(images[photo.stem]), photo)
-            boxes[photo] = read_boxes(annotations[photo.stem], photo, left, top)
+            image, boxes[photo] = without_border(
+                decode(images[photo.stem]), read_boxes(annotations[photo.stem]), photo
+            )
             with atomic_write(path_of(folder, photo)) as temporary:
                 encode_jpeg(image, JPEG_QUALITY).numpy().tofile(temporary)
             progress.advance()
@@ -116,15 +121,19 @@ def build(clone: Path, folder: Path, photos: Sequence[Photo]) -> None:
 
 
 def find_files(clone: Path, photos: Sequence[Photo]) -> tuple[dict[str, Path], dict[str, Path]]:
-    """Find the PNG and the XML of every photograph, wherever the clone has them."""
+    """Find the PNG and the XML of every photograph, in dataset/train and dataset/val before anywhere else."""
     if not clone.is_dir():
         raise FileNotFoundError(f"{clone}: no such folder; make it by `git clone {REPOSITORY} {clone}`")
     found: dict[str, dict[str, Path]] = {".png": {}, ".xml": {}}
-    for path in sorted(clone.rglob("*")):
+    final = (clone / "dataset" / "train", clone / "dataset" / "val")
+    paths = sorted(clone.rglob("*"), key=lambda path: (not any(map(path.is_relative_to, final)), path))
+    for path in paths:
         files = found.get(path.suffix.lower())
         if files is None:
             continue
         other = files.setdefault(path.stem.lower(), path)
+        if other is path or any(map(other.is_relative_to, final)):
+            continue  # earlier versions may lie elsewhere
         if other.read_bytes() != path.read_bytes():
             raise ValueError(
                 f"{path} and {other} differ; check out the commit that our set is of: git checkout {COMMIT}"
@@ -150,44 +159,58 @@ def decode(path: Path) -> Tensor:
     return image
 
 
-def without_border(image: Tensor, photo: Photo) -> tuple[Tensor, tuple[int, int]]:
-    """Cut a photograph of known size out of its border; returns it and its left and top."""
-    left = start_of_photo(image, photo.width)
-    top = start_of_photo(image.transpose(1, 2), photo.height)
-    return image[:, top : top + photo.height, left : left + photo.width].contiguous(), (left, top)
+def without_border(image: Tensor, boxes: Sequence[Box], photo: Photo) -> tuple[Tensor, list[Box]]:
+    """Cut a photograph of known size, and its boxes, out of its border.
 
-
-def start_of_photo(image: Tensor, width: int) -> int:
-    """Find the first column of a photograph that is `width` wide and in the middle of its border.
-
-    Where the border's width is odd, there are two middles; of the two outer columns in question, the one that
-    looks less like the border belongs to the photograph.
+    The photograph is in the middle. Where the border's width is odd there are two middles, and both occur:
+    the boxes tell which one it is.
     """
-    left, odd = divmod(image.shape[2] - width, 2)
-    if not odd:
-        return left
-    border = image[:, :, :1].float()
-    unlike = [(image[:, :, column : column + 1] - border).abs().mean() for column in (left, left + width)]
-    return left if unlike[0] > unlike[1] else left + 1
+    places = list(
+        itertools.product(middles(image.shape[2] - photo.width), middles(image.shape[1] - photo.height))
+    )
+    cut = {place: [moved(box, place, photo) for box in boxes] for place in places}
+    ours = [place for place in places if photo.boxes and box_digest(cut[place]).startswith(photo.boxes)]
+    left, top = place = (ours or places)[0]  # where none are our boxes, verify names the class
+    return image[:, top : top + photo.height, left : left + photo.width].contiguous(), cut[place]
 
 
-def read_boxes(path: Path, photo: Photo, left: int, top: int) -> list[Box]:
-    """Read the boxes of a photograph and move them to where it is without its border."""
+def middles(border: int) -> list[int]:
+    """Return where what is in the middle may start, for the width of the border on both sides together."""
+    return sorted({border // 2, border - border // 2})
+
+
+def moved(box: Box, place: tuple[int, int], photo: Photo) -> Box:
+    """Move a box to a photograph that starts at `place`, and clip it."""
+    (left, top), (x1, y1, x2, y2) = place, box
+    x1, x2 = (min(max(x - left, 0.0), float(photo.width)) for x in (x1, x2))
+    y1, y2 = (min(max(y - top, 0.0), float(photo.height)) for y in (y1, y2))
+    return x1, y1, x2, y2
+
+
+def box_digest(boxes: Iterable[Box]) -> str:
+    """Hash the sorted boxes of a photograph."""
+    return hashlib.sha256(";".join(sorted(box_text(box) for box in boxes)).encode()).hexdigest()
+
+
+def box_text(box: Sequence[float]) -> str:
+    """Write the corners of a box, as they are hashed."""
+    return " ".join(f"{value:g}" for value in box)
+
+
+def read_boxes(path: Path) -> list[Box]:
+    """Read the boxes of a photograph with its border."""
     try:
-        objects = ElementTree.parse(path).getroot().iter("object")
         boxes = []
-        for each in objects:
-            x1, x2 = (within(each, name, left, photo.width) for name in ("xmin", "xmax"))
-            y1, y2 = (within(each, name, top, photo.height) for name in ("ymin", "ymax"))
+        for each in ElementTree.parse(path).getroot().iter("object"):
+            x1, y1, x2, y2 = (
+                float(each.findtext(f"bndbox/{name}", "")) for name in ("xmin", "ymin", "xmax", "ymax")
+            )
             boxes.append((x1, y1, x2, y2))
     except (ElementTree.ParseError, ValueError) as error:
         raise ValueError(f"{path}: not boxes in VOC's form ({error})") from None
+    if not boxes:
+        raise ValueError(f"{path}: no boxes")
     return boxes
-
-
-def within(annotated: ElementTree.Element, name: str, start: int, length: int) -> float:
-    """Read a coordinate, from where the photograph starts and no further than its end."""
-    return min(max(float(annotated.findtext(f"bndbox/{name}", "")) - start, 0.0), float(length))
 
 
 def area(box: Box) -> float:
@@ -253,7 +276,10 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def verify(folder: Path, photos: Sequence[Photo]) -> list[str]:
-    """List how a benchmark differs from the one of our figures: missing photographs, boxes, colors."""
+    """List how a benchmark differs from the one of our figures: missing photographs, boxes, colors.
+
+    The files that are made of these, oracle_regions.json and tuning_*.json, are not looked at.
+    """
     missing = [photo.file for photo in photos if not path_of(folder, photo).is_file()]
     if missing:
         return [f"{len(missing)} photographs are missing: {first_names(missing)}"]
@@ -306,10 +332,10 @@ def box_lines(folder: Path) -> Iterator[tuple[str, str]]:
             x, y, width, height = each["bbox"]
             image = images[each["image_id"]]
             place = f"{split} {image['file_name']} {image['width']} {image['height']}"
-            yield names[each["category_id"]], f"{place} {x:g} {y:g} {x + width:g} {y + height:g}"
+            yield names[each["category_id"]], f"{place} {box_text((x, y, x + width, y + height))}"
     for file, boxes in json.loads((folder / "image_level_boxes.json").read_text(encoding="utf-8")).items():
         for box in boxes:
-            yield file.split("/")[0], f"image_level {file} " + " ".join(f"{value:g}" for value in box)
+            yield file.split("/")[0], f"image_level {file} {box_text(box)}"
 
 
 def main() -> None:

@@ -52,12 +52,17 @@ def put(clone: Path, photo: Photo, left: int, top: int, boxes: list[tuple[int, .
 
 @pytest.fixture
 def clone(tmp_path):
-    """Two classes, one of a single training photograph; borders of every kind."""
+    """Two classes, one of a single training photograph; of odd borders the boxes tell which middle it is."""
+    digests = {
+        1: groceries.box_digest([(0, 10, 73, 100 + 10), (150 - 27, 1, 169, 50)]),
+        2: groceries.box_digest([(60, 60 - 49, 90, 100 - 49)]),
+        3: groceries.box_digest([(10, 30 - 28, 20, 40 - 28), (5, 60 - 28, 105, 160 - 28)]),
+    }
     photos = [Photo("red_tea", "train", number, 224, 224) for number in range(12)]
     photos += [
-        Photo("jam", "train", 1, 169, 224),
-        Photo("jam", "val", 2, 224, 127),
-        Photo("jam", "image_level", 3, 224, 169),
+        Photo("jam", "train", 1, 169, 224, digests[1][:4]),
+        Photo("jam", "val", 2, 224, 127, digests[2][:4]),
+        Photo("jam", "image_level", 3, 224, 169, digests[3][:4]),
         Photo("red_tea", "val", 40, 170, 224),
         Photo("red_tea", "image_level", 41, 126, 224),
     ]
@@ -142,14 +147,19 @@ def test_two_different_photographs_of_one_name_are_refused(clone, tmp_path):
     other.write_bytes(original.read_bytes())
     groceries.build(folder, tmp_path / "made", photos)  # equal ones are not
     other.write_bytes(encode_jpeg(torch.zeros(3, 224, 224, dtype=torch.uint8)).numpy().tobytes())
+    groceries.build(
+        folder, tmp_path / "again", photos
+    )  # an earlier version beside dataset/train counts for nothing
+    (folder / "dataset" / "train").rename(folder / "dataset" / "other")
     with pytest.raises(ValueError, match=r"JAM0001\.png and .*JAM0001\.png differ"):
-        groceries.build(folder, tmp_path / "again", photos)
+        groceries.build(folder, tmp_path / "third", photos)
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("<annotation><object>", "not boxes in VOC's form"),
+        ("<annotation></annotation>", "no boxes"),
         (
             "<annotation><object><bndbox><xmin>one</xmin></bndbox></object></annotation>",
             "not boxes in VOC's form",

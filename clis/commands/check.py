@@ -171,7 +171,7 @@ def check(
         with report.catching():
             folder, model = RunFolder(config.output), _check_model(config, train, report)
             check_writable_folder(folder.path)
-            check_space([(folder.path, checkpoint_bytes(model, config, folder))])
+            check_space([(folder.path, checkpoint_bytes(model, config, train.categories, folder))])
     costs = {}
     if train is not None:
         costs["instance-level"] = _examine_annotated(

@@ -108,10 +108,7 @@ def _check_run(run: PlannedRun, training: Annotations, first: bool) -> tuple[Pat
         _check_image_level(run, training, first)
     model = build_to_train(config, training.categories, folder)
     check_writable_folder(folder.path)
-    needed = checkpoint_bytes(model, config, folder)
-    if pretrains:
-        needed += checkpoint_bytes(model.backbone, config, folder.pretraining)
-    return folder.path, needed
+    return folder.path, checkpoint_bytes(model, config, training.categories, folder)
 
 
 def build_to_train(config: Config, categories: Sequence[Category], folder: RunFolder) -> CLISDetector:
@@ -263,12 +260,22 @@ def check_writable_folder(folder: Path) -> None:
         ) from error
 
 
-def checkpoint_bytes(model: nn.Module, config: Config, folder: RunFolder) -> int:
-    """Return the bytes that a training's checkpoints of a model will take, in addition to those that it has.
+def checkpoint_bytes(
+    model: CLISDetector, config: Config, categories: Sequence[Category], folder: RunFolder
+) -> int:
+    """Return the bytes that the checkpoints of a run and its pre-training take beyond those that it has.
 
     There are `train.keep_last`, one that is written before an older one goes, and perhaps the best one.
     """
-    number = config.train.keep_last + 1 + (config.train.eval_every is not None)
+    at_once = config.train.keep_last + 1
+    num_bytes = _bytes_to_come(model, at_once + (config.train.eval_every is not None), folder)
+    if config.pretrain.epochs > 0 and not folder.pretraining.backbone.exists():
+        classifier = build_classifier(config, categories, pretrained=False)
+        num_bytes += _bytes_to_come(classifier, at_once, folder.pretraining)
+    return num_bytes
+
+
+def _bytes_to_come(model: nn.Module, number: int, folder: RunFolder) -> int:
     kept = sum(path.stat().st_size for path in folder.step_checkpoints())
     return max(0, number * _checkpoint_size(model) - kept)
 
