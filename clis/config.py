@@ -246,7 +246,8 @@ class DataConfig:
     generate: Literal["shapes"] | None = setting(None, SHARED)
     """Write the embedded benchmark to ``root/shapes`` if it does not exist yet."""
     source: str | None = setting(None, SHARED | MACHINE)
-    """How to get the data, in words: told where the training annotations are missing."""
+    """How to get the data, in words: shown when the training annotations are missing. A config with this one
+    as its `base` but data of its own sets it to null."""
     train: str = setting("lvis/lvis_v1_train.json", SHARED | PRETRAINING | REGIONS)
     """Instance-level annotations (D_d): LVIS v1, LVIS v0.5 or COCO form."""
     train_images: str = setting("coco", SHARED)

@@ -52,15 +52,15 @@ def wrapped(text: str, stream: TextIO) -> str:
     if not stream.isatty():
         return text
     width = shutil.get_terminal_size().columns
-    return "\n".join(
-        textwrap.fill(
-            line, width, subsequent_indent="  ", expand_tabs=False, replace_whitespace=False,
-            break_long_words=False, break_on_hyphens=False,
-        )
-        if len(line) > width
-        else line
-        for line in text.split("\n")
-    )  # fmt: skip
+    wrapper = textwrap.TextWrapper(
+        width, expand_tabs=False, replace_whitespace=False, break_long_words=False, break_on_hyphens=False
+    )
+
+    def fitted(line: str) -> str:
+        wrapper.subsequent_indent = " " * (len(line) - len(line.lstrip(" ")) + 2)
+        return wrapper.fill(line) if len(line) > width else line
+
+    return "\n".join(map(fitted, text.split("\n")))
 
 
 def decode(data: bytes, source: str) -> str:

@@ -28,7 +28,7 @@ from clis.config_scopes import Scope, scoped, scopes_of, setting
 from clis.losses import build_classification_loss
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
-SHIPPED = sorted(path for path in CONFIGS.rglob("*.yaml") if path.parent.name != "studies")
+SHIPPED = sorted(path for path in CONFIGS.rglob("*.yaml") if "studies" not in path.parts)
 LVIS = [path for path in SHIPPED if path.parent.name.startswith("lvis")]
 ONE_X = [
     path for path in LVIS if path.stem.split("_", 1)[0] in ("clis", "baseline") and "2x" not in path.stem

@@ -209,7 +209,7 @@ def test_without_the_photographs_the_recipe_says_how_to_get_them(tmp_path):
         capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     assert run.returncode != 0
-    assert re.search(r"groceries/train\.json: no such .*benchmarks/groceries\.py makes", run.stderr)
+    assert re.search(r"groceries/train\.json: no such .*benchmarks/groceries\.py builds", run.stderr)
     assert "Traceback" not in run.stderr
 
 

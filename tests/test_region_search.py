@@ -252,6 +252,7 @@ class TestRules:
             ('{"cat/00.png": [1, 2, 3]}', r"cat/00\.png: \[x1, y1, x2, y2\] is needed, not \[1, 2, 3\]"),
             ('{"cat/00.png": "all"}', r"cat/00\.png: .* is needed, not 'all'"),
             ('{"cat/00.png": [3, 4, 3, 9]}', r"cat/00\.png: the box \[3, 4, 3, 9\] has no area"),
+            ('{"cat/00.png": [1, 2, 3, 4], "cat\\\\00.png": [1, 2, 3, 4]}', "is there twice, in two forms"),
             (
                 '{"00.png": [3, 4, 5, 9]}',
                 r"no box of data\.image_level's images; .* called e\.g\. bird/",

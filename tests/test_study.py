@@ -263,7 +263,9 @@ def test_asked_to_stop_it_asks_what_runs(tmp_path, number):
 
 
 @pytest.mark.parametrize(
-    "path", sorted((REPOSITORY / "configs" / "studies").glob("*.yaml")), ids=lambda p: p.stem
+    "path",
+    sorted((REPOSITORY / "configs" / "studies").rglob("*.yaml")),
+    ids=lambda path: f"{path.parent.name}/{path.stem}",
 )
 def test_shipped_studies_load(path):
     loaded = Study.load(path)
@@ -355,6 +357,23 @@ def test_a_study_like_another_takes_what_it_does_not_give(tmp_path):
     assert loaded.base.resolve() == tmp_path / "other" / "two.yaml"
     assert [(row.name, row.at) for row in loaded.rows] == [("a", 3), ("b", 1), ("c", 4)]
     assert loaded.rows[1].config.resolve() == tmp_path / "b.yaml"
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"like": "one.yaml"}, "one.yaml: like itself"),
+        ({"like": "two.yaml"}, "one.yaml: like itself"),
+        ({"like": None}, "None is no path"),
+        ({"base": 5}, "5 is no path"),
+        ({"rows": {"a": {"config": 5}}}, "5 is no path"),
+    ],
+)
+def test_what_a_study_cannot_be_like(tmp_path, values, message):
+    (tmp_path / "one.yaml").write_text(yaml.safe_dump({"base": CONFIG, "seeds": [0], "rows": {}} | values))
+    (tmp_path / "two.yaml").write_text(yaml.safe_dump({"like": "one.yaml"}))
+    with pytest.raises(ValueError, match=message):
+        Study.load(tmp_path / "one.yaml")
 
 
 def test_places_on_an_axis_need_an_axis_and_are_numbers(tmp_path):

@@ -45,9 +45,10 @@ class Terminal(io.StringIO):
 
 def test_lines_break_between_words_on_a_terminal(monkeypatch):
     monkeypatch.setenv("COLUMNS", "20")
-    text = "| a-long-name  | 51.7 | 46.8 |\nshort\n" + "x" * 30
-    # the second line of the first hangs; a word that is longer than the terminal stays whole
-    assert wrapped(text, Terminal()) == "| a-long-name  |\n  51.7 | 46.8 |\nshort\n" + "x" * 30
+    text = "| a-long-name  | 51.7 | 46.8 |\n  - more than twenty letters\n" + "x" * 30
+    # what follows hangs below its own line's indent; a word that is longer than the terminal stays whole
+    expected = "| a-long-name  |\n  51.7 | 46.8 |\n  - more than twenty\n    letters\n" + "x" * 30
+    assert wrapped(text, Terminal()) == expected
     assert wrapped(text, io.StringIO()) == text  # a file or pipe has no width
 
 

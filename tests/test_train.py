@@ -555,7 +555,7 @@ class TestBadInput:
 
     def test_evaluation_never_writes_into_the_folder_of_a_training(self, finished):
         before = (finished / "eval.json").read_bytes()
-        with pytest.raises(ValueError, match="is the folder of a training, whose results stay"):
+        with pytest.raises(ValueError, match="is a training run's folder, whose results would be lost"):
             run_verb("evaluate", [str(finished), "test.nms_iou=0.9", f"output={finished}"])
         assert (finished / "eval.json").read_bytes() == before
 

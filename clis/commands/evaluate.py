@@ -57,7 +57,7 @@ def run(arguments: argparse.Namespace) -> None:
     folder = RunFolder(config.output)
     if folder.config.exists():
         raise ValueError(
-            f"{folder} is the folder of a training, whose results stay; name another output=FOLDER"
+            f"{folder} is a training run's folder, whose results would be lost; pass another output=FOLDER"
         )
     device = choose_device(config.train.device)
     with process_group(device):

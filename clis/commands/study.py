@@ -108,7 +108,8 @@ class Study:
     def load(cls, path: Path) -> Study:
         """Read a study file: `base` (relative to it), `seeds`, `axis`, and `rows` with the fields of `Row`.
 
-        A study `like` another takes from that one what it does not give itself, row by row.
+        A study `like` another takes from that one the keys, and of `rows` the whole rows, that it does not
+        give itself.
 
         Raises:
             FileNotFoundError, ValueError: it is missing, or a key is unknown, missing or ill-typed.
@@ -116,7 +117,7 @@ class Study:
         values = _read_keys(path)
         _check_keys(values, STUDY_KEYS, {"base", "seeds", "rows"}, str(path))
         seeds = _read_seeds(values["seeds"], str(path))
-        rows = tuple(_read_row(str(name), row or {}, path) for name, row in values["rows"].items())
+        rows = tuple(_read_row(name, row or {}, path) for name, row in values["rows"].items())
         axis = values.get("axis")
         if axis is None and any(row.at is not None for row in rows):
             raise ValueError(f"{path}: rows have places `at`, and no `axis` says on what; add its label")
@@ -168,20 +169,24 @@ class StudyRun:
         return cls(base, overrides, plan, start, detector, regions, key)
 
 
-def _read_keys(path: Path) -> dict[str, Any]:
+def _read_keys(path: Path, below: tuple[Path, ...] = ()) -> dict[str, Any]:
     """Read the keys of a study file and of the one that it is like; paths become those of their files."""
+    if path.resolve() in below:
+        raise ValueError(f"{path}: like itself, directly or by others; name another study")
     values = read_yaml(path)
     _check_keys(values, STUDY_KEYS | {"like"}, set(), str(path))
     if "base" in values:
         values["base"] = _beside(path, values["base"])
     if not isinstance(values.get("rows", {}), Mapping):
         raise ValueError(f"{path}: rows is {values['rows']!r}; give a mapping of names to rows")
+    if "rows" in values:
+        values["rows"] = {str(name): row for name, row in values["rows"].items()}
     for row in values.get("rows", {}).values():
         if isinstance(row, dict) and "config" in row:
             row["config"] = _beside(path, row["config"])
     if "like" not in values:
         return values
-    like = _read_keys(_beside(path, values.pop("like")))
+    like = _read_keys(_beside(path, values.pop("like")), (*below, path.resolve()))
     if "rows" in values:
         values["rows"] = {**like.get("rows", {}), **values["rows"]}
     return {**like, **values}
@@ -207,8 +212,10 @@ def _read_row(name: str, values: Any, path: Path) -> Row:
     return Row(name, tuple(overrides), paper, values.get("paper_seconds"), seeds, values.get("config"), at)
 
 
-def _beside(path: Path, name: str) -> Path:
-    """Return the path of a config that a study names, relative to the working folder."""
+def _beside(path: Path, name: Any) -> Path:
+    """Return the path of a file that a study names, relative to the working folder."""
+    if not isinstance(name, str):
+        raise ValueError(f"{path}: {name!r} is no path; base, like and config name files")
     return Path(os.path.relpath(path.parent / name))
 
 

@@ -343,6 +343,8 @@ def read_boxes(path: Path, index: LabeledImages) -> dict[str, Tensor]:
         x1, y1, x2, y2 = corners.tolist()
         if not (x2 > x1 and y2 > y1):
             raise ValueError(f"{path}: {name}: the box {box} has no area; remove it or correct it")
+        if image_key(name) in boxes:
+            raise ValueError(f"{path}: {name} is there twice, in two forms of the name; remove one")
         boxes[image_key(name)] = corners
     if not any(image_key(index.name(row)) in boxes for row in range(len(index))):
         raise ValueError(f"{path}: no box of data.image_level's images; they are called e.g. {index.name(0)}")
