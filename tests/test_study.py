@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from clis.commands.study import Study, run_study
 from clis.config_files import load_config
 
 RECORDED = REPOSITORY / "docs" / "studies"
+SHARED = REPOSITORY.parent / "shared" / "data"
 
 
 def write_study(path: Path, rows: dict, seeds: tuple[int, ...] = (0,)) -> Path:
@@ -329,8 +331,12 @@ def test_rows_that_are_not_there(tmp_path):
     sorted(path.parent for path in RECORDED.rglob("study.json")),
     ids=lambda path: path.relative_to(RECORDED).as_posix(),
 )
-def test_recorded_runs_are_those_of_the_rows(path):
+def test_recorded_runs_are_those_of_the_rows(path, monkeypatch):
     """What docs/ shows is what `python -m clis study` would skip as done, and not of other settings."""
+    if path.parent.name == "groceries":
+        if not (SHARED / "groceries").exists():
+            pytest.skip("sample data is not here")
+        monkeypatch.setenv("CLIS_DATA", str(SHARED))
     name = path.relative_to(RECORDED).as_posix()
     loaded = Study.load(REPOSITORY / "configs" / "studies" / f"{name}.yaml")
     assert loaded.name == name
@@ -357,6 +363,22 @@ def test_a_study_like_another_takes_what_it_does_not_give(tmp_path):
     assert loaded.base.resolve() == tmp_path / "other" / "two.yaml"
     assert [(row.name, row.at) for row in loaded.rows] == [("a", 3), ("b", 1), ("c", 4)]
     assert loaded.rows[1].config.resolve() == tmp_path / "b.yaml"
+
+
+def test_a_run_is_known_by_its_data_wherever_they_lie(data, tmp_path):
+    """Equal for a copy in another folder, other for other annotations; here as of a user's own data."""
+    study_file = write_study(tmp_path / "small.yaml", {"CLIS": {}})
+
+    def key(root):
+        loaded = Study.load(study_file)
+        return loaded.run(loaded.rows[0], 0, [f"data.root={root}", "data.generate=null"]).key
+
+    shutil.copytree(data, tmp_path / "copy")
+    assert key(data) == key(tmp_path / "copy")
+    before = key(tmp_path / "copy")
+    path = tmp_path / "copy" / "shapes" / "train.json"
+    path.write_text(path.read_text() + " ")
+    assert key(tmp_path / "copy") != before
 
 
 @pytest.mark.parametrize(
@@ -407,5 +429,10 @@ def test_drawing_again_runs_nothing_and_keeps_what_is_recorded(tmp_path, monkeyp
     assert (tmp_path / "beta" / "table.md").read_text() == (source / "table.md").read_text()
     assert (tmp_path / "beta" / "figure.png").stat().st_size > 10_000
     assert sum(recorded["classes"].values()) == 50
+    recorded["rows"]["0.1"]["runs"]["0"]["key"] = "of another"
+    (tmp_path / "beta" / "study.json").write_text(json.dumps(recorded))
+    with pytest.raises(ValueError, match=r"other settings or data than the study has now: 0\.1, seed 0;"):
+        run_verb("study", [config, "--draw", f"--out={tmp_path}"])
+    assert json.loads((tmp_path / "beta" / "study.json").read_text()) == recorded  # nothing is thrown away
     with pytest.raises(FileNotFoundError, match="name the folder of the study in --out"):
         run_verb("study", [config, "--draw", f"--out={tmp_path / 'none'}"])

@@ -32,6 +32,7 @@ from clis.config_scopes import Scope
 from clis.data.shapes import generate_shapes
 from clis.engine.preemption import StopRequest
 from clis.engine.prerequisites import PlannedRun, plan_run, shared_overrides
+from clis.engine.provenance import file_hash
 from clis.engine.run_folder import RunFolder
 from clis.engine.start import check_plan
 from clis.progress import say
@@ -282,6 +283,8 @@ def run_study(
         if not record.has(row, seed) and not record.take(row, seed):
             _plan(study, row, seed, out, overrides, plan)
     say(f"{study.name}: {len(study.rows)} rows; {len(plan)} jobs to do, {jobs} at once")
+    if record.outdated:
+        say(f"recorded with other settings or data, and left out: {'; '.join(record.outdated)}")
     base = load_config(study.base, overrides)
     if plan and base.data.generate == "shapes":  # once, before processes that would all write it
         generate_shapes(data_path(base, "shapes"))
@@ -312,12 +315,17 @@ def draw_again(path: Path, out: Path, overrides: Sequence[str] = ()) -> Path:
 
     Raises:
         FileNotFoundError: nothing is recorded.
-        ValueError: it was recorded with other overrides.
+        ValueError: it was recorded with other overrides, or runs of it with other settings or data.
     """
     study = Study.load(path)
     record = Record(study, out / study.name, overrides)
     if not record.path.exists():
         raise FileNotFoundError(f"{record.path}: no such file; name the folder of the study in --out")
+    if record.outdated:
+        raise ValueError(
+            f"{record.path}: recorded with other settings or data than the study has now: "
+            f"{'; '.join(record.outdated)}; run the study, or draw it with those"
+        )
     record.write()
     return record.draw()
 
@@ -344,8 +352,18 @@ def run_key(config: Config, regions: str | None = None, start: str | None = None
         changed["start.from"] = start
     elif config.start.from_ is not None:
         changed["start.from"] = str(Path(config.start.from_).resolve())
-    root = None if config.data.generate else config.data.root
-    return _hashed([KEY_VERSION, changed, regions, root])
+    return _hashed([KEY_VERSION, changed, regions, _data_key(config)])
+
+
+def _data_key(config: Config) -> str | None:
+    """Return what the data are known by, wherever they lie: a hash of the annotations of both splits.
+
+    None is the embedded benchmark; where an annotation file is missing, it is their folder.
+    """
+    if config.data.generate:
+        return None
+    found = [file_hash(data_path(config, name)) for name in (config.data.train, config.data.val)]
+    return config.data.root if None in found else _hashed(found)
 
 
 def _regions_key(config: Config, detector: str | None) -> str:
@@ -363,7 +381,7 @@ def _regions_key(config: Config, detector: str | None) -> str:
     fields += [field for field, does in matters.items() if does]
     values = flatten(config_to_dict(config))
     values["regions.short_side"].sort()  # the sizes are searched in any order
-    key = [*(values[field] for field in fields), None if config.data.generate else config.data.root]
+    key = [*(values[field] for field in fields), _data_key(config)]
     if detector is not None:
         key.append(detector)
     elif searched and config.regions.detector is not None:

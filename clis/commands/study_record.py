@@ -40,6 +40,8 @@ class Record:
         self.study, self.path = study, folder / "study.json"
         self.overrides = list(overrides)
         self.rows: dict[str, dict[str, dict[str, Any]]] = {}
+        self.outdated: list[str] = []
+        """Recorded runs that are of other settings than the rows' present ones, and so left out."""
         self.classes: dict[str, int] = {}
         """Classes by the bins of training images; empty where no run has said it."""
         if self.path.exists():
@@ -50,11 +52,11 @@ class Record:
                     f"{self.overrides}; name another --out"
                 )
             self.classes = kept.get("classes", {})
-            for row in study.rows:  # runs of other settings than the row's present ones go
+            for row in study.rows:
                 runs = kept["rows"].get(row.name, {}).get("runs", {})
-                self.rows[row.name] = {
-                    seed: run for seed, run in runs.items() if run["key"] == self._key(row, int(seed))
-                }
+                present = {seed for seed, run in runs.items() if run["key"] == self._key(row, int(seed))}
+                self.rows[row.name] = {seed: runs[seed] for seed in runs if seed in present}
+                self.outdated += [f"{row.name}, seed {seed}" for seed in runs if seed not in present]
 
     def has(self, row: Row, seed: int) -> bool:
         """Return whether this run is recorded."""
