@@ -33,6 +33,7 @@ from torch import Tensor
 from torchvision.io import ImageReadMode, decode_image, encode_jpeg
 
 from clis.atomic import atomic_write
+from clis.data.categories import frequency_group
 from clis.models.weight_files import first_names
 from clis.progress import Progress, say
 
@@ -44,7 +45,7 @@ SIDE = 224
 """Of the repository's images, border included."""
 JPEG_QUALITY = 85
 HELD_BACK = 5
-"""One in so many training photographs of a class is in the tuning split's validation."""
+"""The tuning split validates on one in this many training photographs of each class."""
 COLOR_TOLERANCE = 1.0
 """Of 255: other versions of the JPEG library round otherwise."""
 SPLITS = ("train", "val", "image_level")
@@ -111,7 +112,7 @@ def build(clone: Path, folder: Path, photos: Sequence[Photo]) -> None:
     write_json(folder / "image_level_boxes.json", hidden)
     write_json(folder / "oracle_regions.json", {name: max(each, key=area) for name, each in hidden.items()})
     train = {photo: each for photo, each in boxes.items() if photo.split == "train"}
-    held_back = hold_back(train)
+    held_back = set(hold_back(train))
     kept = {photo: each for photo, each in train.items() if photo not in held_back}
     write_json(folder / "tuning_train.json", lvis_form(kept, kept))
     write_json(folder / "tuning_val.json", lvis_form({photo: train[photo] for photo in held_back}, kept))
@@ -209,7 +210,7 @@ def read_boxes(path: Path) -> list[Box]:
     except (ElementTree.ParseError, ValueError) as error:
         raise ValueError(f"{path}: not boxes in VOC's form ({error})") from None
     if not boxes:
-        raise ValueError(f"{path}: no boxes")
+        raise ValueError(f"{path}: has no boxes; restore it by: git checkout {COMMIT} -- .")
     return boxes
 
 
@@ -234,7 +235,7 @@ def lvis_form(
 ) -> dict[str, Any]:
     """Make annotations in LVIS v1 form, with the frequencies of the photographs `counted`.
 
-    Every photograph is annotated for all classes: those that are not in it are verified negatives.
+    A class that a photograph has no box of is listed as a negative of it.
     """
     names = sorted({photo.category for photo in [*photos, *counted]})
     ids = {name: place + 1 for place, name in enumerate(names)}
@@ -259,10 +260,10 @@ def lvis_form(
     categories = []
     for name in names:
         of_class = [boxes for photo, boxes in counted.items() if photo.category == name]
-        frequency = "r" if len(of_class) <= 10 else "c" if len(of_class) <= 100 else "f"
         categories.append(
             {
-                "id": ids[name], "name": name, "synonyms": [name], "synset": "", "frequency": frequency,
+                "id": ids[name], "name": name, "synonyms": [name], "synset": "",
+                "frequency": frequency_group(len(of_class)),
                 "image_count": len(of_class), "instance_count": sum(map(len, of_class)),
             }
         )  # fmt: skip

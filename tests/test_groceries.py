@@ -159,7 +159,7 @@ def test_two_different_photographs_of_one_name_are_refused(clone, tmp_path):
     ("text", "message"),
     [
         ("<annotation><object>", "not boxes in VOC's form"),
-        ("<annotation></annotation>", "no boxes"),
+        ("<annotation></annotation>", "has no boxes; restore it"),
         (
             "<annotation><object><bndbox><xmin>one</xmin></bndbox></object></annotation>",
             "not boxes in VOC's form",

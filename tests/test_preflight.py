@@ -25,7 +25,7 @@ ORIENTATION = 0x0112
 
 @pytest.fixture
 def root(data, tmp_path) -> Path:
-    """A data root of one's own, to be damaged."""
+    """A copy of the data that a test may damage."""
     shutil.copytree(data, tmp_path / "data")
     return tmp_path / "data"
 

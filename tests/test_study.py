@@ -351,7 +351,7 @@ def test_recorded_runs_are_those_of_the_rows(path, monkeypatch):
 
 
 def test_a_study_like_another_takes_what_it_does_not_give(tmp_path):
-    """Another base and seed; of two rows one is given anew, one added, and paths are those of their files."""
+    """The base and a row are replaced, a row is added; paths are relative to the file that has them."""
     (tmp_path / "other").mkdir()
     rows = {"a": {"at": 0}, "b": {"at": 1, "config": "b.yaml"}}
     first = {"base": "one.yaml", "seeds": [0, 1], "axis": "alpha", "rows": rows}

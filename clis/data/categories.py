@@ -24,6 +24,11 @@ class Category:
     """Its boxes in training; 0 in checkpoints from before it was counted."""
 
 
+def frequency_group(image_count: int) -> str:
+    """Return LVIS's group for a number of training images: ``r`` up to 10, ``c`` up to 100, else ``f``."""
+    return "r" if image_count <= 10 else "c" if image_count <= 100 else "f"
+
+
 def check_same_categories(
     first: Sequence[Category], first_source: str, second: Sequence[Category], second_source: str
 ) -> None:

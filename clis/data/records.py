@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from clis.data.categories import frequency_group
 from clis.data.json_lists import NotJSON, read_lists
 
 Record = dict[str, Any]
@@ -336,7 +337,7 @@ def _category_fields(
         if not (isinstance(name, str) and isinstance(count, int) and isinstance(boxes, int)):
             what = f"name {name!r} must be a string; image_count {count!r}, instance_count {boxes!r} integers"
             raise part.fault(place, what)
-        frequency = record.get("frequency", _frequency(count))
+        frequency = record.get("frequency", frequency_group(count))
         if frequency not in ("r", "c", "f"):
             raise part.fault(place, f"frequency {frequency!r} must be r, c or f")
         synset = record.get("synset") or ""
@@ -351,7 +352,3 @@ def _category_fields(
             }
         )
     return categories
-
-
-def _frequency(image_count: int) -> str:
-    return "r" if image_count <= 10 else "c" if image_count <= 100 else "f"

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torchvision.io import encode_jpeg
 
+from clis.data.categories import frequency_group
 from clis.distributed import barrier, is_main
 from clis.progress import Progress
 
@@ -558,7 +559,7 @@ def category_entries(spec: ShapesSpec) -> list[dict]:
     """Return the categories of both files; as in LVIS, counts and frequency are those of training."""
     entries = []
     for label, count in enumerate(train_image_counts(spec).tolist()):
-        frequency = "r" if count <= 10 else "c" if count <= 100 else "f"
+        frequency = frequency_group(count)
         entry = {"id": label + 1, "name": CLASS_NAMES[label], "synset": "", "frequency": frequency}
         entries.append(entry | {"image_count": count, "instance_count": count})
     return entries
