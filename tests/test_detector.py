@@ -23,6 +23,7 @@ from torchvision.models._utils import IntermediateLayerGetter
 from torchvision.models.detection.roi_heads import RoIHeads, fastrcnn_loss
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
+from clis.config import BackboneConfig
 from clis.data.batch import collate
 from clis.models import Normalizers, build_model
 from clis.models.backbone import IMAGE_MEAN, IMAGE_STD, Backbone, FixedBatchNorm, ResNet, conv_norm, fold
@@ -73,7 +74,31 @@ def test_fixed_batch_norm_by_hand():
     norm.load_state_dict({k: torch.tensor([v]) for k, v in zip(norm.state_dict(), (5.0, 1.0, 4.0, 9.0))})
     identity = nn.Conv2d(1, 1, 1, bias=False)
     nn.init.ones_(identity.weight)
-    assert conv_norm(torch.full((1, 1, 1, 1), 10.0), identity, norm, fold([norm])).item() == pytest.approx(11)
+    folded = fold(nn.Sequential(identity, norm))
+    assert conv_norm(torch.full((1, 1, 1, 1), 10.0), identity, norm, folded).item() == pytest.approx(11)
+
+
+def test_passes_that_share_folded_weights_equal_passes_that_fold_their_own():
+    torch.manual_seed(0)
+    body = ResNet(BackboneConfig(name="resnet10", width=16)).double()
+    images = [torch.randn(1, 3, 64, 64).double(), torch.randn(2, 3, 32, 32).double()]
+
+    def passes(folded):
+        body.zero_grad()
+        outputs = [level for x in images for level in body(x, folded)]
+        sum(level.square().mean() for level in outputs).backward()
+        return outputs, [p.grad for p in body.parameters() if p.requires_grad]
+
+    torch.testing.assert_close(passes(body.fold()), passes(None))
+
+
+def test_folded_weights_have_the_type_of_autocast():
+    body = ResNet(BackboneConfig(name="resnet10", width=16))
+    with torch.autocast("cpu", torch.bfloat16):
+        folded, outputs = body.fold(), body(torch.randn(1, 3, 64, 64))
+        assert {t.dtype for pair in folded.values() for t in pair} == {torch.bfloat16}
+    assert {t.dtype for pair in body.fold().values() for t in pair} == {torch.float32}
+    assert {level.dtype for level in outputs} == {torch.bfloat16}
 
 
 def reference_network(name):

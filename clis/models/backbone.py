@@ -61,29 +61,38 @@ def make_norm(config: BackboneConfig, channels: int) -> nn.Module:
 
 
 Folded = Mapping[nn.Module, tuple[Tensor, Tensor]]
-"""Scale and shift [channels] that each `FixedBatchNorm` multiplies its input with and adds to it."""
+"""Weight and bias of each convolution with its `FixedBatchNorm` in them."""
 
 
-def fold(norms: Sequence[FixedBatchNorm]) -> Folded:
-    """Compute scale and shift of all `norms` together: ten launches on a GPU instead of five per norm."""
+def fold(layer: nn.Module) -> Folded:
+    """Put every `FixedBatchNorm` of a layer into the convolution before it, in the type that autocast wants.
+
+    Scales and shifts are computed together: a dozen launches on a GPU instead of five for each norm.
+    """
+    norms = [module for module in layer.modules() if isinstance(module, FixedBatchNorm)]
     if not norms:
         return {}
+    convs = [module for module in layer.modules() if isinstance(module, nn.Conv2d)]
     weight, bias, mean, variance = (
         torch.cat([getattr(norm, name) for norm in norms])
         for name in ("weight", "bias", "running_mean", "running_var")
     )
     scale = weight * (variance + norms[0].eps).rsqrt()
-    shift = bias - mean * scale
+    device = scale.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else scale.dtype
+    shift = (bias - mean * scale).to(dtype)
     channels = [len(norm.weight) for norm in norms]
-    return dict(zip(norms, zip(scale.split(channels), shift.split(channels))))
+    scales, shifts = scale[:, None, None, None].split(channels), shift.split(channels)
+    weights = [(conv.weight * scale).to(dtype) for conv, scale in zip(convs, scales, strict=True)]
+    return dict(zip(convs, zip(weights, shifts)))
 
 
 def conv_norm(x: Tensor, conv: nn.Conv2d, norm: nn.Module, folded: Folded) -> Tensor:
     """Return norm(conv(x)), as one convolution where the statistics are fixed."""
-    if norm not in folded:
+    if conv not in folded:
         return norm(conv(x))
-    scale, shift = folded[norm]
-    return F.conv2d(x, conv.weight * scale[:, None, None, None], shift, conv.stride, conv.padding)
+    weight, bias = folded[conv]
+    return F.conv2d(x, weight, bias, conv.stride, conv.padding)
 
 
 def _conv(inputs: int, outputs: int, kernel: int, stride: int = 1) -> nn.Conv2d:
@@ -168,11 +177,6 @@ class ResidualLayers(nn.Module):
         self._initialize()
         for layer in self._layers()[: 5 - config.trainable_layers]:
             layer.requires_grad_(False)
-        # by stage, so that DDP need not wait for the gradient of the last stage to send that of the first
-        self.fixed_norms = [
-            [module for module in layer.modules() if isinstance(module, FixedBatchNorm)]
-            for layer in self._layers()
-        ]
 
     def _layers(self) -> list[nn.Module]:
         stem = nn.ModuleList([self.conv1, self.bn1])
@@ -183,14 +187,22 @@ class ResidualLayers(nn.Module):
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
-    def features(self, x: Tensor) -> list[Tensor]:
-        """Return C2-C5 (strides 4-32) of normalized images [B,3,H,W]."""
-        stem, *stages = self.fixed_norms
-        x = conv_norm(x, self.conv1, self.bn1, fold(stem)).relu_()
+    def fold(self) -> Folded:
+        """Return what `fold` makes of all layers, for the passes that share it."""
+        # by layer, so that DDP need not wait for the gradient of the last one to send that of the first
+        return {conv: folded for layer in self._layers() for conv, folded in fold(layer).items()}
+
+    def features(self, x: Tensor, folded: Folded | None = None) -> list[Tensor]:
+        """Return C2-C5 (strides 4-32) of normalized images [B,3,H,W].
+
+        Args:
+            folded: of `fold`; computed where it is not given.
+        """
+        folded = self.fold() if folded is None else folded
+        x = conv_norm(x, self.conv1, self.bn1, folded).relu_()
         x = F.max_pool2d(x, 3, 2, 1)
         outputs = []
-        for layer, norms in zip((self.layer1, self.layer2, self.layer3, self.layer4), stages):
-            folded = fold(norms)
+        for layer in (self.layer1, self.layer2, self.layer3, self.layer4):
             for block in layer:
                 x = block(x, folded)
             outputs.append(x)
@@ -203,9 +215,9 @@ class ResNet(ResidualLayers):
     def __init__(self, config: BackboneConfig) -> None:
         super().__init__(config, functools.partial(make_norm, config))
 
-    def forward(self, x: Tensor) -> list[Tensor]:
-        """Return C2-C5 (strides 4-32) of normalized images [B,3,H,W]."""
-        return self.features(x)
+    def forward(self, x: Tensor, folded: Folded | None = None) -> list[Tensor]:
+        """Return C2-C5 (strides 4-32) of normalized images [B,3,H,W]; `folded` as for `features`."""
+        return self.features(x, folded)
 
 
 class Normalize(nn.Module):
@@ -258,13 +270,17 @@ class Backbone(nn.Module):
             norm_layer=functools.partial(make_norm, config) if config.norm == "group" else None,
         )
 
-    def forward(self, images: Sequence[Tensor], max_size: int | None = None) -> list[Tensor]:
+    def forward(
+        self, images: Sequence[Tensor], max_size: int | None = None, folded: Folded | None = None
+    ) -> list[Tensor]:
         """Return features P2-P6, [B, fpn_channels, H/stride, W/stride], of RGB images [3,H,W] in 0..255.
 
         Args:
             max_size: the longest side that such images may have; see `BackboneConfig.canvas`.
+            folded: the body's folded weights, where several passes share them.
         """
-        levels = [layer(x) for layer, x in zip(self.output_convs, self.top_down(images, max_size))]
+        summed = self.top_down(images, max_size, folded)
+        levels = [layer(x) for layer, x in zip(self.output_convs, summed)]
         return [*levels, F.max_pool2d(levels[-1], 1, 2)]
 
     @property
@@ -272,9 +288,11 @@ class Backbone(nn.Module):
         """Return the 3x3 convolution of each of P2-P5, with its norm if there is one."""
         return self.fpn.layer_blocks
 
-    def top_down(self, images: Sequence[Tensor], max_size: int | None = None) -> list[Tensor]:
+    def top_down(
+        self, images: Sequence[Tensor], max_size: int | None = None, folded: Folded | None = None
+    ) -> list[Tensor]:
         """Return the pyramid's top-down sums, from which `output_convs` make P2-P5."""
-        features = self.body(self.batch(images, max_size))
+        features = self.body(self.batch(images, max_size), folded)
         summed = [lateral(x) for lateral, x in zip(self.fpn.inner_blocks, features)]
         for level in range(len(summed) - 2, -1, -1):
             size = summed[level].shape[2:]

@@ -129,7 +129,8 @@ class CLISDetector(nn.Module):
         sizes = [image_size(image) for image in batch.images]
 
         # instance-level images: proposals and their RoIs
-        features = self.backbone(batch.images, self.max_size)
+        folded = self.backbone.body.fold()  # once for both streams
+        features = self.backbone(batch.images, self.max_size, folded)
         anchors = self.rpn.anchors(features)
         count = normalizers.images * self.rpn.config.samples
         losses = self.rpn.losses(features, anchors, batch.boxes, sizes, batch.seeds, count)
@@ -163,7 +164,8 @@ class CLISDetector(nn.Module):
         # image-level images: image-classification task on the pre-defined regions
         views = None
         if self.image_classification is not None:
-            summed = self.backbone.top_down(batch.mosaics.unbind())  # P2-P5 follow around the regions alone
+            # P2-P5 follow around the regions alone
+            summed = self.backbone.top_down(batch.mosaics.unbind(), folded=folded)
             pooled_regions = self.roi_align(
                 summed, batch.regions, batch.region_mosaics, self.backbone.output_convs
             )
