@@ -637,7 +637,7 @@ def launches_and_loader(run: Run) -> None:
             f"loader, {workers} workers", **{"images/s": rate, "cores": os.cpu_count()},
             **{f"of the {name} step's": rate / value for name, value in images_per_second.items()},
         )  # fmt: skip
-    photographs = region_search.Photographs(root / "imagenet_mini", 4 if run.tiny else 256)
+    photographs = region_search.Photographs(root / "imagenet_mini", 4 if run.tiny else 1024)
     sizes = ("regions.short_side=64", "regions.max_size=96") if run.tiny else ()
     for name in ("TF32", "bfloat16"):
         precision, allowed = PRECISIONS[name]

@@ -13,6 +13,7 @@ of them. A turn reads and decodes the images in one loader process and finds the
 from __future__ import annotations
 
 import argparse
+import itertools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -31,11 +32,11 @@ VARIANTS = {
 
 
 class Photographs:
-    """JPEG files as an index of image-level images, of class 0."""
+    """`count` JPEG files, repeated if there are fewer, as an index of image-level images of class 0."""
 
     def __init__(self, folder: Path, count: int) -> None:
-        files = (path for path in sorted(folder.rglob("*")) if path.suffix.lower() in (".jpg", ".jpeg"))
-        self.paths = [path for path, _ in zip(files, range(count))]
+        files = [path for path in sorted(folder.rglob("*")) if path.suffix.lower() in (".jpg", ".jpeg")]
+        self.paths = list(itertools.islice(itertools.cycle(files), count))
         self.labels = np.zeros(len(self.paths), dtype=np.int64)
 
     def __len__(self) -> int:

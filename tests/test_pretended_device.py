@@ -62,7 +62,8 @@ def test_equal_bits_need_no_operator_that_has_none(monkeypatch):
 def test_a_step_launches_few_operators(monkeypatch):
     """The paper's network and losses, one image and four mosaics; any sizes, for the number is the same.
 
-    It was 2,778 with each batch norm folded, and each level's anchors decoded and looked up, on their own.
+    It was 2,778 with each batch norm folded, and each level's anchors decoded and looked up, on their own,
+    and 1,836 with batch norms folded for each stream.
     """
     sizes = {"size": (64, 80), "regions": 16}
     config = config_from_dict(
@@ -81,7 +82,7 @@ def test_a_step_launches_few_operators(monkeypatch):
                 model, model, optimizer, scaler, [batch], normalizers_of(batch), 1e-4, 0.5, config
             )
     assert sum(device.waits.values()) == 7
-    assert sum(device.launches.values()) < 1850
+    assert sum(device.launches.values()) < 1570
 
 
 def detectors(device: PretendedDevice, *overrides: str) -> tuple[CLISDetector, CLISDetector]:

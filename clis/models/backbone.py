@@ -78,8 +78,9 @@ def fold(layer: nn.Module) -> Folded:
         for name in ("weight", "bias", "running_mean", "running_var")
     )
     scale = weight * (variance + norms[0].eps).rsqrt()
-    device = scale.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else scale.dtype
+    device, dtype = scale.device.type, scale.dtype
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
     shift = (bias - mean * scale).to(dtype)
     channels = [len(norm.weight) for norm in norms]
     scales, shifts = scale[:, None, None, None].split(channels), shift.split(channels)
