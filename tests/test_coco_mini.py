@@ -23,7 +23,7 @@ from clis.metric.lvis_eval import METRICS
 CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "coco_mini"
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 needs_data = pytest.mark.skipif(
-    not all((SHARED / name).exists() for name in ("coco_mini", "imagenet_mini")),
+    not all((SHARED / name).exists() for name in ("coco_mini", "imagenet_mini", "weights")),
     reason="sample data is not here",
 )
 VAL_IMAGES = 24
@@ -48,6 +48,7 @@ def test_the_recipe_runs_on_photographs(tmp_path):
         "data.short_sides=[128]", "data.max_size=200", "data.image_level=[imagenet_mini/folders]",
         "data.workers=0", "test.short_side=128", "test.max_size=200", "test.images_per_batch=8",
         "regions.short_side=64", "regions.max_size=100",
+        "model.backbone.weights=weights/resnet18_pqf.pt", "model.backbone.download=false",
         f"data.root={SHARED}", f"data.val={small_split(tmp_path / 'val.json')}", f"output={output}",
     ]  # fmt: skip
     config = load_config(CONFIGS / "clis.yaml", arguments)
