@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import tiny_config
 from runs import BASELINE, CONFIG, REPOSITORY
 
@@ -17,7 +18,7 @@ from clis.__main__ import main
 from clis.cli import is_lost_process
 from clis.commands import run_verb
 from clis.config_files import SHIPPED, find_config, load_config
-from clis.engine.describe import schedule_warnings
+from clis.engine.describe import schedule_warnings, speed_hints
 from clis.engine.run_folder import find_checkpoint
 
 
@@ -194,6 +195,18 @@ def test_schedules_beyond_the_end_are_said():
         schedule_warnings(tiny_config("train.steps=100", "optim.warmup_steps=99", "optim.decay_steps=[99]"))
         == []
     )
+
+
+@pytest.mark.parametrize(
+    ("images", "accumulation", "more"),
+    [(1, 16, 8), (1, 12, 6), (2, 4, 8), (8, 2, None), (1, 1, None), (1, 13, None)],
+)
+def test_a_gpu_that_may_idle_is_hinted_at(images, accumulation, more):
+    """With a number that divides a process's images of a step: 13 has none above 1."""
+    config = tiny_config(f"train.images_per_process={images}")
+    hints = speed_hints(config, accumulation, torch.device("cuda"))
+    assert [f"train.images_per_process={more} " in hint for hint in hints] == [True] * (more is not None)
+    assert not speed_hints(config, accumulation, torch.device("cpu"))
 
 
 def test_the_public_names_are_listed():

@@ -80,6 +80,7 @@ def describe_run(
         lines.append(f"{word}: {', '.join(names) or 'nothing'}")
     lines.append(f"run folder {config.output}")
     lines += [f"WARNING: {each}" for each in schedule_warnings(config)]
+    lines += [f"hint: {each}" for each in speed_hints(config, accumulation, next(model.parameters()).device)]
     return "\n".join(f"  {line}" for line in lines)
 
 
@@ -97,6 +98,19 @@ def schedule_warnings(config: Config) -> list[str]:
             "the learning rate does not decay there"
         )
     return found
+
+
+def speed_hints(config: Config, accumulation: int, device: torch.device) -> list[str]:
+    """List what would make the steps of a run faster on a GPU: more images at once, up to eight."""
+    at_once = config.train.images_per_process
+    share = at_once * accumulation
+    more = max(count for count in range(1, 9) if share % count == 0)
+    if device.type == "cpu" or more <= at_once:
+        return []
+    return [
+        f"a step is {accumulation} micro-batches of {at_once} image(s), which may leave a GPU idle; "
+        f"train.images_per_process={more} is faster if it fits into memory (docs/scaling.md)"
+    ]
 
 
 def describe_pretraining(
