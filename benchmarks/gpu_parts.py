@@ -11,6 +11,7 @@ import contextlib
 import functools
 import gc
 import json
+import operator
 import os
 import re
 import signal
@@ -668,7 +669,13 @@ def profiled_steps(run: Run) -> dict[str, float]:
                 if run.is_cuda:
                     torch.cuda.synchronize()
         rates[name] = 1e3 / milliseconds
-        counts = {event.key: event.count for event in profile.key_averages()}
+        averages = profile.key_averages()
+        for order in ("count", "self_device_time_total" if run.is_cuda else "self_cpu_time_total"):
+            events = sorted(averages, key=operator.attrgetter(order), reverse=True)[:40]
+            print(
+                f"{name}, by {order}:", *(f"{event.count:6} {event.key[:100]}" for event in events), sep="\n"
+            )
+        counts = {event.key: event.count for event in averages}
 
         def counted(*starts: str, counts: dict[str, int] = counts) -> int:
             return sum(count for key, count in counts.items() if key.startswith(starts))
