@@ -673,7 +673,7 @@ def profiled_steps(run: Run) -> dict[str, float]:
         for order in ("count", "self_device_time_total" if run.is_cuda else "self_cpu_time_total"):
             events = sorted(averages, key=operator.attrgetter(order), reverse=True)[:40]
             print(
-                f"{name}, by {order}:", *(f"{event.count:6} {event.key[:100]}" for event in events), sep="\n"
+                f"{name}, by {order}:", *(f"{event.count:6} {event.key[:90]}" for event in events), sep="\n"
             )
         counts = {event.key: event.count for event in averages}
 
