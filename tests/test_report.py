@@ -383,6 +383,21 @@ def test_names_are_text_and_figures_are_those_of_the_files(page, written):
     assert CUP in page.all("#classes tbody td:first-child")
 
 
+def test_no_two_of_eight_runs_look_alike(browser, root, tmp_path):
+    """There are six colors; the seventh and eighth run have other dashes and markers with them."""
+    runs = [write_run(root, tmp_path / f"run{number}") for number in range(8)]
+    report(*runs, "--out", tmp_path / "page.html")
+    page = Page(browser)
+    page.open(tmp_path / "page.html")
+    script = (
+        "return [...document.querySelectorAll('#summary .run-mark line')]"
+        ".map(line => line.getAttribute('stroke') + line.getAttribute('stroke-dasharray'))"
+    )
+    looks = browser.execute_script(script)
+    assert len(set(looks)) == 8
+    page.check()
+
+
 def test_the_slider_decides_what_is_right_and_what_is_missed(page):
     """At 0.30 the dog of image 10 has a box of a cup with 0.8; at 0.85 only the cup's own box is left."""
     assert page.pane(10) == "A ✓ 2 right, ≠ 1 wrong class"

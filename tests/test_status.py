@@ -115,7 +115,7 @@ def test_how_a_run_ended_is_noted(folder):
     with pytest.raises(ValueError, match="no good"):
         fail()
     assert "ended by ValueError: no good (process" in describe(RunState.read(folder))
-    assert ", 2/3 training); log.txt has more" in describe(RunState.read(folder))
+    assert ", 2/3 training); log.txt has what came before" in describe(RunState.read(folder))
     lines = folder.log.read_text().splitlines()
     assert [line[21:].split(" ")[0] for line in lines] == ["clis", "something", "ended"]
     assert time.strptime(lines[1][:19], "%Y-%m-%d %H:%M:%S")

@@ -69,10 +69,8 @@ def activity(state: RunState) -> str:
         return f"not running; {sign}"
     where = f"process {process.pid} on {process.host}"
     if process.ended is not None:
-        stage = f", {process.stage}" if process.stage else ""
-        return (
-            f"ended by {process.ended} ({where}{stage}); {state.folder.log.name} has more; re-run to resume"
-        )
+        stage, log = f", {process.stage}" if process.stage else "", state.folder.log.name
+        return f"ended by {process.ended} ({where}{stage}); {log} has what came before; re-run to resume"
     lives = process.lives()
     if lives:
         return f"running ({where}), {process.stage}"

@@ -16,6 +16,8 @@
   const MISTAKES = [CLASS, LOCATION, DUPLICATE, NOTHING, MISSED];
   const COLORS = ["#1a7fc1", "#d55e00", "#009e73", "#cc79a7", "#b07800", "#56b4e9"];
   const DASHES = ["", "7 4", "2 3", "9 3 2 3", "12 4", "1 4"];
+  /** Which dashes and which marker: from the seventh run on colors come again, with another form. */
+  const formOf = (run) => (run + Math.floor(run / 6)) % 6;
   const GROUP_NAMES = { all: "all", r: "rare", c: "common", f: "frequent" };
   const PAGE_SIZES = { classes: 25, images: 12, pairs: 15, regions: 24 };
 
@@ -73,7 +75,7 @@
   /** A sign for a run that color-blind readers and printers keep: its letter, its line. */
   function runMark(run, withName = true) {
     const line = svg("svg", { width: 34, height: 12, "aria-hidden": "true" },
-      svg("line", { x1: 0, x2: 34, y1: 6, y2: 6, stroke: COLORS[run % 6], "stroke-width": 3, "stroke-dasharray": DASHES[run % 6] }));
+      svg("line", { x1: 0, x2: 34, y1: 6, y2: 6, stroke: COLORS[run % 6], "stroke-width": 3, "stroke-dasharray": DASHES[formOf(run)] }));
     return element("span", { class: "run-mark" }, line, withName ? `${letter(run)}  ${runs[run].name}` : letter(run));
   }
 
@@ -229,7 +231,7 @@
       }
       drawing.append(svg("path", {
         d: path, fill: "none", stroke: COLORS[run % 6], "stroke-width": faint ? 1 : 2, "stroke-opacity": faint ? 0.35 : 1,
-        "stroke-dasharray": faint ? null : DASHES[run % 6], "stroke-linejoin": "round",
+        "stroke-dasharray": faint ? null : DASHES[formOf(run)], "stroke-linejoin": "round",
       }));
       points.forEach(([at, value], i) => {
         if (!marker || value == null) return;
@@ -268,13 +270,14 @@
 
   /** A marker of the run's own form. */
   function shape(run, x, y) {
+    const form = formOf(run);
     const r = 4.5, style = { fill: COLORS[run % 6], stroke: "var(--panel)" };
     const paths = [
       null, `M${x - r} ${y - r}h${2 * r}v${2 * r}h${-2 * r}z`, `M${x} ${y - r - 1}l${r + 1} ${2 * r}h${-2 * r - 2}z`,
       `M${x} ${y - r - 1}l${r + 1} ${r + 1}l${-r - 1} ${r + 1}l${-r - 1} ${-r - 1}z`, `M${x - r} ${y}h${2 * r}M${x} ${y - r}v${2 * r}`, `M${x - r} ${y - r}l${2 * r} ${2 * r}m0 ${-2 * r}l${-2 * r} ${2 * r}`,
     ];
-    if (run % 6 === 0) return svg("circle", { cx: x, cy: y, r, ...style });
-    return svg("path", { d: paths[run % 6], ...style, stroke: run % 6 > 3 ? COLORS[run % 6] : style.stroke, "stroke-width": run % 6 > 3 ? 2.5 : 1 });
+    if (form === 0) return svg("circle", { cx: x, cy: y, r, ...style });
+    return svg("path", { d: paths[form], ...style, stroke: form > 3 ? COLORS[run % 6] : style.stroke, "stroke-width": form > 3 ? 2.5 : 1 });
   }
 
   function pager(total, size, page, turn, what) {
