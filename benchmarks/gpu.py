@@ -45,10 +45,10 @@ class Part:
 
 
 PARTS = {
-    "a": Part("Tests marked device", 100, ("tests",)),
+    "a": Part("Tests marked device", 75, ("tests",)),
     "b": Part("The README's first command", 130, ("baseline", "CLIS", "all")),
     "c": Part(
-        "A training step and inference at the paper's size, beside torchvision", 75,
+        "A training step and inference at the paper's size, beside torchvision", 50,
         (
             "step, CLIS, float32, channels_last", "step, baseline, float32, channels_last",
             "step, torchvision, float32, channels_last", "step, CLIS, bfloat16*", "step, CLIS, float16*",
@@ -56,20 +56,22 @@ PARTS = {
         ),
     ),
     "d": Part(
-        "The paper's tables V and VI, and the losses", 40,
+        "The paper's tables V and VI, and the losses", 65,
         ("s=0 t=0", "s=16 t=0", "s=32 t=0", "s=16 t=2", "s=16 t=4"),
     ),
     "e": Part(
-        "Equal bits under deterministic algorithms", 55,
+        "Equal bits under deterministic algorithms", 50,
         ("two runs of 30 steps", "a resumed run beside them", "the paper's size, two trainings"),
     ),
-    "f": Part("Several processes, or one with nccl", 35, ("collectives", "DDP", "training and evaluation")),
-    "g": Part("An exported program", 25, ("program",)),
+    "f": Part("Several processes, or one with nccl", 30, ("collectives", "DDP", "training and evaluation")),
+    "g": Part("An exported program", 30, ("program",)),
     "h": Part(
-        "Launches and host waits of a step; the loader; the region search", 40,
+        "Launches and host waits of a step; the loader; the region search", 55,
         ("step, float32", "step, bfloat16", "loader, *", "region search, *"),
     ),
-    "i": Part("Images a process", 20, ("float32, 1 image*", "bfloat16, 1 image*", "inference, 1 image*")),
+    "i": Part(
+        "Images a process", 45, ("float32, 1 image*", "bfloat16, 1 image*", "inference, TF32, 1 image*")
+    ),
 }  # fmt: skip
 
 

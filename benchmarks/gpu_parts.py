@@ -380,7 +380,8 @@ def paper_tables(run: Run) -> None:
     for name, options in step.LOSSES.items():
         overrides = run.overrides("clis=off", *options)
         variant = step.our_step(run.device, *overrides, model=run.detector("clis=off", *options), batch=batch)
-        row = {"float32 ms": run.milliseconds(variant)["ms"]}
+        with tf32(False):
+            row = {"float32 ms": run.milliseconds(variant)["ms"]}
         first = first or row
         run.row(
             f"loss: {name}", **row, **{"float32 to cross_entropy": row["float32 ms"] / first["float32 ms"]}
@@ -638,17 +639,15 @@ def launches_and_loader(run: Run) -> None:
             f"loader, {workers} workers", **{"images/s": rate, "cores": os.cpu_count()},
             **{f"of the {name} step's": rate / value for name, value in images_per_second.items()},
         )  # fmt: skip
-    photographs = region_search.Photographs(root / "imagenet_mini", 4 if run.tiny else 1024)
+    photographs = region_search.Photographs(root / "imagenet_mini", 4 if run.tiny else 512)
     sizes = ("regions.short_side=64", "regions.max_size=96") if run.tiny else ()
     for name in ("TF32", "bfloat16"):
         precision, allowed = PRECISIONS[name]
         words = (*region_search.SEARCH, *sizes, f"data.workers={run.scale.workers[0]}")
         with tf32(allowed):
             search = region_search.search(photographs, run.device, *words, f"train.precision={precision}")
-            figures = run.milliseconds(search, repeats=1)
-        run.row(
-            f"region search, {name}", ms=figures["ms"], **{"images/s": 1e3 * len(photographs) / figures["ms"]}
-        )
+            (seconds,) = detectors.take_turns({"": search}, 1, run.device)[""]
+        run.row(f"region search, {name}", ms=1e3 * seconds, **{"images/s": len(photographs) / seconds})
         del search
         run.free()
 
@@ -670,11 +669,11 @@ def profiled_steps(run: Run) -> dict[str, float]:
                     torch.cuda.synchronize()
         rates[name] = 1e3 / milliseconds
         averages = profile.key_averages()
-        for order in ("count", "self_device_time_total" if run.is_cuda else "self_cpu_time_total"):
-            events = sorted(averages, key=operator.attrgetter(order), reverse=True)[:40]
-            print(
-                f"{name}, by {order}:", *(f"{event.count:6} {event.key[:90]}" for event in events), sep="\n"
-            )
+        time_of = operator.attrgetter("self_device_time_total" if run.is_cuda else "self_cpu_time_total")
+        for order in (operator.attrgetter("count"), time_of):
+            print(f"{name}: how often, ms, what")
+            for event in sorted(averages, key=order, reverse=True)[:40]:
+                print(f"{event.count:6} {time_of(event) / 1e3:8.2f} {event.key[:90]}")
         counts = {event.key: event.count for event in averages}
 
         def counted(*starts: str, counts: dict[str, int] = counts) -> int:
@@ -767,7 +766,8 @@ def largest_batches(run: Run) -> None:
         batch = run.batch(0, 0, images).images
         return lambda: detector.detect(batch)
 
-    _doubled(run, "inference", detect, most=16)
+    with tf32(True):
+        _doubled(run, "inference, TF32", detect, most=16)
 
 
 def _doubled(run: Run, name: str, make: Callable[[int], Callable[[], object]], most: int = 1024) -> None:

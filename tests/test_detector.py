@@ -78,27 +78,50 @@ def test_fixed_batch_norm_by_hand():
     assert conv_norm(torch.full((1, 1, 1, 1), 10.0), identity, norm, folded).item() == pytest.approx(11)
 
 
+def two_passes(body, shared):
+    images = [
+        torch.randn(1, 3, 64, 64).to(body.conv1.weight),
+        torch.randn(2, 3, 32, 32).to(body.conv1.weight),
+    ]
+    outputs = [body(x, shared) for x in images]
+    return outputs, sum(level.square().mean() for levels in outputs for level in levels)
+
+
 def test_passes_that_share_folded_weights_equal_passes_that_fold_their_own():
-    torch.manual_seed(0)
     body = ResNet(BackboneConfig(name="resnet10", width=16)).double()
-    images = [torch.randn(1, 3, 64, 64).double(), torch.randn(2, 3, 32, 32).double()]
-
-    def passes(folded):
+    found = []
+    for shared in ({}, None):
+        torch.manual_seed(0)
         body.zero_grad()
-        outputs = [level for x in images for level in body(x, folded)]
-        sum(level.square().mean() for level in outputs).backward()
-        return outputs, [p.grad for p in body.parameters() if p.requires_grad]
+        outputs, loss = two_passes(body, shared)
+        loss.backward()
+        found.append((outputs, [p.grad for p in body.parameters() if p.requires_grad]))
+    torch.testing.assert_close(found[0], found[1])
 
-    torch.testing.assert_close(passes(body.fold()), passes(None))
+
+def test_the_gradient_of_the_last_layer_is_complete_before_the_backward_pass_has_left_the_one_before():
+    """DDP sends it then. With all layers folded before the first pass it would be complete at the end."""
+    body = ResNet(BackboneConfig(name="resnet10", width=16))
+    events = []
+    for name, parameter in body.named_parameters():
+        if parameter.requires_grad:
+            parameter.register_post_accumulate_grad_hook(lambda _, name=name: events.append(name))
+    outputs, loss = two_passes(body, {})
+    outputs[0][1].register_hook(lambda _: events.append("C3"))  # its backward comes last
+    loss.backward()
+    last = [place for place, event in enumerate(events) if event.startswith("layer4")]
+    assert len(last) == 9  # three convolutions with weight and bias of their norms
+    assert max(last) < events.index("C3")
 
 
 def test_folded_weights_have_the_type_of_autocast():
     body = ResNet(BackboneConfig(name="resnet10", width=16))
-    with torch.autocast("cpu", torch.bfloat16):
-        folded, outputs = body.fold(), body(torch.randn(1, 3, 64, 64))
-        assert {t.dtype for pair in folded.values() for t in pair} == {torch.bfloat16}
-    assert {t.dtype for pair in body.fold().values() for t in pair} == {torch.float32}
-    assert {level.dtype for level in outputs} == {torch.bfloat16}
+    for enabled, dtype in ((True, torch.bfloat16), (False, torch.float32)):
+        shared = {}
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            outputs = body(torch.randn(1, 3, 64, 64), shared)
+        assert {t.dtype for folded in shared.values() for pair in folded.values() for t in pair} == {dtype}
+        assert {level.dtype for level in outputs} == {dtype}
 
 
 def reference_network(name):

@@ -320,9 +320,9 @@ class TestCommands:
             words = arguments(data, folder, device, f"regions.detector={detector}")
             run_verb("regions", [words[1], *words[2:]])
             tables.append(load_regions_of(folder))
-        # of boxes that rank alike a level of 255 picks another one, of about the same score
+        # Boxes of almost equal score may swap when a pixel differs by one level of 255.
         scores = [table["score"] for table in tables]
-        np.testing.assert_allclose(scores[1], scores[0], rtol=0.25)
+        np.testing.assert_allclose(scores[1], scores[0], rtol=0.1)
         assert np.isclose(scores[1], scores[0], rtol=0.02).mean() > 0.95
         assert (tables[1]["box"][:, 2:] > tables[1]["box"][:, :2]).all()
         assert np.array_equal(tables[1]["source"], tables[0]["source"])

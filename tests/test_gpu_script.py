@@ -74,7 +74,7 @@ def test_what_is_left_when_the_time_is_over(gpu, tmp_path):
 
 @pytest.mark.slow
 def test_every_part_in_its_small_form(gpu, tmp_path):
-    """As it will run on a GPU, but for sizes; alone on two cores in less than five minutes."""
+    """As it runs on a GPU, but for sizes; alone on two cores in less than five minutes."""
     command = [sys.executable, str(REPOSITORY / "benchmarks" / "gpu.py"), "--out", str(tmp_path)]
     command += ["--device", "cpu", "--tiny", "--minutes", "20"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}

@@ -88,6 +88,23 @@ def fold(layer: nn.Module) -> Folded:
     return dict(zip(convs, zip(weights, shifts)))
 
 
+SharedFolds = dict[int, Folded]
+"""What is folded of each layer, by its number, for several passes of one step."""
+
+
+def _fold_once(number: int, layer: nn.Module, shared: SharedFolds | None) -> Folded:
+    """Fold a layer when it is first needed.
+
+    So the gradient of its weights is complete as soon as the backward pass has left the layer, and DDP can
+    send it; with all layers folded before the first pass it would be complete at the very end.
+    """
+    if shared is None:
+        return fold(layer)
+    if number not in shared:
+        shared[number] = fold(layer)
+    return shared[number]
+
+
 def conv_norm(x: Tensor, conv: nn.Conv2d, norm: nn.Module, folded: Folded) -> Tensor:
     """Return norm(conv(x)), as one convolution where the statistics are fixed."""
     if conv not in folded:
@@ -188,23 +205,20 @@ class ResidualLayers(nn.Module):
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
-    def fold(self) -> Folded:
-        """Return what `fold` makes of all layers, for the passes that share it."""
-        # by layer, so that DDP need not wait for the gradient of the last one to send that of the first
-        return {conv: folded for layer in self._layers() for conv, folded in fold(layer).items()}
-
-    def features(self, x: Tensor, folded: Folded | None = None) -> list[Tensor]:
+    def features(self, x: Tensor, shared: SharedFolds | None = None) -> list[Tensor]:
         """Return C2-C5 (strides 4-32) of normalized images [B,3,H,W].
 
         Args:
-            folded: of `fold`; computed where it is not given.
+            shared: what other passes with the same weights have folded; this one adds what it is the first
+                to need.
         """
-        folded = self.fold() if folded is None else folded
-        x = conv_norm(x, self.conv1, self.bn1, folded).relu_()
+        stem, *stages = self._layers()
+        x = conv_norm(x, self.conv1, self.bn1, _fold_once(0, stem, shared)).relu_()
         x = F.max_pool2d(x, 3, 2, 1)
         outputs = []
-        for layer in (self.layer1, self.layer2, self.layer3, self.layer4):
-            for block in layer:
+        for number, layer in enumerate(stages, 1):
+            folded = _fold_once(number, layer, shared)
+            for block in layer.children():
                 x = block(x, folded)
             outputs.append(x)
         return outputs
@@ -216,9 +230,9 @@ class ResNet(ResidualLayers):
     def __init__(self, config: BackboneConfig) -> None:
         super().__init__(config, functools.partial(make_norm, config))
 
-    def forward(self, x: Tensor, folded: Folded | None = None) -> list[Tensor]:
-        """Return C2-C5 (strides 4-32) of normalized images [B,3,H,W]; `folded` as for `features`."""
-        return self.features(x, folded)
+    def forward(self, x: Tensor, shared: SharedFolds | None = None) -> list[Tensor]:
+        """Return C2-C5 (strides 4-32) of normalized images [B,3,H,W]; `shared` as for `features`."""
+        return self.features(x, shared)
 
 
 class Normalize(nn.Module):
@@ -272,15 +286,15 @@ class Backbone(nn.Module):
         )
 
     def forward(
-        self, images: Sequence[Tensor], max_size: int | None = None, folded: Folded | None = None
+        self, images: Sequence[Tensor], max_size: int | None = None, shared: SharedFolds | None = None
     ) -> list[Tensor]:
         """Return features P2-P6, [B, fpn_channels, H/stride, W/stride], of RGB images [3,H,W] in 0..255.
 
         Args:
             max_size: the longest side that such images may have; see `BackboneConfig.canvas`.
-            folded: the body's folded weights, where several passes share them.
+            shared: the body's folded weights, for passes that share them; see `ResidualLayers.features`.
         """
-        summed = self.top_down(images, max_size, folded)
+        summed = self.top_down(images, max_size, shared)
         levels = [layer(x) for layer, x in zip(self.output_convs, summed)]
         return [*levels, F.max_pool2d(levels[-1], 1, 2)]
 
@@ -290,10 +304,10 @@ class Backbone(nn.Module):
         return self.fpn.layer_blocks
 
     def top_down(
-        self, images: Sequence[Tensor], max_size: int | None = None, folded: Folded | None = None
+        self, images: Sequence[Tensor], max_size: int | None = None, shared: SharedFolds | None = None
     ) -> list[Tensor]:
         """Return the pyramid's top-down sums, from which `output_convs` make P2-P5."""
-        features = self.body(self.batch(images, max_size), folded)
+        features = self.body(self.batch(images, max_size), shared)
         summed = [lateral(x) for lateral, x in zip(self.fpn.inner_blocks, features)]
         for level in range(len(summed) - 2, -1, -1):
             size = summed[level].shape[2:]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from clis import boxes as box_ops
 from clis.config import TestConfig
 from clis.losses import ClassificationLoss, Rows, at_least_float32, l1_loss, objectness_loss
-from clis.models.backbone import Backbone
+from clis.models.backbone import Backbone, SharedFolds
 from clis.models.calibration import Calibration
 from clis.models.contrastive import ContrastiveRegularization
 from clis.models.heads import ClassificationHead, LocalizationHead, Refinement
@@ -129,8 +129,8 @@ class CLISDetector(nn.Module):
         sizes = [image_size(image) for image in batch.images]
 
         # instance-level images: proposals and their RoIs
-        folded = self.backbone.body.fold()  # once for both streams
-        features = self.backbone(batch.images, self.max_size, folded)
+        shared: SharedFolds = {}  # of both streams
+        features = self.backbone(batch.images, self.max_size, shared)
         anchors = self.rpn.anchors(features)
         count = normalizers.images * self.rpn.config.samples
         losses = self.rpn.losses(features, anchors, batch.boxes, sizes, batch.seeds, count)
@@ -165,7 +165,7 @@ class CLISDetector(nn.Module):
         views = None
         if self.image_classification is not None:
             # P2-P5 follow around the regions alone
-            summed = self.backbone.top_down(batch.mosaics.unbind(), folded=folded)
+            summed = self.backbone.top_down(batch.mosaics.unbind(), shared=shared)
             pooled_regions = self.roi_align(
                 summed, batch.regions, batch.region_mosaics, self.backbone.output_convs
             )
