@@ -205,7 +205,7 @@ def test_a_gpu_that_may_idle_is_hinted_at(images, accumulation, more):
     """With a number that divides a process's images of a step: 13 has none above 1."""
     config = tiny_config(f"train.images_per_process={images}")
     hints = speed_hints(config, accumulation, torch.device("cuda"))
-    assert [f"train.images_per_process={more}," in hint for hint in hints] == [True] * (more is not None)
+    assert [f"train.images_per_process={more} " in hint for hint in hints] == [True] * (more is not None)
     assert not speed_hints(config, accumulation, torch.device("cpu"))
 
 

@@ -109,7 +109,7 @@ def speed_hints(config: Config, accumulation: int, device: torch.device) -> list
         return []
     return [
         f"a step is {accumulation} micro-batches of {at_once} image(s), which may leave a GPU idle; "
-        f"train.images_per_process={more}, with train.precision=bfloat16, may be faster (docs/scaling.md)"
+        f"train.images_per_process={more} may be faster (docs/scaling.md)"
     ]
 
 
