@@ -50,8 +50,9 @@ def test_the_command_writes_four_pictures(finished, tmp_path, capsys):
         main(["plot", str(finished), "--images=-1"])
 
 
-def run_with(run: PlottedRun, **changed) -> PlottedRun:
-    return dataclasses.replace(run, **changed)
+def run_with(run: PlottedRun, *, name: str | None = None, **changed) -> PlottedRun:
+    """The run under this name, with these fields of its state."""
+    return dataclasses.replace(run, name=name or run.name, state=dataclasses.replace(run.state, **changed))
 
 
 def dots(ax) -> list[float]:
@@ -65,8 +66,8 @@ def dots(ax) -> list[float]:
 def test_dots_are_means_with_single_runs_and_undefined_figures_are_left_out(runs):
     """Two runs of one name, AP 25 and 35: the dot is at 30, rings at both. APc is -1: its panel is empty."""
     metrics = {"AP": 0.25, "APr": 0.5, "APc": -1.0, "APf": 0.1}
-    first = run_with(runs[0], name="ours", evaluations=[(9, metrics)])
-    second = run_with(first, evaluations=[(9, metrics | {"AP": 0.35})])
+    first = run_with(runs[0], name="ours", result=metrics)
+    second = run_with(first, result=metrics | {"AP": 0.35})
     alone = run_with(first, name="alone")
     panels = plot.frequency_dots([first, alone, second]).axes
     assert [text.get_text() for text in panels[0].get_yticklabels()] == ["ours  (n = 2)", "alone  (n = 1)"]
@@ -81,7 +82,8 @@ def test_curves_begin_with_the_first_record_and_end_with_the_last_evaluation(run
     first three. The raw values are there too. One evaluation alone is no curve."""
     records = [{"step": step + 1, "loss": float(step)} for step in range(40)]
     records.insert(20, {"step": 99, "loss": None})  # of a step that was left out
-    run = run_with(runs[0], records=records, evaluations=[(15, {"AP": 0.125}), (40, {"AP": 0.25})])
+    evaluations = [(15, {"AP": 0.125}), (40, {"AP": 0.25})]
+    run = run_with(runs[0], records=records, evaluations=evaluations, result=None)
     loss, ap = plot.training_curves([run]).axes
     raw, smooth = loss.lines
     assert list(raw.get_ydata()) == list(range(40))
@@ -90,7 +92,7 @@ def test_curves_begin_with_the_first_record_and_end_with_the_last_evaluation(run
     assert values[1] == pytest.approx(1)
     steps, values = ap.lines[0].get_data()
     assert (list(steps), list(values)) == ([15, 40], [12.5, 25.0])
-    assert len(plot.training_curves([run_with(run, evaluations=run.evaluations[1:])]).axes) == 1
+    assert len(plot.training_curves([run_with(run, evaluations=evaluations[1:])]).axes) == 1
 
 
 def test_images_of_the_rarest_classes_come_first(annotations):
@@ -164,7 +166,8 @@ def photo_run(run: PlottedRun, folder, boxes: list, labels: list, scores: list) 
         image_id=np.full(len(boxes), 7), category_id=np.array(labels, np.int64),
         bbox=np.array(boxes, np.float64).reshape(-1, 4), score=np.array(scores, np.float64),
     )  # fmt: skip
-    return run_with(run, config=dataclasses.replace(run.config, data=data), detections=detections)
+    moved = run_with(run, config=dataclasses.replace(run.config, data=data))
+    return dataclasses.replace(moved, detections=detections)
 
 
 @pytest.mark.parametrize("federated", [True, False])
@@ -222,7 +225,7 @@ def test_runs_that_are_not_there_or_of_other_data(runs, tmp_path, data, finished
     (data / "shapes" / "copy.json").write_text(val)
     arguments = ["--config", BASELINE, *SHORT, f"data.root={data}", f"output={tmp_path / 'other'}"]
     run_verb("train", [*arguments, "train.steps=1", "data.val=shapes/copy.json"])
-    with pytest.raises(ValueError, match=r"other is of other data than .*; plot them apart"):
+    with pytest.raises(ValueError, match=r"other has data\.val .*copy\.json, .*; plot them apart"):
         plot.plot([finished, tmp_path / "other"], tmp_path, images=1, score=0.5)
 
 
@@ -245,7 +248,7 @@ def test_an_unfinished_run_is_drawn_as_far_as_it_is(finished, tmp_path, capsys):
     with (copy / "metrics.jsonl").open("a") as file:
         file.write(json.dumps({"step": 2, "AP": metrics["AP"]}) + "\n" + '{"step": 3, "lo')  # being written
     run = PlottedRun.read(copy)
-    assert run.evaluations == [(2, {"AP": metrics["AP"]})]
+    assert run.state.every_evaluation == [(2, {"AP": metrics["AP"]})]
     assert len(run.detections) == len(PlottedRun.read(finished).detections)
 
 

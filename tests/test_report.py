@@ -197,6 +197,16 @@ def test_an_unfinished_run_shows_its_last_evaluation(root, tmp_path, capsys):
     assert "of the evaluation at step 20" in capsys.readouterr().out
 
 
+def test_an_evaluation_whose_files_are_gone_keeps_its_figures(root, tmp_path):
+    run = write_run(root, tmp_path / "run")
+    run.result.unlink()
+    with run.metrics.open("a") as file:
+        file.write(json.dumps({"step": 20, "AP": 0.125}) + "\n")
+    (head,) = report(run, "--out", tmp_path / "page.html")["runs"]
+    assert (head["figures"], head["judged"], head["record"]) == ({"AP": 0.125}, None, {})
+    assert any("step_00000020/detections.npz does not exist" in text for text in head["missing"])
+
+
 def test_a_run_that_has_just_begun_says_what_is_missing(root, tmp_path):
     run = write_run(root, tmp_path / "run")
     for path in (run.result, run.detections, run.metrics):

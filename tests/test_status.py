@@ -267,3 +267,16 @@ def test_a_file_that_changes_is_hashed_anew_and_a_missing_one_has_none(tmp_path)
     assert empty == "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"  # of no bytes
     path.write_bytes(b"x")
     assert provenance.file_hash(path) != empty
+
+
+def test_a_run_of_another_version_is_read_by_what_this_one_knows(folder):
+    """A setting that is gone is in the recipe alone; an override changes what is known."""
+    text = folder.config.read_text()
+    folder.config.write_text(text.replace("clis:\n", "clis:\n  queue_init: empty\n"))
+    state = RunState.read(folder, ["test.detections=7"])
+    assert state.unknown == ["clis.queue_init"]
+    assert state.recipe["clis.queue_init"] == "empty"
+    assert state.config.test.detections == 7
+    folder.config.write_text(text.replace("  s: 4\n", "  s: many\n"))
+    with pytest.raises(ValueError, match=r"config\.yaml: .*clis\.s"):
+        RunState.read(folder)

@@ -31,7 +31,7 @@ def run(arguments: argparse.Namespace) -> None:
         state = RunState.read(folder)
         evaluated, name = state.metrics, str(state.folder)
         if state.result is None:
-            missing.append(str(state.what_is_missing()))
+            missing.append(f"{folder}: {state.what_is_missing()}")
             name += f", step {state.step if evaluated is None else evaluated[0]}"
         rows[name] = {} if evaluated is None else evaluated[1]
         if paper := state.config.paper.figures:

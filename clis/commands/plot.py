@@ -26,12 +26,11 @@ from clis.commands.figures import (
 )
 from clis.commands.study_figure import study_figure
 from clis.config import Config, data_path
-from clis.config_files import config_from_dict, config_to_dict, merge_overrides, resolve_data_root
 from clis.data.annotations import Annotations
 from clis.data.streams import read_annotations
 from clis.engine.evaluate import load_validation, read_annotated
 from clis.engine.run_folder import RunFolder
-from clis.engine.run_state import RunState
+from clis.engine.run_state import RunState, check_same_data
 from clis.metric.analysis import ap_by_image_count, find_errors, merge_small_bins
 from clis.metric.detections import Detections
 from clis.metric.lvis_eval import accumulate
@@ -121,10 +120,7 @@ class PlottedRun:
     """What a run folder has for the figures."""
 
     name: str
-    config: Config
-    records: list[dict[str, float | None]]
-    evaluations: list[tuple[int, dict[str, float]]]
-    """Steps and metrics, with those of the finished run at the end."""
+    state: RunState
     detections: Detections | None
     """Those of the last evaluation; None before the first."""
 
@@ -138,28 +134,18 @@ class PlottedRun:
         Raises:
             FileNotFoundError: no run has begun there, or its detections are gone.
         """
-        folder = RunFolder(path)
-        state = RunState.read(folder)
+        state = RunState.read(RunFolder(path), overrides)
         if missing := state.what_is_missing():
-            say(missing)
-        found = folder
-        if state.result is None and state.evaluations:
-            found = folder.evaluation(state.evaluations[-1][0])
-        evaluated = state.metrics is not None
-        if evaluated and not found.detections.exists():
+            say(f"{path}: {missing}")
+        found = state.evaluated
+        if found is not None and not found.detections.exists():
             raise FileNotFoundError(f"{found.detections}: no such file; evaluate the checkpoint again")
-        evaluations = state.evaluations + ([] if state.result is None else [(state.steps, state.result)])
-        detections = Detections.load(found.detections) if evaluated else None
-        config = state.config
-        if overrides:
-            values = merge_overrides(config_to_dict(config), overrides)
-            config = resolve_data_root(config_from_dict(values, source=str(folder.config)))
-        return cls(name or str(path), config, state.records, evaluations, detections)
+        return cls(name or str(path), state, None if found is None else Detections.load(found.detections))
 
     @property
-    def figures(self) -> dict[str, float]:
-        """The metrics of the last evaluation, empty before the first."""
-        return self.evaluations[-1][1] if self.evaluations else {}
+    def config(self) -> Config:
+        """The config of the run."""
+        return self.state.config
 
 
 def plot(
@@ -187,7 +173,7 @@ def plot(
         FileNotFoundError, ValueError: a run does not exist, or they are of different data sets.
     """
     runs = [PlottedRun.read(folder, (names or {}).get(str(folder)), overrides) for folder in folders]
-    _check_same_data(runs)
+    check_same_data([run.state for run in runs], "plot them apart")
     figures = {"curves": training_curves(runs)}
     evaluated = [run for run in runs if run.detections is not None]
     if evaluated:
@@ -210,17 +196,17 @@ def plot(
 
 def training_curves(runs: Sequence[PlottedRun]) -> Figure:
     """Draw the total loss over the steps, raw and smoothed; below it AP, if a run has several evaluations."""
-    evaluated = any(len(run.evaluations) > 1 for run in runs)  # one alone is no curve
+    evaluated = any(len(run.state.every_evaluation) > 1 for run in runs)  # one alone is no curve
     figure, axes = subplots(1 + evaluated, 1, (7, 3.2), sharex=True)
     numbers = _numbers(runs)
     for run in runs:
         kind, label = look(numbers[run.name]), _label_once(axes[0, 0], run.name)
-        losses = [r for r in run.records if r.get("loss") is not None]
+        losses = [r for r in run.state.records if r.get("loss") is not None]
         steps, values = [r["step"] for r in losses], np.array([r["loss"] for r in losses], dtype=float)
         axes[0, 0].plot(steps, values, color=kind["color"], lw=0.6, alpha=0.3)
         axes[0, 0].plot(steps, smoothed(values), color=kind["color"], ls=kind["linestyle"], label=label)
-        if evaluated and run.evaluations:
-            points, metrics = zip(*run.evaluations)
+        if evaluated and run.state.metrics is not None:
+            points, metrics = zip(*run.state.every_evaluation)
             axes[1, 0].plot(points, [100 * each["AP"] for each in metrics], ms=5, **kind)
     axes[0, 0].set(ylabel="total loss")
     axes[-1, 0].set(xlabel="step")
@@ -235,8 +221,10 @@ def frequency_dots(runs: Sequence[PlottedRun]) -> Figure:
     """Draw AP of all, rare, common and frequent classes, a line per name (see `dot_plot`)."""
     rows: dict[str, list[dict[str, float]]] = {}
     for run in runs:
+        assert run.state.metrics is not None
+        _, metrics = run.state.metrics
         rows.setdefault(run.name, []).append(
-            {key: 100 * run.figures[key] if run.figures[key] >= 0 else -1.0 for key in GROUPS}
+            {key: 100 * metrics[key] if metrics[key] >= 0 else -1.0 for key in GROUPS}
         )
     return dot_plot(rows)
 
@@ -359,14 +347,6 @@ def _draw(
         ax.text(x1, y1, text, fontsize=5, color="white", va="bottom" if room else "top", clip_on=True,
                 bbox={"facecolor": color, "edgecolor": "none", "pad": 0.6})  # fmt: skip
     ax.set_axis_off()
-
-
-def _check_same_data(runs: Sequence[PlottedRun]) -> None:
-    first = runs[0].config
-    for run in runs[1:]:
-        other = {key: getattr(run.config.data, key) for key in ("root", "train", "val")}
-        if other != {key: getattr(first.data, key) for key in other}:
-            raise ValueError(f"{run.name} is of other data than {runs[0].name}; plot them apart")
 
 
 def _validation(config: Config) -> Annotations:

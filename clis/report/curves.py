@@ -49,10 +49,13 @@ def smoothed(values: np.ndarray) -> np.ndarray:
         return np.where(count > 0, (sums[high] - sums[low]) / count, np.nan)
 
 
-def evaluations_of(records: Sequence[Mapping[str, Any]]) -> list[dict[str, float]]:
-    """Return the evaluations on the way: step, AP, APr, APc and APf, fractions, -1 where undefined."""
-    names = ("step", "AP", "APr", "APc", "APf")
-    return [{name: record.get(name, -1) for name in names} for record in records if "AP" in record]
+def evaluations_of(evaluations: Sequence[tuple[int, Mapping[str, float]]]) -> list[dict[str, float]]:
+    """Return of evaluations, steps and metrics, each as one mapping: step, AP, APr, APc and APf.
+
+    They are fractions, -1 where undefined.
+    """
+    names = ("AP", "APr", "APc", "APf")
+    return [{"step": step} | {name: metrics.get(name, -1) for name in names} for step, metrics in evaluations]
 
 
 def _number(value: Any) -> float:

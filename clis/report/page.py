@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from clis.atomic import atomic_write
-from clis.config import data_path
+from clis.config import Config, data_path
 from clis.config_files import config_to_dict, flatten
 from clis.data.annotations import Annotations
 from clis.data.categories import check_same_categories
@@ -19,6 +19,7 @@ from clis.data.image_level import ImageLevelIndex, is_index
 from clis.data.region_file import load_regions
 from clis.data.streams import make_index, read_annotations
 from clis.engine.run_folder import regions_file
+from clis.engine.run_state import check_same_data
 from clis.metric.analysis import ERRORS, GROUPS
 from clis.metric.matching import IOU_THRESHOLDS
 from clis.metric.verdicts import VERDICTS
@@ -44,7 +45,7 @@ from clis.report.pictures import (
     region_payload,
     worst_images,
 )
-from clis.report.runs import ReportRun, check_same_data, read_run
+from clis.report.runs import ReportRun, read_run
 
 HERE = Path(__file__).parent
 MAX_BYTES = 30_000_000
@@ -73,7 +74,7 @@ def write_report(
         FileNotFoundError, ValueError: a folder is no run, or the runs are of different data.
     """
     runs = [read_run(folder, name, overrides) for folder, name in zip(folders, names)]
-    check_same_data(runs)
+    check_same_data([run.state for run in runs], "make a report for each")
     payload = collect(runs, images, regions)
     text = render_page(payload)
     with atomic_write(out) as temporary:
@@ -133,7 +134,7 @@ def collect(runs: Sequence[ReportRun], images: int | None, regions: int) -> dict
             payload["images"] = image_payload(annotations, some[0].verdicts.required)
             shown = worst_images(annotations, some, len(annotations) if images is None else images)
             room = PICTURE_BYTES if images is None else None
-            config = runs[0].config
+            config = runs[0].state.config
             folder = data_path(config, config.data.val_images)
             pictures, complaint = read_pictures(annotations, folder, shown, room, config.data.max_pixels)
             payload["images"]["pictures"] = pictures
@@ -149,20 +150,22 @@ def collect(runs: Sequence[ReportRun], images: int | None, regions: int) -> dict
 
 def _run_head(run: ReportRun) -> dict[str, Any]:
     """Return what a page has of a run without its data set."""
-    defaults = flatten(config_to_dict(type(run.config)()))
+    state = run.state
+    step, metrics = state.metrics or (None, None)
+    defaults = flatten(config_to_dict(Config()))
     return {
         "name": run.name,
-        "folder": str(run.folder),
-        "finished": run.finished,
-        "step": run.step,
-        "steps": run.config.train.steps,
-        "figures": run.figures,
-        "evaluatedStep": run.evaluated_step,
-        "paper": run.config.paper.figures or None,
-        "record": {key: _text(value) for key, value in flatten(run.record).items()},
-        "curves": curves_of(run.records),
-        "evaluations": evaluations_of(run.records),
-        "recipe": {key: _text(value) for key, value in run.recipe.items()},
+        "folder": str(state.folder),
+        "finished": state.result is not None,
+        "step": state.step if state.result is None else state.steps,
+        "steps": state.steps,
+        "figures": metrics,
+        "evaluatedStep": step if state.result is None else None,
+        "paper": state.config.paper.figures or None,
+        "record": {key: _text(value) for key, value in flatten(state.source).items()},
+        "curves": curves_of(state.records),
+        "evaluations": evaluations_of(state.every_evaluation),
+        "recipe": {key: _text(value) for key, value in state.recipe.items()},
         "defaults": {key: _text(value) for key, value in defaults.items()},
         "judged": None,
     }
@@ -179,9 +182,11 @@ def _text(value: Any) -> str:
 
 def _annotations(run: ReportRun) -> tuple[Annotations | None, str | None]:
     """Read the validation split with the counts of the training split, or say why that is not possible."""
-    data = run.config.data
+    config = run.state.config
     try:
-        train, val = (read_annotations(data_path(run.config, path)) for path in (data.train, data.val))
+        train, val = (
+            read_annotations(data_path(config, path)) for path in (config.data.train, config.data.val)
+        )
         check_same_categories(train.categories, train.path, val.categories, val.path)
     except (OSError, ValueError) as error:
         return None, f"No classes, errors and pictures: the annotations cannot be read. {_moved(error)}"
@@ -193,7 +198,7 @@ def _judge_all(runs: Sequence[ReportRun], annotations: Annotations) -> list[Judg
     with Progress("judge", STAGES * len(runs)) as progress:
         for run in runs:
             detections = run.detections()
-            limit = run.config.test.detections
+            limit = run.state.config.test.detections
             if detections is None:
                 judged.append(None)
                 progress.advance(STAGES)
@@ -205,12 +210,13 @@ def _judge_all(runs: Sequence[ReportRun], annotations: Annotations) -> list[Judg
 def _image_level(runs: Sequence[ReportRun], annotations: Annotations) -> ImageLevelIndex | None:
     """Index the image-level stream of the first run that has one, if its files are there."""
     for run in runs:
-        if run.config.clis.s > 0:
-            roots = [data_path(run.config, root) for root in run.config.data.image_level]
+        config = run.state.config
+        if config.clis.s > 0:
+            roots = [data_path(config, root) for root in config.data.image_level]
             if not any(map(is_index, roots)):
                 say(f"indexing {', '.join(map(str, roots))}")
             try:
-                return make_index(run.config, annotations)
+                return make_index(config, annotations)
             except (OSError, ValueError) as error:
                 run.missing.append(f"No image-level images: {_moved(error)}")
                 return None
@@ -221,19 +227,19 @@ def _regions(
     runs: Sequence[ReportRun], index: ImageLevelIndex, annotations: Annotations, order: np.ndarray, count: int
 ) -> dict[str, Any] | None:
     """Return the regions of the first run with an image-level stream, or None where they cannot be read."""
-    run = next(run for run in runs if run.config.clis.s > 0)
-    path = regions_file(run.config)
-    path = run.folder.regions if not run.config.regions.file else path  # a run folder may have been moved
+    run = next(run for run in runs if run.state.config.clis.s > 0)
+    config = run.state.config
+    # the folder's own by its present place: it may have been moved
+    path = regions_file(config) if config.regions.file else run.state.folder.regions
     try:
         if not path.exists():
             raise FileNotFoundError(f"{path}: no such file; pass regions.file=")
-        found = load_regions(path, index, run.config.regions)
+        found = load_regions(path, index, config.regions)
     except (OSError, ValueError) as error:
         run.missing.append(f"No regions: {error}.")
         return None
-    limit = run.config.data.max_pixels
-    payload = region_payload(index, found, annotations.categories, order, count, limit)
-    return payload | {"run": run.name, "file": str(path), "rule": run.config.regions.rule}
+    payload = region_payload(index, found, annotations.categories, order, count, config.data.max_pixels)
+    return payload | {"run": run.name, "file": str(path), "rule": config.regions.rule}
 
 
 def _moved(error: Exception) -> str:

@@ -395,7 +395,6 @@
     }), { x: { min: 0, max: last } });
     const evaluated = runs.map((run, place) => {
       const points = run.evaluations.map((each) => [each.step, each.AP < 0 ? null : each.AP]);
-      if (run.finished) points.push([run.steps, run.figures.AP]);
       return { run: place, points, marker: true };
     });
     const more = element("details", {}, element("summary", {}, `${others.length} more: learning rate, gradient norm, speed, counts`));
