@@ -19,7 +19,6 @@ from conftest import rows_of
 from runs import CONFIG, REPOSITORY, SHORT
 
 import clis
-from clis.commands.study import Study
 from clis.config import RESUMABLE, Config
 from clis.config_files import config_to_dict, flatten, load_config
 from clis.data.categories import Category
@@ -28,6 +27,7 @@ from clis.engine.run_folder import RunFolder
 from clis.losses import CLASSIFICATION_LOSSES, build_classification_loss
 from clis.losses.options import check_options, read_call
 from clis.models.calibration import CALIBRATIONS
+from clis.study.file import Study
 
 # The example at the size of a test: a small network from random weights on small images, few steps.
 SMALL = [value for value in SHORT if not value.startswith("data.generate")] + [

@@ -15,14 +15,15 @@ pytest.importorskip("matplotlib")
 
 from runs import BASELINE, SHORT
 
+from clis import figures
 from clis.__main__ import main
-from clis.commands import figures, plot, run_verb
+from clis.commands import plot, run_verb
 from clis.commands.arguments import read_names
 from clis.commands.plot import PlottedRun
-from clis.commands.study_figure import study_figure
 from clis.data.annotations import pack_annotations
 from clis.engine.evaluate import load_validation
 from clis.metric.detections import Detections
+from clis.study.figure import study_figure
 
 
 @pytest.fixture(scope="module")

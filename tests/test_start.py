@@ -14,7 +14,7 @@ from conftest import CATEGORIES, tiny_config
 from runs import BASELINE, CONFIG, SHORT, assert_same_training, records
 
 from clis.commands import check, run_verb
-from clis.commands.study import Study, run_study
+from clis.commands.study import run_study
 from clis.config import StartConfig
 from clis.config_files import config_to_dict, load_config
 from clis.engine import train
@@ -22,6 +22,7 @@ from clis.engine.checkpoint import detector_state, load_checkpoint
 from clis.engine.run_folder import RunFolder
 from clis.engine.start import load_start, train_only
 from clis.models import build_model
+from clis.study.file import Study
 
 PLAIN = "clis=off"
 NEW_PARTS = (

@@ -16,9 +16,13 @@ import pytest
 import yaml
 from runs import CONFIG, REPOSITORY, SHORT
 
-from clis.commands import run_verb, study, study_record
-from clis.commands.study import Study, run_study
+from clis.commands import run_verb
+from clis.commands.study import run_study
 from clis.config_files import load_config
+from clis.study.file import Study
+from clis.study.jobs import plan_row
+from clis.study.record import Record, table, table_by_images
+from clis.study.runs import run_key
 
 RECORDED = REPOSITORY / "docs" / "studies"
 SHARED = REPOSITORY.parent / "shared" / "data"
@@ -99,9 +103,7 @@ def test_the_table_by_hand():
         "second": {"runs": {"0": run(9.5)}, "paper": None},
         "third": {"runs": {}, "paper": None},
     }
-    lines = [
-        [cell.strip() for cell in line.split("|")[1:-1]] for line in study_record.table(rows).splitlines()
-    ]
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table(rows).splitlines()]
     assert lines[0][:6] == ["row", "seeds", "AP", "APr", "APc", "APf"]
     assert lines[2] == [
         "first", "2", "12.0 ± 2.8", "1.0 ± 0.0", "2.0 ± 0.0", "", "", "0.50 ± 0.00",
@@ -109,7 +111,7 @@ def test_the_table_by_hand():
     ]  # fmt: skip
     assert lines[3] == ["second", "1", "9.5", "1.0", "2.0", "", "-0.5", "0.50", ""]
     assert lines[4] == ["third", "0", "", "", "", "", "", "", ""]
-    assert study_record.table_by_images(rows).splitlines() == [
+    assert table_by_images(rows).splitlines() == [
         "| AP by training images | 1-2 | 10-29 |",
         "|---|---|---|",
         "| first | 6.0 ± 1.4 | 12.0 ± 2.8 |",
@@ -123,7 +125,7 @@ def test_differences_wait_for_the_first_row():
         return {"AP": ap, "APr": 1.0, "APc": 2.0, "APf": 3.0, "step_seconds": 0.5, "by_images": {}}
 
     rows = {"first": {"runs": {}, "paper": None}, "second": {"runs": {"0": run(9.5)}, "paper": None}}
-    second = study_record.table(rows).splitlines()[3].split("|")
+    second = table(rows).splitlines()[3].split("|")
     assert second[7].strip() == ""
 
 
@@ -133,7 +135,7 @@ def test_overrides_of_clis_do_not_reach_the_detector_in_either_form(tmp_path):
     loaded = Study.load(write_study(tmp_path / "small.yaml", rows))
     plan = {}
     for row in loaded.rows:
-        study._plan(loaded, row, 0, tmp_path, ["optim.lr=0.5"], plan)
+        plan_row(loaded, row, 0, tmp_path, ["optim.lr=0.5"], plan)
     detector, regions, *trainings = plan.values()
     assert len(trainings) == 2
     assert all(job.after == [regions] for job in trainings)
@@ -147,15 +149,15 @@ def test_keys_are_of_what_changes_the_result():
     same = load_config(
         CONFIG, ["output=elsewhere", "data.workers=3", "train.log_every=7", "regions.file=x.npy"]
     )
-    assert study.run_key(same) == study.run_key(base)
-    assert study.run_key(load_config(CONFIG, ["regions.rule=center"])) == study.run_key(base)
+    assert run_key(same) == run_key(base)
+    assert run_key(load_config(CONFIG, ["regions.rule=center"])) == run_key(base)
     for override in (
         "train.seed=1",
         "data.label_noise=0.1",
         "loss.alpha=0.1",
         "data.flip=0.4",
     ):
-        assert study.run_key(load_config(CONFIG, [override])) != study.run_key(base)
+        assert run_key(load_config(CONFIG, [override])) != run_key(base)
 
 
 def keys(tmp_path: Path, *rows: list[str], overrides: tuple[str, ...] = (), base: str = CONFIG) -> list[str]:
@@ -184,14 +186,14 @@ def test_runs_of_a_row_that_was_edited_are_dropped(tmp_path):
     path = write_study(tmp_path / "small.yaml", {"a": {}, "b": {"overrides": ["loss.alpha=0.1"]}})
     loaded = Study.load(path)
     run = {"AP": 1.0, "APr": 1.0, "APc": 1.0, "APf": 1.0, "step_seconds": 1.0, "by_images": {"1-2": 1.0}}
-    record = study_record.Record(loaded, tmp_path / "small", [])
+    record = Record(loaded, tmp_path / "small", [])
     for row in loaded.rows:
         record.rows[row.name] = {"0": run | {"key": loaded.run(row, 0, []).key}}
     record.write()
     edited = Study.load(
         write_study(tmp_path / "small.yaml", {"a": {}, "b": {"overrides": ["loss.alpha=0.2"]}})
     )
-    again = study_record.Record(edited, tmp_path / "small", [])
+    again = Record(edited, tmp_path / "small", [])
     assert [again.has(row, 0) for row in edited.rows] == [True, False]
     again.write()
     rows = json.loads((tmp_path / "small" / "study.json").read_text())["rows"]
@@ -244,9 +246,9 @@ def test_asked_to_stop_it_asks_what_runs(tmp_path, number):
         import sys
         from pathlib import Path
         from clis.cli import run_command
-        from clis.commands.study import Job, _work
+        from clis.study.jobs import Job, work
         jobs = [Job(name, [sys.executable, 'job.py'], Path(name)) for name in ('first', 'second')]
-        run_command(lambda: list(_work(jobs, 1, Path('logs'))))
+        run_command(lambda: list(work(jobs, 1, Path('logs'))))
     """
     (tmp_path / "job.py").write_text(textwrap.dedent(job))
     process = subprocess.Popen(
@@ -280,7 +282,9 @@ def test_shipped_studies_load(path):
 def test_rows_may_have_seeds_of_their_own(tmp_path, monkeypatch):
     """All rows of a seed before the next; seeds that the command names hold for every row."""
     planned = []
-    monkeypatch.setattr(study, "_plan", lambda _, row, seed, *rest: planned.append((row.name, seed)))
+    monkeypatch.setattr(
+        "clis.commands.study.plan_row", lambda _, row, seed, *rest: planned.append((row.name, seed))
+    )
     rows = {"few": {}, "many": {"overrides": ["clis.t=1"], "seeds": [0, 1, 2]}}
     path = write_study(tmp_path / "seeds.yaml", rows, seeds=(0, 1))
     run_study(path, tmp_path)
@@ -345,9 +349,7 @@ def test_recorded_runs_are_those_of_the_rows(path, monkeypatch):
     for row in loaded.rows:
         for seed, run in recorded[row.name]["runs"].items():
             assert run["key"] == loaded.run(row, int(seed), document["overrides"]).key, (row.name, seed)
-    assert (path / "table.md").read_text() == study_record.table(
-        recorded
-    ) + "\n" + study_record.table_by_images(recorded)
+    assert (path / "table.md").read_text() == table(recorded) + "\n" + table_by_images(recorded)
 
 
 def test_a_study_like_another_takes_what_it_does_not_give(tmp_path):
@@ -414,7 +416,7 @@ def test_places_on_an_axis_need_an_axis_and_are_numbers(tmp_path):
 def test_drawing_again_runs_nothing_and_keeps_what_is_recorded(tmp_path, monkeypatch):
     """The record of an earlier version has no places and no classes: the study file and the benchmark do."""
     pytest.importorskip("matplotlib")
-    monkeypatch.setattr(study, "_work", None)
+    monkeypatch.setattr("clis.commands.study.work", None)
     source = REPOSITORY / "docs" / "studies" / "beta"
     recorded = json.loads((source / "study.json").read_text())
     old = {name: recorded[name] for name in ("base", "overrides")} | {

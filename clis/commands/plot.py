@@ -13,7 +13,13 @@ from typing import Any
 import numpy as np
 
 from clis.commands.arguments import read_names, split_overrides
-from clis.commands.figures import (
+from clis.config import Config, data_path
+from clis.data.annotations import Annotations
+from clis.data.streams import read_annotations
+from clis.engine.evaluate import load_validation, read_annotated
+from clis.engine.run_folder import RunFolder
+from clis.engine.run_state import RunState, check_same_data
+from clis.figures import (
     FORMATS,
     GROUPS,
     Axes,
@@ -24,13 +30,6 @@ from clis.commands.figures import (
     save,
     subplots,
 )
-from clis.commands.study_figure import study_figure
-from clis.config import Config, data_path
-from clis.data.annotations import Annotations
-from clis.data.streams import read_annotations
-from clis.engine.evaluate import load_validation, read_annotated
-from clis.engine.run_folder import RunFolder
-from clis.engine.run_state import RunState, check_same_data
 from clis.metric.analysis import ap_by_image_count, find_errors, merge_small_bins
 from clis.metric.detections import Detections
 from clis.metric.lvis_eval import accumulate
@@ -38,6 +37,7 @@ from clis.metric.matching import match
 from clis.metric.verdicts import Verdicts, verdicts_of
 from clis.progress import Progress, say
 from clis.report.curves import smoothed
+from clis.study.figure import study_figure
 
 LOOKS = {
     "right": ("#009E73", "-"),

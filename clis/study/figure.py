@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from clis.commands.figures import GROUPS, Axes, Figure, defined, dot_plot, look, mean_line, subplots
+from clis.figures import GROUPS, Axes, Figure, defined, dot_plot, look, mean_line, subplots
 from clis.metric.analysis import merge_small_bins
 
 MOST_GAINS = 4

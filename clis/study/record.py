@@ -7,7 +7,7 @@ import json
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from clis.atomic import atomic_write
 from clis.config import data_path
@@ -21,11 +21,7 @@ from clis.metric.detections import Detections
 from clis.metric.lvis_eval import accumulate
 from clis.metric.matching import match
 from clis.progress import say
-
-if TYPE_CHECKING:
-    from clis.commands.study import Row, Study
-
-FIGURES = ("AP", "APr", "APc", "APf")
+from clis.study.file import FIGURES, Row, Study
 
 
 class Record:
@@ -135,8 +131,8 @@ class Record:
         """Draw ``figure.png`` and return its path; without matplotlib, print that there is no figure."""
         path = self.path.with_name("figure.png")
         try:
-            from clis.commands.figures import save
-            from clis.commands.study_figure import study_figure
+            from clis.figures import save
+            from clis.study.figure import study_figure
         except ValueError as error:
             say(f"no figure: {error}")
             return path
