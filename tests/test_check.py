@@ -16,7 +16,8 @@ from PIL import Image
 from runs import CONFIG, SHORT
 
 from clis.__main__ import main
-from clis.commands.check import Report, check
+from clis.commands.check import check
+from clis.commands.check_report import Report
 from clis.commands.prepare import prepare_image_level
 from clis.config import Config
 from clis.config_files import load_config

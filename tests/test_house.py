@@ -71,6 +71,7 @@ def test_verbs_hardly_know_each_other():
     known = {
         ("regions", "region_scan"), ("show", "show_pictures"), ("show", "show_charts"),
         ("export", "export_program"), ("export", "export_onnx"),
+        ("check", "check_images"), ("check", "check_report"), ("check_images", "check_report"),
     }  # fmt: skip
     found = set()
     for path in (PACKAGE / "commands").glob("*.py"):

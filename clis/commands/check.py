@@ -3,31 +3,22 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
-import functools
-import io
 import os
 import sys
-import time
-import warnings
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image  # torchvision needs Pillow
 
 from clis.commands.arguments import add_config
+from clis.commands.check_images import ImageCheck
+from clis.commands.check_report import SHOWN, Report
 from clis.config import DETECTOR_RULES, Config, data_path
 from clis.config_files import load_config
-from clis.data.annotated_images import check_size, image_path
 from clis.data.annotations import Annotations, checked_for_training
 from clis.data.categories import check_same_categories
 from clis.data.image_classes import GROUPS, coverage, describe_coverage, shortened
 from clis.data.image_level import ImageLevelIndex, is_intact
-from clis.data.images import EncodedImage, ImageError, open_image, read_bytes, unpacked
-from clis.data.loader import image_loader
 from clis.data.region_file import load_regions
 from clis.data.sampling import class_repeat_factors
 from clis.data.streams import (
@@ -47,13 +38,7 @@ from clis.engine.run_folder import RunFolder, regions_file
 from clis.engine.start import check_run, starting_weights
 from clis.metric.matching import describe_uncounted
 from clis.models import CLISDetector, build_classifier, build_model
-from clis.progress import Progress, say
 from clis.text import loose
-
-SHOWN = 5
-"""Files named for each kind of finding; `listing` gets all."""
-IMAGES_AT_ONCE = 32
-_ROTATION = 0x0112  # the EXIF tag
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -74,46 +59,6 @@ def run(arguments: argparse.Namespace) -> None:
     sys.exit(bool(report.errors))
 
 
-@dataclass
-class Report:
-    """What was found; a run may start if there is no error."""
-
-    errors: list[str] = field(default_factory=list)
-    warnings: list[str] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-    listing: list[str] = field(default_factory=list)
-    """A line for every single file that something was found in: kind, tab, what."""
-
-    @contextlib.contextmanager
-    def catching(self) -> Iterator[None]:
-        """Record an error that would end the run as a finding, so that the check continues."""
-        try:
-            yield
-        except (ValueError, OSError) as error:
-            self.errors.append(str(error))
-
-    def say(self) -> None:
-        """Print notes, warnings and errors, then their number and whether the run may start."""
-        for word, lines in (("", self.notes), ("WARNING: ", self.warnings), ("ERROR: ", self.errors)):
-            for line in lines:
-                say(f"{word}{line}")
-        say(f"{len(self.errors)} errors, {len(self.warnings)} warnings")
-        say("The run cannot start like this." if self.errors else "The run may start.")
-
-
-@dataclass(frozen=True)
-class Examined:
-    """One image file as the run would read it."""
-
-    problem: str | None
-    """Why it cannot be used, naming it."""
-    oddities: tuple[str, ...] = ()
-    """Kinds of what is unusual and does no harm."""
-    seconds: float = 0.0
-    """Of reading and decoding."""
-    num_bytes: int = 0
-
-
 def check(
     config: Config, overrides: Sequence[str] = (), *, workers: int, sample: int | None = None
 ) -> Report:
@@ -124,7 +69,34 @@ def check(
         workers: processes that read images.
         sample: images of each stream that are read, spread evenly; None reads all.
     """
-    report = Report()
+    report, data = Report(), config.data
+    plan = _check_plan(config, overrides, report)
+    if data.generate == "shapes" and not data_path(config, data.train).exists():
+        report.notes.append(
+            f"{data_path(config, 'shapes')}: the embedded benchmark will be written at the start"
+        )
+        return report
+    train, val = _check_annotations(config, report)
+    index = None if train is None else _check_image_level(plan, train, report)
+    if train is not None:
+        with report.catching():
+            folder, model = RunFolder(config.output), _check_model(config, train, report)
+            check_writable_folder(folder.path)
+            check_space([(folder.path, checkpoint_bytes(model, config, train.categories, folder))])
+    images, costs = ImageCheck(data.max_pixels, workers, sample, report), {}
+    if train is not None:
+        stored = data_path(config, data.train_images)
+        costs["instance-level"] = images.annotated(train, stored, data.max_bad_images)
+    if index is not None:
+        costs["image-level"] = images.image_level(index, data.max_bad_images)
+    if val is not None:
+        images.annotated(val, data_path(config, data.val_images), 0)
+    _describe_step(costs, config, report)
+    return report
+
+
+def _check_plan(config: Config, overrides: Sequence[str], report: Report) -> PlannedRun:
+    """Check settings and folders of the run and of those before it; return it with what could be planned."""
     plan = PlannedRun("the run", config, None, None)
     with report.catching():
         plan = plan_run(config, "the run", overrides)
@@ -137,13 +109,12 @@ def check(
         with report.catching():
             check_run(each)
     report.notes += schedule_warnings(config)
-    if config.data.generate == "shapes" and not data_path(config, config.data.train).exists():
-        report.notes.append(
-            f"{data_path(config, 'shapes')}: the embedded benchmark will be written at the start"
-        )
-        return report
-    detector = None if plan.detector is None else plan.detector.config
-    train = val = index = None
+    return plan
+
+
+def _check_annotations(config: Config, report: Report) -> tuple[Annotations | None, Annotations | None]:
+    """Read and describe both splits; one that cannot be read is None."""
+    train = val = None
     with report.catching():
         train = read_annotations(data_path(config, config.data.train))
         train = _checked_boxes(train, config, report)
@@ -154,48 +125,26 @@ def check(
         if train is not None:
             check_same_categories(train.categories, train.path, val.categories, val.path)
             _describe_overlap(train, val, config, report)
-    if (
-        config.clis.s > 0
-        or (config.pretrain.epochs > 0 and not RunFolder(config.output).pretraining.backbone.exists())
-    ) and train is not None:
-        with report.catching():
-            index = read_index(config, train)
-            report.notes.append(describe_coverage(coverage(train.categories, index.image_counts)))
-            if index.folder is not None and not is_intact(index):
-                report.errors.append(f"{index.folder}: damaged; remove it and prepare it again")
-            index = make_index(config, train)
-            make_image_level_sampler(config, index)
-            if config.clis.s > 0:
-                _check_regions(config, index, detector, report)
-    if train is not None:
-        with report.catching():
-            folder, model = RunFolder(config.output), _check_model(config, train, report)
-            check_writable_folder(folder.path)
-            check_space([(folder.path, checkpoint_bytes(model, config, train.categories, folder))])
-    costs = {}
-    if train is not None:
-        costs["instance-level"] = _examine_annotated(
-            train,
-            data_path(config, config.data.train_images),
-            config.data.max_pixels,
-            config.data.max_bad_images,
-            workers,
-            sample,
-            report,
-        )
-    if index is not None:
-        read = functools.partial(_examine_image_level, index, config.data.max_pixels)
-        costs["image-level"] = _examine(
-            "image-level", read, len(index), config.data.max_bad_images, workers, sample, report
-        )
-    if val is not None:
-        images, max_pixels = data_path(config, config.data.val_images), config.data.max_pixels
-        _examine_annotated(val, images, max_pixels, 0, workers, sample, report)
-    _describe_step(costs, config, report)
-    return report
+    return train, val
 
 
-# --- settings and annotations -----------------------------------------------------------------------------
+def _check_image_level(plan: PlannedRun, train: Annotations, report: Report) -> ImageLevelIndex | None:
+    """Check the index of the image-level stream and its regions; None where the run reads no such images."""
+    config, index = plan.config, None
+    pretrained = config.pretrain.epochs == 0 or RunFolder(config.output).pretraining.backbone.exists()
+    if config.clis.s == 0 and pretrained:
+        return None
+    with report.catching():
+        index = read_index(config, train)
+        report.notes.append(describe_coverage(coverage(train.categories, index.image_counts)))
+        if index.folder is not None and not is_intact(index):
+            report.errors.append(f"{index.folder}: damaged; remove it and prepare it again")
+        index = make_index(config, train)
+        make_image_level_sampler(config, index)
+        if config.clis.s > 0:
+            detector = None if plan.detector is None else plan.detector.config
+            _check_regions(config, index, detector, report)
+    return index
 
 
 def _checked_boxes(train: Annotations, config: Config, report: Report) -> Annotations:
@@ -322,104 +271,6 @@ def _check_model(config: Config, train: Annotations, report: Report) -> CLISDete
         build_classifier(config, train.categories, pretrained=not to_download)
     pretrained = config.pretrain.epochs == 0 and not to_download
     return build_model(config, train.categories, pretrained=pretrained)
-
-
-# --- images -----------------------------------------------------------------------------------------------
-
-
-def _examine_annotated(
-    annotations: Annotations,
-    folder: Path,
-    max_pixels: int,
-    allowed: int,
-    workers: int,
-    sample: int | None,
-    report: Report,
-) -> tuple[float, float]:
-    read = functools.partial(_examine_annotated_image, annotations, folder, max_pixels)
-    return _examine(annotations.path, read, len(annotations), allowed, workers, sample, report)
-
-
-def _examine(
-    name: str,
-    read: Callable[[int], Examined],
-    length: int,
-    allowed: int,
-    workers: int,
-    sample: int | None,
-    report: Report,
-) -> tuple[float, float]:
-    """Read the images of a stream; return the mean seconds and bytes per image."""
-    rows: Sequence[int] = range(length)
-    if sample is not None and sample < length:
-        rows = np.linspace(0, length - 1, sample).astype(int).tolist()
-    problems, seconds, num_bytes = [], 0.0, 0
-    oddities: Counter[str] = Counter()
-    with Progress(f"check {Path(name).name}", len(rows)) as progress:
-        for _, results in image_loader(read, rows, IMAGES_AT_ONCE, workers):
-            for result in results:
-                if result.problem is not None:
-                    problems.append(result.problem)
-                oddities.update(result.oddities)
-                seconds, num_bytes = seconds + result.seconds, num_bytes + result.num_bytes
-            progress.advance(len(results))
-    report.listing += [f"{name}\t{problem}" for problem in problems]
-    if problems:
-        found = report.errors if len(problems) > allowed else report.warnings
-        found.append(
-            f"{name}: {len(problems)} of {len(rows)} images cannot be used (data.max_bad_images allows "
-            f"{allowed}): {'; '.join(problems[:SHOWN])}{'; ...' * (len(problems) > SHOWN)}"
-        )
-    for what, count in sorted(oddities.items()):
-        report.notes.append(f"{name}: {count} images {what}")
-    return seconds / max(len(rows), 1), num_bytes / max(len(rows), 1)
-
-
-def _examine_annotated_image(annotations: Annotations, folder: Path, max_pixels: int, row: int) -> Examined:
-    path = image_path(folder, str(annotations.file_names[row]))
-    return _examine_image(
-        lambda: read_bytes(path), str(path), max_pixels, lambda image: check_size(image, annotations, row)
-    )
-
-
-def _examine_image_level(index: ImageLevelIndex, max_pixels: int, row: int) -> Examined:
-    return _examine_image(lambda: index.read(row), index.name(row), max_pixels)
-
-
-def _examine_image(
-    read: Callable[[], bytes],
-    name: str,
-    max_pixels: int,
-    check: Callable[[EncodedImage], None] = lambda image: None,
-) -> Examined:
-    """Return what was found in an image; `check` may refuse one that can be decoded."""
-    began = time.perf_counter()
-    try:
-        data = read()
-        image = open_image(data, name, max_pixels)
-        image.decode()
-        seconds = time.perf_counter() - began
-        check(image)
-    except ImageError as error:
-        return Examined(str(error))
-    return Examined(None, _oddities(data), seconds, len(data))
-
-
-def _oddities(data: bytes) -> tuple[str, ...]:
-    found = []
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        warnings.filterwarnings("error", message="(?i).*exif")  # Pillow only warns of data that are none
-        try:
-            with Image.open(io.BytesIO(unpacked(data))) as image:
-                if image.mode != "RGB":
-                    found.append(f"are {image.mode}, not RGB; they are converted")
-                rotation = image.getexif().get(_ROTATION, 1)
-        except Exception:  # of many kinds, for data that was written by anybody
-            return (*found, "have EXIF data that cannot be read; it is not used")
-    if rotation != 1:
-        found.append("have an EXIF rotation, which is not applied: boxes belong to the stored pixels")
-    return tuple(found)
 
 
 def _describe_step(costs: dict[str, tuple[float, float]], config: Config, report: Report) -> None:
