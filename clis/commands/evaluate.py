@@ -10,15 +10,11 @@ from clis.atomic import atomic_write
 from clis.config import Config, scoped_keys
 from clis.config_files import (
     config_differences,
-    config_from_dict,
-    config_to_dict,
-    merge_overrides,
-    resolve_data_root,
 )
 from clis.config_scopes import Scope
 from clis.data.annotations import Annotations
 from clis.distributed import choose_device, is_main, process_group
-from clis.engine.checkpoint import load_checkpoint, load_model
+from clis.engine.checkpoint import load_checkpoint, load_model, saved_config
 from clis.engine.evaluate import detect_split, evaluate_detector, load_validation
 from clis.engine.run_folder import RunFolder, find_checkpoint
 from clis.metric.lvis_eval import format_table
@@ -48,11 +44,8 @@ def run(arguments: argparse.Namespace) -> None:
     """
     arguments.checkpoint = find_checkpoint(arguments.checkpoint)
     state = load_checkpoint(arguments.checkpoint)
-    values = config_to_dict(config_from_dict(state["config"], source=str(arguments.checkpoint)))
-    values["output"] = str(arguments.checkpoint.with_suffix(""))
-    config = resolve_data_root(
-        config_from_dict(merge_overrides(values, arguments.overrides), source="override")
-    )
+    output = str(arguments.checkpoint.with_suffix(""))
+    config = saved_config(state, str(arguments.checkpoint), arguments.overrides, output=output)
     _check_same_model(config, state, arguments.checkpoint)
     folder = RunFolder(config.output)
     if folder.config.exists():
@@ -92,7 +85,7 @@ def _write_detections(
 
 def _check_same_model(config: Config, state: dict[str, Any], checkpoint: Path) -> None:
     """Raise `ValueError` for an override of a field that the training has fixed."""
-    trained = config_from_dict(state["config"], source=str(checkpoint))
+    trained = saved_config(state, str(checkpoint))
     differences = [
         difference
         for difference in config_differences(trained, config, ("model", "clis", "loss"))

@@ -15,9 +15,8 @@ from torch import Tensor
 from clis.atomic import atomic_write
 from clis.commands.arguments import positive
 from clis.commands.export_program import Program, letterbox, nms_of_best
-from clis.config_files import config_from_dict, config_to_dict, merge_overrides, resolve_data_root
 from clis.distributed import choose_device
-from clis.engine.checkpoint import load_checkpoint, load_model
+from clis.engine.checkpoint import load_checkpoint, load_model, saved_config
 from clis.engine.evaluate import measure_calibration
 from clis.models import CLISDetector
 from clis.progress import say
@@ -119,10 +118,9 @@ def export(
     onnx = out.suffix == ".onnx"
     nms = _onnx_nms() if onnx else nms_of_best
     state = load_checkpoint(checkpoint)
-    values = config_to_dict(config_from_dict(state["config"], source=str(checkpoint)))
-    config = config_from_dict(merge_overrides(values, overrides), source="override")
+    config = saved_config(state, str(checkpoint), overrides)
     detector = load_model(state, config, str(checkpoint)).to(device).eval()
-    measure_calibration(detector, resolve_data_root(config))
+    measure_calibration(detector, config)
     detector.to(memory_format=torch.contiguous_format)  # in which torch.export.save stores all weights
     detector.backbone.square |= size is None  # the canvas of the program
     images = _noise(size or TRIED, batch, device)

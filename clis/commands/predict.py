@@ -22,7 +22,6 @@ from torch import Tensor
 from clis.atomic import atomic_write
 from clis.commands.arguments import class_labels, positive, split_overrides
 from clis.config import Config
-from clis.config_files import config_from_dict, config_to_dict, merge_overrides, resolve_data_root
 from clis.data.annotated_images import check_size
 from clis.data.annotations import Annotations
 from clis.data.categories import Category, check_same_categories
@@ -33,7 +32,7 @@ from clis.data.loader import image_loader, like_shapes
 from clis.data.streams import read_annotations
 from clis.distributed import choose_device
 from clis.drawing import Mark, class_color, draw_marks, picture_of
-from clis.engine.checkpoint import load_checkpoint, load_model
+from clis.engine.checkpoint import load_checkpoint, load_model, saved_config
 from clis.engine.evaluate import measure_calibration, padded_size
 from clis.engine.optim import autocast
 from clis.engine.prerequisites import checkpoint_of
@@ -219,8 +218,7 @@ def load_for_inference(
 ) -> tuple[CLISDetector, Config]:
     """Load a detector ready for `detect`, and its config, with ``key=value`` overrides."""
     state = load_checkpoint(checkpoint)
-    values = config_to_dict(config_from_dict(state["config"], source=str(checkpoint)))
-    config = resolve_data_root(config_from_dict(merge_overrides(values, overrides), source="override"))
+    config = saved_config(state, str(checkpoint), overrides)
     detector = load_model(state, config, str(checkpoint)).to(device).eval()
     measure_calibration(detector, config)
     return detector, config

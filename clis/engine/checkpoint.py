@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ import torch
 from clis.atomic import atomic_write
 from clis.cli import is_worker_death
 from clis.config import Config
-from clis.config_files import config_from_dict, config_to_dict
+from clis.config_files import config_from_dict, config_to_dict, merge_overrides, resolve_data_root
 from clis.data.categories import Category, check_same_categories
 from clis.distributed import is_main
 from clis.engine.provenance import provenance, training_files
@@ -137,6 +137,22 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
 def saved_categories(state: dict[str, Any]) -> list[Category]:
     """Return the classes of a checkpoint, in the order of their labels."""
     return [Category(**category) for category in state["categories"]]
+
+
+def saved_config(state: dict[str, Any], source: str, overrides: Sequence[str] = (), **values: Any) -> Config:
+    """Return the config of a checkpoint, with its data root made absolute.
+
+    Args:
+        source: names the checkpoint in errors.
+        overrides: ``key=value``, which change it last.
+        values: settings of the top level, in place of its own.
+
+    Raises:
+        ValueError: it is of another version, or an override is wrong.
+    """
+    saved = config_to_dict(config_from_dict(state["config"], source=source))
+    changed = merge_overrides(saved | values, overrides)
+    return resolve_data_root(config_from_dict(changed, source="override"))
 
 
 def load_last_checkpoint(folder: RunFolder) -> tuple[dict[str, Any], Path] | None:
