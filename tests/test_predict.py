@@ -14,7 +14,8 @@ from PIL import Image
 
 from clis.__main__ import main
 from clis.cli import run_command
-from clis.commands.predict import ImageFile, Selection, find_images, picture_names
+from clis.commands.predict import Selection
+from clis.commands.predict_files import ImageFile, find_images, picture_names
 from clis.drawing import Mark, class_color, draw_marks, picture_of
 from clis.metric.detections import Detections
 from clis.models.roi import ImageDetections

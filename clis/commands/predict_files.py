@@ -1,0 +1,141 @@
+"""The image files that a command is to look at, and where they are in an annotation file."""
+
+from __future__ import annotations
+
+import glob
+import itertools
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from clis.data.annotations import Annotations
+from clis.data.categories import Category, check_same_categories
+from clis.data.image_classes import printable
+from clis.data.image_scan import is_hidden, is_image
+from clis.data.images import FORMATS
+from clis.data.streams import read_annotations
+
+LONGEST = 200
+"""Bytes of a picture's name, and of each of its folders: most systems allow 255, also for temporary names."""
+
+
+@dataclass(frozen=True)
+class ImageFile:
+    """An image to look at."""
+
+    path: Path
+    name: str
+    """Relative to the folder that was named, else the file's own name."""
+
+
+def find_images(sources: Sequence[str], out: Path) -> tuple[list[ImageFile], int]:
+    """List the image files of the sources: files as they are named, folders and globs sorted.
+
+    Each file comes once. Links to folders are followed; hidden files and folders are left out. So is the
+    output folder, so that pictures are never taken for photos.
+
+    Returns:
+        The files, and how many other files are in the folders, by their names no images.
+
+    Raises:
+        FileNotFoundError: a source does not exist, a glob matches nothing, or no image is found.
+    """
+    found: dict[Path, ImageFile] = {}
+    num_others = 0
+
+    def add(path: Path, name: str) -> None:
+        found.setdefault(path.resolve(), ImageFile(path, name))
+
+    for source in sources:
+        if Path(source).exists():
+            matches = [source]
+        elif glob.has_magic(source):
+            matches = sorted(glob.glob(source, recursive=True))
+        else:
+            matches = []
+        if not matches:
+            what = "matches no file" if glob.has_magic(source) else "no such file or folder"
+            raise FileNotFoundError(f"{source}: {what}; name images, folders or globs")
+        for path in map(Path, matches):
+            if not path.is_dir():
+                add(path, path.name)
+                continue
+            for each in sorted(_files_below(path)):
+                if out.resolve() in each.resolve().parents:
+                    continue
+                if is_image(each.name):
+                    add(each, str(each.relative_to(path)))
+                else:
+                    num_others += 1
+    if not found:
+        raise FileNotFoundError(f"{', '.join(sources)}: no {FORMATS} file found")
+    return list(found.values()), num_others
+
+
+def _files_below(folder: Path) -> Iterator[Path]:
+    """List the files in and below a folder that are not hidden, also in linked folders, each folder once."""
+    seen = {os.path.realpath(folder)}
+    for here, folders, names in os.walk(folder, followlinks=True):
+        inside = {name: os.path.realpath(os.path.join(here, name)) for name in folders if not is_hidden(name)}
+        folders[:] = [name for name, real in inside.items() if real not in seen]
+        seen.update(inside.values())
+        yield from (Path(here, name) for name in names if not is_hidden(name))
+
+
+@dataclass(frozen=True)
+class Annotated:
+    """Which images of an annotation file the image files are."""
+
+    annotations: Annotations
+    rows: list[int]
+    """The place of each file."""
+
+    def ids(self) -> list[int]:
+        """Return the image id of each file."""
+        return self.annotations.image_ids[self.rows].tolist()
+
+
+def find_annotated(path: Path, files: Sequence[ImageFile], categories: Sequence[Category]) -> Annotated:
+    """Find image files in an annotation file, which need not have boxes, by the ends of their paths.
+
+    A path may be that of a link, or of what it links to.
+
+    Raises:
+        ValueError: a file is not in it, or its name is that of several images; or it is of other classes.
+    """
+    annotations = read_annotations(path, unlabeled=True)
+    check_same_categories(categories, "the detector", annotations.categories, annotations.path)
+    rows: dict[str, list[int]] = {}
+    names = [str(name) for name in annotations.file_names]
+    for row, name in enumerate(names):
+        rows.setdefault(Path(name).name, []).append(row)
+    found = []
+    for file in files:
+        full = {Path(os.path.abspath(file.path)), file.path.resolve()}
+        own = [
+            row
+            for row in {row for path in full for row in rows.get(path.name, [])}
+            if any(path.as_posix().endswith("/" + names[row]) for path in full)
+        ]
+        if len(own) != 1:
+            what = "is none of its images" if not own else f"may be any of {len(own)} of its images"
+            raise ValueError(f"{file.path}: {what} ({path}); leave --annotations out, or name other files")
+        found.append(own[0])
+    return Annotated(annotations, found)
+
+
+def picture_names(files: Sequence[ImageFile]) -> list[str]:
+    """Return the file names of the pictures, each its own: as those of the files, but JPEGs.
+
+    Names that no page could link to are made printable, long ones are cut.
+    """
+    taken: set[str] = set()
+    names = []
+    for file in files:
+        stem = printable(Path(file.name).with_suffix("").as_posix()).replace("\\", "_")
+        stem = "/".join(part.encode()[:LONGEST].decode(errors="ignore") for part in stem.split("/"))
+        tries = (f"{stem}{'' if number == 1 else f'_{number}'}.jpg" for number in itertools.count(1))
+        names.append(next(name for name in tries if name not in taken))
+        taken.add(names[-1])
+    return names
