@@ -301,7 +301,7 @@ def test_the_command_says_it_by_its_exit_code(root, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         main([*arguments, "--workers=0", f"--list={tmp_path / 'bad.txt'}"])
     assert stop.value.code == 1
-    assert "The run cannot start like this." in capsys.readouterr().out
+    assert "The run cannot start; fix the errors above." in capsys.readouterr().out
     assert photo(root).name in (tmp_path / "bad.txt").read_text()
 
 

@@ -213,7 +213,7 @@ def test_the_long_tail_and_the_splits_are_those_of_the_benchmark():
         f"| validation scenes | {spec.val_images} | the same | balanced: each class in {val_count} images |",
         f"| image-level images | {len(CLASS_NAMES) * spec.image_level_per_class} | one object, "
         f"{image_level_sides} of the side",
-        f"balanced: {spec.image_level_per_class} images a class |",
+        f"balanced: {spec.image_level_per_class} images per class |",
         f"JPEGs of {spec.image_size} x {spec.image_level_size} pixels",
         f"data seed {spec.seed}**",
     ):

@@ -706,7 +706,7 @@ def test_places_that_are_not_for_an_index(tmp_path, tars):
             prepare_image_level([tars], annotations, out)
     write_folder(tmp_path / "full", "notes.txt")
     for out in (tmp_path / "full", annotations):
-        with pytest.raises(ValueError, match="there already, and no index; name a new folder"):
+        with pytest.raises(ValueError, match="already exists and is no index; name a new folder"):
             prepare_image_level([tars], annotations, out)
     assert contents(tmp_path / "full") == {"notes.txt": b"bytes of notes.txt"}
     assert len(list(tars.iterdir())) == 3

@@ -21,7 +21,7 @@ from clis.commands.study import run_study
 from clis.config_files import load_config
 from clis.study.file import Study
 from clis.study.jobs import plan_row
-from clis.study.record import Record, table, table_by_images
+from clis.study.record import ABOUT, Record, table, table_by_images
 from clis.study.runs import run_key
 
 RECORDED = REPOSITORY / "docs" / "studies"
@@ -349,7 +349,7 @@ def test_recorded_runs_are_those_of_the_rows(path, monkeypatch):
     for row in loaded.rows:
         for seed, run in recorded[row.name]["runs"].items():
             assert run["key"] == loaded.run(row, int(seed), document["overrides"]).key, (row.name, seed)
-    assert (path / "table.md").read_text() == table(recorded) + "\n" + table_by_images(recorded)
+    assert (path / "table.md").read_text() == "\n".join([ABOUT, table(recorded), table_by_images(recorded)])
 
 
 def test_a_study_like_another_takes_what_it_does_not_give(tmp_path):

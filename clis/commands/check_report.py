@@ -36,4 +36,4 @@ class Report:
             for line in lines:
                 say(f"{word}{line}")
         say(f"{len(self.errors)} errors, {len(self.warnings)} warnings")
-        say("The run cannot start like this." if self.errors else "The run may start.")
+        say("The run cannot start; fix the errors above." if self.errors else "The run may start.")

@@ -71,7 +71,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     command.add_argument("--mapping", type=Path, help="lines of: name, tab, category")
     command.add_argument("--labels", type=Path, help="of mixed tars, lines of: member name, tab, class")
     command.add_argument("--strict", action="store_true", help="stop at what matches nothing")
-    command.add_argument("--workers", type=positive, help="processes that scan tars; default: one a CPU")
+    command.add_argument("--workers", type=positive, help="scan tars with N processes (default: one per CPU)")
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -125,7 +125,7 @@ def prepare_image_level(
     made_of = _fingerprint(categories, containers, found, labels, strict)
     index = None if any(container.is_folder for container in containers) else _unchanged(out, made_of)
     if index is not None:
-        say(f"{out} is there already, and nothing has changed")
+        say(f"{out} already exists and is up to date")
         report = read_header(out)["report"]
     else:
         _scan(containers, members is None, parts, workers or _cpus())
@@ -195,7 +195,7 @@ def _check_out(out: Path, roots: Sequence[Path]) -> None:
         not out.is_dir() or any(not path.name.startswith(".") for path in out.iterdir())
     )
     if others and not is_index(out):
-        raise ValueError(f"{out}: there already, and no index; name a new folder")
+        raise ValueError(f"{out}: already exists and is no index; name a new folder")
     for path in out.glob(".*.tmp.*"):
         path.unlink()
 

@@ -37,7 +37,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="fixed: 10,000 detections a class over the split instead of 300 an image; pooled: these, ranked "
         "over all classes together (arXiv 2102.01066)",
     )  # fmt: skip
-    parser.add_argument("--max-detections", type=int, metavar="N", help="an image (default 300)")
+    parser.add_argument(
+        "--max-detections", type=int, metavar="N", help="keep at most N detections per image (default 300)"
+    )
     parser.add_argument(
         "--train-annotations", type=Path, metavar="FILE",
         help="take the classes' training-image counts and frequency groups from this file",
@@ -47,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--errors", action="store_true", help="AP50 lost to each kind of error (TIDE)")
     parser.add_argument(
         "--compare", type=Path, metavar="FILE",
-        help="other results: how far --results are above them, with a 95 %% interval (paired bootstrap)",
+        help="compare with these results: difference and 95 %% interval (paired bootstrap)",
     )  # fmt: skip
     parser.add_argument(
         "--samples", type=int, default=200, metavar="N", help="bootstrap samples (default 200)"

@@ -21,7 +21,7 @@ from clis.study.record import Record
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `clis study`."""
     parser.add_argument("file", type=find_config, help="a study, e.g. studies/components")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="for every row")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="change a field in every row")
     parser.add_argument("--rows", nargs="+", default=(), metavar="NAME", help="run only these rows")
     parser.add_argument("--seeds", nargs="+", type=int, default=(), help="run only these seeds, of every row")
     parser.add_argument("--jobs", type=int, default=2, help="runs at once, which share the CPUs")

@@ -23,6 +23,12 @@ from clis.metric.matching import match
 from clis.progress import say
 from clis.study.file import FIGURES, Row, Study
 
+ABOUT = (
+    "AP in percent, mean ± standard deviation over the seeds; seconds a step are of shared machines and do "
+    "not compare. The paper's figures are of LVIS.\n"
+)
+"""The first line of table.md."""
+
 
 class Record:
     """``study.json``: the figures of every run of a study, which later calls and other machines add to."""
@@ -116,7 +122,7 @@ class Record:
         with atomic_write(self.path) as temporary:
             temporary.write_text(json.dumps(document, indent=1) + "\n")
         with atomic_write(self.path.with_name("table.md")) as temporary:
-            temporary.write_text(table(rows) + "\n" + table_by_images(rows))
+            temporary.write_text("\n".join([ABOUT, table(rows), table_by_images(rows)]))
 
     def _classes_of_the_benchmark(self) -> dict[str, int]:
         """Return `classes` of runs that did not record it, if they are on the whole embedded benchmark."""
