@@ -58,6 +58,8 @@ class Number(CrossEntropy):
     def forward(self, logits, labels, normalizer, rows): return 0.0
 class WithBackground(CrossEntropy):
     def scores(self, logits): return logits.softmax(dim=1)
+class Uncounted(CrossEntropy):
+    def statistics(self, logits, labels, rows): return None
 def function(categories): return CrossEntropy(categories)
 """
 
@@ -129,6 +131,7 @@ def test_the_loss_is_given_the_categories_with_their_training_images(modules):
         ),
         ("lacking_loss:Mean", r"it gives nan, nan for no rows; return one number, the sum over the rows"),
         ("lacking_loss:Rows", r"it gives \[\], \[\] for no rows"),
+        ("lacking_loss:Uncounted", r"fails with AttributeError: 'NoneType' object has no attribute 'dtype'"),
         ("lacking_loss:Number", r"fails with AttributeError: 'float' object has no attribute 'shape'"),
         (
             "lacking_loss:WithBackground",

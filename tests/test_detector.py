@@ -300,6 +300,15 @@ def test_a_cosine_classifier_equals_its_formula():
     assert (layer.double()(1000 * features) - logits).abs().max() < 1e-4
 
 
+def test_a_cosine_classifier_computes_in_float32_under_autocast():
+    """In bfloat16, logits of up to 20 would have 8 bits: 512 rows gave 4 different best logits."""
+    torch.manual_seed(0)
+    layer, features = CosineLinear(64, 100, scale=20.0), torch.rand(32, 64)
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = layer(features)
+    assert torch.equal(logits, layer(features))
+
+
 def test_cosine_classifiers_of_both_tasks_start_like_linear_ones():
     model = make_model("clis.siamese=false", "model.roi.fc_dim=1024", "model.roi.cosine=20")
     for head in (model.classification, model.image_classification):

@@ -525,7 +525,7 @@ def test_only_changed_tars_are_scanned_again(tmp_path, tars, capsys):
         spoil(tars / f"{name}.tar")
     prepared(tmp_path, tars)
     assert contents(tmp_path / "index") == before
-    assert "nothing has changed" in capsys.readouterr().out
+    assert "already exists and is up to date" in capsys.readouterr().out
 
     write_tar(tars / "bird.tar", "new_1.jpg", "new_2.jpg", "new_3.jpg")
     index = prepared(tmp_path, tars)

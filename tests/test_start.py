@@ -72,6 +72,34 @@ class TestWeights:
         kept = load_checkpoint(path)["model"]["classification.sub_network.fc1.weight"]
         assert torch.equal(model.classification.sub_network.fc1.weight, kept)
 
+    @pytest.mark.parametrize("switch", ["clis.siamese=true", "clis.task_specialized=false"])
+    @pytest.mark.parametrize("fresh", ["classification", "image_classification"])
+    def test_a_shared_part_starts_from_scratch_by_either_name(self, tmp_path, switch, fresh):
+        """Siamese, both tasks have one classifier; without TSS its sub-network is localization's too."""
+        path, config = tmp_path / "clis.pt", tiny_config(switch)
+        torch.save(detector_state(model_of(switch, seed=0), config), path)
+        model = model_of(switch, seed=1)
+        drawn = {name: value.clone() for name, value in model.state_dict().items()}
+        load_start(model, StartConfig(from_=str(path), fresh=(fresh,)), path)
+        part = "classification.sub_network.fc1.weight"
+        for name in (part, f"image_{part}", "classification.fc_cls.weight"):
+            assert torch.equal(model.state_dict()[name], drawn[name])
+        assert not torch.equal(model.rpn.state_dict()["conv.weight"], drawn["rpn.conv.weight"])
+
+    def test_classifiers_that_differ_are_not_joined_in_silence(self, tmp_path):
+        """Siamese from a run without SS: one of the two has to be left behind, by name."""
+        path, other = tmp_path / "clis.pt", "clis.siamese=false"
+        torch.save(detector_state(model_of(other, seed=0), tiny_config(other)), path)
+        model = model_of("clis.siamese=true", seed=1)
+        with pytest.raises(
+            ValueError, match=r"classification\.sub_network\.fc1\.weight and image_class\S+ are"
+        ):
+            load_start(model, StartConfig(from_=str(path)), path)
+        given = load_checkpoint(path)["model"]["classification.fc_cls.weight"]
+        load_start(model, StartConfig(from_=str(path), fresh=("image_classification",)), path)
+        assert torch.equal(model.classification.fc_cls.weight, given)
+        assert model.image_classification.fc_cls.weight is model.classification.fc_cls.weight
+
     def test_what_is_neither_loaded_nor_named_is_an_error(self, plain):
         model = model_of("clis.siamese=false", seed=1)
         before = {name: value.clone() for name, value in model.state_dict().items()}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 from clis.config import Config, StartConfig
@@ -14,7 +15,7 @@ from clis.engine.prerequisites import PlannedRun, checkpoint_of, start_config
 from clis.engine.run_folder import RunFolder
 from clis.losses import find_classification_loss
 from clis.models import CLISDetector, build_model, find_calibration
-from clis.models.weights import FROM_SCRATCH, load_state
+from clis.models.weights import FROM_SCRATCH, load_state, shared_names
 
 
 def starting_model(
@@ -153,15 +154,28 @@ _ANY_CLASSES = [
 
 
 def _load_parts(model: CLISDetector, start: StartConfig, given: dict[str, Tensor], source: str) -> None:
+    """Load `given` but for `start.fresh`, which holds for all names of a tensor that both models share."""
     own = model.state_dict()
     _check_prefixes("start.fresh", start.fresh, [*own, *given])
     loaded = {key: value for key, value in given.items() if not _matches(key, start.fresh)}
     kept = {key: value for key, value in own.items() if _matches(key, start.fresh)}
+    for names in shared_names(model):
+        fresh, others = [name for name in names if name in kept], [name for name in names if name in loaded]
+        shared_there = all(any(_same(given, name, other) for other in others) for name in fresh)
+        if fresh and others and shared_there:  # it starts from scratch by its other names, too
+            kept |= {name: own[name] for name in others}
+            loaded = {key: value for key, value in loaded.items() if key not in others}
+        elif fresh and others:
+            kept |= dict.fromkeys(fresh, loaded[others[0]])
     hint = "; name what starts from scratch, or is left behind, in start.fresh"
     load_state(model, loaded | kept, source, hint)
     if model.contrastive is not None and _matches("contrastive.momentum_sub_network", start.fresh):
         copied = model.contrastive.momentum_sub_network
         copied.load_state_dict(model.classification.sub_network.state_dict())
+
+
+def _same(state: dict[str, Tensor], name: str, other: str) -> bool:
+    return name in state and torch.equal(state[name], state[other])
 
 
 def _matches(name: str, prefixes: Iterable[str]) -> bool:

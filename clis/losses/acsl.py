@@ -1,4 +1,4 @@
-"""Adaptive class suppression loss: a class is a negative only where it is too sure of itself."""
+"""Adaptive class suppression loss: other classes are suppressed only where they score high."""
 
 from __future__ import annotations
 

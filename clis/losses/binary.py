@@ -1,4 +1,4 @@
-"""Losses that ask of every class by itself whether it is there: one probability and one term for each."""
+"""Losses of independent classes: one probability and one binary term for each."""
 
 from __future__ import annotations
 

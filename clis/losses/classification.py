@@ -85,6 +85,7 @@ def build_classification_loss(text: str, categories: Sequence[Any]) -> Classific
         rows = Rows(labels, 0, 1.0, lambda count: torch.zeros(0, count, dtype=torch.float64))
         values = [loss(logits, labels, 1.0, rows), loss.image_level(logits, labels, 1.0, rows)]
         counted = loss.statistics(logits, labels, rows)
+        counts_nothing = counted.dtype == torch.float64 and not counted.any()
         are_sums = all(value.shape == () and value.item() == 0 for value in values)
         shape = tuple(loss.scores(logits).shape)
     except ValueError as error:  # the value of an option
@@ -99,7 +100,7 @@ def build_classification_loss(text: str, categories: Sequence[Any]) -> Classific
             f"{where}: it gives {', '.join(str(value.tolist()) for value in values)} for no rows; return one "
             "number, the sum over the rows divided by `normalizer`, which is 0 then"
         )
-    if counted.dtype != torch.float64 or counted.any():
+    if not counts_nothing:
         raise ValueError(
             f"{where}: statistics gives {counted.dtype} with {int(counted.count_nonzero())} values that are "
             "not 0 for no rows; return float64 that adds up over images, which is 0 then"

@@ -20,7 +20,7 @@ class BalancedSoftmax(CrossEntropy):
     Cross-entropy over C classes and background of z_j + log n_j, where n_j is the number of training images
     of class j, at least 1; the score is the softmax of z. The formula has no background: here its logit is
     untouched. So training starts with background far below every class, and at test the odds against
-    background are lower than in training by n_j.
+    background are lower than in training by a factor of n_j.
 
     What differs from the official code, and why:
     - The official detector has C sigmoids instead of this softmax, which is the paper's formula. It shifts

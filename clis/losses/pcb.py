@@ -30,9 +30,10 @@ class PairwiseClassBalance(nn.Module):
       divergence, which has the same gradient.
     - With EQL v2 the official code normalizes neither rows nor columns, so that targets depend on how sure
       the sigmoids are, not on which classes are confused; here both are normalized for all losses.
-    - Officially the head has three rounds of refinement, over which A grows: 0, A / 2, A. So it does with
-      `model.roi.refinement_rounds=3`; without it is A. The rounds of a step move M together, officially each
-      by itself.
+    - Officially the head has three rounds of refinement, over which A grows: 0, A / 2, A.
+      `model.roi.refinement_rounds=3` does the same (regions of the image-level stream pass only through the
+      first round, so they have no soft targets then); without rounds the weight is A. The rounds of a step
+      move M together, officially each by itself.
     """
 
     matrix: Tensor

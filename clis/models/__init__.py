@@ -40,7 +40,7 @@ def build_model(config: Config, categories: Sequence[Any], *, pretrained: bool |
 
     Args:
         categories: one object per class; the label is the place in this sequence. The classification loss may
-            read `image_count` and `frequency` of `clis.data.categories.Category`.
+            read `image_count`, `instance_count` and `frequency` of `clis.data.categories.Category`.
         pretrained: load `model.backbone.weights`, if the config names any; a path loads those weights in
             place of them, e.g. what a run's own pre-training (`pretrain.epochs` > 0) has made.
 

@@ -14,7 +14,7 @@ from clis.losses.options import check_options, nearest, read_call
 
 
 class Calibration(nn.Module):
-    """Weigh the class probabilities, leave background's, and normalize.
+    """Reweight the class probabilities, keep the background's, and renormalize.
 
     Built from the categories and the options in the config's name, e.g. `norcal(gamma=0.6)`.
     """

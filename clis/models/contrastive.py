@@ -69,8 +69,8 @@ class ContrastiveRegularization(nn.Module):
 
     Each task has an MLP (one fc, E outputs). Eq. 1 writes the positive of f_i as f_d and does not say which
     encoder makes it. We read it as a key of the momentum copy, as the negatives are (MoCo, arXiv 1911.05722),
-    and let both tasks ask: the loss is the mean of Eq. 1 for (f_i, key_d) and for (f_d, key_i), so that both
-    MLPs learn. `pasted_view` has the other readings:
+    and take both tasks' features as queries: the loss is the mean of Eq. 1 for (f_i, key_d) and for
+    (f_d, key_i), so that both MLPs learn. `pasted_view` has the other readings:
 
     * ``symmetric``: the mean of both, the default;
     * ``momentum``: (f_i, key_d) alone. Both tasks share one MLP, since the instance task's own would get no

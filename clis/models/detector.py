@@ -164,7 +164,7 @@ class CLISDetector(nn.Module):
         # image-level images: image-classification task on the pre-defined regions
         views = None
         if self.image_classification is not None:
-            # P2-P5 follow around the regions alone
+            # P2-P5 are computed only around the regions
             summed = self.backbone.top_down(batch.mosaics.unbind(), shared=shared)
             pooled_regions = self.roi_align(
                 summed, batch.regions, batch.region_mosaics, self.backbone.output_convs
@@ -213,11 +213,11 @@ class CLISDetector(nn.Module):
         def uniform(count: int) -> Tensor:
             return torch.stack([box_ops.uniform(count, seed, images.device) for seed in batch.seeds])
 
-        _, stage = self.schedule[0]  # of the first round, which regions have alone
+        _, stage = self.schedule[0]  # regions pass only through the first round
         return Rows(images, len(batch.images), normalizers.images, uniform, stage)
 
     def _rounds(self, pooled: Tensor, instance_features: Tensor) -> list[Round]:
-        """Apply the heads to pooled RoIs and their classification features: once, or as often as refined."""
+        """Apply the heads to pooled RoIs and their classification features, once per refinement round."""
         rounds = [self._predict_round(pooled, instance_features)]
         for _ in self.schedule[1:]:
             assert self.refinement is not None  # without one, the schedule has one round
@@ -267,7 +267,7 @@ class CLISDetector(nn.Module):
     def predict(
         self, images: Sequence[Tensor], max_size: int | None = None
     ) -> list[tuple[Tensor, Tensor, Tensor]]:
-        """Return of each image, at the given size: RoIs [n,4], scores [n,C] and box deltas [n, C or 1, 4].
+        """Return RoIs [n,4], scores [n,C] and box deltas [n, C or 1, 4] of each image, without resizing it.
 
         The score is the class probability, calibrated as `test.calibration` says, times the objectness where
         there is one (section III-B.5).

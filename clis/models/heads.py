@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -36,11 +37,10 @@ class CosineLinear(nn.Linear):
 
     def forward(self, features: Tensor) -> Tensor:
         """Return scale cos(x, w_k) + b_k of features [N,D]: [N,outputs], float32 at least."""
-        features, weight = (
-            each / (at_least_float32(each).norm(dim=1, keepdim=True) + 1e-6)
-            for each in (features, self.weight)
-        )
-        return F.linear(self.scale * features, weight, self.bias)
+        features, weight, bias = (at_least_float32(each) for each in (features, self.weight, self.bias))
+        features, weight = (each / (each.norm(dim=1, keepdim=True) + 1e-6) for each in (features, weight))
+        with torch.autocast(features.device.type, enabled=False):  # which would multiply in bfloat16
+            return F.linear(self.scale * features, weight, bias)
 
 
 def _last(inputs: int, outputs: int, std: float, cosine: float | None = None) -> nn.Linear:
@@ -71,7 +71,8 @@ class Refinement(nn.Module):
     features <- features * spatial + channel, where `spatial` has a value per bin, made from the box deltas,
     and `channel` one per channel, made from the class logits. Classification learns in every round, with
     weight 0.2, and the rest of 1 in the last; boxes, objectness and detections are those of the last round.
-    Regions of the image-level stream and pasted instances that are contrasted have the first round alone.
+    Regions of the image-level stream and pasted instances that are contrasted pass through the first round
+    alone.
     Source: He et al., arXiv 2201.02784; official code: megvii-research/PCB, with 3 rounds.
     """
 

@@ -50,7 +50,7 @@ def _at(boxes: Tensor, groups: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
 class RPN(nn.Module):
     """One 3x3 convolution, then objectness and box deltas of the A anchors of every cell.
 
-    Proposals come from maps of all cells. The losses need a few hundred sampled anchors alone: for these the
+    Proposals come from maps of all cells. The losses need only a few hundred sampled anchors: for these the
     layers run once more, on the 3x3 cells around each, so that training needs no graph for the maps. Loss and
     gradient are, but for rounding, those that the maps would give.
     """
@@ -179,7 +179,8 @@ class RPN(nn.Module):
     ) -> dict[str, Tensor]:
         """Compute L_rpn for `boxes` [G,4] of each image: objectness of sampled anchors, L1 of the positives.
 
-        Anchors that are centered outside their image, in the padding, are neither positive nor negative.
+        Anchors that are centered outside their image, in the padding, are neither positive nor negative; in
+        mmdetection they are negatives.
 
         Args:
             anchors: of every level, as from `anchors`.

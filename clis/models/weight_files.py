@@ -81,10 +81,7 @@ def read_content(path: Path) -> Any:
         for pattern, what in _KINDS:
             if re.match(pattern, start, re.IGNORECASE | re.DOTALL):
                 raise ValueError(f"{path}: {what}") from None
-        refused = re.search(
-            r"(?:unsupported GLOBAL|it asks for|reduce for unrecognized function|an array of) (\S+)",
-            str(error),
-        )
+        refused = re.search(_REFUSED, str(error))
         if refused:
             what = f"not readable without running code in it ({refused[1]}). {_REMEDY}"
         else:

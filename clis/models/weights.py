@@ -1,4 +1,4 @@
-"""State dicts by name: into a module with an error that says what does not fit, and into a ResNet."""
+"""Load state dicts by name, with errors that list every mismatch."""
 
 from __future__ import annotations
 
@@ -95,6 +95,8 @@ def _download(url: str, path: Path) -> None:
 def load_state(module: nn.Module, state: dict[str, Tensor], source: str, hint: str = "") -> None:
     """Load a state dict strictly, with an error that lists what is missing, left over or of another shape.
 
+    Where a module is shared, its tensors have several names, which must be given one value.
+
     Args:
         source: what the error calls the state.
         hint: what it ends with.
@@ -110,7 +112,21 @@ def load_state(module: nn.Module, state: dict[str, Tensor], source: str, hint: s
         for key in own
         if key in state and state[key].shape != own[key].shape
     ]
+    problems += [
+        f"{first} and {other} are one tensor in the model, and differ"
+        for first, *others in shared_names(module)
+        for other in others
+        if first in state and other in state and not torch.equal(state[first], state[other])
+    ]
     if problems:
         shown = "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")
         raise ValueError(f"{source}: weights of another model: {shown}{hint}")
     module.load_state_dict(state)
+
+
+def shared_names(module: nn.Module) -> list[list[str]]:
+    """Return the names of each tensor of a module that has several, since modules are shared."""
+    names: dict[int, list[str]] = {}
+    for name, tensor in module.state_dict(keep_vars=True).items():
+        names.setdefault(id(tensor), []).append(name)
+    return [each for each in names.values() if len(each) > 1]

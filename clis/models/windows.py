@@ -1,4 +1,4 @@
-"""Small windows of feature maps, for layers that are needed at a few places alone."""
+"""Small windows of feature maps, for layers that are needed only at a few places."""
 
 from __future__ import annotations
 
