@@ -12,8 +12,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
-from runs import CONFIG, SHORT
+from runs import BASELINE, CONFIG, SHORT
 
 from clis.__main__ import main
 from clis.commands.check import check
@@ -268,6 +269,22 @@ def test_settings_that_cannot_run(root, finished):
         shutil.copy(finished / name, root.parent / "run")
     report = checked(root, "optim.lr=0.5")
     assert any("belongs to another config: optim.lr: 0.04 != 0.5" in error for error in report.errors)
+
+
+def test_what_training_refuses_is_found(root, finished):
+    """A ground truth of negative size, a detector of other classes, a detector's backbone without weights."""
+    state = torch.load(finished / "detector" / "checkpoints" / "last.pt")
+    state["categories"][0]["name"] = "another"
+    torch.save(state, root.parent / "other.pt")
+    report = checked(root, f"regions.detector={root.parent / 'other.pt'}")
+    assert [error for error in report.errors if "other.pt" in error and "another" in error] == report.errors
+    assert len(report.errors) == 1
+    detector = root.parent / "detector.yaml"
+    detector.write_text(f"base: {BASELINE}\nmodel: {{backbone: {{weights: gone.pth}}}}\n")
+    report = checked(root, f"regions.detector={detector}")
+    assert ["gone.pth: backbone weights are missing" in error for error in report.errors] == [True]
+    change(root, "val", lambda document: document["annotations"][0].update(bbox=[3, 4, -5, 9]))
+    assert any("val.json" in error for error in checked(root).errors)
 
 
 def test_the_detectors_run_folder_is_the_one_that_the_run_would_use(root, finished):

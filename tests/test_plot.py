@@ -196,6 +196,21 @@ def test_boxes_are_drawn_by_the_verdicts_of_the_metric(runs, tmp_path, federated
     assert drawn(0.55) == ["right", "duplicate", "wrong class", "nothing there", "missed"]
 
 
+def test_figures_and_rows_that_would_hide_each_other_are_refused(tmp_path):
+    folders = [tmp_path / name / "components" for name in ("shapes", "groceries")]
+    for folder in folders:
+        folder.mkdir(parents=True)
+        (folder / "study.json").write_text(json.dumps({"rows": ROWS}))
+    with pytest.raises(ValueError, match="named after the last part; plot them apart"):
+        main(["plot", *map(str, folders), f"--out={tmp_path / 'out'}"])
+    with pytest.raises(ValueError, match="two rows would be called 'ours'"):
+        main(["plot", str(folders[0]), "--names", "first=ours", "more=ours", f"--out={tmp_path / 'out'}"])
+    (folders[0] / "study.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"study\.json: no record of a study"):
+        main(["plot", str(folders[0]), f"--out={tmp_path / 'out'}"])
+    assert not (tmp_path / "out").exists()
+
+
 def test_names_are_given_by_the_last_part_of_a_path_too():
     known = ["runs/clis", "runs/a=b", "w/o ILS"]
     given = ["clis=CLIS", "runs/a=b/=second", "w/o ILS=third"]

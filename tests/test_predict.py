@@ -15,7 +15,8 @@ from PIL import Image
 from clis.__main__ import main
 from clis.cli import run_command
 from clis.commands.predict import Selection
-from clis.commands.predict_files import ImageFile, find_images, picture_names
+from clis.commands.predict_files import ImageFile, find_annotated, find_images, picture_names
+from clis.data.categories import Category
 from clis.drawing import Mark, class_color, draw_marks, picture_of
 from clis.metric.detections import Detections
 from clis.models.roi import ImageDetections
@@ -162,6 +163,17 @@ def test_the_ids_of_links_are_found_by_their_names_or_by_those_of_their_files(fi
     id_of = {image["file_name"]: image["id"] for image in known}
     expected = [id_of["val/000002.jpg"], id_of["val/000001.jpg"]]
     assert [image["id"] for image in document["images"]] == expected
+
+
+def test_two_files_are_not_one_image(tmp_path):
+    """The annotation file knows x.jpg, which both a/x.jpg and b/x.jpg may be."""
+    document = {"images": [{"id": 7, "file_name": "x.jpg", "height": 5, "width": 5}], "annotations": []}
+    (tmp_path / "val.json").write_text(json.dumps(document | {"categories": [{"id": 1, "name": "cat"}]}))
+    categories = [Category(id=1, name="cat", frequency="r", image_count=0)]
+    files = [ImageFile(tmp_path / name / "x.jpg", f"{name}/x.jpg") for name in ("a", "b")]
+    assert find_annotated(tmp_path / "val.json", files[:1], categories).ids() == [7]
+    with pytest.raises(ValueError, match=r"b/x\.jpg and .*a/x\.jpg would both be image 7"):
+        find_annotated(tmp_path / "val.json", files, categories)
 
 
 def test_names_that_are_no_utf8_or_very_long(finished, photos, tmp_path, capsys):

@@ -67,6 +67,16 @@ class TestBeforeTheDetectorIsTrained:
         folder.rename(folder.with_name("kitty"))
         refused("1 of 50 image-level classes match no category: kitty")
 
+    def test_a_batch_that_does_not_divide(self, refused):
+        refused(
+            r"train\.images_per_step=6 is not a whole number of .* train\.images_per_process=4 on 1 process",
+            "train.images_per_step=6", "train.images_per_process=4",
+        )  # fmt: skip
+        refused(
+            r"pretrain\.images_per_step=6 is not a whole number",
+            "pretrain={epochs: 1, images_per_step: 6, images_per_process: 4}",
+        )
+
     def test_a_missing_root_and_a_missing_mapping(self, root, refused):
         refused("elsewhere", "data.image_level=[elsewhere]")
         refused("none.tsv", "data.mapping=none.tsv", error=(ValueError, OSError))

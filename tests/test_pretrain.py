@@ -608,14 +608,19 @@ class TestBadInput:
             main(arguments_of(data, tmp_path, "pretrain.lr=0.5"))
         main(arguments_of(data, tmp_path, "optim.lr=0.5", "model.backbone.trainable_layers=3"))
 
-    def test_a_checkpoint_of_other_images(self, data, pretrained, tmp_path):
-        """Fewer images are other steps."""
+    @pytest.mark.parametrize("more", [False, True])
+    def test_a_checkpoint_of_other_images(self, data, pretrained, tmp_path, more):
+        """Other images are other steps, and another order of all of them: also more is no longer training."""
         shutil.copytree(pretrained, tmp_path / "pretrain")
         (tmp_path / "pretrain" / "backbone.pt").unlink()
         shutil.copytree(data, tmp_path / "data")
         for folder in list((tmp_path / "data" / "shapes" / "image_level").iterdir())[:20]:
-            shutil.rmtree(folder)
-        with pytest.raises(ValueError, match=r"last\.pt is of another config: train\.steps: 12 != 8"):
+            for image in list(folder.iterdir()):
+                shutil.copy(image, folder / f"again_{image.name}")
+            if not more:
+                shutil.rmtree(folder)
+        steps = 17 if more else 8
+        with pytest.raises(ValueError, match=rf"last\.pt is of another config: train\.steps: 12 != {steps}"):
             main(arguments_of(tmp_path / "data", tmp_path))
 
     def test_a_detector_that_is_built_before(self, data, tmp_path):
@@ -631,7 +636,7 @@ class TestBadInput:
         images = sorted((tmp_path / "data" / "shapes" / "image_level").rglob("*.jpg"))
         for row in (0, 1, 19):
             images[row].write_bytes(images[row].read_bytes()[:300])
-        with pytest.raises(ImageError, match=r"1 unreadable images, data\.max_bad_images=0 are allowed"):
+        with pytest.raises(ImageError, match=r"images: 1, and data\.max_bad_images allows 0"):
             main(arguments_of(tmp_path / "data", tmp_path / "run"))
         main(arguments_of(tmp_path / "data", tmp_path / "other", "data.max_bad_images=2"))
         said = capsys.readouterr().out

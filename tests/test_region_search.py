@@ -323,9 +323,13 @@ class TestBadInput:
 
     def test_an_unreadable_image_stops_the_run_by_name(self, damaged, tmp_path):
         path = tmp_path / "regions.npy"
-        with pytest.raises(ImageError, match=r"1 unreadable .*max_bad_images=0 are allowed.*bird/01\.png"):
+        with pytest.raises(
+            ImageError, match=r"unreadable image-level images: 1, .*max_bad_images allows 0.*bird/01\.png"
+        ):
             make_regions(config_of(), damaged, Detector(), path)
-        with pytest.raises(ImageError, match=r"2 unreadable .*max_bad_images=1 are allowed.*dog/09\.png"):
+        with pytest.raises(
+            ImageError, match=r"unreadable image-level images: 2, .*max_bad_images allows 1.*dog/09\.png"
+        ):
             make_regions(config_of("data.max_bad_images=1"), damaged, Detector(), path)
         assert not path.exists()
 
@@ -590,9 +594,23 @@ def test_unreadable_images_of_an_interrupted_search_still_count(index, root, tmp
         (root / name).write_bytes((root / name).read_bytes()[:50])
     damaged, path = build_index([root], CATEGORIES), tmp_path / "regions.npy"
     for _ in range(2):
-        with pytest.raises(ImageError, match=r"2 unreadable .*max_bad_images=1 are allowed"):
+        with pytest.raises(ImageError, match=r"images: 2, .*max_bad_images allows 1"):
             make_regions(config_of("data.max_bad_images=1"), damaged, Detector(), path)
     assert not path.exists()
+
+
+def search_damaged_share(rank: int, folder: Path) -> None:
+    index = build_index([folder / "images"], CATEGORIES)
+    with pytest.raises(ImageError, match=r"images: 2, and data\.max_bad_images allows 1"):
+        make_regions(config_of("data.max_bad_images=1"), index, Detector(), folder / "regions.npy")
+
+
+def test_unreadable_images_of_all_processes_count(index, root, tmp_path):
+    """One bad image for each of two processes, where one is allowed in all."""
+    for name in map(index.name, (0, 7)):  # processes take rows in turns
+        (root / name).write_bytes((root / name).read_bytes()[:50])
+    spawn(tmp_path, search_damaged_share, tmp_path)
+    assert not (tmp_path / "regions.npy").exists()
 
 
 def search_share(rank: int, folder: Path) -> None:

@@ -18,6 +18,7 @@ from clis.engine import at_work as at_work_module
 from clis.engine.at_work import Process, only_maker, only_process
 from clis.engine.region_parts import RegionParts, remove_parts
 from clis.engine.run_folder import RunFolder
+from clis.engine.run_state import RunState
 from clis.engine.schedule import differences_after
 
 HOLD = """
@@ -145,6 +146,8 @@ class TestLongerTraining:
         run_verb("train", arguments_of(data, tmp_path / "b", "train.steps=4"))
         assert_same_training(tmp_path / "a", tmp_path / "b")
         assert RunFolder(tmp_path / "a").evaluation(2).read_result() == first
+        state = RunState.read(RunFolder(tmp_path / "a"))
+        assert state.every_evaluation == [(2, first), (4, RunFolder(tmp_path / "b").read_result())]
 
     def test_another_schedule_says_how_to_start_from_the_weights(self, data, tmp_path):
         run_verb("train", arguments_of(data, tmp_path / "a", "train.steps=2"))
@@ -181,7 +184,7 @@ class TestLongerTraining:
 
 
 class TestMovedData:
-    def test_every_command_of_a_run_can_be_told(self, finished, data, tmp_path, monkeypatch):
+    def test_a_figure_can_be_told(self, finished, data, tmp_path, monkeypatch):
         """The run knows a root that is gone; CLIS_DATA does not count, and the message says what does."""
         pytest.importorskip("matplotlib")
         run = tmp_path / "run"

@@ -17,7 +17,7 @@ import yaml
 from runs import CONFIG, REPOSITORY, SHORT
 
 from clis.commands import run_verb
-from clis.commands.study import run_study
+from clis.commands.study import draw_again, run_study
 from clis.config_files import load_config
 from clis.study.file import Study
 from clis.study.jobs import plan_row
@@ -200,6 +200,25 @@ def test_runs_of_a_row_that_was_edited_are_dropped(tmp_path):
     assert [len(row["runs"]) for row in rows.values()] == [1, 0]
 
 
+def test_a_renamed_row_keeps_its_runs_and_a_removed_one_is_named(tmp_path):
+    """A run is known by its settings. Drawing again refuses to drop one; running the study says so."""
+    rows = {"a": {}, "b": {"overrides": ["loss.alpha=0.1"]}, "c": {"overrides": ["loss.alpha=0.2"]}}
+    loaded = Study.load(write_study(tmp_path / "small.yaml", rows))
+    run = {"AP": 1.0, "APr": -100.0, "APc": 1.0, "APf": 1.0, "step_seconds": 1.0, "by_images": {"1-2": 1.0}}
+    record = Record(loaded, tmp_path / "small", [])
+    for row in loaded.rows:
+        record.rows[row.name] = {"3": run | {"key": loaded.run(row, 3, []).key}}
+    record.write()
+    path = write_study(tmp_path / "small.yaml", {"ours": rows["a"], "c": rows["c"]})
+    again = Record(Study.load(path), tmp_path / "small", [])
+    assert {name: list(runs) for name, runs in again.rows.items()} == {"ours": ["3"], "c": ["3"]}
+    assert again.outdated == ["b, seed 3"]
+    before = (tmp_path / "small" / "study.json").read_text()
+    with pytest.raises(ValueError, match=r"data or rows than the study has now: b, seed 3; draw it"):
+        draw_again(path, tmp_path)
+    assert (tmp_path / "small" / "study.json").read_text() == before
+
+
 def test_runs_that_another_study_has_are_not_run_again(tmp_path, capsys):
     for other in ("other", "damaged", "foreign"):
         (tmp_path / "out" / other).mkdir(parents=True)
@@ -220,7 +239,7 @@ def test_runs_that_another_study_has_are_not_run_again(tmp_path, capsys):
     said = capsys.readouterr().out
     assert "0 jobs to do" in said
     assert all(
-        f"{tmp_path / 'out' / name / 'study.json'}: no record" in said for name in ("damaged", "foreign")
+        f"{tmp_path / 'out' / name / 'study.json'}: left aside" in said for name in ("damaged", "foreign")
     )
     rows = json.loads((folder / "study.json").read_text())["rows"]
     assert {name: row["runs"] for name, row in rows.items()} == {name: {"0": runs[name]} for name in runs}
@@ -433,8 +452,13 @@ def test_drawing_again_runs_nothing_and_keeps_what_is_recorded(tmp_path, monkeyp
     assert sum(recorded["classes"].values()) == 50
     recorded["rows"]["0.1"]["runs"]["0"]["key"] = "of another"
     (tmp_path / "beta" / "study.json").write_text(json.dumps(recorded))
-    with pytest.raises(ValueError, match=r"other settings or data than the study has now: 0\.1, seed 0;"):
+    with pytest.raises(ValueError, match=r"data or rows than the study has now: 0\.1, seed 0;"):
         run_verb("study", [config, "--draw", f"--out={tmp_path}"])
     assert json.loads((tmp_path / "beta" / "study.json").read_text()) == recorded  # nothing is thrown away
+    (tmp_path / "beta" / "study.json").write_text('{"rows": {"a": {}}}')
+    with pytest.raises(ValueError, match=r"study\.json: no record of a study, or damaged"):
+        run_verb("study", [config, "--draw", f"--out={tmp_path}"])
+    with pytest.raises(SystemExit):
+        run_verb("study", [config, "--jobs=0"])
     with pytest.raises(FileNotFoundError, match="name the folder of the study in --out"):
         run_verb("study", [config, "--draw", f"--out={tmp_path / 'none'}"])

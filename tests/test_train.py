@@ -44,11 +44,11 @@ from clis.config_files import config_from_dict, load_config, merge_overrides
 from clis.data.batch import Batch, collate
 from clis.data.images import ImageError
 from clis.distributed import all_reduce_sum, wrap_ddp
-from clis.engine import prerequisites, train
+from clis.engine import checkpoint, prerequisites, train
 from clis.engine.checkpoint import load_checkpoint, load_detector, load_model, resume, save_checkpoint
 from clis.engine.describe import contrast_state, format_losses, summarize_step
 from clis.engine.log import MetricsLog
-from clis.engine.optim import learning_rate, make_optimizer, split_batch
+from clis.engine.optim import learning_rate, make_optimizer, make_scaler, split_batch
 from clis.engine.run_folder import RunFolder
 from clis.engine.skipped import SkippedSteps
 from clis.metric.detections import Detections
@@ -149,6 +149,20 @@ class TestResume:
         monkeypatch.undo()
         run_verb("train", arguments)
         assert_same_training(tmp_path / "run", reference)
+
+    def test_processes_that_see_another_checkpoint_do_not_go_on(self, finished, monkeypatch):
+        """Rank 0 has read step 5; this process finds step 4 in the file, as NFS may show it."""
+        folder = RunFolder(finished)
+        config = folder.read_config()
+        categories = checkpoint.saved_categories(load_checkpoint(folder.last))
+        model = build_model(config, categories)
+        optimizer, scaler = make_optimizer(model, config), make_scaler(config, torch.device("cpu"))
+        assert resume(folder, model, optimizer, scaler, config) == (4, 0)
+        monkeypatch.setattr(checkpoint, "on_main", lambda load: (folder.last, 5))
+        with pytest.raises(
+            ValueError, match=r"last\.pt: rank 0 reads step 5, rank 0 step 4; its file system"
+        ):
+            resume(folder, model, optimizer, scaler, config)
 
     def test_metrics_of_lost_steps_are_dropped(self, tmp_path):
         path = tmp_path / "metrics.jsonl"
@@ -385,10 +399,10 @@ def test_learning_rate_is_a_function_of_the_step():
 
 def test_split_batch():
     config = tiny_config("train.images_per_step=16", "train.images_per_process=4")
-    assert split_batch(config, 1) == (4, 4)
-    assert split_batch(config, 8) == (2, 1)
+    assert split_batch(config.train, 1) == (4, 4)
+    assert split_batch(config.train, 8) == (2, 1)
     with pytest.raises(ValueError, match=r"images_per_step=16 is not a whole number .* on 3 processes"):
-        split_batch(config, 3)
+        split_batch(config.train, 3)
 
 
 def spoil_loss(model: CLISDetector) -> None:
@@ -511,7 +525,7 @@ class TestBadInput:
         return tmp_path
 
     def test_a_truncated_image_stops_the_run_by_name(self, damaged, tmp_path):
-        with pytest.raises(ImageError, match=r"max_bad_images=0 are allowed.*000001\.jpg"):
+        with pytest.raises(ImageError, match=r"max_bad_images allows 0; .*000001\.jpg"):
             run_verb("train", self.arguments(damaged, tmp_path / "run"))
 
     def test_or_is_replaced_up_to_a_number(self, damaged, tmp_path, capsys):

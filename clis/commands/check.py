@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from clis.atomic import atomic_write, check_writable
 from clis.commands.arguments import add_config
 from clis.commands.check_images import ImageCheck
 from clis.commands.check_report import SHOWN, Report
@@ -28,15 +29,15 @@ from clis.data.streams import (
     read_annotations,
     read_index,
 )
-from clis.engine.checkpoint import load_checkpoint
+from clis.engine.checkpoint import load_checkpoint, saved_categories
 from clis.engine.describe import schedule_warnings
-from clis.engine.preflight import check_space, check_writable_folder, checkpoint_bytes
+from clis.engine.preflight import check_space, check_writable_folder, checkpoint_bytes, pending_runs
 from clis.engine.prerequisites import PlannedRun, plan_run
 from clis.engine.pretrain import SETTINGS as PRETRAINING
 from clis.engine.region_search import detector_checkpoint, given_boxes, read_boxes
 from clis.engine.run_folder import RunFolder, regions_file
 from clis.engine.start import check_run, starting_weights
-from clis.metric.matching import describe_uncounted
+from clis.metric.matching import check_truth, describe_uncounted
 from clis.models import CLISDetector, build_classifier, build_model
 from clis.text import loose
 
@@ -52,10 +53,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Check a config, print the report and exit with 0 if the run may start, else with 1."""
     config = load_config(arguments.config, arguments.overrides)
+    if arguments.list is not None:
+        check_writable(arguments.list)
     report = check(config, arguments.overrides, workers=arguments.workers, sample=arguments.sample)
     report.say()
     if arguments.list is not None:
-        arguments.list.write_text("".join(f"{line}\n" for line in report.listing))
+        with atomic_write(arguments.list) as temporary:
+            temporary.write_text("".join(f"{line}\n" for line in report.listing))
     sys.exit(bool(report.errors))
 
 
@@ -77,12 +81,10 @@ def check(
         )
         return report
     train, val = _check_annotations(config, report)
-    index = None if train is None else _check_image_level(plan, train, report)
+    index = None
     if train is not None:
-        with report.catching():
-            folder, model = RunFolder(config.output), _check_model(config, train, report)
-            check_writable_folder(folder.path)
-            check_space([(folder.path, checkpoint_bytes(model, config, train.categories, folder))])
+        index = _check_image_level(plan, train, report)
+        _check_models(plan, train, report)
     images, costs = ImageCheck(data.max_pixels, workers, sample, report), {}
     if train is not None:
         stored = data_path(config, data.train_images)
@@ -93,6 +95,18 @@ def check(
         images.annotated(val, data_path(config, data.val_images), 0)
     _describe_step(costs, config, report)
     return report
+
+
+def _check_models(plan: PlannedRun, train: Annotations, report: Report) -> None:
+    """Build the detectors of all runs that are not finished; check their folders, and the disks' room."""
+    needs = []
+    for run in {id(each): each for each in (*pending_runs(plan), plan)}.values():
+        with report.catching():
+            folder, model = RunFolder(run.config.output), _check_model(run.config, train, report)
+            check_writable_folder(folder.path)
+            needs.append((folder.path, checkpoint_bytes(model, run.config, train.categories, folder)))
+    with report.catching():
+        check_space(needs)
 
 
 def _check_plan(config: Config, overrides: Sequence[str], report: Report) -> PlannedRun:
@@ -122,6 +136,7 @@ def _check_annotations(config: Config, report: Report) -> tuple[Annotations | No
     with report.catching():
         val = read_annotations(data_path(config, config.data.val))
         _describe_names(val, config, report)
+        check_truth(val)
         if train is not None:
             check_same_categories(train.categories, train.path, val.categories, val.path)
             _describe_overlap(train, val, config, report)
@@ -143,7 +158,7 @@ def _check_image_level(plan: PlannedRun, train: Annotations, report: Report) -> 
         make_image_level_sampler(config, index)
         if config.clis.s > 0:
             detector = None if plan.detector is None else plan.detector.config
-            _check_regions(config, index, detector, report)
+            _check_regions(config, index, detector, train, report)
     return index
 
 
@@ -240,7 +255,9 @@ def _describe_overlap(train: Annotations, val: Annotations, config: Config, repo
         )
 
 
-def _check_regions(config: Config, index: ImageLevelIndex, detector: Config | None, report: Report) -> None:
+def _check_regions(
+    config: Config, index: ImageLevelIndex, detector: Config | None, train: Annotations, report: Report
+) -> None:
     path = regions_file(config)
     if path.exists():
         load_regions(path, index, config.regions, every_row=True)
@@ -248,7 +265,8 @@ def _check_regions(config: Config, index: ImageLevelIndex, detector: Config | No
     if config.regions.rule in DETECTOR_RULES:
         checkpoint = detector_checkpoint(config, detector)
         if detector is None:
-            load_checkpoint(checkpoint)
+            categories = saved_categories(load_checkpoint(checkpoint))
+            check_same_categories(categories, str(checkpoint), train.categories, train.path)
     if config.regions.rule == "given":
         read_boxes(given_boxes(config), index)
     made_by = config.regions.detector if config.regions.rule in DETECTOR_RULES else config.regions.rule
@@ -265,7 +283,8 @@ def _check_model(config: Config, train: Annotations, report: Report) -> CLISDete
     path = None if backbone.weights is None else data_path(config, backbone.weights)
     to_download = path is not None and backbone.download and not path.exists()
     if to_download:
-        report.notes.append(f"{path}: will be downloaded at the start")
+        note = f"{path}: will be downloaded at the start"
+        report.notes += [note] * (note not in report.notes)
     if config.pretrain.epochs > 0:
         report.notes.append(f"{folder.pretraining.backbone}: will be made, by pre-training")
         build_classifier(config, train.categories, pretrained=not to_download)

@@ -6,14 +6,14 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from clis.atomic import atomic_write
+from clis.atomic import atomic_write, check_writable
 from clis.config import Config, scoped_keys
 from clis.config_files import (
     config_differences,
 )
 from clis.config_scopes import Scope
 from clis.data.annotations import Annotations
-from clis.distributed import choose_device, is_main, process_group
+from clis.distributed import choose_device, is_main, on_main, process_group
 from clis.engine.checkpoint import load_checkpoint, load_model, saved_config
 from clis.engine.evaluate import detect_split, evaluate_detector, load_validation
 from clis.engine.run_folder import RunFolder, find_checkpoint
@@ -44,8 +44,9 @@ def run(arguments: argparse.Namespace) -> None:
     """
     arguments.checkpoint = find_checkpoint(arguments.checkpoint)
     state = load_checkpoint(arguments.checkpoint)
-    output = str(arguments.checkpoint.with_suffix(""))
-    config = saved_config(state, str(arguments.checkpoint), arguments.overrides, output=output)
+    bare = arguments.checkpoint.with_suffix("")
+    output = bare if bare != arguments.checkpoint else bare.with_name(f"{bare.name}_evaluation")
+    config = saved_config(state, str(arguments.checkpoint), arguments.overrides, output=str(output))
     _check_same_model(config, state, arguments.checkpoint)
     folder = RunFolder(config.output)
     if folder.config.exists():
@@ -54,6 +55,7 @@ def run(arguments: argparse.Namespace) -> None:
         )
     device = choose_device(config.train.device)
     with process_group(device):
+        on_main(lambda: check_writable(folder.result))  # before hours of work
         detector = load_model(state, config, str(arguments.checkpoint)).to(device).eval()
         annotations = load_validation(config, detector.categories, unlabeled=True)
         if not len(annotations.labels):

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from clis.atomic import atomic_write
+from clis.atomic import atomic_write, check_writable
 from clis.commands.arguments import positive
 from clis.commands.export_program import Program, letterbox, nms_of_best
 from clis.distributed import choose_device
@@ -115,6 +115,7 @@ def export(
         FileNotFoundError, ValueError: the checkpoint or an argument is wrong, or onnx is not installed.
     """
     _check_arguments(out, size, device, overrides, candidates, batch)
+    check_writable(out)
     onnx = out.suffix == ".onnx"
     nms = _onnx_nms() if onnx else nms_of_best
     state = load_checkpoint(checkpoint)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -38,6 +37,7 @@ from clis.metric.verdicts import Verdicts, verdicts_of
 from clis.progress import Progress, say
 from clis.report.curves import smoothed
 from clis.study.figure import study_figure
+from clis.study.record import read_record
 
 LOOKS = {
     "right": ("#009E73", "-"),
@@ -84,10 +84,12 @@ def run(arguments: argparse.Namespace) -> None:
     if not folders:
         raise ValueError("no folder; name at least one before key=value")
     studies = {
-        folder: json.loads((folder / "study.json").read_text())
-        for folder in folders
-        if (folder / "study.json").is_file()
+        folder: read_record(folder / "study.json") for folder in folders if (folder / "study.json").is_file()
     }
+    by_name: dict[str, Path] = {}
+    for folder in studies:
+        if (other := by_name.setdefault(folder.resolve().name, folder)) != folder:
+            raise ValueError(f"{folder} and {other}: figures are named after the last part; plot them apart")
     runs = [folder for folder in folders if folder not in studies]
     rows = dict.fromkeys(row for document in studies.values() for row in document["rows"])
     names = read_names(arguments.names, [*map(str, runs), *rows])
@@ -111,8 +113,13 @@ def _chosen(
     """Return a study.json with the chosen rows under their new names."""
     if unknown := [name for name in rows if name not in document["rows"]]:
         raise ValueError(f"{source} has no row {unknown[0]}; it has {', '.join(document['rows'])}")
-    chosen = {name: document["rows"][name] for name in rows or document["rows"]}
-    return document | {"rows": {names.get(name, name): row for name, row in chosen.items()}}
+    chosen: dict[str, Any] = {}
+    for name in rows or document["rows"]:
+        new = names.get(name, name)
+        if new in chosen:
+            raise ValueError(f"{source}: two rows would be called {new!r}; give each a name of its own")
+        chosen[new] = document["rows"][name]
+    return document | {"rows": chosen}
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from clis.atomic import atomic_write
+from clis.atomic import atomic_write, check_writable
 from clis.commands.arguments import class_labels, positive, split_overrides
 from clis.commands.predict_files import Annotated, ImageFile, find_annotated, find_images, picture_names
 from clis.config import Config
@@ -85,7 +85,7 @@ def run(arguments: argparse.Namespace) -> None:
     selection = Selection(arguments.score, arguments.top, labels)
     known = find_annotated(arguments.annotations, files, detector.categories) if stored else None
     pictures = None if arguments.no_pictures else out / PICTURES
-    out.mkdir(parents=True, exist_ok=True)  # if this is impossible, say so before the work
+    check_writable(out / PREDICTIONS)  # if this is impossible, say so before the work
     photos = predict(detector, config, files, selection, arguments.batch, known, pictures)
     written = write_results(out, photos, detector.categories, checkpoint, stored)
     if pictures is not None:

@@ -102,7 +102,8 @@ def find_annotated(path: Path, files: Sequence[ImageFile], categories: Sequence[
     A path may be that of a link, or of what it links to.
 
     Raises:
-        ValueError: a file is not in it, or its name is that of several images; or it is of other classes.
+        ValueError: a file is not in it, two files would be one image, or a name is that of several images; or
+            it is of other classes.
     """
     annotations = read_annotations(path, unlabeled=True)
     check_same_categories(categories, "the detector", annotations.categories, annotations.path)
@@ -110,7 +111,7 @@ def find_annotated(path: Path, files: Sequence[ImageFile], categories: Sequence[
     names = [str(name) for name in annotations.file_names]
     for row, name in enumerate(names):
         rows.setdefault(Path(name).name, []).append(row)
-    found = []
+    found: list[int] = []
     for file in files:
         full = {Path(os.path.abspath(file.path)), file.path.resolve()}
         own = [
@@ -121,6 +122,12 @@ def find_annotated(path: Path, files: Sequence[ImageFile], categories: Sequence[
         if len(own) != 1:
             what = "is none of its images" if not own else f"may be any of {len(own)} of its images"
             raise ValueError(f"{file.path}: {what} ({path}); leave --annotations out, or name other files")
+        if own[0] in found:
+            other = files[found.index(own[0])].path
+            raise ValueError(
+                f"{file.path} and {other} would both be image {annotations.image_ids[own[0]]} of {path}, "
+                "whose names are the ends of both; name one of them"
+            )
         found.append(own[0])
     return Annotated(annotations, found)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from clis.commands.arguments import positive
 from clis.config import data_path
 from clis.config_files import find_config, load_config
 from clis.data.shapes import generate_shapes
@@ -24,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="change a field in every row")
     parser.add_argument("--rows", nargs="+", default=(), metavar="NAME", help="run only these rows")
     parser.add_argument("--seeds", nargs="+", type=int, default=(), help="run only these seeds, of every row")
-    parser.add_argument("--jobs", type=int, default=2, help="runs at once, which share the CPUs")
+    parser.add_argument("--jobs", type=positive, default=2, help="runs at once, which share the CPUs")
     parser.add_argument("--out", type=Path, default=Path("runs/studies"), metavar="FOLDER")
     parser.add_argument(
         "--draw", action="store_true", help="run nothing; write table and figure of what is recorded"
@@ -89,7 +90,7 @@ def run_study(
             plan_row(study, row, seed, out, overrides, plan)
     say(f"{study.name}: {len(study.rows)} rows; {len(plan)} jobs to do, {jobs} at once")
     if record.outdated:
-        say(f"recorded with other settings or data, and left out: {'; '.join(record.outdated)}")
+        say(f"recorded of other settings, data or rows, and left out: {'; '.join(record.outdated)}")
     base = load_config(study.base, overrides)
     if plan and base.data.generate == "shapes":  # once, before processes that would all write it
         generate_shapes(data_path(base, "shapes"))
@@ -121,7 +122,7 @@ def _work_off(plan: Sequence[Job], record: Record, at_once: int, logs: Path) -> 
 
 
 def draw_again(path: Path, out: Path, overrides: Sequence[str] = ()) -> Path:
-    """Write table and figure of what out/NAME/study.json has recorded; return the figure's path.
+    """Write table and figure of what out/NAME/study.json has recorded; return the path of the last.
 
     Raises:
         FileNotFoundError: nothing is recorded.
@@ -133,8 +134,8 @@ def draw_again(path: Path, out: Path, overrides: Sequence[str] = ()) -> Path:
         raise FileNotFoundError(f"{record.path}: no such file; name the folder of the study in --out")
     if record.outdated:
         raise ValueError(
-            f"{record.path}: recorded with other settings or data than the study has now: "
-            f"{'; '.join(record.outdated)}; run the study, or draw it with those"
+            f"{record.path}: recorded of other settings, data or rows than the study has now: "
+            f"{'; '.join(record.outdated)}; draw it with those, or run the study, which leaves them out"
         )
     record.write()
     return record.draw()

@@ -22,7 +22,7 @@ def check_bad_images(unreadable: Sequence[str], allowed: int) -> None:
     """
     if len(unreadable) > allowed:
         raise ImageError(
-            f"{len(unreadable)} unreadable image-level images, data.max_bad_images={allowed} are allowed; "
+            f"unreadable image-level images: {len(unreadable)}, and data.max_bad_images allows {allowed}; "
             f"the last: {unreadable[-1]}"
         )
 
@@ -80,7 +80,7 @@ class BadImages:
         if self.total > self.allowed:
             last = self.new[-1] if self.new else "named by another process"
             return ImageError(
-                f"{self.total} unreadable images, data.max_bad_images={self.allowed} are allowed; "
+                f"unreadable images: {self.total}, and data.max_bad_images allows {self.allowed}; "
                 f"the last: {last}; {again}"
             )
         return None

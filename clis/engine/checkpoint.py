@@ -16,7 +16,7 @@ from clis.cli import is_worker_death
 from clis.config import Config
 from clis.config_files import config_from_dict, config_to_dict, merge_overrides, resolve_data_root
 from clis.data.categories import Category, check_same_categories
-from clis.distributed import is_main
+from clis.distributed import on_main, rank
 from clis.engine.provenance import provenance, training_files
 from clis.engine.run_folder import RunFolder, find_checkpoint
 from clis.engine.schedule import differences_after
@@ -98,11 +98,7 @@ def link(path: Path, name: Path) -> None:
 
 def mark_best(folder: RunFolder, step: int, ap: float) -> None:
     """Make the checkpoint of this step ``best.pt`` unless an earlier evaluation has at least its AP."""
-    earlier = [
-        each.read_result()["AP"]
-        for each in folder.step_evaluations()
-        if each.path < folder.evaluation(step).path
-    ]
+    earlier = [each.read_result()["AP"] for done, each in folder.step_evaluations().items() if done < step]
     if ap > max(earlier, default=-1.0):
         link(folder.checkpoint(step), folder.best)
 
@@ -185,18 +181,34 @@ def resume(
 ) -> tuple[int, int]:
     """Load the last readable checkpoint of a run folder; return its step and skipped steps, or 0 and 0.
 
+    Rank 0 decides which one that is; all processes call this.
+
     Args:
         within: sections and keys of the config that matter here; None is all of them.
 
     Raises:
         ValueError: it was trained by another config or for other categories.
     """
-    if is_main():
+    loaded: list[dict[str, Any]] = []
+
+    def load() -> tuple[Path, int] | None:
         folder.remove_partial_files()
-    found = load_last_checkpoint(folder)
-    if found is None:
+        found = load_last_checkpoint(folder)
+        if found is None:
+            return None
+        loaded.append(found[0])
+        return found[1], found[0]["step"]
+
+    last = on_main(load)
+    if last is None:
         return 0, 0
-    state, path = found
+    path, step = last
+    state = loaded[0] if loaded else load_checkpoint(path)
+    if state["step"] != step:
+        raise ValueError(
+            f"{path}: rank 0 reads step {step}, rank {rank()} step {state['step']}; its file system shows "
+            "old files: re-run the same command"
+        )
     trained = config_from_dict(state["config"], source=str(path))
     differences = differences_after(trained, config, state["step"], within)
     if differences:

@@ -9,7 +9,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from clis.config import Config, OptimConfig
+from clis.config import Config, OptimConfig, PretrainConfig, TrainConfig
 from clis.distributed import no_sync
 
 B = TypeVar("B")
@@ -40,16 +40,19 @@ def learning_rate(step: int, optim: OptimConfig, images_per_step: int) -> float:
     return rate
 
 
-def split_batch(config: Config, processes: int, section: str = "train") -> tuple[int, int]:
+def split_batch(
+    batch: TrainConfig | PretrainConfig, processes: int, section: str = "train"
+) -> tuple[int, int]:
     """Return images per micro-batch of a process, and its micro-batches per step (gradient accumulation).
 
     Args:
-        section: of the config that has these settings, for the message.
+        batch: the section of the config with images per step and process.
+        section: its name, for the message.
 
     Raises:
         ValueError: the global batch does not divide so.
     """
-    images, at_most = config.train.images_per_step, config.train.images_per_process
+    images, at_most = batch.images_per_step, batch.images_per_process
     share, rest = divmod(images, processes)
     at_once = min(at_most, share)
     if rest or share % at_once:

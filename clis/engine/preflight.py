@@ -30,9 +30,10 @@ from clis.data.streams import (
     make_index,
     read_training_annotations,
 )
-from clis.distributed import on_main
+from clis.distributed import on_main, world_size
 from clis.engine.checkpoint import load_checkpoint, saved_categories
 from clis.engine.evaluate import load_validation
+from clis.engine.optim import split_batch
 from clis.engine.prerequisites import PlannedRun
 from clis.engine.region_search import detector_checkpoint, given_boxes, read_boxes
 from clis.engine.run_folder import RunFolder, regions_file
@@ -69,6 +70,9 @@ def check_files(plan: PlannedRun) -> None:
     pending = {run.config.output: run for run in plan.walk() if run.config.output in outputs}
     for number, run in enumerate(pending.values()):
         config = run.config
+        split_batch(config.train, world_size())
+        if config.pretrain.epochs > 0:
+            split_batch(config.pretrain, world_size(), "pretrain")
         training, _ = read_training_annotations(config)
         validation = load_validation(config, training.categories)
         images = data_path(config, config.data.val_images)

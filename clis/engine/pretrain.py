@@ -20,6 +20,7 @@ from clis.config_scopes import Scope
 from clis.data.classification import LabeledBatch, RandomCrops, Split, central_crop, collate_labeled
 from clis.data.image_classes import shortened
 from clis.data.image_level import ImageLevelIndex
+from clis.data.images import ImageError
 from clis.data.loader import MicroBatches, image_loader, train_loader
 from clis.data.sampling import SingleSampler
 from clis.data.streams import make_image_level_sampler, make_index, read_annotations
@@ -99,7 +100,7 @@ def train_classifier(
     Args:
         config: with `train` and `optim` as they are in pre-training.
     """
-    images_per_process, accumulation = split_batch(config, world_size(), "pretrain")
+    images_per_process, accumulation = split_batch(config.train, world_size(), "pretrain")
     optimizer, scaler = make_optimizer(model, config), make_scaler(config, device)
     first_step, num_skipped = resume(folder, model, optimizer, scaler, config, (*SETTINGS, "train.steps"))
     skipped = SkippedSteps(num_skipped, scaler, folder, config.train, ADVICE)
@@ -233,6 +234,12 @@ def held_out_accuracy(
                 counts += torch.tensor([int(right.sum()), len(crops)])
             progress.advance(len(images))
     right, judged = all_reduce_sum(counts).tolist()
+    bad = int(all_reduce_sum(torch.tensor(len(unreadable))))
+    if bad > config.data.max_bad_images:
+        raise ImageError(
+            f"unreadable held-out images of all processes: {bad}, and data.max_bad_images allows "
+            f"{config.data.max_bad_images}"
+        )
     return {"top1": right / judged if judged else None, "held_out_images": judged}
 
 

@@ -24,7 +24,7 @@ from clis.data.images import ImageError, open_image
 from clis.data.loader import image_loader, like_shapes
 from clis.data.region_file import REGION_DTYPE, RegionSource, region_sidecar
 from clis.data.streams import make_index, read_annotations
-from clis.distributed import barrier, broadcast_flag, from_main, is_main, rank, world_size
+from clis.distributed import barrier, broadcast_flag, from_main, is_main, on_main, rank, world_size
 from clis.engine.at_work import only_maker
 from clis.engine.bad_images import check_bad_images
 from clis.engine.checkpoint import load_detector
@@ -47,6 +47,9 @@ def find_regions(config: Config, device: torch.device, detector: Config | None =
         say(f"{path} already exists")
         return
     with only_maker(path):
+        if broadcast_flag(path.exists()):  # another process has just made it
+            say(f"{path} already exists")
+            return
         index = make_index(config, read_annotations(data_path(config, config.data.train)))
         if config.regions.rule not in DETECTOR_RULES:
             make_regions(config, index, None, path)
@@ -124,9 +127,12 @@ def make_regions(
             write(rows, regions_of(rows, images, rule))
             progress.advance(len(rows))
     barrier()
-    if is_main():
+
+    def join() -> None:
         table = parts.read()
         parts.check_complete(table, index)
+        bad = np.flatnonzero(table["source"] == RegionSource.UNREADABLE).tolist()
+        check_bad_images([index.name(row) for row in bad], config.data.max_bad_images)  # of all processes
         counts = Counter(RegionSource(source).name.lower() for source in table["source"].tolist())
         with atomic_write(path.with_suffix(".json")) as temporary:
             temporary.write_text(json.dumps(sidecar | {"counts": counts}, indent=1) + "\n")
@@ -134,7 +140,8 @@ def make_regions(
             np.save(temporary, table)
         remove_parts(path)
         say(f"{path}: {', '.join(f'{count} {name}' for name, count in sorted(counts.items()))}")
-    barrier()
+
+    on_main(join)
 
 
 def search_batches(

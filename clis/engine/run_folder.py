@@ -99,10 +99,11 @@ class RunFolder:
         """List the checkpoints that are named after their steps, in the order of these."""
         return sorted(path for path in self.checkpoints.glob("step_*.pt") if _STEP.fullmatch(path.name))
 
-    def step_evaluations(self) -> list[RunFolder]:
-        """List the finished evaluations on the way, in the order of their steps."""
-        paths = sorted(path for path in self.evaluations.glob("step_*") if _STEP.fullmatch(path.name))
-        return [each for each in map(RunFolder, paths) if each.result.exists()]
+    def step_evaluations(self) -> dict[int, RunFolder]:
+        """Return the finished evaluations on the way by their steps, in the order of these."""
+        named = ((path, _STEP.fullmatch(path.name)) for path in sorted(self.evaluations.glob("step_*")))
+        folders = {int(name[1]): RunFolder(path) for path, name in named if name is not None}
+        return {step: folder for step, folder in folders.items() if folder.result.exists()}
 
     @property
     def steps_done(self) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,7 +35,7 @@ class RunState:
     records: list[dict[str, Any]]
     """Of training steps, by metrics.jsonl; a number that was not finite is None."""
     evaluations: list[tuple[int, dict[str, float]]]
-    """Steps and metrics of the evaluations on the way."""
+    """Steps and metrics of the evaluations on the way, that at the end of a shorter training included."""
     result: dict[str, float] | None
     """The metrics of the finished run."""
 
@@ -54,15 +54,19 @@ class RunState:
             raise FileNotFoundError(f"{folder.config}: no such file; name run folders, e.g. runs/shapes/clis")
         values = read_yaml(folder.config)
         recipe = flatten(values)
-        _remove(values, _unknown(recipe))
-        config = config_from_dict(merge_overrides(values, overrides), source=str(folder.config))
+        known = _without(values, _unknown(recipe))
+        config = config_from_dict(merge_overrides(known, overrides), source=str(folder.config))
         records = folder.read_metrics()
+        evaluations = {record["step"]: _metrics(record) for record in records if "AP" in record}
+        for step, evaluation in folder.step_evaluations().items():
+            if step <= folder.steps_done:  # that of a training which was then extended has no record
+                evaluations.setdefault(step, evaluation.read_result())
         return cls(
             folder=folder,
             config=resolve_data_root(config),
             recipe=recipe,
             records=[record for record in records if "loss" in record],
-            evaluations=[(record["step"], _metrics(record)) for record in records if "AP" in record],
+            evaluations=sorted(evaluations.items()),
             result=folder.read_result() if folder.result.exists() else None,
         )
 
@@ -159,11 +163,15 @@ def _unknown(recipe: dict[str, Any]) -> list[str]:
     return [key for key in recipe if key not in known]
 
 
-def _remove(values: dict[str, Any], keys: Sequence[str]) -> None:
-    """Remove settings by their dotted keys from nested values, in place."""
-    for key in keys:
-        *sections, last = key.split(".")
-        section = values
-        for each in sections:
-            section = section[each]
-        del section[last]
+def _without(values: Mapping[str, Any], keys: Sequence[str], prefix: str = "") -> dict[str, Any]:
+    """Return nested values without settings of these dotted keys, and without sections of such alone."""
+    kept = {}
+    for name, value in values.items():
+        key = f"{prefix}{name}"
+        if isinstance(value, Mapping):
+            rest = _without(value, keys, f"{key}.")
+            if rest or not value:
+                kept[name] = rest
+        elif key not in keys:
+            kept[name] = value
+    return kept

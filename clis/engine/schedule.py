@@ -43,13 +43,14 @@ def differences_after(
     that is done would have been another one.
 
     Args:
-        within: sections and keys that matter; None is all of them.
+        within: sections and keys that matter, and may not change at all; None is all of them.
     """
     differences = config_differences(before, now, within)
     keys = {difference.partition(":")[0] for difference in differences}
     moved = set(before.optim.decay_steps) ^ set(now.optim.decay_steps)
     by_share = "pcb" in now.loss.classification or ":" in now.loss.classification  # ":": a user's own loss
-    longer = keys <= {"train.steps", "optim.decay_steps"} and not by_share and now.train.steps >= done > 0
+    longer = within is None and keys <= {"train.steps", "optim.decay_steps"} and not by_share
+    longer = longer and now.train.steps >= done > 0
     return [] if longer and all(step >= done for step in moved) else differences
 
 

@@ -164,7 +164,7 @@ def train(
     uninterrupted one (bit for bit on the CPU), and another number of processes sees the same images.
     """
     annotations, dataset, sampler = make_streams(config, regions_file(config))
-    images_per_process, accumulation = split_batch(config, world_size())
+    images_per_process, accumulation = split_batch(config.train, world_size())
     torch.manual_seed(config.train.seed)
     model = starting_model(config, annotations.categories, folder, start).to(device)
     optimizer = make_optimizer(model, config)

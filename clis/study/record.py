@@ -43,22 +43,35 @@ class Record:
         self.overrides = list(overrides)
         self.rows: dict[str, dict[str, dict[str, Any]]] = {}
         self.outdated: list[str] = []
-        """Recorded runs that are of other settings than the rows' present ones, and so left out."""
+        """Recorded runs that are of no row with its present settings, and so left out."""
         self.classes: dict[str, int] = {}
         """Classes by the bins of training images; empty where no run has said it."""
         if self.path.exists():
-            kept = json.loads(self.path.read_text())
+            kept = read_record(self.path)
             if kept["overrides"] != self.overrides:
                 raise ValueError(
                     f"{self.path} was made with the overrides {kept['overrides']}, now they are "
                     f"{self.overrides}; name another --out"
                 )
             self.classes = kept.get("classes", {})
-            for row in study.rows:
-                runs = kept["rows"].get(row.name, {}).get("runs", {})
-                present = {seed for seed, run in runs.items() if run["key"] == self._key(row, int(seed))}
-                self.rows[row.name] = {seed: runs[seed] for seed in runs if seed in present}
-                self.outdated += [f"{row.name}, seed {seed}" for seed in runs if seed not in present]
+            self._keep({name: row["runs"] for name, row in kept["rows"].items()})
+
+    def _keep(self, recorded: Mapping[str, Mapping[str, dict[str, Any]]]) -> None:
+        """Keep recorded runs, by row and seed, that are a row's now; it may have another name since."""
+        by_key = {run["key"]: run for runs in recorded.values() for run in runs.values()}
+        for row in self.study.rows:
+            for seed in sorted({seed for runs in recorded.values() for seed in runs}, key=int):
+                key, own = self._key(row, int(seed)), recorded.get(row.name, {}).get(seed)
+                run = own if own is not None and own["key"] == key else by_key.get(key)
+                if run is not None:
+                    self.rows.setdefault(row.name, {})[seed] = run
+        kept = {run["key"] for runs in self.rows.values() for run in runs.values()}
+        self.outdated = [
+            f"{name}, seed {seed}"
+            for name, runs in recorded.items()
+            for seed, run in runs.items()
+            if run["key"] not in kept
+        ]
 
     def has(self, row: Row, seed: int) -> bool:
         """Return whether this run is recorded."""
@@ -80,11 +93,11 @@ class Record:
         wanted, runs = (*FIGURES, "key", "by_images"), {}
         for path in sorted(self.path.parent.parent.glob("*/study.json")):
             try:
-                rows = json.loads(path.read_text())["rows"].values()
+                rows = read_record(path)["rows"].values()
                 for run in (run for row in rows for run in row["runs"].values()):
                     runs[run["key"]] = {name: run[name] for name in wanted}
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
-                say(f"{path}: no record of a study ({type(error).__name__}: {error}); left aside")
+            except (ValueError, KeyError, TypeError) as error:
+                say(f"{path}: left aside, no record of a study ({error})")
         return runs
 
     def add(self, name: str, seed: int, folder: RunFolder) -> str:
@@ -98,7 +111,7 @@ class Record:
         run["by_images"], self.classes = _ap_by_images(folder)
         self.rows.setdefault(name, {})[str(seed)] = run
         self.write()
-        return " ".join(f"{figure} {run[figure]:.1f}" for figure in FIGURES)
+        return " ".join(f"{name} {run[name]:.1f}" if run[name] >= 0 else f"{name} -" for name in FIGURES)
 
     def write(self) -> None:
         """Write ``study.json`` and ``table.md``, with the rows in the order of the study file."""
@@ -134,19 +147,34 @@ class Record:
         return {name: int(((counts >= low) & (counts <= high)).sum()) for name, (low, high) in ends.items()}
 
     def draw(self) -> Path:
-        """Draw ``figure.png`` and return its path; without matplotlib, print that there is no figure."""
+        """Draw ``figure.png`` and return its path; without matplotlib say so, and return the table's."""
         path = self.path.with_name("figure.png")
         try:
             from clis.figures import save
             from clis.study.figure import study_figure
         except ValueError as error:
             say(f"no figure: {error}")
-            return path
+            return self.path.with_name("table.md")
         save(study_figure(json.loads(self.path.read_text()), self.study.name), path)
         return path
 
     def _key(self, row: Row, seed: int) -> str:
         return self.study.run(row, seed, self.overrides).key
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """Read a study.json.
+
+    Raises:
+        ValueError: it is none, or damaged.
+    """
+    try:
+        document = json.loads(path.read_text())
+        if not all(isinstance(row["runs"], dict) for row in document["rows"].values()):
+            raise ValueError("a row has no runs")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path}: no record of a study, or damaged ({error}); run the study again") from None
+    return document
 
 
 def table(rows: Mapping[str, Mapping[str, Any]]) -> str:
