@@ -50,9 +50,10 @@ PARTS = {
     "c": Part(
         "A training step and inference at the paper's size, beside torchvision", 50,
         (
-            "step, CLIS, float32, channels_last", "step, baseline, float32, channels_last",
-            "step, torchvision, float32, channels_last", "step, CLIS, bfloat16*", "step, CLIS, float16*",
-            "step, CLIS, TF32*", "inference, CLIS, float32, channels_last", "inference, torchvision*",
+            "step, torchvision, float32", "step, torchvision in channels_last, float32",
+            *(f"step, {who}, {name}" for who in ("baseline", "CLIS")
+              for name in ("float32", "TF32", "bfloat16", "float16")),
+            "inference, torchvision, bfloat16", "inference, CLIS, float32", "inference, CLIS, bfloat16",
         ),
     ),
     "d": Part(
@@ -234,6 +235,8 @@ def to_markdown(results: Mapping[str, Any]) -> str:
 def shown(value: Any) -> str:
     if value is None:
         return ""
+    if isinstance(value, list):  # a median with least and most
+        return "{} ({} .. {})".format(*map(shown, value))
     if isinstance(value, float):
         return f"{value:.3g}" if abs(value) < 100 else f"{value:.0f}"
     return str(value).replace("|", "/")

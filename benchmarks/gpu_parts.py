@@ -20,7 +20,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -147,6 +147,32 @@ class Run:
         figures = [1e3 * each(seconds) for each in (statistics.median, min, max)]
         return dict(zip(("ms", "least", "most"), figures)) | {"peak GB": peak / 1e9}
 
+    def in_turns(self, variants: Mapping[str, Callable[[], object]]) -> dict[str, dict[str, Any]]:
+        """Time variants in turns; return the figures of each, with its ratios to those before it.
+
+        The peak of memory is of one run beyond what lies there before it, all models among it; on the CPU it
+        is that of the process so far. A ratio is the median of those of the turns, with least and most.
+        """
+        figures: dict[str, dict[str, Any]] = {}
+        for name, variant in variants.items():
+            variant()  # optimizers and caches are made in the first run
+            before = 0
+            if self.is_cuda:
+                torch.cuda.synchronize()
+                torch.cuda.reset_peak_memory_stats()
+                before = torch.cuda.memory_allocated()
+            variant()
+            peak = torch.cuda.max_memory_allocated() if self.is_cuda else 1e3 * detectors._peak_kilobytes()
+            figures[name] = {"peak GB": (peak - before) / 1e9}
+        seconds = detectors.take_turns(variants, self.scale.repeats, self.device)
+        for place, (name, own) in enumerate(seconds.items()):
+            times = [1e3 * each(own) for each in (statistics.median, min, max)]
+            figures[name] |= dict(zip(("ms", "least", "most"), times)) | {"images/s": 1e3 / times[0]}
+            for other in list(seconds)[:place]:
+                ratios = [value / reference for value, reference in zip(own, seconds[other])]
+                figures[name][f"to {other}"] = [each(ratios) for each in (statistics.median, min, max)]
+        return figures
+
     def free(self) -> None:
         gc.collect()
         if self.is_cuda:
@@ -266,127 +292,130 @@ def small_words(run: Run) -> list[str]:
 
 
 def paper_size(run: Run) -> None:
-    """Steps and inference of ours and of torchvision's detector, in each precision and layout."""
-    scale, plain = run.scale, run.batch(0, 0)
-    layouts = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
-    seconds: dict[tuple[str, ...], float] = {}
+    """Steps and inference of ours and of torchvision's detector in both layouts, in turns, by precision."""
+    for what, make in (("step", steps_at_the_papers_size), ("inference", inference_at_the_papers_size)):
+        variants = make(run)
+        for name, (precision, allowed) in PRECISIONS.items():
+            tried = {
+                who: of_precision(precision)
+                for who, of_precision in variants.items()
+                if not (
+                    run.tiny and name == "float16" and who.startswith("torch")
+                )  # 10 times as slow on a CPU
+            }
+            with tf32(allowed):
+                for who, figures in run.in_turns(tried).items():
+                    run.row(f"{what}, {who}, {name}", **figures)
+            del tried
+        del variants
+        run.free()
 
-    def report(what: str, who: str, precision: str, layout: str, variant: Callable[[], object]) -> None:
-        figures = run.milliseconds(variant)
-        seconds[what, who, precision, layout] = figures["ms"]
-        other = seconds.get((what, "torchvision", precision, layout))
-        ratio = {"of torchvision's": figures["ms"] / other} if other and who != "torchvision" else {}
-        name = f"{what}, {who}, {precision}, {layout}"
-        run.row(name, **figures, **{"images/s": 1e3 / figures["ms"]}, **ratio)
 
-    def peer_step(layout: str) -> Callable[[str], Callable[[], object]]:
-        peer = detectors.make_peer(scale.classes, run.device, **dict(scale.peer))
-        return lambda precision: step.torchvision_step(run.device, layouts[layout], precision, peer, plain)
+def steps_at_the_papers_size(run: Run) -> dict[str, Callable[[str], Callable[[], object]]]:
+    """Training steps by the detector, each made for a precision."""
+    plain = run.batch(0, 0)
 
-    def our_step(overrides: Sequence[str], batch: Batch) -> Callable[[str], Callable[[str], Any]]:
-        def of_layout(layout: str) -> Callable[[str], Callable[[], object]]:
-            model = run.detector(*overrides).to(memory_format=layouts[layout])
-            return lambda precision: step.our_step(
-                run.device,
-                *run.overrides(*overrides, f"train.precision={precision}"),
-                model=model,
-                batch=batch,
-            )
+    def torchvision(layout: torch.memory_format) -> Callable[[str], Callable[[], object]]:
+        peer = detectors.make_peer(run.scale.classes, run.device, **dict(run.scale.peer))
+        return lambda precision: step.torchvision_step(run.device, layout, precision, peer, plain)
 
-        return of_layout
-
-    def of_inference(make: Callable[[str], Callable[[], object]]) -> Callable[[str], Callable[[str], Any]]:
-        def of_layout(layout: str) -> Callable[[str], Callable[[], object]]:
-            detect = make(layout)
-
-            def of_precision(precision: str) -> Callable[[], object]:
-                def inferred() -> object:
-                    with autocast(precision, torch.device(run.device)):
-                        return detect()
-
-                return inferred
-
-            return of_precision
-
-        return of_layout
-
-    def peer_detect(layout: str) -> Callable[[], object]:
-        return inference.torchvision_inference(
-            inference.PEAKED, run.device, layouts[layout], scale.classes, plain, **dict(scale.peer)
+    def ours(overrides: Sequence[str], batch: Batch) -> Callable[[str], Callable[[], object]]:
+        model = run.detector(*overrides)
+        return lambda precision: step.our_step(
+            run.device, *run.overrides(*overrides, f"train.precision={precision}"), model=model, batch=batch
         )
 
-    def our_detect(*overrides: str) -> Callable[[str], Callable[[], object]]:
-        def of_layout(layout: str) -> Callable[[], object]:
-            return inference.our_inference(
-                inference.PEAKED, run.device, *run.overrides(*overrides), classes=scale.classes, batch=plain,
-                memory_format=layouts[layout],
-            )  # fmt: skip
+    return {
+        "torchvision": torchvision(torch.contiguous_format),
+        "torchvision in channels_last": torchvision(torch.channels_last),
+        "baseline": ours(("clis=off",), plain),
+        "CLIS": ours(FULL_CLIS, run.batch(16, 2)),
+    }
 
-        return of_layout
 
-    without_images = ("clis.s=0", "clis.t=0", "clis.contrastive=false")
-    variants = [
-        ("step", "torchvision", peer_step),
-        ("step", "baseline", our_step(("clis=off",), plain)),
-        ("step", "CLIS", our_step(FULL_CLIS, run.batch(16, 2))),
-        ("inference", "torchvision", of_inference(peer_detect)),
-        ("inference", "baseline", of_inference(our_detect("clis=off"))),
-        ("inference", "CLIS", of_inference(our_detect(*without_images))),
-    ]
-    for layout in layouts:
-        for what, who, make in variants:
-            of_precision = make(layout)
-            for name in PRECISIONS if layout == "channels_last" else ("TF32", "bfloat16"):
-                precision, allowed = PRECISIONS[name]
-                if run.tiny and (who, name) == ("torchvision", "float16"):
-                    continue  # ten times as slow on a CPU
-                with tf32(allowed):
-                    report(what, who, name, layout, of_precision(precision))
-            del of_precision
-            run.free()
+def inference_at_the_papers_size(run: Run) -> dict[str, Callable[[str], Callable[[], object]]]:
+    """Inference on peaked scores by the detector, each made for a precision."""
+    classes, plain = run.scale.classes, run.batch(0, 0)
+
+    def under_autocast(detect: Callable[[], object]) -> Callable[[str], Callable[[], object]]:
+        def of_precision(precision: str) -> Callable[[], object]:
+            def inferred() -> object:
+                with autocast(precision, torch.device(run.device)):
+                    return detect()
+
+            return inferred
+
+        return of_precision
+
+    def torchvision(layout: torch.memory_format) -> Callable[[], object]:
+        return inference.torchvision_inference(
+            inference.PEAKED, run.device, layout, classes, plain, **dict(run.scale.peer)
+        )
+
+    def ours(*overrides: str) -> Callable[[], object]:
+        return inference.our_inference(
+            inference.PEAKED, run.device, *run.overrides(*overrides), classes=classes, batch=plain
+        )
+
+    made = {
+        "torchvision": torchvision(torch.contiguous_format),
+        "torchvision in channels_last": torchvision(torch.channels_last),
+        "baseline": ours("clis=off"),
+        "CLIS": ours("clis.s=0", "clis.t=0", "clis.contrastive=false"),
+    }
+    return {who: under_autocast(detect) for who, detect in made.items()}
 
 
 # d ------------------------------------------------------------------------------------------------------
 
 
 def paper_tables(run: Run) -> None:
-    """Seconds a step by s and t, beside those of the paper's V100s; and of every classification loss."""
+    """Seconds a step by s and t, beside those of the paper's V100s, and of every classification loss.
+
+    Each takes turns with s = 0, or with cross-entropy.
+    """
     paper = {**step.PAPER["s"], **step.PAPER["t"]}
-    first: dict[str, float] = {}
-    for (s, t), paper_seconds in paper.items():
-        overrides, batch = run.overrides(*step.parts(s, t)), run.batch(s, t)
-        model = run.detector(*step.parts(s, t))
-        row: dict[str, float] = {}
-        for name, (precision, allowed) in PRECISIONS.items():
-            if name == "float16":
-                continue
-            variant = step.our_step(
-                run.device, *overrides, f"train.precision={precision}", model=model, batch=batch
-            )
-            with tf32(allowed):
-                row[f"{name} ms"] = run.milliseconds(variant)["ms"]
-        first = first or row
-        ratios = {
-            f"{name} to s=0": row[f"{name} ms"] / first[f"{name} ms"] for name in ("float32", "bfloat16")
-        }
-        run.row(
-            step._pair(s, t), **row, **ratios,
-            **{"paper's V100 ms": 1e3 * paper_seconds, "paper's to s=0": paper_seconds / paper[0, 0]},
-        )  # fmt: skip
-        del model, variant
-        run.free()
-    first = {}
-    batch = run.batch(0, 0)
-    for name, options in step.LOSSES.items():
-        overrides = run.overrides("clis=off", *options)
-        variant = step.our_step(run.device, *overrides, model=run.detector("clis=off", *options), batch=batch)
-        with tf32(False):
-            row = {"float32 ms": run.milliseconds(variant)["ms"]}
-        first = first or row
-        run.row(
-            f"loss: {name}", **row, **{"float32 to cross_entropy": row["float32 ms"] / first["float32 ms"]}
+
+    def of_parts(s: int, t: int) -> Callable[[str], Callable[[], object]]:
+        overrides, batch = step.parts(s, t), run.batch(s, t)
+        model = run.detector(*overrides)
+        return lambda precision: step.our_step(
+            run.device, *run.overrides(*overrides, f"train.precision={precision}"), model=model, batch=batch
         )
+
+    reference = of_parts(0, 0)
+    for (s, t), paper_seconds in paper.items():
+        variant = reference if (s, t) == (0, 0) else of_parts(s, t)
+        row: dict[str, Any] = {}
+        for name in ("float32", "TF32", "bfloat16"):
+            precision, allowed = PRECISIONS[name]
+            both = {"s=0": reference(precision)}
+            if variant is not reference:
+                both["own"] = variant(precision)
+            with tf32(allowed):
+                figures = list(run.in_turns(both).values())[-1]
+            row |= {f"{name} ms": figures["ms"], f"{name} to s=0": figures.get("to s=0", 1.0)}
+            del both
+        paper_row = {"paper's V100 ms": 1e3 * paper_seconds, "paper's to s=0": paper_seconds / paper[0, 0]}
+        run.row(step._pair(s, t), **row, **paper_row)
         del variant
+        run.free()
+    del reference
+
+    batch = run.batch(0, 0)
+
+    def of_loss(options: Sequence[str]) -> Callable[[], object]:
+        overrides = ("clis=off", *options)
+        model = run.detector(*overrides)
+        return step.our_step(run.device, *run.overrides(*overrides), model=model, batch=batch)
+
+    (first, options), *others = step.LOSSES.items()
+    cross_entropy = of_loss(options)
+    for name, options in others:
+        with tf32(False):
+            figures = run.in_turns({first: cross_entropy, name: of_loss(options)})
+        row = {f"float32 to {first}": figures[name][f"to {first}"], f"{first} ms": figures[first]["ms"]}
+        run.row(f"loss: {name}", **{"float32 ms": figures[name]["ms"]}, **row)
         run.free()
 
 
