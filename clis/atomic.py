@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -29,6 +30,35 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
         _sync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def exclusive(lock: Path, on_wait: Callable[[], object] = lambda: None) -> Iterator[None]:
+    """Let one process at a time into the block, by a lock file that is there as long as it is held.
+
+    Where the file system has no locks, nobody waits.
+
+    Args:
+        on_wait: called once if another process is in it.
+    """
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    while True:
+        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
+        with contextlib.suppress(OSError):
+            try:
+                fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except (BlockingIOError, PermissionError):
+                on_wait()
+                fcntl.lockf(descriptor, fcntl.LOCK_EX)
+        with contextlib.suppress(FileNotFoundError):  # removed by the process that held it
+            if os.path.samestat(os.fstat(descriptor), lock.stat()):
+                break
+        os.close(descriptor)
+    try:
+        yield
+    finally:
+        lock.unlink(missing_ok=True)
+        os.close(descriptor)
 
 
 def check_writable(path: str | Path) -> None:

@@ -103,7 +103,9 @@ class RPNConfig:
         rules.at_least(1, "samples", "proposals")
         above_zero = len(self.anchor_ratios) > 0 and min(self.anchor_ratios) > 0
         rules.require("anchor_ratios", above_zero, "must be at least one ratio, all above 0")
-        rules.between(0, 1, "positive_fraction", "shrink_limit")
+        rules.between(0, 1, "positive_iou", "negative_iou", "positive_fraction", "nms_iou", "shrink_limit")
+        rules.positive("anchor_scale")
+        rules.at_least(1, "pre_nms_train", "pre_nms_test")
         rules.at_least(0, "min_size")
 
 
@@ -139,7 +141,9 @@ class RoIConfig:
     def __post_init__(self) -> None:
         rules = Rules("model.roi", self)
         rules.at_least(1, "samples")
-        rules.between(0, 1, "positive_fraction")
+        rules.between(0, 1, "positive_fraction", "positive_iou")
+        rules.at_least(0, "sampling_ratio")
+        rules.positive("finest_scale")
         rules.between(1, MOST_CHANNELS, "fc_dim", "pool_size")
         rules.at_least(0, "fc_cls_std")
         bounded = self.cosine is None or 0 < self.cosine < math.inf
@@ -197,7 +201,7 @@ class CLISConfig:
         rules.require("t", 0 <= self.t <= self.s, f"must be between 0 and clis.s={self.s}")
         paired = self.t > 0 or not self.contrastive
         rules.require("contrastive", paired, "requires pasted pairs; set clis.t above 0 or this to false")
-        rules.at_least(1, "queue_size")
+        rules.at_least(1, "queue_size", "embedding_dim")
         rules.between(0, 1, "momentum")
         rules.positive("temperature")
 
@@ -311,7 +315,7 @@ class DataConfig:
     """Range of sqrt(area) of a pasted crop, in pixels of the instance-level image."""
     paste_max_cover: float = setting(0.5, IMAGE_LEVEL)
     """A paste that would cover more than this share of any box is rejected."""
-    max_pixels: int = setting(2**27, SHARED | MACHINE)
+    max_pixels: int = setting(2**27, SHARED)
     """An image that claims more is taken for a decompression bomb, and cannot be used: 2^27 pixels are 400 MB
     as RGB. It also holds for validation images, the region search, reports and `clis predict`."""
     workers: int = setting(4, SHARED | MACHINE)
@@ -325,6 +329,7 @@ class DataConfig:
         even = self.mosaic_size > 0 and self.mosaic_size % 2 == 0
         rules.require("mosaic_size", even, "must be even and above 0")
         rules.between(0, 1, "flip", "cutout", "paste_max_cover")
+        rules.at_least(0, "repeat_threshold")
         rounded = self.repeat == "repeat-factor" or self.repeat_rounding == "stochastic"
         rules.require("repeat", rounded, "requires data.repeat_rounding=stochastic (factors are below 1)")
         rules.ranges("mosaic_scale", "paste_size")
@@ -412,7 +417,10 @@ class OptimConfig:
     def __post_init__(self) -> None:
         rules = Rules("optim", self)
         rules.positive("lr")
+        rules.positive("clip_norm", or_null=True)
         rules.at_least(1, "lr_images")
+        rules.at_least(0, "weight_decay", "decay_factor")
+        rules.between(0, 1, "momentum", "warmup_factor")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -519,7 +527,7 @@ class TestConfig:
     def __post_init__(self) -> None:
         rules = Rules("test", self)
         rules.at_least(0, "min_size")
-        rules.between(0, 1, "shrink_limit")
+        rules.between(0, 1, "score_threshold", "nms_iou", "shrink_limit")
         rules.at_least(1, "detections", "short_side", "max_size")
         rules.at_least(1, "images_per_batch")
 

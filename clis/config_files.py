@@ -146,7 +146,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         values = yaml.load(read_text(path), Loader=_StrictLoader)
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: no such config") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:
         raise ValueError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     except RecursionError:
         raise ValueError(f"{path}: not valid YAML: brackets nested too deeply") from None
@@ -232,7 +232,7 @@ def _read_value(text: str, kind: str | None) -> Any:
     """
     try:
         value = yaml.safe_load(text)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError):  # what looks like a date, or a number, and is none
         return text
     plain = text.strip()
     if (

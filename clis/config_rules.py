@@ -35,11 +35,12 @@ class Rules:
             self.require(name, holds, f"must be at least {least}{finite}{', or null' * or_null}")
 
     def positive(self, *names: str, or_null: bool = False) -> None:
-        """Check that values are above 0."""
+        """Check that values are above 0; floats must also be finite."""
         for name in names:
             value = getattr(self.section, name)
-            holds = or_null if value is None else value > 0
-            self.require(name, holds, f"must be above 0{', or null' * or_null}")
+            finite = " and finite" if isinstance(value, float) else ""
+            holds = or_null if value is None else 0 < value < math.inf
+            self.require(name, holds, f"must be above 0{finite}{', or null' * or_null}")
 
     def between(self, low: int, high: int, *names: str) -> None:
         """Check a range that includes both bounds."""

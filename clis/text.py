@@ -24,7 +24,7 @@ def check_regular(path: str | Path) -> None:
     with contextlib.suppress(OSError):  # reading it will say what is wrong
         mode = os.stat(path).st_mode
         if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode) or str(path).startswith(("/dev/fd/", "/proc/"))):
-            raise ValueError(f"{path}: no regular file, but a pipe or device; name a file")
+            raise ValueError(f"{path}: not a regular file, but a pipe or device; name a file")
 
 
 def read_text(path: str | Path) -> str:

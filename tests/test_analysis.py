@@ -155,6 +155,26 @@ def test_error_shares_by_hand() -> None:
     assert shares.lost["missed"]["f"] == -1
 
 
+@pytest.mark.parametrize(("score", "gain"), [(0.5, 0.0), (None, -1.0)])
+def test_a_class_of_which_all_is_missed_has_no_ap_to_win(score: float | None, gain: float) -> None:
+    """TIDE: where nothing is asked for any more, a class with false positives has AP 0, as before; one
+    without detections does not count. The other class is right."""
+    data, _ = error_case()
+    data["annotations"] = [
+        {"id": 1 + c, "image_id": 10 * c, "category_id": c, "bbox": [0, 0, 50, 50], "area": 2500}
+        for c in (1, 2)
+    ]
+    rows = [{"image_id": 10, "category_id": 1, "bbox": [0, 0, 50, 50], "score": 0.9}]
+    if score is not None:
+        rows.append({"image_id": 20, "category_id": 2, "bbox": [200, 200, 50, 50], "score": score})
+    annotations, detections = annotations_of(data), detections_of(rows)
+    matches = match(annotations, detections)
+    shares = analysis.error_shares(annotations, detections, matches, annotations.categories)
+    assert shares.counts["missed"] == 1
+    assert shares.lost["missed"]["c"] == gain
+    assert shares.lost["missed"]["all"] == pytest.approx(0.0 if score else 0.5)
+
+
 def test_only_the_best_error_mends_a_box() -> None:
     data, rows = error_case()
     rows.append({**rows[4], "score": 0.95})  # a second, better one of the wrong class, on the same box

@@ -91,12 +91,21 @@ def test_lvis_fields_win(load):
     content = document()
     content["categories"][1] |= {"frequency": "f", "image_count": 1234, "synset": "dog.n.01"}
     content["images"][0] |= {"neg_category_ids": [9, 5], "not_exhaustive_category_ids": [2]}
+    content["images"][1] |= {"neg_category_ids": []}
     annotations = load(content)
     dog = annotations.categories[0]
     assert (dog.frequency, dog.image_count, dog.synset) == ("f", 1234, "dog.n.01")
     assert annotations.federated
     assert [part.tolist() for part in annotations.negatives] == [[0, 2, 2], [2, 1]]
     assert [part.tolist() for part in annotations.not_exhaustive] == [[0, 1, 1], [0]]
+
+
+def test_a_file_of_both_forms_is_refused(load):
+    """Merged of LVIS and COCO: an image without the list would be verified for no class that it lacks."""
+    content = document()
+    content["images"][0] |= {"neg_category_ids": [9, 5]}
+    with pytest.raises(ValueError, match=r"image \d+ has no neg_category_ids, which other images have"):
+        load(content)
 
 
 @pytest.mark.parametrize(

@@ -472,6 +472,12 @@ class TestContradictions:
                 "model.backbone.canvas=square: requires equal .*, not 1333 and 1400",
             ),
             (["model.roi.cosine=0"], "model.roi.cosine=0.0: must be above 0 and finite, or null"),
+            (["optim.clip_norm=-1"], "optim.clip_norm=-1.0: must be above 0 and finite, or null"),
+            (["optim.lr=.inf"], "optim.lr=inf: must be above 0 and finite"),
+            (["optim.momentum=.nan"], "optim.momentum=nan: must be between 0 and 1"),
+            (["test.nms_iou=-3"], "test.nms_iou=-3.0: must be between 0 and 1"),
+            (["model.rpn.pre_nms_test=0"], "model.rpn.pre_nms_test=0: must be at least 1"),
+            (["clis.embedding_dim=-3"], "clis.embedding_dim=-3: must be at least 1"),
             (["model.roi.refinement_rounds=1"], "model.roi.refinement_rounds=1: must be 2 to 5, or null"),
         ],
     )
@@ -658,9 +664,17 @@ class TestPaper:
     @pytest.mark.parametrize(
         ("path", "figures"),
         [
-            ("lvis_v1/clis_r50", (29.2, 24.4, 28.6, 31.9)),
+            ("lvis_v1/clis_r50", (29.2, 24.4, 28.6, 31.9)),  # tables I, II
+            ("lvis_v1/clis_r101", (31.1, 25.2, 30.9, 33.8)),
             ("lvis_v1/baseline_r50", (22.0, 8.9, 20.8, 29.1)),
+            ("lvis_v1/baseline_2x_r50", (24.1, 14.7, 22.2, 30.5)),
+            ("lvis_v1/bags_r50", (26.0, 17.2, 24.9, 31.1)),
+            ("lvis_v1/eqlv2_r50", (25.5, 16.4, 23.9, 31.2)),
+            ("lvis_v1/seesaw_r50", (26.4, 17.5, 25.3, 31.5)),
+            ("lvis_v0.5/clis_r50", (30.4, 25.5, 30.5, 32.1)),  # table VII
+            ("lvis_v0.5/baseline_r50", (24.2, 13.3, 23.3, 29.7)),
             ("lvis_v1/pcb_r50", ()),  # a child of seesaw's; the paper has no such row
+            ("lvis_v1/efl_r50", ()),  # the paper's row is of another detector
         ],
     )
     def test_shipped_ones(self, path, figures):

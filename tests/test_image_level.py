@@ -150,7 +150,7 @@ def test_damaged_tars(tmp_path, damage):
     write_tar(tmp_path / "bird.tar", "1.jpg", "2.jpg", kind=tarfile.USTAR_FORMAT)
     tar = (tmp_path / "bird.tar").read_bytes()
     (tmp_path / "bird.tar").write_bytes(damage(tar))
-    with pytest.raises(ValueError, match=r"bird\.tar: no readable uncompressed tar"):
+    with pytest.raises(ValueError, match=r"bird\.tar: not a readable uncompressed tar"):
         build_index([tmp_path], CATEGORIES)
 
 

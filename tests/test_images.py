@@ -123,6 +123,14 @@ def test_gif_that_is_cut_off_in_its_second_frame():
     assert (decode_image(file.getvalue()[:-4], "a") == 10).all()
 
 
+@pytest.mark.parametrize("order", ["<", ">"])
+def test_sixteen_bits_of_a_tiff_in_either_byte_order(tmp_path, order):
+    """0x1234 is 0x12 of 8 bits; clipped to them it would be white."""
+    values = np.array([[0x1234, 0xFFFF, 0x00FF]], dtype=f"{order}u2")
+    Image.frombytes("I;16B" if order == ">" else "I;16", (3, 1), values.tobytes()).save(tmp_path / "a.tif")
+    assert decode_image((tmp_path / "a.tif").read_bytes(), "a")[0].tolist() == [[0x12, 0xFF, 0]]
+
+
 def test_interlaced_png():
     """3 x 2 pixels, by Adam7: pass 1 has (0, 0), pass 4 (2, 0), pass 6 (1, 0), pass 7 row 1."""
     a, b, c = b"\1\1\1", b"\2\2\2", b"\3\3\3"
@@ -388,7 +396,7 @@ def test_read_image(tmp_path):
 
 def test_what_must_not_be_read(tmp_path):
     os.mkfifo(tmp_path / "pipe.jpg")  # whoever opens it waits
-    with pytest.raises(ImageError, match=r"pipe\.jpg: no regular file; check"):
+    with pytest.raises(ImageError, match=r"pipe\.jpg: not a regular file; check"):
         read_image(tmp_path / "pipe.jpg")
     with open(tmp_path / "large.jpg", "wb") as file:
         file.truncate(2**30 + 1)  # a hole: it takes no space

@@ -109,6 +109,7 @@ def test_small_parts_change_nothing(seed: int, federated: bool, monkeypatch: pyt
     data, rows = random_case(np.random.default_rng(seed), federated)
     whole = curves_of(annotations_of(data), detections_of(rows))
     monkeypatch.setattr(matching, "CANDIDATES", 3)
+    monkeypatch.setattr(matching, "PART", 3)
     parts = curves_of(annotations_of(data), detections_of(rows))
     np.testing.assert_array_equal(parts.precision, whole.precision)
 

@@ -288,7 +288,7 @@ def test_a_tar_in_a_tar_without_its_end_does_not_go_on_into_the_next(tmp_path, c
     if cut == 5120:  # a whole one: two members and zeros
         assert [label for _, label in found(prepared(tmp_path, tmp_path / "whole.tar"))] == [2, 2, 1]
         return
-    with pytest.raises(ValueError, match=r"whole\.tar:bird\.tar: no readable uncompressed tar"):
+    with pytest.raises(ValueError, match=r"whole\.tar:bird\.tar: not a readable uncompressed tar"):
         prepared(tmp_path, tmp_path / "whole.tar")
 
 
@@ -323,7 +323,9 @@ def test_damaged_tars_are_named_together_and_the_others_are_kept(tmp_path):
     damaged = [tmp_path / "root" / name for name in ("bird.tar", "traffic_light.tar")]
     for tar in damaged:
         tar.write_bytes(whole[tar][:1100])
-    message = r"(?s)^2 of 3 tars cannot be indexed.*/bird\.tar: no readable.*/traffic_light\.tar: no readable"
+    message = (
+        r"(?s)^2 of 3 tars cannot be indexed.*/bird\.tar: not a readable.*/traffic_light\.tar: not a readable"
+    )
     with pytest.raises(ValueError, match=message):
         prepared(tmp_path, tmp_path / "root")
     with pytest.raises(ValueError, match=r"index: this index is not finished; run `python -m clis prepare"):
@@ -373,7 +375,9 @@ def test_hostile_headers(tmp_path, hostile, place):
     hostile = hostile[:148] + b"%06o\0 " % checksum + hostile[156:]
     (tmp_path / "root" / "bird.tar").write_bytes(start + hostile)
     (tmp_path / "root" / "other.tar").write_bytes(start + hostile)  # of no class: looked into for tars
-    with pytest.raises(ValueError, match=r"(?s)1 of 2 tars .*/bird\.tar: no readable .*; fetch or pack it"):
+    with pytest.raises(
+        ValueError, match=r"(?s)1 of 2 tars .*/bird\.tar: not a readable .*; fetch or pack it"
+    ):
         prepared(tmp_path, tmp_path / "root")
 
 
@@ -513,7 +517,9 @@ def test_several_processes_make_the_same(tmp_path, tars):
     assert contents(tmp_path / "1") == contents(tmp_path / "2")
     (tars / "bird.tar").write_bytes(b"no tar")
     (tars / "traffic_light.tar").write_bytes(b"no tar")
-    with pytest.raises(ValueError, match=r"(?s)2 of 3 tars cannot .*bird\.tar: no .*traffic_light\.tar: no "):
+    with pytest.raises(
+        ValueError, match=r"(?s)2 of 3 tars cannot .*bird\.tar: not .*traffic_light\.tar: not "
+    ):
         prepare_image_level([tars], annotations, tmp_path / "2", workers=2)
 
 
@@ -538,6 +544,14 @@ def test_only_changed_tars_are_scanned_again(tmp_path, tars, capsys):
     write_tar(tars / "bird.tar", "old_1.jpg", "old_2.jpg", "old_3.jpg")  # the same size
     assert (tars / "bird.tar").stat().st_size == stat.st_size
     assert prepared(tmp_path, tars).name(2) == "bird.tar:old_1.jpg"
+
+
+def test_a_class_that_is_gone_is_not_reported_again(tmp_path, tars):
+    """It matched nothing, so the index is the same without it, but for what it says."""
+    write_tar(tars / "zzz.tar", "a.jpg")
+    assert prepared(tmp_path, tars).unmatched == ("zzz",)
+    (tars / "zzz.tar").unlink()
+    assert prepared(tmp_path, tars).unmatched == ()
 
 
 def test_other_categories_use_the_listings(tmp_path, tars):

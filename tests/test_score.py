@@ -105,12 +105,20 @@ def test_protocols_have_their_own_names(files: Path, capsys: pytest.CaptureFixtu
         assert "AP against training images" not in capsys.readouterr().out
 
 
-def test_groups_come_from_the_training_file(files: Path) -> None:
+def test_groups_come_from_the_training_file(files: Path, capsys: pytest.CaptureFixture) -> None:
     data = json.loads((files / "gt.json").read_text())
     for category in data["categories"]:
         category.update(frequency="f", image_count=1000)
     (files / "train.json").write_text(json.dumps(data))
     run(files, "--train-annotations", str(files / "train.json"), "--out", str(files / "eval.json"))
+    assert "does not say" not in capsys.readouterr().out
+    for category in data["categories"]:
+        del category["frequency"], category["image_count"]
+    (files / "gt.json").write_text(json.dumps(data))
+    run(files)
+    assert "gt.json does not say which classes are rare" in capsys.readouterr().out
+    run(files, "--train-annotations", str(files / "train.json"), "--out", str(files / "eval.json"))
+    assert "does not say" not in capsys.readouterr().out
     figures = json.loads((files / "eval.json").read_text())
     assert figures["APf"] == figures["AP"] > 0
     assert figures["APr"] == -1

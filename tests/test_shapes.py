@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import multiprocessing
 from pathlib import Path
 
 import numpy as np
@@ -337,6 +338,19 @@ def test_progress_counts_every_image_once_and_a_second_call_does_nothing(tmp_pat
 def interrupt(done: int, total: int) -> None:
     if done == 50:  # in the middle of val
         raise KeyboardInterrupt
+
+
+def test_processes_that_write_it_at_once_wait_for_each_other(written, tmp_path):
+    """Without a lock the second would take the first one's files for those of a dead process."""
+    context = multiprocessing.get_context("spawn")
+    processes = [context.Process(target=write_shapes, args=(tmp_path / "new", SPEC)) for _ in range(3)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0, 0, 0]
+    assert contents(tmp_path / "new") == contents(written)
+    assert [path.name for path in tmp_path.iterdir()] == ["new"]
 
 
 def test_an_interrupted_folder_is_completed(written, tmp_path):

@@ -176,6 +176,13 @@ def test_sizes_are_square_roots_of_areas_as_the_network_sees_them(data, finished
     assert len(sides["regions in mosaics"]) == round(4 * (1 - dropped))
 
 
+def test_a_shipped_name_has_a_folder_of_its_own(data, tmp_path, monkeypatch):
+    """Both sets have a config called baseline."""
+    monkeypatch.chdir(tmp_path)
+    main(["show", "shapes/baseline", *overrides(data), *FEW])
+    assert (tmp_path / "runs" / "show" / "shapes" / "baseline" / "step_1_image_1.png").exists()
+
+
 def test_the_command_writes_pictures_and_a_page(data, finished, tmp_path, capsys):
     pytest.importorskip("jinja2")
     pytest.importorskip("matplotlib")

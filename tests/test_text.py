@@ -143,7 +143,7 @@ def test_file_names_of_windows_and_of_the_other_unicode_form(tmp_path):
 
 def test_a_pipe_is_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "pipe.yaml")
-    with pytest.raises(ValueError, match=r"pipe\.yaml: no regular file, but a pipe"):
+    with pytest.raises(ValueError, match=r"pipe\.yaml: not a regular file, but a pipe"):
         load_config(tmp_path / "pipe.yaml")
-    with pytest.raises(ValueError, match=r"pipe\.yaml: no regular file, but a pipe"):
+    with pytest.raises(ValueError, match=r"pipe\.yaml: not a regular file, but a pipe"):
         Detections.load(tmp_path / "pipe.yaml")

@@ -114,7 +114,7 @@ def add_config(parser: argparse.ArgumentParser) -> None:
 
 def split_overrides(texts: Sequence[str]) -> tuple[list[str], list[str]]:
     """Split arguments into those that name files, and those that are ``key=value`` and name none."""
-    overrides = [text for text in texts if "=" in text and not Path(text).exists()]
+    overrides = [text for text in texts if "=" in text and not os.path.exists(text)]
     return [text for text in texts if text not in overrides], overrides
 
 

@@ -38,6 +38,7 @@ from clis.data.image_level import (
     write_index,
 )
 from clis.data.image_scan import (
+    LISTING_VERSION,
     Container,
     Listing,
     end_with_parent,
@@ -122,7 +123,7 @@ def prepare_image_level(
         mark_unfinished(out)
     parts = out / PARTS
     containers, found, unmatched, members = _matched(root_paths, categories, mapping, labels, strict, parts)
-    made_of = _fingerprint(categories, containers, found, labels, strict)
+    made_of = _fingerprint(categories, containers, found, unmatched, labels, strict)
     index = None if any(container.is_folder for container in containers) else _unchanged(out, made_of)
     if index is not None:
         say(f"{out} already exists and is up to date")
@@ -204,13 +205,18 @@ def _fingerprint(
     categories: Sequence[Category],
     containers: Sequence[Container],
     found: Sequence[int | None],
+    unmatched: Sequence[str],
     labels: str | Path | None,
     strict: bool,
 ) -> str:
     """Return a hash that changes with whatever changes the index."""
     digest = hashlib.sha256(
         json.dumps(
-            [FORMAT, [(category.id, category.name) for category in categories], containers, found, strict]
+            [
+                (FORMAT, LISTING_VERSION),
+                [(category.id, category.name) for category in categories],
+                *(containers, found, unmatched, strict),
+            ]
         ).encode()
     )
     if labels is not None:

@@ -38,7 +38,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "over all classes together (arXiv 2102.01066)",
     )  # fmt: skip
     parser.add_argument(
-        "--max-detections", type=int, metavar="N", help="keep at most N detections per image (default 300)"
+        "--max-detections",
+        type=int,
+        metavar="N",
+        help="keep at most N detections per image, in COCO form per image and class (default 300)",
     )
     parser.add_argument(
         "--train-annotations", type=Path, metavar="FILE",
@@ -75,6 +78,11 @@ def score_results(arguments: argparse.Namespace) -> dict[str, float]:
     figures = summarize(matches, categories, limit, arguments.protocol)
     kind = "federated" if annotations.federated else "exhaustive (no federated fields: judged as COCO is)"
     say(f"{arguments.annotations}: {len(annotations)} images, {annotations.num_classes} classes, {kind}")
+    if annotations.groups_counted and arguments.train_annotations is None:
+        say(
+            f"WARNING: {arguments.annotations} does not say which classes are rare (`frequency`): r, c and f "
+            "are counted in this split; --train-annotations FILE takes the counts of training"
+        )
     say(f"{arguments.results}: {len(detections)} detections, {len(matches.rows)} of them judged")
     for line in describe_uncounted(annotations):
         say(f"WARNING: {line}")
@@ -137,7 +145,9 @@ def _ground_truth(arguments: argparse.Namespace) -> tuple[Annotations, list | No
     if arguments.train_annotations is not None:
         train = read_annotations(arguments.train_annotations)
         check_same_categories(train.categories, train.path, annotations.categories, annotations.path)
-        annotations = dataclasses.replace(annotations, categories=train.categories)
+        annotations = dataclasses.replace(
+            annotations, categories=train.categories, groups_counted=train.groups_counted
+        )
     return annotations, masks
 
 

@@ -22,7 +22,7 @@ from clis.commands.show_pictures import (
     format_score,
 )
 from clis.config import DETECTOR_RULES, Config, data_path
-from clis.config_files import load_config, name_below
+from clis.config_files import find_config, load_config, name_below
 from clis.data.annotations import Annotations
 from clis.data.image_classes import GROUPS, coverage, printable, shortened
 from clis.data.loader import TwoStreamDataset
@@ -60,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Write pictures and a page of what the first steps of a config see."""
     config = load_config(arguments.config, arguments.overrides)
-    out = arguments.out or Path("runs/show") / name_below(Path(arguments.config), "configs")
+    out = arguments.out or Path("runs/show") / name_below(find_config(arguments.config), "configs")
     if config.data.generate == "shapes":
         generate_shapes(data_path(config, "shapes"))
     seen = open_streams(config, arguments.config)

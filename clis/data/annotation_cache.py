@@ -20,7 +20,7 @@ import numpy as np
 from clis.data.mapped import map_array
 from clis.data.records import Packed
 
-FORMAT = 4
+FORMAT = 5
 """Version of the cache folders; those of another version are stale. Raise it when their content changes."""
 
 _INDEX = "index.json"

@@ -60,6 +60,8 @@ class Annotations:
     federated: bool
     """True where the file has LVIS's neg_category_ids / not_exhaustive_category_ids; False means every image
     is annotated exhaustively for every class."""
+    groups_counted: bool
+    """Whether classes have no ``frequency`` in the file, so that their groups are those of its own counts."""
     renamed: int
     """File names that were shortened (see `clis.data.records.image_file_name`)."""
     negatives: tuple[np.ndarray, np.ndarray]
@@ -181,7 +183,8 @@ def _packed(annotations: Annotations) -> Packed:
         arrays[f"{name}_offsets"], arrays[f"{name}_labels"] = values[name]
     categories = [asdict(category) for category in annotations.categories]
     return arrays, {
-        "categories": categories, "federated": annotations.federated, "renamed": annotations.renamed
+        "categories": categories, "federated": annotations.federated,
+        "groups_counted": annotations.groups_counted, "renamed": annotations.renamed,
     }  # fmt: skip
 
 
@@ -192,6 +195,7 @@ def _unpacked(packed: Packed, path: str | Path) -> Annotations:
         path=str(path),
         categories=tuple(Category(**category) for category in values["categories"]),
         federated=values["federated"],
+        groups_counted=values["groups_counted"],
         renamed=values["renamed"],
         negatives=pairs["negatives"],
         not_exhaustive=pairs["not_exhaustive"],

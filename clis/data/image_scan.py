@@ -38,7 +38,7 @@ IS_FILE = -1
 _COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 _HIDDEN = re.compile(r"\.(?!\.?$)|@eaDir$|__MACOSX$|(?:Thumbs\.db|desktop\.ini)$")
 """Names of files and folders that an operating system or a tool keeps for itself."""
-_LISTING_VERSION = 3
+LISTING_VERSION = 3
 _MAX_HEADER = 2**24
 # What tarfile lets through for a damaged or hostile tar: also malformed or too large numbers, truncated
 # sparse maps, and endless headers of headers.
@@ -214,8 +214,14 @@ def _entries(root: Path, say: Callable[[str], None]) -> list[Path]:
             raise ValueError(
                 f"{path}: images cannot be read out of a compressed tar; unpack it to a plain .tar"
             )
-    used = [path for path in paths if path.suffix.lower() == ".tar" or path.is_dir()]
-    if others := [path.name for path in paths if path not in used]:
+    used: list[Path] = []
+    others: list[str] = []
+    for path in paths:
+        if path.suffix.lower() == ".tar" or path.is_dir():
+            used.append(path)
+        else:
+            others.append(path.name)
+    if others:
         say(
             f"{root}: {len(others)} files that are neither folders nor tars are left out: "
             f"{', '.join(others[:5])}{', ...' * (len(others) > 5)}"
@@ -337,7 +343,7 @@ def _list_tar(
 
 
 def _part_file(container: Container, wanted: Callable[[str], bool], by_name: bool, parts: Path) -> Path:
-    what = repr((_LISTING_VERSION, by_name, *container[1:]))
+    what = repr((LISTING_VERSION, by_name, *container[1:]))
     return parts / f"{hashlib.sha256(what.encode()).hexdigest()[:32]}.{wanted.__name__}.npz"
 
 
@@ -364,7 +370,9 @@ def _scan_tar(container: Container, wanted: Callable[[str], bool], by_name: bool
     except _DAMAGE as error:
         where = container.path + (f":{container.inner}" if container.inner else "")
         what = str(error) or type(error).__name__
-        raise ValueError(f"{where}: no readable uncompressed tar ({what}); fetch or pack it again") from error
+        raise ValueError(
+            f"{where}: not a readable uncompressed tar ({what}); fetch or pack it again"
+        ) from error
 
 
 def _check_end(tar: tarfile.TarFile, end: int) -> None:

@@ -101,7 +101,7 @@ def read_bytes(path: str | Path) -> bytes:
     try:
         status = os.stat(path)
         if not stat.S_ISREG(status.st_mode):
-            raise ImageError(f"{path}: no regular file; check the image folder")
+            raise ImageError(f"{path}: not a regular file; check the image folder")
         if status.st_size > MAX_BYTES:
             raise ImageError(f"{path}: {status.st_size} bytes, more than 1 GiB; check the image folder")
         with open(path, "rb", buffering=0) as file:
@@ -231,7 +231,7 @@ def _opened(data: bytes) -> ImageFile:
 def _pixels(image: Image.Image) -> Tensor:
     """Decode a Pillow image, the first frame of an animation: uint8 RGB [3,H,W], channels last in memory."""
     image.load()
-    if image.mode in ("I", "I;16"):  # 16-bit gray, which `convert` would clip to 255
+    if image.mode == "I" or image.mode.startswith("I;16"):  # 16-bit gray, which `convert` would clip to 255
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     image.info.pop("transparency", None)  # `convert` drops it too, with a warning
     return pil_to_tensor(image if image.mode == "RGB" else image.convert("RGB"))

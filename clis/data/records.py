@@ -64,7 +64,8 @@ def pack_records(parts: Iterable[tuple[str, list[Record]]], path: str | Path) ->
 
     Returns:
         The arrays of `clis.data.annotations.Annotations` by their names, the pairs as ``..._offsets`` and
-        ``..._labels``; and `categories` (the fields of each), `federated` and `renamed`.
+        ``..._labels``; and `categories` (the fields of each), `federated`, `groups_counted` and
+        `renamed`.
 
     Raises:
         ValueError: see `clis.data.annotations.load_annotations`.
@@ -97,9 +98,21 @@ def pack_records(parts: Iterable[tuple[str, list[Record]]], path: str | Path) ->
         )
     return arrays, {
         "categories": _category_fields(categories, rows, labels, path),
-        "federated": bool(images["federated"].any()),
+        "federated": _is_federated(images["federated"], image_ids, path),
+        "groups_counted": not all("frequency" in record for record in categories),
         "renamed": int(images["renamed"].sum()),
     }
+
+
+def _is_federated(has_negatives: np.ndarray, image_ids: np.ndarray, path: str | Path) -> bool:
+    """Return whether images say which classes they do not have (LVIS); all do, or none does."""
+    if has_negatives.any() and not has_negatives.all():
+        first = image_ids[np.flatnonzero(~has_negatives)[0]]
+        raise ValueError(
+            f"{path}: image {first} has no neg_category_ids, which other images have: the file is neither "
+            "LVIS's nor COCO's form; give every image both (an empty list verifies no absent class), or none"
+        )
+    return bool(has_negatives.any())
 
 
 def image_file_name(record: Record) -> str:

@@ -19,9 +19,10 @@ import numpy as np
 import torch
 from torchvision.io import encode_jpeg
 
+from clis.atomic import exclusive
 from clis.data.categories import frequency_group
 from clis.distributed import barrier, is_main
-from clis.progress import Progress
+from clis.progress import Progress, say
 
 FORMAT = "clis-shapes"
 VERSION = 2
@@ -416,8 +417,8 @@ def write_shapes(
     `folder`), ``train/000001.jpg`` and so on, ``image_level/<class name>/000001.jpg`` and so on, the boxes of
     the latter in ``image_level_boxes.json`` (for `regions.boxes`, as an oracle), and finally ``shapes.json``,
     whose presence means that the rest is complete. A folder that this function left incomplete or wrote from
-    another spec is rewritten. `progress` gets the number of images done and to do, after each image. Must not
-    run in several processes at once.
+    another spec is rewritten. `progress` gets the number of images done and to do, after each image. Of
+    several processes one writes it, and the others wait.
 
     Raises ValueError where `folder` holds anything that this function did not make; nothing is changed then.
     """
@@ -426,12 +427,19 @@ def write_shapes(
     folder = Path(folder)
     if _read_record(folder) == record:
         return
-    unfinished = _claim_folder(folder)
-    for done, _ in enumerate(_write_images(folder, spec), start=1):
-        if progress is not None:
-            progress(done, spec.num_images)
-    unfinished.write_text(json.dumps(record, indent=2) + "\n")
-    os.replace(unfinished, folder / "shapes.json")
+
+    def on_wait() -> None:
+        say(f"{folder}: another process writes it; waiting for that")
+
+    with exclusive(folder.with_name(f".{folder.name}.lock"), on_wait):
+        if _read_record(folder) == record:
+            return
+        unfinished = _claim_folder(folder)
+        for done, _ in enumerate(_write_images(folder, spec), start=1):
+            if progress is not None:
+                progress(done, spec.num_images)
+        unfinished.write_text(json.dumps(record, indent=2) + "\n")
+        os.replace(unfinished, folder / "shapes.json")
 
 
 def generate_shapes(folder: Path, spec: ShapesSpec | None = None) -> None:

@@ -218,7 +218,7 @@ def _missing(path: Path) -> str | None:
     except OSError as error:
         return f"{path}: {error.strerror or error}; check the image folder"
     if not stat.S_ISREG(status.st_mode):
-        return f"{path}: no regular file; check the image folder"
+        return f"{path}: not a regular file; check the image folder"
     return None if status.st_size > 0 else f"{path}: the file is empty; replace it"
 
 

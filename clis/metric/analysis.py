@@ -264,7 +264,8 @@ def error_shares(
     """Compute the share of AP50 lost to each kind of error (`find_errors`), as TIDE does.
 
     To fix a kind of error, the best location or class error of a free ground truth becomes its true positive,
-    and all other errors of the kind vanish; missed ground truth is no longer required.
+    and all other errors of the kind vanish; missed ground truth is no longer required. A class of which all
+    is missed then has AP 0 if it has detections, and else does not count.
 
     Args:
         errors: those of the matches, if they are known.
@@ -280,7 +281,12 @@ def error_shares(
         fixed = _fix(matches, errors.places[chosen], targets, free)
         lost[name], counts[name] = _gain(base, _ap50(fixed, groups)), int(chosen.sum())
     asked_for = dataclasses.replace(matches, truth_counts=matches.truth_counts & ~errors.missed[:, None])
-    lost["missed"], counts["missed"] = _gain(base, _ap50(asked_for, groups)), int(errors.missed.sum())
+    every = np.arange(matches.num_classes)
+    has_both = np.isin(every, matches.labels) & np.isin(
+        every, matches.truth_labels[matches.truth_counts[:, 0]]
+    )
+    lost["missed"] = _gain(base, _ap50(asked_for, groups, has_both))
+    counts["missed"] = int(errors.missed.sum())
     return ErrorShares(base, lost, counts)
 
 
@@ -334,8 +340,11 @@ def _fix(matches: Matches, errors: np.ndarray, targets: np.ndarray | None, free:
     )  # fmt: skip
 
 
-def _ap50(matches: Matches, frequency: np.ndarray) -> dict[str, float]:
+def _ap50(matches: Matches, frequency: np.ndarray, counted: np.ndarray | None = None) -> dict[str, float]:
+    """Compute AP50 by frequency group; a `counted` class (bool [C]) without ground truth has AP 0."""
     precision = accumulate(matches, num_areas=1).precision[IOU_THRESHOLDS == FOREGROUND_IOU, ..., 0]
+    if counted is not None:
+        precision = np.where(counted & (precision < 0), 0.0, precision)
     return {
         name: defined_mean(precision[:, :, np.isin(frequency, list(letters))])
         for name, letters in GROUPS.items()

@@ -6,6 +6,7 @@ import json
 import numbers
 import reprlib
 import zipfile
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -151,7 +152,7 @@ def _read_npz(path: Path) -> dict[str, Any]:
             if missing:
                 raise ValueError(f"no column {', '.join(missing)}; found {', '.join(columns)}")
             return {name: columns[name] for name in COLUMNS}
-    except zipfile.BadZipFile as error:
+    except (zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(f"damaged .npz file ({error}); write it again") from error
 
 

@@ -223,8 +223,12 @@ def describe_uncounted(annotations: Annotations) -> list[str]:
     lines = []
     for reason, mask in counts.items():
         if mask.any():
-            share = "all" if mask.all() else f"{int(mask.sum())} of {total}"
-            lines.append(f"{annotations.path}: {share} ground truths do not count: they {reason}")
+            share = (
+                "none of the ground truths counts"
+                if mask.all()
+                else (f"{int(mask.sum())} of {total} ground truths do not count")
+            )
+            lines.append(f"{annotations.path}: {share}: they {reason}")
     return lines
 
 

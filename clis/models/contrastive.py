@@ -119,7 +119,7 @@ class ContrastiveRegularization(nn.Module):
             instance_features: [P,D], the pasted boxes through the instance-classification sub-network.
             pooled_regions, pooled_pasted: [P, channels, 7, 7], RoIAlign of both views.
             labels: int64 [P].
-            normalizer: number of pairs in the global batch.
+            normalizer: number of pairs, see `Normalizers`.
         """
         keys = self.make_keys(pooled_pasted, pooled_regions)
         key_d, key_i = keys[0::2], keys[1::2]
