@@ -28,7 +28,7 @@ from torchvision.models.detection.faster_rcnn import TwoMLPHead
 from torchvision.ops import MultiScaleRoIAlign
 
 from clis.config import Config, data_path
-from clis.config_files import load_config
+from clis.config_files import config_differences, config_from_dict, config_to_dict, load_config
 from clis.data.annotations import load_annotations
 from clis.data.loader import MicroBatches, image_loader, train_loader
 from clis.data.shapes import generate_shapes
@@ -154,6 +154,21 @@ def evaluate_peer(peer: FasterRCNN, config: Config) -> dict[str, float]:
     return evaluate(annotations, Detections(**joined))
 
 
+def read_peer(path: Path, config: Config) -> dict[str, Any]:
+    """Return the metrics of an earlier training of torchvision's detector, if it had these settings.
+
+    Raises:
+        ValueError: it had others, or does not say which.
+    """
+    found = json.loads(path.read_text())
+    if "config" not in found:
+        raise ValueError(f"{path}: of an earlier version, which does not say its settings; remove it")
+    earlier = config_from_dict(found["config"], source=str(path))
+    if differences := config_differences(earlier, config):
+        raise ValueError(f"{path} is of other settings: {'; '.join(differences[:5])}; remove it")
+    return found
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -175,8 +190,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         if not path.exists():
             began = time.monotonic()
             metrics = evaluate_peer(train_peer(config), config)
-            path.write_text(json.dumps(metrics | {"seconds": time.monotonic() - began}))
-        rows["torchvision"].append(json.loads(path.read_text()))
+            record = {"seconds": time.monotonic() - began, "config": config_to_dict(config)}
+            path.write_text(json.dumps(metrics | record))
+        rows["torchvision"].append(read_peer(path, config))
     print("| run | seeds | AP | AP50 | APr | APc | APf |\n|---|---|---|---|---|---|---|")
     for name, results in rows.items():
         cells = []

@@ -243,7 +243,10 @@ def _peak_kilobytes() -> int:
 
 
 def operator_seconds(variant: Callable[[], object]) -> dict[str, float]:
-    """Seconds on the CPU that the operators of one run took themselves, most first."""
+    """Seconds on the CPU that the operators of one run took themselves, most first.
+
+    On a GPU they would be those of launching alone: gpu.py's part h has the kernels there.
+    """
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         variant()
     events = sorted(profile.key_averages(), key=lambda event: -event.self_cpu_time_total)

@@ -142,6 +142,8 @@ VARIANTS: dict[str, Callable[[str], Callable[[], object]]] = {
 
 def profile(name: str, device: str, shown: int = 14) -> None:
     """The operators that take most of a step, and the share of convolutions and matrix products."""
+    if device != "cpu":
+        raise SystemExit("profile: counts operators of the CPU; `gpu.py --parts h` has a GPU's kernels")
     step = VARIANTS[name](device)
     step()
     seconds = operator_seconds(step)

@@ -30,7 +30,6 @@ from clis.data.annotations import (
     load_training_annotations,
 )
 from clis.data.streams import make_streams, read_annotations
-from clis.distributed import local_main_first
 from clis.engine.run_folder import regions_file
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -396,11 +395,6 @@ def read_slowly(rank: int, folder: Path) -> None:
 def test_one_process_of_a_machine_reads_for_all(path, tmp_path):
     spawn(tmp_path, read_slowly, tmp_path)
     assert [file.name for file in tmp_path.glob("read_by_*")] == ["read_by_0"]
-
-
-def test_alone_nobody_waits():
-    with local_main_first():
-        pass
 
 
 def test_the_streams_of_a_run_are_mapped(path, reads, capsys):

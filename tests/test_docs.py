@@ -247,12 +247,14 @@ def test_every_command_and_field_that_the_docs_name_is_there():
         [sys.executable, "-m", "clis", "--help"], capture_output=True, text=True, check=True,
         env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
     ).stdout  # fmt: skip
-    fields = {f"{section}.{key}" for section, values in config_to_dict(Config()).items()
-              if isinstance(values, dict) for key in values}  # fmt: skip
+    fields = set(flatten(config_to_dict(Config())))
+    sections = "|".join(config_to_dict(Config()))
     for path in (REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))):
         text = path.read_text()
         for command in re.findall(r"python -m clis (\w+)", text):
             assert re.search(rf"^\s+{command}\b", known, flags=re.M), (path.name, command)
-        for field in re.findall(r"`((?:data|clis|train|optim|loss|regions|test)\.\w+)", text):
+        for field in re.findall(rf"`((?:{sections})(?:\.\w+)+)", text):
             in_api = field.removeprefix("clis.") in clis.__all__
-            assert field in fields or in_api or Path(field).suffix in (".py", ".npy"), (path.name, field)
+            is_section = any(each.startswith(f"{field}.") for each in fields)
+            is_file = Path(field).suffix in (".py", ".npy", ".yaml", ".json")
+            assert field in fields or in_api or is_section or is_file, (path.name, field)

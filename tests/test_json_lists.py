@@ -32,6 +32,14 @@ FORM = {
 }
 
 
+@pytest.fixture(scope="module", autouse=True, params=["json", "orjson"])
+def parser(request):
+    """Both parsers, whichever of them the package would take here."""
+    module = pytest.importorskip(request.param)
+    with mock.patch.object(json_lists, "loads", module.loads):
+        yield
+
+
 @pytest.fixture(scope="module")
 def path(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("json") / "file.json"

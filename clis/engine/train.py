@@ -6,7 +6,7 @@ import contextlib
 import functools
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -67,28 +67,41 @@ LESS_MEMORY = (
 
 
 def recipe(config: Config, name: str, overrides: Sequence[str], device: torch.device) -> None:
-    """Run the stages that the config needs and that are not done yet; then print the comparison."""
+    """Run the stages that the config needs and that are not done yet; then print the comparison.
+
+    For CLIS these are, in this order: the embedded benchmark, if the config is on it; a baseline, which is the
+    detector of the regions; the regions, found with it; the pre-training, if there is one; CLIS itself
+    (`run`). All are checked before the first one begins.
+    """
     plan = plan_run(config, name, overrides)
     check_plan(plan)  # mistakes are reported before any work starts
-    runs = list(plan.walk())
     stages: dict[tuple[str, str], tuple[str, Callable[[], object]]] = {}
-    to_generate = config.data.generate == "shapes"
-    if to_generate:
+    if config.data.generate == "shapes":
         stages["", "data"] = ("embedded benchmark", lambda: _generate(plan))
     _add_stages(stages, plan, device)
+    runs = list(plan.walk())
     # others are not needed, whatever their folders hold
     trained = {each.config.output: each.config for each in runs if (each.config.output, "train") in stages}
-    with contextlib.ExitStack() as stack:
-        for output, each in trained.items():
-            RunFolder(output).check(each)
-            if not broadcast_flag(RunFolder(output).is_finished(each)):
-                stack.enter_context(only_process(RunFolder(output)))
-        if not to_generate or broadcast_flag(data_path(config, config.data.train).exists()):
-            check_files(plan)
-        for output, each in trained.items():
-            RunFolder(output).claim(each)
+    with _claimed(plan, list(trained.values())):
         _run_stages(stages, config.output)
         _compare([each.config for each in runs])
+
+
+@contextlib.contextmanager
+def _claimed(plan: PlannedRun, trained: Sequence[Config]) -> Iterator[None]:
+    """Keep other processes from the folders of the runs that are trained; check all files of the plan."""
+    to_generate = plan.config.data.generate == "shapes"
+    with contextlib.ExitStack() as stack:
+        for config in trained:
+            folder = RunFolder(config.output)
+            folder.check(config)
+            if not broadcast_flag(folder.is_finished(config)):
+                stack.enter_context(only_process(folder))
+        if not to_generate or broadcast_flag(data_path(plan.config, plan.config.data.train).exists()):
+            check_files(plan)
+        for config in trained:
+            RunFolder(config.output).claim(config)
+        yield
 
 
 def _run_stages(stages: Mapping[tuple[str, str], tuple[str, Callable[[], object]]], run_output: str) -> None:
