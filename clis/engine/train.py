@@ -69,8 +69,8 @@ LESS_MEMORY = (
 def recipe(config: Config, name: str, overrides: Sequence[str], device: torch.device) -> None:
     """Run the stages that the config needs and that are not done yet; then print the comparison.
 
-    For CLIS these are, in this order: the embedded benchmark, if the config is on it; a baseline, which is the
-    detector of the regions; the regions, found with it; the pre-training, if there is one; CLIS itself
+    For CLIS these are, in this order: the embedded benchmark, if the config is on it; a baseline, which is
+    the detector of the regions; the regions, found with it; the pre-training, if there is one; CLIS itself
     (`run`). All are checked before the first one begins.
     """
     plan = plan_run(config, name, overrides)
