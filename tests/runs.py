@@ -15,6 +15,8 @@ from clis.engine.log import TIME_FIELDS
 from clis.engine.run_folder import RunFolder
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+OLD_TORCH = tuple(map(int, torch.__version__.split(".")[:2])) < (2, 11)
+"""Too old for `clis export`, and for the pretended device of the tests."""
 CONFIG = str(REPOSITORY / "configs" / "shapes" / "clis.yaml")
 BASELINE = str(REPOSITORY / "configs" / "shapes" / "baseline.yaml")
 SHORT = [

@@ -10,12 +10,15 @@ import sys
 import pytest
 import torch
 from PIL import Image
+from runs import OLD_TORCH
 
 from clis.__main__ import main
 from clis.boxes import nms_top_k
 from clis.commands.export import CATEGORIES, agreement
 from clis.commands.export_program import nms_of_best
 from clis.engine.checkpoint import load_checkpoint, load_detector
+
+pytestmark = pytest.mark.skipif(OLD_TORCH, reason="needs torch 2.11")
 
 SIZE = (50, 70)
 

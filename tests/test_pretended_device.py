@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import CATEGORIES, make_batch, normalizers_of, tiny_config
 from pretended_device import DEVICE, OnDevice, PretendedDevice, on_host
+from runs import OLD_TORCH
 from switches import SWITCHES_AND_LOSSES, make_batches, steps
 from torch import Tensor
 
@@ -19,6 +20,8 @@ from clis.engine.evaluate import _columns
 from clis.engine.optim import make_optimizer
 from clis.models import CLISDetector, build_model
 from clis.resize import resize_image
+
+pytestmark = pytest.mark.skipif(OLD_TORCH, reason="needs torch 2.11")
 
 
 @pytest.mark.parametrize("overrides", SWITCHES_AND_LOSSES)

@@ -30,6 +30,9 @@ CANDIDATES = 5000
 TRIED = (480, 640)
 """Height and width of the noise that a program for any size is tried on."""
 
+TORCH = (2, 11)
+"""The oldest version that is known to export these programs; that of 2.6 cannot."""
+
 AGREEMENT = 0.98
 """Least share of the detector's detections that onnxruntime has to find."""
 
@@ -171,6 +174,10 @@ def _check_arguments(
     batch: int | None,
 ) -> None:
     """Refuse arguments of `export` that are wrong or do not go together, before anything is loaded."""
+    if tuple(map(int, torch.__version__.split(".")[:2])) < TORCH:
+        raise ValueError(
+            f"clis export needs torch {TORCH[0]}.{TORCH[1]} or newer, this is {torch.__version__}"
+        )
     if out.suffix not in (".pt2", ".onnx"):
         raise ValueError(f"{out}: the name of an exported program ends in .pt2 or .onnx")
     if size is not None and min(size) < 1:
