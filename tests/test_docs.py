@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import csv
 import inspect
 import json
@@ -20,7 +21,7 @@ from runs import CONFIG, REPOSITORY, SHORT
 
 import clis
 from clis.config import RESUMABLE, Config
-from clis.config_files import config_to_dict, flatten, load_config
+from clis.config_files import config_to_dict, flatten, load_config, merge_overrides
 from clis.data.categories import Category
 from clis.data.shapes import CLASS_NAMES, ShapesSpec, frequency_order, train_image_counts, val_image_counts
 from clis.engine.run_folder import RunFolder
@@ -60,8 +61,7 @@ def run_commands(document: str, folder: Path, *, more: dict[str, list[str]]) -> 
         (folder / name).symlink_to(REPOSITORY / name)
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
     said = {}
-    (commands,) = blocks(document, "bash")
-    for command in commands.strip().splitlines():
+    for command in "".join(blocks(document, "bash")).strip().splitlines():
         python, *words = command.split()
         assert python == "python"
         name = words[2] if words[0] == "-m" else words[0]
@@ -101,8 +101,12 @@ def test_your_own_data_from_zero(data, tmp_path):
     write_named(tmp_path, blocks("data.md", "yaml"))
     assert yaml.safe_load((tmp_path / "mine_baseline.yaml").read_text())["base"] == "mine.yaml"
 
-    said = run_commands("data.md", tmp_path, more={"check": SMALL, "train.py": SMALL, "evaluate.py": []})
+    config = tmp_path / "mine.yaml"
+    config.write_text(yaml.safe_dump(merge_overrides(yaml.safe_load(config.read_text()), SMALL)))
+    said = run_commands("data.md", tmp_path, more=collections.defaultdict(list))
     assert "The run may start." in said["check"]
+    assert "regions.short_side=" in said["regions"].splitlines()[-1]
+    assert "runs/mine_baseline is already finished" in said["train.py"]
     assert (tmp_path / "runs" / "mine" / "checkpoints" / "last" / "eval.json").exists()
 
 
