@@ -50,15 +50,22 @@ def exclusive(lock: Path, on_wait: Callable[[], object] = lambda: None) -> Itera
             except (BlockingIOError, PermissionError):
                 on_wait()
                 fcntl.lockf(descriptor, fcntl.LOCK_EX)
-        with contextlib.suppress(FileNotFoundError):  # removed by the process that held it
-            if os.path.samestat(os.fstat(descriptor), lock.stat()):
-                break
+        if not is_stale(descriptor, lock):
+            break
         os.close(descriptor)
     try:
         yield
     finally:
         lock.unlink(missing_ok=True)
         os.close(descriptor)
+
+
+def is_stale(descriptor: int, lock: Path) -> bool:
+    """Return whether a lock file has been removed since it was opened, by the process that held it."""
+    try:
+        return not os.path.samestat(os.fstat(descriptor), lock.stat())
+    except FileNotFoundError:
+        return True
 
 
 def check_writable(path: str | Path) -> None:

@@ -19,6 +19,7 @@ from clis.config import StartConfig
 from clis.config_files import config_to_dict, load_config
 from clis.engine import train
 from clis.engine.checkpoint import detector_state, load_checkpoint
+from clis.engine.prerequisites import plan_run
 from clis.engine.run_folder import RunFolder
 from clis.engine.start import load_start, train_only
 from clis.models import build_model
@@ -225,6 +226,12 @@ class TestRecipe:
         for config in (Path(BASELINE), second):
             words = [*SHORT, f"data.root={data}", f"output={tmp_path / 'run'}", missing]
             assert ["gone.pth: backbone weights" in error for error in errors_of(config, words)] == [True]
+
+
+def test_a_run_whose_detector_would_be_itself():
+    """The baseline names itself for the regions, by the config that it is a child of; it has none to find."""
+    with pytest.raises(ValueError, match=r"regions\.detector=.*baseline\.yaml: this run needs itself"):
+        plan_run(load_config(BASELINE, ["clis.s=4"]), BASELINE)
 
 
 def test_contradictory_settings(tmp_path):

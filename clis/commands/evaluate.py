@@ -8,9 +8,7 @@ from typing import Any
 
 from clis.atomic import atomic_write, check_writable
 from clis.config import Config, scoped_keys
-from clis.config_files import (
-    config_differences,
-)
+from clis.config_files import config_differences
 from clis.config_scopes import Scope
 from clis.data.annotations import Annotations
 from clis.distributed import choose_device, is_main, on_main, process_group

@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import clis
-from clis.atomic import atomic_write
+from clis.atomic import atomic_write, is_stale
 from clis.cli import Preempted
 from clis.distributed import is_main, on_main
 from clis.engine.run_folder import RunFolder
@@ -140,7 +140,7 @@ def _lock(lock: Path, folder: RunFolder, instead: str) -> int:
                 f"{folder}: cannot be written ({error.strerror}); allow writing there, or {instead}"
             ) from error
         free = _is_locked(descriptor, folder)
-        if free and not _is_stale(descriptor, lock):
+        if free and not is_stale(descriptor, lock):
             return descriptor
         os.close(descriptor)
         if not free and time.monotonic() > until:
@@ -158,14 +158,6 @@ def _is_locked(descriptor: int, folder: RunFolder) -> bool:
     except OSError:
         process = _noted(folder)
         return process is None or process.pid == os.getpid() or not process.lives()
-
-
-def _is_stale(descriptor: int, lock: Path) -> bool:
-    """Return whether the lock file has been removed since it was opened, by the process that held it."""
-    try:
-        return not os.path.samestat(os.fstat(descriptor), lock.stat())
-    except FileNotFoundError:
-        return True
 
 
 def _noted(folder: RunFolder) -> Process | None:

@@ -49,7 +49,7 @@ def plan_run(
         if source is None or each is None:
             return None
         path = Path(source).resolve()
-        if path in outer:
+        if path in outer or each.output == config.output:
             raise ValueError(f"{key}={source}: this run needs itself; name another config, or a checkpoint")
         passed = _passed(overrides, RunFolder(each.output))
         return plan_run(each, f"{role}: {source}", passed, [*outer, path])

@@ -222,7 +222,7 @@ def held_out_accuracy(
         central_crop, index, config.pretrain.image_size, max_pixels=config.data.max_pixels
     )
     loader = image_loader(read, rows, config.pretrain.images_per_process, config.data.workers)
-    counts, unreadable = torch.zeros(2, dtype=torch.int64), []
+    counts, unreadable = torch.zeros(3, dtype=torch.int64), []
     with Progress("held-out images", len(rows)) as progress:
         for batch_rows, images in loader:
             crops = {row: image for row, image in zip(batch_rows, images) if isinstance(image, Tensor)}
@@ -231,10 +231,10 @@ def held_out_accuracy(
             if crops:
                 guesses = model(torch.stack(list(crops.values())).to(device)).argmax(dim=1).cpu()
                 right = guesses.numpy() == index.labels[list(crops)]
-                counts += torch.tensor([int(right.sum()), len(crops)])
+                counts += torch.tensor([int(right.sum()), len(crops), 0])
             progress.advance(len(images))
-    right, judged = all_reduce_sum(counts).tolist()
-    bad = int(all_reduce_sum(torch.tensor(len(unreadable))))
+    counts[2] = len(unreadable)
+    right, judged, bad = all_reduce_sum(counts).tolist()
     if bad > config.data.max_bad_images:
         raise ImageError(
             f"unreadable held-out images of all processes: {bad}, and data.max_bad_images allows "

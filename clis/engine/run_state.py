@@ -58,8 +58,9 @@ class RunState:
         config = config_from_dict(merge_overrides(known, overrides), source=str(folder.config))
         records = folder.read_metrics()
         evaluations = {record["step"]: _metrics(record) for record in records if "AP" in record}
+        done = folder.steps_done
         for step, evaluation in folder.step_evaluations().items():
-            if step <= folder.steps_done:  # that of a training which was then extended has no record
+            if step <= done:  # that of a training which was then extended has no record
                 evaluations.setdefault(step, evaluation.read_result())
         return cls(
             folder=folder,

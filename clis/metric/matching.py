@@ -223,12 +223,9 @@ def describe_uncounted(annotations: Annotations) -> list[str]:
     lines = []
     for reason, mask in counts.items():
         if mask.any():
-            share = (
-                "none of the ground truths counts"
-                if mask.all()
-                else (f"{int(mask.sum())} of {total} ground truths do not count")
-            )
-            lines.append(f"{annotations.path}: {share}: they {reason}")
+            part = f"{int(mask.sum())} of {total} ground truths do not count"
+            what = "none of the ground truths counts" if mask.all() else part
+            lines.append(f"{annotations.path}: {what}: they {reason}")
     return lines
 
 
