@@ -6,6 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from clis.config import DataConfig
 from clis.data.mosaic import draw_tile, plan_mosaic
 from clis.data.pasting import draw_paste, plan_pastes
 from clis.data.transforms import FILL
@@ -20,19 +21,20 @@ def sizes_of(images):
     return [tuple(image.shape[1:]) for image in images]
 
 
-def mosaic(images, regions, *, size, **options):
-    """Plan and draw: canvas, regions, kept."""
-    placements, regions, kept = plan_mosaic(sizes_of(images), regions, size=size, **options)
-    canvas = torch.full((3, size, size), FILL, dtype=torch.uint8)
+def mosaic(images, regions, *, generator, **data):
+    """Plan and draw, with these fields of `data`: canvas, regions, kept."""
+    data = DataConfig(mosaic_size=SIZE, **data)
+    placements, regions, kept = plan_mosaic(sizes_of(images), regions, data, generator)
+    canvas = torch.full((3, SIZE, SIZE), FILL, dtype=torch.uint8)
     for index, (image, placement) in enumerate(zip(images, placements)):
         draw_tile(image, placement, canvas, index)
     return canvas, regions, kept
 
 
-def paste(image, boxes, sources, **options):
-    """Plan and draw on a copy: image, and (index of the source, box) of what was pasted."""
+def paste(image, boxes, sources, *, generator, **data):
+    """Plan and draw on a copy, with these fields of `data`: image, and (index, box) of what was pasted."""
     sizes = [(size, region) for size, (_, region) in zip(sizes_of(image for image, _ in sources), sources)]
-    pastes = plan_pastes(tuple(image.shape[1:]), boxes, sizes, **options)
+    pastes = plan_pastes(tuple(image.shape[1:]), boxes, sizes, DataConfig(**data), generator)
     image = image.clone()
     for index, planned in pastes:
         draw_paste(image, sources[index][0], planned)
@@ -61,18 +63,16 @@ def test_a_mosaic_of_what_surrounds_the_regions():
     """100 x 200 with a region of 40 x 20: times 1.5 that is 60 x 30 and fills its tile of 64 by its width."""
     boxes = [[80, 40, 120, 60], [0, 0, 40, 20], [170, 90, 200, 100], [80, 40, 120, 60]]
     images = [marked(100, 200, box, color) for box, color in zip(boxes, COLORS)]
-    options = {"scale_range": (1, 1), "flip_probability": 0, "cutout_probability": 0, "min_region": 1}
+    options = {"mosaic_scale": (1, 1), "flip": 0, "cutout": 0, "min_region": 1, "mosaic_surroundings": 1.5}
     regions = torch.tensor(boxes, dtype=torch.float32)
     sizes = sizes_of(images)
-    generator = np.random.default_rng(0)
-    placements, *_ = plan_mosaic(sizes, regions, size=SIZE, surroundings=1.5, generator=generator, **options)
+    data = DataConfig(mosaic_size=SIZE, **options)
+    placements, *_ = plan_mosaic(sizes, regions, data, np.random.default_rng(0))
     # the second and third reach beyond their image, so only what is inside is cropped
     crops = [(70, 35, 130, 65), (0, 0, 50, 25), (162, 87, 200, 100), (70, 35, 130, 65)]
     assert [placement.crop for placement in placements] == crops
     assert [max(placement.size) for placement in placements] == [TILE] * 4
-    canvas, moved, kept = mosaic(
-        images, regions, size=SIZE, surroundings=1.5, generator=np.random.default_rng(0), **options
-    )
+    canvas, moved, kept = mosaic(images, regions, generator=np.random.default_rng(0), **options)
     assert kept.all()
     for color, region in zip(COLORS, moved):
         torch.testing.assert_close(extent(pixels_of(canvas, color)), region, atol=1.0, rtol=0)
@@ -88,7 +88,7 @@ def boxed_sizes(draw, smallest=40, largest=200):
 def make_mosaic(sizes, seed, **options):
     images = [marked(*size, color) for size, color in zip(sizes, COLORS)]
     regions = torch.tensor([box for _, _, box in sizes], dtype=torch.float32)
-    options = {"size": SIZE, "min_region": 8, **options}
+    options = {"min_region": 8, **options}
     return mosaic(images, regions, generator=np.random.default_rng(seed), **options)
 
 
@@ -98,7 +98,7 @@ def make_mosaic(sizes, seed, **options):
 @settings(max_examples=80, deadline=None)
 @given(sizes=st.tuples(*[boxed_sizes()] * 4), seed=st.integers(0, 2**32))
 def test_mosaic_regions_are_where_their_pixels_are(sizes, seed):
-    canvas, regions, kept = make_mosaic(sizes, seed, cutout_probability=0.0)
+    canvas, regions, kept = make_mosaic(sizes, seed, cutout=0.0)
     for index, color in enumerate(COLORS):
         mark = pixels_of(canvas, color)
         if kept[index]:
@@ -122,7 +122,7 @@ def test_mosaic_regions_stay_on_their_tile_and_small_ones_are_flagged(sizes, see
 def test_region_that_is_cropped_away_is_dropped():
     # At scale 4 a 64 x 64 image is 256 x 256 and shows 64 x 64 of it: a mark in one corner is mostly lost.
     sizes = [(64, 64, (0, 0, 8, 8))] * 4
-    kept = torch.stack([make_mosaic(sizes, seed, scale_range=(4.0, 4.0))[2] for seed in range(100)])
+    kept = torch.stack([make_mosaic(sizes, seed, mosaic_scale=(4.0, 4.0))[2] for seed in range(100)])
     # The 32-pixel mark keeps 8 pixels on an axis where the offset, of 0..192, is at most 24: kept in
     # (25 / 193)^2 = 1.7 % of the 400 regions, 6.7 expected.
     assert 0 < kept.sum() <= 20
@@ -130,9 +130,9 @@ def test_region_that_is_cropped_away_is_dropped():
 
 def test_cutout_leaves_the_region_and_covers_part_of_it():
     sizes = [(100, 100, (10, 10, 90, 90))] * 4
-    options = {"scale_range": (1.0, 1.0), "flip_probability": 0.0, "cutout_range": (0.5, 0.5)}
-    plain, regions, _ = make_mosaic(sizes, 3, cutout_probability=0.0, **options)
-    cut, cut_regions, kept = make_mosaic(sizes, 3, cutout_probability=1.0, **options)
+    options = {"mosaic_scale": (1.0, 1.0), "flip": 0.0, "cutout_size": (0.5, 0.5)}
+    plain, regions, _ = make_mosaic(sizes, 3, cutout=0.0, **options)
+    cut, cut_regions, kept = make_mosaic(sizes, 3, cutout=1.0, **options)
     assert torch.equal(regions, cut_regions)
     assert kept.all()
     for color in COLORS:
@@ -142,7 +142,7 @@ def test_cutout_leaves_the_region_and_covers_part_of_it():
 def test_image_at_scale_one_fills_its_tile_and_the_rest_is_gray():
     # 100 x 50 fits the 64-pixel tile at 64 x 32: half of the canvas is image.
     sizes = [(100, 50, (0, 0, 50, 100))] * 4
-    canvas, regions, _ = make_mosaic(sizes, 0, scale_range=(1.0, 1.0), cutout_probability=0.0)
+    canvas, regions, _ = make_mosaic(sizes, 0, mosaic_scale=(1.0, 1.0), cutout=0.0)
     assert (canvas == FILL).all(dim=0).sum() == SIZE * SIZE // 2
     assert (regions[:, 2:] - regions[:, :2]).tolist() == [[32.0, 64.0]] * 4
 
@@ -150,7 +150,7 @@ def test_image_at_scale_one_fills_its_tile_and_the_rest_is_gray():
 def test_small_images_lie_anywhere_in_their_tile():
     sizes = [(64, 64, (0, 0, 64, 64))] * 4
     regions = torch.stack(
-        [make_mosaic(sizes, seed, scale_range=(0.5, 0.5), cutout_probability=0.0)[1] for seed in range(200)]
+        [make_mosaic(sizes, seed, mosaic_scale=(0.5, 0.5), cutout=0.0)[1] for seed in range(200)]
     )
     corner = regions[:, 0, :2]  # uniform on 0..32
     assert corner.min() <= 1
@@ -164,20 +164,12 @@ def test_mosaic_is_decided_by_the_seed_and_leaves_its_arguments():
     before, regions_before = [image.clone() for image in images], regions.clone()
 
     def run(seed):
-        return mosaic(images, regions, size=SIZE, min_region=8, generator=np.random.default_rng(seed))
+        return mosaic(images, regions, min_region=8, generator=np.random.default_rng(seed))
 
     assert all(torch.equal(a, b) for a, b in zip(run(1), run(1)))
     assert not torch.equal(run(1)[0], run(2)[0])
     assert all(torch.equal(a, b) for a, b in zip(images, before))
     assert torch.equal(regions, regions_before)
-
-
-def test_mosaic_refuses_wrong_input():
-    image, generator = torch.zeros(3, 8, 8, dtype=torch.uint8), np.random.default_rng(0)
-    with pytest.raises(ValueError, match="4 images"):
-        mosaic([image] * 3, torch.zeros(3, 4), size=64, min_region=8, generator=generator)
-    with pytest.raises(ValueError, match="even"):
-        mosaic([image] * 4, torch.zeros(4, 4), size=63, min_region=8, generator=generator)
 
 
 # --- pasting ---
@@ -206,7 +198,12 @@ def test_pastes_hide_at_most_max_cover_of_any_box(data, seed, max_cover):
     ]
     image = gray(height, width)
     _, pasted = paste(
-        image, boxes, sources, size_range=(8, 100), max_cover=max_cover, generator=np.random.default_rng(seed)
+        image,
+        boxes,
+        sources,
+        paste_size=(8, 100),
+        paste_max_cover=max_cover,
+        generator=np.random.default_rng(seed),
     )
     # Count pixels: everything pasted later than a box, all together, against the box.
     later = [(box, 0) for box in boxes] + [(box, i + 1) for i, (_, box) in enumerate(pasted)]
@@ -245,7 +242,7 @@ def test_size_is_log_uniform_and_keeps_the_aspect_ratio():
             gray(500, 500),
             torch.zeros(0, 4),
             [source],
-            size_range=(16, 256),
+            paste_size=(16, 256),
             generator=np.random.default_rng(seed),
         )
         x1, y1, x2, y2 = pasted[0][1].tolist()
@@ -258,7 +255,7 @@ def test_size_is_log_uniform_and_keeps_the_aspect_ratio():
 def test_large_paste_is_limited_to_the_image():
     source = (marked(50, 100, (0, 0, 100, 50), COLORS[0]), torch.tensor([0.0, 0.0, 100.0, 50.0]))
     _, pasted = paste(
-        gray(40, 60), torch.zeros(0, 4), [source], size_range=(500, 600), generator=np.random.default_rng(0)
+        gray(40, 60), torch.zeros(0, 4), [source], paste_size=(500, 600), generator=np.random.default_rng(0)
     )
     x1, _, x2, _ = pasted[0][1].tolist()
     assert x2 - x1 == 60  # as wide as the image allows
@@ -286,7 +283,7 @@ def test_crop_brings_its_background_and_its_own_flip():
             gray(300, 300),
             torch.zeros(0, 4),
             [source],
-            flip_probability=probability,
+            flip=probability,
             generator=np.random.default_rng(1),
         )
         x1, y1, x2, y2 = pasted[0][1].int().tolist()
@@ -310,7 +307,7 @@ def test_source_without_a_place_is_given_up_and_the_others_keep_their_index():
     assert torch.equal(result, image)
     sources = [(source, outside), (source, region), (source, empty), (source, region)]
     _, pasted = paste(
-        gray(400, 400), torch.zeros(0, 4), sources, size_range=(20, 30), generator=np.random.default_rng(0)
+        gray(400, 400), torch.zeros(0, 4), sources, paste_size=(20, 30), generator=np.random.default_rng(0)
     )
     assert [index for index, _ in pasted] == [1, 3]
 

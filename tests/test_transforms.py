@@ -147,10 +147,10 @@ def test_cutouts_are_anywhere():
 
 def test_probability_of_cutout():
     generator = np.random.default_rng(0)
-    cuts = sum(random_cutout((40, 60), generator, 0.3) is not None for _ in range(1000))
+    cuts = sum(random_cutout((40, 60), generator, 0.3, (0.1, 0.4)) is not None for _ in range(1000))
     # 300 expected; the standard deviation is sqrt(1000 * 0.3 * 0.7) = 14.5.
     assert 240 < cuts < 360
-    assert random_cutout((40, 60), generator, probability=0.0) is None
+    assert random_cutout((40, 60), generator, 0.0, (0.1, 0.4)) is None
 
 
 def test_arguments_are_not_modified_and_the_seed_decides():
@@ -159,7 +159,9 @@ def test_arguments_are_not_modified_and_the_seed_decides():
     flip(*resize(image, boxes, (33, 44)))
     assert torch.equal(image, before)
     assert torch.equal(boxes, boxes_before)
-    first, again, other = (random_cutout((40, 60), np.random.default_rng(seed), 1.0) for seed in (1, 1, 2))
+    first, again, other = (
+        random_cutout((40, 60), np.random.default_rng(seed), 1.0, (0.1, 0.4)) for seed in (1, 1, 2)
+    )
     assert first == again != other
 
 

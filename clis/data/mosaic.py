@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from clis.config import DataConfig
 from clis.data.transforms import FILL, random_cutout, scaled_size
 from clis.resize import resize_image
 
@@ -31,17 +32,7 @@ class Placement:
 
 
 def plan_mosaic(
-    sizes: Sequence[tuple[int, int]],
-    regions: Tensor,
-    *,
-    size: int,
-    scale_range: tuple[float, float] = (0.5, 1.5),
-    flip_probability: float = 0.5,
-    cutout_probability: float = 0.5,
-    cutout_range: tuple[float, float] = (0.1, 0.4),
-    min_region: float,
-    surroundings: float | None = None,
-    generator: np.random.Generator,
+    sizes: Sequence[tuple[int, int]], regions: Tensor, data: DataConfig, generator: np.random.Generator
 ) -> tuple[list[Placement], Tensor, Tensor]:
     """Draw how four images lie on the 2 x 2 tiles of a canvas, each with its own scale, flip and cutout.
 
@@ -51,41 +42,27 @@ def plan_mosaic(
     Args:
         sizes: height and width of four images, for the tiles in reading order.
         regions: float32 [4, 4], one xyxy box per image, in pixels of that image.
-        size: side of the canvas in pixels, even.
-        scale_range: bounds of the uniform random scale, where 1 fits the whole image to its tile.
-        flip_probability: chance of a horizontal flip of an image.
-        cutout_probability: chance of a cutout in an image.
-        cutout_range: sides of the cutout as fractions of the image's (see `random_cutout`).
-        min_region: least width and height, in canvas pixels, of a clipped region that is kept.
-        surroundings: crop each image first to its region, sides times this factor; None places the whole.
+        data: the canvas (`mosaic_size`, even) and what is drawn how (`mosaic_scale`, where 1 fits the whole
+            image to its tile, `mosaic_surroundings`, `flip`, `cutout`, `cutout_size`, `min_region`).
         generator: source of randomness.
 
     Returns:
         placements: four.
         regions: float32 [4, 4], xyxy on the canvas, each inside its tile.
-        kept: bool [4]; False where cropping left the region smaller than `min_region`.
-
-    Raises:
-        ValueError: not four images and regions, or an odd size.
+        kept: bool [4]; False where cropping left the region smaller than `data.min_region`.
     """
-    if len(sizes) != 4 or regions.shape != (4, 4):
-        raise ValueError(
-            f"a mosaic takes 4 images and their regions [4, 4], got {len(sizes)} and {list(regions.shape)}"
-        )
-    if size % 2:
-        raise ValueError(f"a mosaic has 2 x 2 equal tiles: its size must be even, got {size}")
-    tile = size // 2
+    tile = data.mosaic_size // 2
     placements, placed = [], []
     for index, (stored, region) in enumerate(zip(sizes, regions.tolist())):
         crop = None
-        if surroundings is not None:
-            crop = _crop_around(region, stored, surroundings)
+        if data.mosaic_surroundings is not None:
+            crop = _crop_around(region, stored, data.mosaic_surroundings)
             stored = crop[3] - crop[1], crop[2] - crop[0]
             region = [side - start for side, start in zip(region, crop[:2] * 2)]
-        scale = generator.uniform(*scale_range) * tile / max(stored)
+        scale = generator.uniform(*data.mosaic_scale) * tile / max(stored)
         height, width = scaled_size(stored, scale)
-        flipped = bool(generator.random() < flip_probability)
-        cutout = random_cutout((height, width), generator, cutout_probability, cutout_range)
+        flipped = bool(generator.random() < data.flip)
+        cutout = random_cutout((height, width), generator, data.cutout, data.cutout_size)
         top, left = (_random_offset(length, tile, generator) for length in (height, width))
         placement = Placement(
             crop=crop, size=(height, width), flipped=flipped, top=top, left=left, cutout=cutout
@@ -95,7 +72,7 @@ def plan_mosaic(
         x1, y1, x2, y2 = _region_on_tile(region, stored, placement, tile)
         placed.append([x + x1, y + y1, x + x2, y + y2])
     regions = torch.tensor(placed, dtype=torch.float32)
-    kept = (regions[:, 2:] - regions[:, :2] >= min_region).all(dim=1)
+    kept = (regions[:, 2:] - regions[:, :2] >= data.min_region).all(dim=1)
     return placements, regions, kept
 
 

@@ -13,7 +13,11 @@ from math import ceil, exp, floor, log, sqrt
 import numpy as np
 from torch import Tensor
 
+from clis.config import DataConfig
 from clis.resize import resize_image, round_half_up
+
+ATTEMPTS = 10
+"""Draws of size and place before a source is given up."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,29 +33,21 @@ def plan_pastes(
     size: tuple[int, int],
     boxes: Tensor,
     sources: Sequence[tuple[tuple[int, int], Tensor]],
-    *,
-    size_range: tuple[float, float] = (32, 256),
-    max_cover: float = 0.5,
-    attempts: int = 10,
-    flip_probability: float = 0.5,
+    data: DataConfig,
     generator: np.random.Generator,
 ) -> list[tuple[int, Paste]]:
     """Draw where on an image the region of every source is pasted, if there is room for it.
 
-    The square root of a crop's area is drawn log-uniformly from `size_range` (every octave is equally
-    likely), both bounds limited to what fits in the image; its place is uniform. A place where the pastes
-    together could hide more than `max_cover` of any box, earlier pasted ones included, is rejected, and size
-    and place are drawn again.
+    The square root of a crop's area is drawn log-uniformly from `data.paste_size` (every octave is
+    equally likely), both bounds limited to what fits in the image; its place is uniform. A place where the
+    pastes together could hide more than `data.paste_max_cover` of any box, earlier pasted ones included, is
+    rejected, and size and place are drawn again, up to `ATTEMPTS` times. `data.flip` is the chance of a flip.
 
     Args:
         size: height and width of the image.
         boxes: float32 [G, 4], xyxy, the ground truth of the image; it stays as it is.
         sources: height and width of an image, and the region to crop from it, float32 [4], xyxy; the region
             is clipped to its image and rounded outward to whole pixels.
-        size_range: bounds of the pasted sqrt(area), in pixels of the image, above 0.
-        max_cover: largest share of a box's area, in [0, 1], that pastes may cover.
-        attempts: draws of size and place before a source is given up.
-        flip_probability: chance of a horizontal flip of a crop.
         generator: source of randomness.
 
     Returns:
@@ -65,11 +61,11 @@ def plan_pastes(
         x1, y1, x2, y2 = crop = _crop(source_size, region)
         if x1 >= x2 or y1 >= y2:
             continue
-        flipped = bool(generator.random() < flip_probability)
-        for _ in range(attempts):
-            place = _random_place((y2 - y1, x2 - x1), size, size_range, generator)
+        flipped = bool(generator.random() < data.flip)
+        for _ in range(ATTEMPTS):
+            place = _random_place((y2 - y1, x2 - x1), size, data.paste_size, generator)
             now_covered = covered + _intersection(standing, place)
-            if (now_covered <= max_cover * _area(standing)).all():
+            if (now_covered <= data.paste_max_cover * _area(standing)).all():
                 pastes.append((index, Paste(crop=crop, flipped=flipped, box=place)))
                 standing = np.concatenate([standing, [place]])
                 covered = np.append(now_covered, 0)

@@ -61,16 +61,7 @@ def plan_sample(
     placements, regions, insides = [], [torch.zeros(0, 4)], [torch.zeros(0, dtype=torch.bool)]
     for first in range(0, len(source_sizes), 4):
         four, moved, inside = plan_mosaic(
-            source_sizes[first : first + 4],
-            source_regions[first : first + 4],
-            size=data.mosaic_size,
-            scale_range=data.mosaic_scale,
-            flip_probability=data.flip,
-            cutout_probability=data.cutout,
-            cutout_range=data.cutout_size,
-            min_region=data.min_region,
-            surroundings=data.mosaic_surroundings,
-            generator=generator,
+            source_sizes[first : first + 4], source_regions[first : first + 4], data, generator
         )
         placements += four
         regions.append(moved)
@@ -78,15 +69,8 @@ def plan_sample(
     kept = torch.cat(insides)
 
     chosen = generator.permutation(np.flatnonzero(kept.numpy()))[:t].tolist()
-    pastes = plan_pastes(
-        resized,
-        boxes,
-        [(source_sizes[place], source_regions[place]) for place in chosen],
-        size_range=data.paste_size,
-        max_cover=data.paste_max_cover,
-        flip_probability=data.flip,
-        generator=generator,
-    )
+    sources = [(source_sizes[place], source_regions[place]) for place in chosen]
+    pastes = plan_pastes(resized, boxes, sources, data, generator)
     return Plan(
         size=resized,
         flipped=flipped,

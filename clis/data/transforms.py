@@ -30,8 +30,8 @@ def flip_boxes(boxes: Tensor, width: int) -> Tensor:
 def random_cutout(
     size: tuple[int, int],
     generator: np.random.Generator,
-    probability: float = 0.5,
-    side_range: tuple[float, float] = (0.1, 0.4),
+    probability: float,
+    side_range: tuple[float, float],
 ) -> tuple[int, int, int, int] | None:
     """Draw the rectangle of an image that is filled with gray (DeVries and Taylor 2017).
 

@@ -149,35 +149,16 @@ class CLISDetector(nn.Module):
         instance_features = self.classification.sub_network(pooled)
         rounds = self._rounds(pooled[:num_rois], instance_features[:num_rois])
         losses |= self._localization_losses(rounds[-1].localization_features, rois, normalizers)
-        losses["instance_cls"], counted = self._instance_classification(
-            rounds,
-            rois.labels,
-            normalizers.images * self.roi_config.samples,
-            self._rows(rois.images, batch, normalizers),
-        )
+        losses["instance_cls"], counted = self._instance_classification(rounds, rois, batch, normalizers)
         pending = Pending(sums={"classification": counted}, rows={})
-        stats = {
-            "positive_rois": (rois.labels < self.num_classes).sum(),
-            "pairs": rois.labels.new_full((), len(batch.pair_boxes)),
-        }
+        views = None
 
         # image-level images: image-classification task on the pre-defined regions
-        views = None
         if self.image_classification is not None:
-            # P2-P5 are computed only around the regions
-            summed = self.backbone.top_down(batch.mosaics.unbind(), shared=shared)
-            pooled_regions = self.roi_align(
-                summed, batch.regions, batch.region_mosaics, self.backbone.output_convs
-            )
+            pooled_regions = self._pool_regions(batch, shared)
             image_features = self.image_classification.sub_network(pooled_regions)
-            image_logits = self.image_classification.fc_cls(image_features)
-            items = batch.region_mosaics // (len(batch.mosaics) // len(batch.images))
-            losses["image_cls"] = self.classification_loss.image_level(
-                image_logits,
-                batch.region_labels,
-                normalizers.regions,
-                self._rows(items, batch, normalizers),
-            )
+            losses["image_cls"] = self._image_classification_loss(image_features, batch, normalizers)
+
             # contrastive regularization between the two views of each pair
             if self.contrastive is not None:
                 pairs = batch.pair_regions
@@ -192,6 +173,10 @@ class CLISDetector(nn.Module):
                 losses["contrastive"] = contrast.loss
                 pending.rows.update(keys=contrast.keys, key_labels=contrast.labels)
                 views = contrast.views
+        stats = {
+            "positive_rois": (rois.labels < self.num_classes).sum(),
+            "pairs": rois.labels.new_full((), len(batch.pair_boxes)),
+        }
         return TrainOutput(losses, stats, pending, views)
 
     @torch.no_grad()
@@ -231,17 +216,32 @@ class CLISDetector(nn.Module):
         return Round(self.classification.fc_cls(instance_features), localization_features)
 
     def _instance_classification(
-        self, rounds: Sequence[Round], labels: Tensor, normalizer: float, rows: Rows
+        self, rounds: Sequence[Round], rois: SampledRoIs, batch: Batch, normalizers: Normalizers
     ) -> tuple[Tensor, Tensor]:
         """Compute L_incls of RoIs over the rounds, and what it counts: in every round, as in PCB's code."""
         compute, parts = self.classification_loss, []
+        count = normalizers.images * self.roi_config.samples
+        rows = self._rows(rois.images, batch, normalizers)
         for (weight, stage), (logits, _) in zip(self.schedule, rounds, strict=True):
             at_stage = replace(rows, stage=stage)
-            loss = weight * compute(logits, labels, normalizer, at_stage)
+            loss = weight * compute(logits, rois.labels, count, at_stage)
             with torch.no_grad():
-                parts.append((loss, compute.statistics(logits, labels, at_stage)))
+                parts.append((loss, compute.statistics(logits, rois.labels, at_stage)))
         losses, counted = zip(*parts)
         return sum(losses), sum(counted)
+
+    def _pool_regions(self, batch: Batch, shared: SharedFolds) -> Tensor:
+        """Pool the regions of the mosaics, [R,C,P,P]; P2-P5 are computed only around them."""
+        summed = self.backbone.top_down(batch.mosaics.unbind(), shared=shared)
+        return self.roi_align(summed, batch.regions, batch.region_mosaics, self.backbone.output_convs)
+
+    def _image_classification_loss(self, features: Tensor, batch: Batch, normalizers: Normalizers) -> Tensor:
+        """Compute L_imcls of the regions from their features [R,D]."""
+        assert self.image_classification is not None
+        logits = self.image_classification.fc_cls(features)
+        images = batch.region_mosaics // (len(batch.mosaics) // len(batch.images))
+        rows = self._rows(images, batch, normalizers)
+        return self.classification_loss.image_level(logits, batch.region_labels, normalizers.regions, rows)
 
     def _localization_features(self, pooled: Tensor, instance_features: Tensor) -> Tensor:
         """Return [N,D] of the localization sub-network, computed again only if it is one of its own."""
