@@ -29,11 +29,11 @@ from torchvision.ops import MultiScaleRoIAlign
 
 from clis.config import Config, data_path
 from clis.config_files import config_differences, config_from_dict, config_to_dict, load_config
+from clis.data.annotated_images import read_annotated
 from clis.data.annotations import load_annotations
 from clis.data.loader import MicroBatches, image_loader, train_loader
 from clis.data.shapes import generate_shapes
 from clis.data.streams import make_streams
-from clis.engine.evaluate import read_annotated
 from clis.engine.optim import learning_rate
 from clis.engine.run_folder import regions_file
 from clis.engine.train import run

@@ -34,8 +34,9 @@ from clis.commands import run_verb
 from clis.commands.check import check
 from clis.config import Config, data_path
 from clis.config_files import load_config
+from clis.data.annotated_images import read_annotated
 from clis.data.streams import read_annotations
-from clis.engine.evaluate import load_validation, read_annotated
+from clis.engine.evaluate import load_validation
 from clis.progress import Progress
 
 LIMIT = 20

@@ -8,8 +8,9 @@ import re
 import select
 import sys
 import time
+import traceback
 from collections.abc import Callable
-from typing import TextIO
+from typing import NoReturn, TextIO
 
 from clis.text import wrapped
 
@@ -71,9 +72,9 @@ def run_command(main: Callable[[], None]) -> None:
         sys.stdout.flush()  # here, where a closed pipe is met with calm
     except Preempted as stop:
         print(wrapped(str(stop), sys.stderr), file=sys.stderr, flush=True)
-        sys.exit(EXIT_CODE)
+        _leave(EXIT_CODE)
     except KeyboardInterrupt:
-        sys.exit(130)
+        _leave(130)
     except (ValueError, OSError, FloatingPointError, RuntimeError, MemoryError, OutOfMemory) as error:
         if isinstance(error, BrokenPipeError) and _is_closed(sys.stdout):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still buffered
@@ -82,6 +83,7 @@ def run_command(main: Callable[[], None]) -> None:
         died, lost, full = is_worker_death(error), is_lost_process(error), is_out_of_memory(error)
         known = died or lost or full
         if os.environ.get("CLIS_DEBUG") == "1" or (isinstance(error, RuntimeError) and not known):
+            _leave_with_traceback()
             raise
         text = str(error).rstrip()
         if full and not isinstance(error, OutOfMemory):
@@ -95,8 +97,33 @@ def run_command(main: Callable[[], None]) -> None:
             text = text.splitlines()[-1].partition(": ")[2]
         text = f"error: {text}\n(CLIS_DEBUG=1 shows the traceback)"
         print(wrapped(text, sys.stderr), file=sys.stderr)
+        _leave(1)
+    except Exception:
+        _leave_with_traceback()
+        raise
+
+
+def _leave(code: int) -> NoReturn:
+    """End the process; under torchrun without what Python does at its end.
+
+    There the other processes may be waiting for this one in a collective, and nccl would wait for them.
+    """
+    if _is_one_of_many():
+        sys.stdout.flush()
         sys.stderr.flush()
-        sys.exit(1)
+        os._exit(code)
+    sys.exit(code)
+
+
+def _leave_with_traceback() -> None:
+    """Under torchrun, print the traceback of the error that is handled, and end the process."""
+    if _is_one_of_many():
+        traceback.print_exc()
+        _leave(1)
+
+
+def _is_one_of_many() -> bool:
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
 def _is_closed(stream: TextIO) -> bool:

@@ -52,14 +52,30 @@ def choose_device(name: str) -> torch.device:
         if name == "auto":
             return torch.device("cpu")
         raise ValueError(f"train.device={name}: this machine has no CUDA device; use train.device=cpu")
-    device = torch.device(name) if ":" in name else torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    device = _cuda_device(name, torch.cuda.device_count())
     torch.cuda.set_device(device)
     return device
 
 
+def _cuda_device(name: str, count: int) -> torch.device:
+    """Return the device named ``cuda:0``, or this process's own of the `count` that it sees."""
+    local, processes = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if ":" in name:
+        if processes > 1:
+            raise ValueError(f"train.device={name}: the same device for {processes} processes; use cuda")
+        return torch.device(name)
+    index = 0 if count == 1 else local  # some launchers show each process its own device alone
+    if index >= count:
+        raise ValueError(f"process {local} of this machine has no CUDA device of its own: it has {count}")
+    return torch.device("cuda", index)
+
+
 @contextlib.contextmanager
 def process_group(device: torch.device) -> Iterator[None]:
-    """Join the processes that torchrun started (nccl on CUDA, gloo else) for the length of the block."""
+    """Join the processes that torchrun started (nccl on CUDA, gloo else) for the length of the block.
+
+    After an error the group is left as it is; `clis.cli.run_command` ends the process then.
+    """
     if "WORLD_SIZE" not in os.environ or int(os.environ["WORLD_SIZE"]) == 1 or dist.is_initialized():
         yield
         return
@@ -68,10 +84,8 @@ def process_group(device: torch.device) -> Iterator[None]:
     # gloo also on CUDA: what has to be gathered and need not be on the device travels from CPU to CPU
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=store, rank=place, world_size=size, timeout=TIMEOUT)
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
+    yield
+    dist.destroy_process_group()  # not after an error: nccl would wait for processes that wait for this one
 
 
 def _own_names(store: dist.Store, place: int, size: int) -> dist.Store:
@@ -146,14 +160,17 @@ def from_main(value: T) -> T:
 def on_main(function: Callable[[], T]) -> T:
     """Call a function on rank 0 alone and return its result on all ranks; its error is raised on all, too."""
     outcome: tuple[T | None, Exception | None] = (None, None)
+    own: Exception | None = None
     if is_main():
         try:
             outcome = function(), None
         except (OSError, ValueError) as error:
             outcome = None, error
+        except Exception as error:  # of a type that may not travel
+            own, outcome = error, (None, RuntimeError(f"on rank 0: {type(error).__name__}: {error}"))
     value, failure = from_main(outcome)
     if failure is not None:
-        raise failure
+        raise own or failure
     return value  # type: ignore[return-value]  # there is one, or there was an error
 
 

@@ -49,10 +49,10 @@ def save(figure: Figure, path: Path) -> None:
         figure.savefig(temporary, dpi=130, bbox_inches="tight", metadata=metadata)
 
 
-def defined(figures: Mapping[str, float], name: str, scale: float = 1.0) -> float:
-    """Return a figure times `scale`, or NaN where it is undefined."""
+def defined(figures: Mapping[str, float], name: str) -> float:
+    """Return a figure, or NaN where it is undefined."""
     value = figures.get(name, -1.0)
-    return scale * value if value >= 0 else float("nan")
+    return value if value >= 0 else float("nan")
 
 
 def dot_plot(rows: Mapping[str, Sequence[Mapping[str, float]]], title: str = "") -> Figure:

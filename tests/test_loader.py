@@ -353,7 +353,7 @@ class TestSample:
             "pair_regions": ((0,), torch.int64),
         }
         # row 2 has no boxes at all
-        samples = [dataset[WorkItem(index=0, instance=row, image_level=(), seed=5)] for row in (0, 2)]
+        samples = [dataset[WorkItem(instance=row, image_level=(), seed=5)] for row in (0, 2)]
         for value in (*samples, collate(samples)):
             for name, (shape, dtype) in expected.items():
                 assert (getattr(value, name).shape, getattr(value, name).dtype) == (shape, dtype), name
@@ -362,7 +362,7 @@ class TestSample:
         assert collate(samples).pair_images.dtype == torch.int64
 
     def test_an_image_without_boxes_has_its_pasted_ones(self, root):
-        sample = make_dataset(root)[WorkItem(index=0, instance=2, image_level=tuple(range(4)) * 2, seed=1)]
+        sample = make_dataset(root)[WorkItem(instance=2, image_level=tuple(range(4)) * 2, seed=1)]
         assert len(sample.boxes) == len(sample.pair_boxes) == 2
 
     def test_is_a_function_of_the_item(self, root):
@@ -469,11 +469,11 @@ class TestBadImages:
     def test_an_instance_level_image_is_replaced_by_the_next(self, data, length):
         self.cut(data / "train" / "1.png", length)
         self.cut(data / "train" / "2.png")
-        sample = make_dataset(data)[WorkItem(index=0, instance=1, image_level=(0, 1, 2, 3), seed=9)]
+        sample = make_dataset(data)[WorkItem(instance=1, image_level=(0, 1, 2, 3), seed=9)]
         # 2 is cut too, so the stream goes on from its beginning
         assert sample.image_id == 100
         assert [path.rpartition("train/")[2][:5] for path in sample.unreadable] == ["1.png", "2.png"]
-        wanted = make_dataset(data)[WorkItem(index=0, instance=0, image_level=(0, 1, 2, 3), seed=9)]
+        wanted = make_dataset(data)[WorkItem(instance=0, image_level=(0, 1, 2, 3), seed=9)]
         assert_same(dataclasses.replace(sample, unreadable=()), wanted)
 
     @pytest.mark.parametrize("length", [0, 10, 60])
@@ -481,11 +481,11 @@ class TestBadImages:
         """Image 3 (pale) is replaced by image 4 (warm)."""
         self.cut(data / "folders" / "pale" / "3.png", length)
         dataset = make_dataset(data, "data.cutout=0")
-        sample = dataset[WorkItem(index=0, instance=0, image_level=(3, 3, 3, 3), seed=2)]
+        sample = dataset[WorkItem(instance=0, image_level=(3, 3, 3, 3), seed=2)]
         assert len(sample.unreadable) == 4
         assert all("pale/3.png" in message for message in sample.unreadable)
         assert set(sample.region_labels.tolist()) == {CLASSES.index("warm")}
-        wanted = dataset[WorkItem(index=0, instance=0, image_level=(4, 4, 4, 4), seed=2)]
+        wanted = dataset[WorkItem(instance=0, image_level=(4, 4, 4, 4), seed=2)]
         assert_same(dataclasses.replace(sample, unreadable=()), wanted)
 
     def test_damaged_pixels_and_headers_together(self, data):
@@ -494,13 +494,13 @@ class TestBadImages:
         self.cut(data / "folders" / "pale" / "2.png", 10)
         self.cut(data / "train" / "0.png")
         dataset = make_dataset(data)
-        sample = dataset[WorkItem(index=0, instance=0, image_level=(0, 1, 2, 3), seed=5)]
+        sample = dataset[WorkItem(instance=0, image_level=(0, 1, 2, 3), seed=5)]
         assert [Path(message.split(": ")[0]).name for message in sample.unreadable] == [
             "0.png",
             "0.png",
             "2.png",
         ]
-        wanted = dataset[WorkItem(index=0, instance=1, image_level=(1, 1, 3, 3), seed=5)]
+        wanted = dataset[WorkItem(instance=1, image_level=(1, 1, 3, 3), seed=5)]
         assert_same(dataclasses.replace(sample, unreadable=()), wanted)
 
     def test_a_jpeg_that_ends_early(self, tmp_path):
@@ -510,16 +510,16 @@ class TestBadImages:
         dataset = make_photographs(*arguments)
         (broken,) = (path for path in (root / "folders").rglob("*.jpg") if path.name in dataset.index.name(2))
         broken.write_bytes(broken.read_bytes()[:-200])
-        sample = dataset[WorkItem(index=0, instance=0, image_level=(0, 1, 2, 4), seed=5)]
+        sample = dataset[WorkItem(instance=0, image_level=(0, 1, 2, 4), seed=5)]
         (message,) = sample.unreadable
         assert message.startswith(f"{dataset.index.name(2)}: ")
-        wanted = dataset[WorkItem(index=0, instance=0, image_level=(0, 1, 3, 4), seed=5)]
+        wanted = dataset[WorkItem(instance=0, image_level=(0, 1, 3, 4), seed=5)]
         assert_same(dataclasses.replace(sample, unreadable=()), wanted)
 
     def test_another_size_than_the_annotation_says_is_told(self, data):
         """The boxes would lie elsewhere: 60 x 80 became 80 x 60, as a viewer that rotates leaves it."""
         write_image(data / "train" / "0.png", 80, 60, [], RED)
-        sample = make_dataset(data)[WorkItem(index=0, instance=0, image_level=(0, 1, 2, 3), seed=9)]
+        sample = make_dataset(data)[WorkItem(instance=0, image_level=(0, 1, 2, 3), seed=9)]
         assert sample.image_id == 101
         (message,) = sample.unreadable
         assert "0.png: 60 x 80 pixels, but the annotations say 80 x 60" in message
@@ -573,7 +573,7 @@ class TestShards:
         sampler = BlockSampler(6, 4, seed=0)
         drawn = [sampler.draw(k) for k in range(6)]
         for k in range(0, 6, 2):
-            shards[WorkItem(index=k, instance=0, image_level=tuple(drawn[k : k + 2] * 4), seed=k)]
+            shards[WorkItem(instance=0, image_level=tuple(drawn[k : k + 2] * 4), seed=k)]
         index = shards.index
         spans = {
             block: [(int(index.positions[a]), int(index.positions[b] + index.sizes[b] - index.positions[a]))]

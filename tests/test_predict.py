@@ -228,7 +228,7 @@ def test_bad_input_is_one_line(finished, photos, data, tmp_path, arguments, mess
 def test_a_checkpoint_that_is_not_there(tmp_path, photos, capsys):
     with pytest.raises(SystemExit):
         run_command(lambda: main(["predict", str(tmp_path), str(photos)]))
-    assert capsys.readouterr().err.startswith(f"error: {tmp_path}/checkpoints/last.pt: no such checkpoint")
+    assert capsys.readouterr().err.startswith(f"error: {tmp_path}: no checkpoint in this folder")
 
 
 def test_boxes_are_drawn_where_they_are():

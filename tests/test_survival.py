@@ -21,7 +21,7 @@ from runs import BASELINE, REPOSITORY, SHORT, assert_same_training, records, spa
 from clis.cli import EXIT_CODE, Preempted, run_command
 from clis.commands import run_verb
 from clis.data.batch import collate
-from clis.distributed import wrap_ddp
+from clis.distributed import choose_device, wrap_ddp
 from clis.engine import train
 from clis.engine.checkpoint import load_checkpoint, load_last_checkpoint, save_checkpoint
 from clis.engine.optim import make_optimizer
@@ -365,6 +365,48 @@ def test_exit_codes(capsys):
     assert "asked to stop" in capsys.readouterr().err
 
 
+FAILING = """
+import sys, time, torch
+import torch.distributed as dist
+from clis.cli import run_command
+from clis.distributed import barrier, is_main, on_main, process_group
+
+dist.destroy_process_group = lambda: time.sleep(600)  # as nccl's, which waits for the other process
+
+def main():
+    with process_group(torch.device("cpu")):
+        barrier()
+        if sys.argv[1] == "a mistake on one":
+            if is_main():
+                {}["key"]
+            barrier()  # where the other waits
+        elif sys.argv[1] == "an error on one":
+            if is_main():
+                raise ValueError("the disk is full")
+            barrier()
+        else:
+            on_main(lambda: {}["key"])
+
+run_command(main)
+"""
+
+
+@pytest.mark.parametrize(
+    ("what", "said"),
+    [
+        ("an error on one", "error: the disk is full"),
+        ("a mistake on one", "KeyError: 'key'"),
+        ("a mistake on rank 0", "KeyError: 'key'"),
+    ],
+)
+def test_what_fails_on_one_process_is_told_and_ends_them_all(what, said, tmp_path):
+    (tmp_path / "failing.py").write_text(FAILING)
+    process = start([what], [*TORCHRUN[:-1], str(tmp_path / "failing.py")])
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert said in output
+
+
 def test_a_process_that_fails_ends_although_its_loaders_outlive_signals(data, tmp_path):
     """The error is raised with a batch on its way, and its traceback is kept, as pytest keeps it."""
     script = (
@@ -405,3 +447,21 @@ def test_an_evaluation_that_was_cut_off_is_made_again(killed, data, reference, t
     best = load_checkpoint(tmp_path / "checkpoints" / "best.pt")["step"]
     assert best == max(aps, key=lambda step: (aps[step], -step))
     assert not list((tmp_path / "checkpoints").glob(".*"))
+
+
+def test_each_process_has_a_device_of_its_own(monkeypatch):
+    """Of the devices that it sees; some launchers show each process its own alone."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    for count, device in ((4, "cuda:3"), (1, "cuda:0")):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda count=count: count)
+        assert choose_device("auto") == choose_device("cuda") == torch.device(device)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(ValueError, match="process 3 of this machine has no CUDA device of its own: it has 2"):
+        choose_device("auto")
+    with pytest.raises(ValueError, match=r"train\.device=cuda:0: the same device for 8 processes"):
+        choose_device("cuda:0")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert choose_device("cuda:1") == torch.device("cuda:1")

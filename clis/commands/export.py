@@ -16,8 +16,7 @@ from clis.atomic import atomic_write, check_writable
 from clis.commands.arguments import positive
 from clis.commands.export_program import Program, letterbox, nms_of_best
 from clis.distributed import choose_device
-from clis.engine.checkpoint import load_checkpoint, load_model, saved_config
-from clis.engine.evaluate import measure_calibration
+from clis.engine.evaluate import load_for_inference
 from clis.models import CLISDetector
 from clis.progress import say
 
@@ -121,10 +120,7 @@ def export(
     check_writable(out)
     onnx = out.suffix == ".onnx"
     nms = _onnx_nms() if onnx else nms_of_best
-    state = load_checkpoint(checkpoint)
-    config = saved_config(state, str(checkpoint), overrides)
-    detector = load_model(state, config, str(checkpoint)).to(device).eval()
-    measure_calibration(detector, config)
+    detector, _ = load_for_inference(checkpoint, device, overrides)
     detector.to(memory_format=torch.contiguous_format)  # in which torch.export.save stores all weights
     detector.backbone.square |= size is None  # the canvas of the program
     images = _noise(size or TRIED, batch, device)

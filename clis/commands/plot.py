@@ -13,9 +13,10 @@ import numpy as np
 
 from clis.commands.arguments import read_names, split_overrides
 from clis.config import Config, data_path
+from clis.data.annotated_images import read_annotated
 from clis.data.annotations import Annotations
 from clis.data.streams import read_annotations
-from clis.engine.evaluate import load_validation, read_annotated
+from clis.engine.evaluate import load_validation
 from clis.engine.run_folder import RunFolder
 from clis.engine.run_state import RunState, check_same_data
 from clis.figures import (

@@ -27,10 +27,9 @@ from clis.data.images import FORMATS, ImageError, open_image, read_bytes, read_p
 from clis.data.loader import image_loader, like_shapes
 from clis.distributed import choose_device
 from clis.drawing import Mark, class_color, draw_marks, picture_of
-from clis.engine.checkpoint import load_checkpoint, load_model, saved_config
-from clis.engine.evaluate import measure_calibration, padded_size
+from clis.engine.evaluate import load_for_inference, padded_size
 from clis.engine.optim import autocast
-from clis.engine.prerequisites import checkpoint_of
+from clis.engine.run_folder import find_checkpoint
 from clis.metric.detections import Detections
 from clis.models import CLISDetector
 from clis.models.roi import ImageDetections
@@ -77,7 +76,7 @@ def run(arguments: argparse.Namespace) -> None:
     out, stored = arguments.out, arguments.annotations is not None
     sources, overrides = split_overrides(arguments.sources)
     files, others = find_images(sources, out)
-    checkpoint = checkpoint_of(arguments.run, None)
+    checkpoint = find_checkpoint(arguments.run)
     detector, config = load_for_inference(checkpoint, choose_device(arguments.device), overrides)
     labels = None
     if arguments.classes is not None:
@@ -143,17 +142,6 @@ class Photo:
     """Its picture, relative to the output folder."""
 
 
-def load_for_inference(
-    checkpoint: Path, device: torch.device, overrides: Sequence[str] = ()
-) -> tuple[CLISDetector, Config]:
-    """Load a detector ready for `detect`, and its config, with ``key=value`` overrides."""
-    state = load_checkpoint(checkpoint)
-    config = saved_config(state, str(checkpoint), overrides)
-    detector = load_model(state, config, str(checkpoint)).to(device).eval()
-    measure_calibration(detector, config)
-    return detector, config
-
-
 def predict(
     detector: CLISDetector,
     config: Config,
@@ -186,7 +174,7 @@ def predict(
     loader = image_loader(read, range(len(files)), batch, config.data.workers if len(files) > batch else 0)
     shape_of, device = functools.partial(_shape_of, detector), next(detector.parameters()).device
     with Progress("predict", len(files)) as progress:
-        for rows, images in like_shapes(map(_own_memory, loader), batch, shape_of):
+        for rows, images in like_shapes(loader, batch, shape_of):
             readable = [image for image in images if not isinstance(image, str)]
             if not readable:  # it is alone in its batch
                 error = printable(str(images[0]))
@@ -284,14 +272,6 @@ def _read(
         return image.decode(), False
     except ImageError as error:
         return str(error)
-
-
-def _own_memory(
-    batch: tuple[list[int], list[tuple[Tensor, bool] | str]],
-) -> tuple[list[int], list[tuple[Tensor, bool] | str]]:
-    """Copy the pixels, which hold a file descriptor of their loader process while they wait for others."""
-    rows, images = batch
-    return rows, [each if isinstance(each, str) else (each[0].clone(), each[1]) for each in images]
 
 
 def _shape_of(detector: CLISDetector, image: tuple[Tensor, bool] | str) -> tuple[int, ...] | None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import unicodedata
 from pathlib import Path
 
+from torch import Tensor
+
 from clis.data.annotations import Annotations
 from clis.data.images import MAX_PIXELS, EncodedImage, ImageError, open_image, read_bytes
 
@@ -28,6 +30,11 @@ def open_annotated(
     image = open_image(read_bytes(path), str(path), max_pixels)
     check_size(image, annotations, row)
     return image
+
+
+def read_annotated(annotations: Annotations, folder: Path, row: int, max_pixels: int = MAX_PIXELS) -> Tensor:
+    """Read the image at place `row` of an annotation file: uint8 RGB [3,H,W]; see `open_annotated`."""
+    return open_annotated(annotations, folder, row, max_pixels).decode()
 
 
 def image_path(folder: Path, name: str) -> Path:

@@ -292,9 +292,12 @@ class ImageDataset(Dataset[tuple[int, T]]):
 def image_loader(
     read: Callable[[int], T], rows: Sequence[int], images_per_batch: int, workers: int
 ) -> Iterable[tuple[list[int], list[T]]]:
-    """Load lists of rows with what `read` returns for them, in order, in `workers` processes."""
+    """Load lists of rows with what `read` returns for them, in order, in `workers` processes.
+
+    Tensors are copied, so that they can wait for others of their shape (`like_shapes`).
+    """
     dataset: Dataset[Any] = ImageDataset(read, rows)
-    return SealedLoader(dataset, workers, _unzip, batch_size=images_per_batch)
+    return SealedLoader(dataset, workers, _unzip, copy=True, batch_size=images_per_batch)
 
 
 def like_shapes(

@@ -311,8 +311,6 @@ def item_seed(seed: int, index: int) -> int:
 class WorkItem:
     """One instance-level image with its own image-level images: the unit of work of a data worker."""
 
-    index: int
-    """Place in the run: step * images_per_step + place in the global batch."""
     instance: int
     """Index of the instance-level image."""
     image_level: tuple[int, ...]
@@ -372,14 +370,7 @@ class JointSampler:
             images_per_step: instance-level images in a global batch, at least 1.
             s: image-level images for each of them, at least 0.
             seed: any integer; the items' seeds follow from it.
-
-        Raises:
-            ValueError: a count is out of range, or s > 0 without a stream of image-level images.
         """
-        if images_per_step < 1 or s < 0:
-            raise ValueError(f"need images_per_step >= 1 and s >= 0, got {images_per_step} and {s}")
-        if s > 0 and image_level_sampler is None:
-            raise ValueError(f"s = {s} needs image-level images; name some or set s to 0")
         self._instance_sampler = instance_sampler
         self._image_level_sampler = image_level_sampler
         self._images_per_step = images_per_step
@@ -408,7 +399,6 @@ class JointSampler:
     def _item(self, index: int) -> WorkItem:
         draws, sampler = range(index * self._s, (index + 1) * self._s), self._image_level_sampler
         return WorkItem(
-            index=index,
             instance=self._instance_sampler.draw(index),
             image_level=() if sampler is None else tuple(sampler.draw(k) for k in draws),
             seed=item_seed(self._seed, index),

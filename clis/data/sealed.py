@@ -59,8 +59,8 @@ class Sealed:
         self.places = pickler.places
         self.block = bytes(ForkingPickler.dumps(block))  # copied to shared memory here
 
-    def open(self) -> Any:
-        """Unpack it; the tensors are views of the block.
+    def open(self, copy: bool = False) -> Any:
+        """Unpack it; the tensors are views of the block, or copies, which do not keep it.
 
         Raises:
             RuntimeError: the process that packed it, from which the block is fetched, is gone.
@@ -70,7 +70,8 @@ class Sealed:
             block = pickle.loads(self.block)
         except (ConnectionError, EOFError, FileNotFoundError) as error:
             raise RuntimeError("DataLoader worker ended while its batch was on its way") from error
-        unpickler.tensors = [place.of(block) for place in self.places]
+        tensors = [place.of(block) for place in self.places]
+        unpickler.tensors = [tensor.clone() for tensor in tensors] if copy else tensors
         return unpickler.load()
 
     def pin_memory(self) -> Any:
@@ -131,15 +132,17 @@ class SealedLoader:
         workers: int,
         collate: Callable[[Sequence[Any]], Any],
         pin: bool = False,
+        copy: bool = False,
         **options: Any,
     ) -> None:
         """Load in `workers` processes (0: in this one).
 
         Args:
             pin: into pinned memory.
+            copy: what a process sends, for batches that are kept for long: each holds a file open otherwise.
             options: `batch_size` or `batch_sampler` of the `DataLoader`.
         """
-        self.workers = workers
+        self.workers, self.copy = workers, copy
         self.loader: DataLoader[Any] = DataLoader(
             dataset,
             num_workers=workers,
@@ -156,7 +159,7 @@ class SealedLoader:
         batches = iter(self.loader)
         try:
             for batch in batches:
-                yield batch.open() if isinstance(batch, Sealed) else batch
+                yield batch.open(self.copy) if isinstance(batch, Sealed) else batch
         except (RuntimeError, OSError) as error:
             if (limit := describe_limit(error)) is None:
                 raise

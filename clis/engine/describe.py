@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import resource
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
@@ -14,6 +13,7 @@ from clis.data.annotations import Annotations
 from clis.data.image_level import ImageLevelIndex
 from clis.data.sampling import JointSampler
 from clis.distributed import all_gather_rows, all_reduce_sum, world_size
+from clis.engine.memory import peak_memory
 from clis.engine.optim import learning_rate
 from clis.models import CLISDetector, ImageClassifier, TrainOutput
 from clis.models.contrastive import similarities
@@ -215,17 +215,13 @@ def step_metrics(
         images: per step.
     """
     data_time, compute_time = (sum(column) / len(seconds) for column in zip(*seconds))
-    if device.type == "cuda":
-        peak = torch.cuda.max_memory_allocated(device)
-    else:
-        peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # kilobytes, on Linux
     return {
         "gradient_norm": norm,
         "lr": rate,
         "data_time": data_time,
         "compute_time": compute_time,
         "images_per_second": images / (data_time + compute_time),
-        "peak_memory": peak / 2**30,
+        "peak_memory": peak_memory(device) / 2**30,
     }
 
 

@@ -14,17 +14,14 @@ import torch
 from torch import Tensor
 
 from clis.atomic import atomic_write
-from clis.config import (
-    Config,
-    data_path,
-)
-from clis.data.annotated_images import open_annotated
+from clis.config import Config, data_path
+from clis.data.annotated_images import read_annotated
 from clis.data.annotations import Annotations
 from clis.data.categories import Category, check_same_categories
-from clis.data.images import MAX_PIXELS
 from clis.data.loader import image_loader, like_shapes
 from clis.data.streams import read_annotations
-from clis.distributed import from_main, gather_rows, is_main, rank, world_size
+from clis.distributed import gather_rows, on_main, rank, world_size
+from clis.engine.checkpoint import load_checkpoint, load_model, saved_config
 from clis.engine.memory import memory_advice
 from clis.engine.optim import autocast
 from clis.engine.provenance import provenance, validation_files
@@ -52,8 +49,8 @@ def evaluate_detector(
     """
     annotations = load_validation(config, detector.categories)
     detections = detect_split(detector, config, annotations)
-    metrics: dict[str, float] = {}
-    if is_main():
+
+    def judge() -> dict[str, float]:
         figures = evaluate(annotations, detections, max_detections=config.test.detections)
         names = [f"AR@{config.test.detections}" if name == "AR@300" else name for name in METRICS]
         metrics = {name: figures[name] for name in names}
@@ -61,7 +58,9 @@ def evaluate_detector(
             detections.save(folder.detections)
             record = evaluation_record(config, training)
             temporary.write_text(json.dumps({**metrics, RECORD: record}, indent=1) + "\n")
-    return from_main(metrics)
+        return metrics
+
+    return on_main(judge)
 
 
 def detect_split(detector: CLISDetector, config: Config, annotations: Annotations) -> Detections:
@@ -111,6 +110,17 @@ def measure_calibration(detector: CLISDetector, config: Config) -> None:
     calibration.to(device)
 
 
+def load_for_inference(
+    checkpoint: Path, device: torch.device, overrides: Sequence[str] = ()
+) -> tuple[CLISDetector, Config]:
+    """Load a detector ready for `detect`, and its config, with ``key=value`` overrides."""
+    state = load_checkpoint(checkpoint)
+    config = saved_config(state, str(checkpoint), overrides)
+    detector = load_model(state, config, str(checkpoint)).to(device).eval()
+    measure_calibration(detector, config)
+    return detector, config
+
+
 def run_detector(detector: CLISDetector, config: Config, annotations: Annotations) -> Detections:
     """Return the detections of all images in their order, best first in each image.
 
@@ -126,13 +136,11 @@ def run_detector(detector: CLISDetector, config: Config, annotations: Annotation
     )
     rows = range(rank(), len(annotations), world_size())
     loader = image_loader(read, rows, config.test.images_per_batch, config.data.workers)
-    # copies: a loader process's pixels hold a file descriptor each while they wait for others of their size
-    read_ahead = ((batch_rows, [image.clone() for image in images]) for batch_rows, images in loader)
     shape_of, device = functools.partial(padded_size, detector), next(detector.parameters()).device
     tables = [torch.zeros(0, 7, dtype=torch.float64)]
     where, less = "evaluation", "a lower test.images_per_batch, test.short_side or test.max_size"
     with Progress("evaluate", len(rows)) as progress, memory_advice(lambda: where, less):
-        for batch_rows, images in like_shapes(read_ahead, config.test.images_per_batch, shape_of):
+        for batch_rows, images in like_shapes(loader, config.test.images_per_batch, shape_of):
             with autocast(config.train.precision, device):
                 found = detector.detect(images)
             columns = [
@@ -166,8 +174,3 @@ def padded_size(detector: CLISDetector, image: Tensor) -> tuple[int, ...]:
     test = detector.test_config
     size = detector.resized_size(image_size(image), test.short_side, test.max_size)
     return tuple(-(-side // 32) for side in size)
-
-
-def read_annotated(annotations: Annotations, folder: Path, row: int, max_pixels: int = MAX_PIXELS) -> Tensor:
-    """Read the image at place `row` of an annotation file: uint8 RGB [3,H,W]; see `open_annotated`."""
-    return open_annotated(annotations, folder, row, max_pixels).decode()

@@ -1,9 +1,12 @@
-"""Running out of memory: one line that says where, and which settings need less."""
+"""How much memory is used; running out of it is one line that says where, and which settings need less."""
 
 from __future__ import annotations
 
 import contextlib
+import resource
 from collections.abc import Callable, Iterator
+
+import torch
 
 from clis.cli import OutOfMemory, is_out_of_memory
 
@@ -23,3 +26,16 @@ def memory_advice(where: Callable[[], str], settings: str) -> Iterator[None]:
             raise
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise OutOfMemory(f"{where()}: out of memory ({reason}). Less is needed with {settings}") from error
+
+
+def peak_memory(device: torch.device) -> int:
+    """Return the most bytes that were in use on a GPU since `reset_peak_memory`, or by this whole process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # kilobytes, on Linux
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    """Start `peak_memory` of a GPU again: a run's stages share a process."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)

@@ -99,9 +99,9 @@ def gradient_step(
     norm = nn.utils.clip_grad_norm_(network.parameters(), config.optim.clip_norm or math.inf).item()
     for group in optimizer.param_groups:
         group["lr"] = rate
-    if math.isfinite(norm) or scaler.is_enabled():  # the scaler leaves it out itself, and lowers its scale
+    if math.isfinite(norm):
         scaler.step(optimizer)
-        scaler.update()
+    scaler.update()  # lowers its scale after a gradient that is not
     optimizer.zero_grad(set_to_none=True)
     return norm
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from clis.config import DETECTOR_RULES, Config, scoped_keys
 from clis.config_files import flatten, load_config, merge_overrides
 from clis.config_scopes import Scope
-from clis.engine.run_folder import RunFolder
+from clis.engine.run_folder import RunFolder, find_checkpoint
 
 
 @dataclass(frozen=True)
@@ -102,10 +102,11 @@ def checkpoint_of(source: str, trained: Config | None) -> Path:
 
     Args:
         source: a checkpoint or a run folder; not read if there is a config.
+
+    Raises:
+        FileNotFoundError: it is a folder without a checkpoint.
     """
-    if trained is not None:
-        return RunFolder(trained.output).last
-    return Path(source) if Path(source).suffix == ".pt" else RunFolder(source).last
+    return find_checkpoint(source) if trained is None else RunFolder(trained.output).last
 
 
 def _config_of(source: str | None, folder: RunFolder, overrides: Sequence[str]) -> Config | None:

@@ -24,13 +24,13 @@ from clis.data.images import ImageError
 from clis.data.loader import MicroBatches, image_loader, train_loader
 from clis.data.sampling import SingleSampler
 from clis.data.streams import make_image_level_sampler, make_index, read_annotations
-from clis.distributed import all_reduce_sum, barrier, broadcast_flag, is_main, rank, world_size, wrap_ddp
+from clis.distributed import all_reduce_sum, broadcast_flag, on_main, rank, world_size, wrap_ddp
 from clis.engine.bad_images import check_bad_images
 from clis.engine.checkpoint import resume, save_checkpoint
 from clis.engine.describe import describe_pretraining, step_metrics
 from clis.engine.feed import Feed
 from clis.engine.log import MetricsLog
-from clis.engine.memory import memory_advice
+from clis.engine.memory import memory_advice, reset_peak_memory
 from clis.engine.optim import gradient_step, learning_rate, make_optimizer, make_scaler, split_batch
 from clis.engine.preemption import StopRequest, stop
 from clis.engine.run_folder import RunFolder
@@ -77,12 +77,14 @@ def pretrain(config: Config, device: torch.device) -> Path:
     train_classifier(model, _as_stage(config, images), folder, index, split, device)
     report = held_out_accuracy(model.eval(), config, index, split, device)
     report |= {"trained_images": images, "epochs": config.pretrain.epochs}
-    if is_main():
+
+    def write() -> None:
         with atomic_write(folder.accuracy) as temporary:
             temporary.write_text(json.dumps(report, indent=1) + "\n")
         with atomic_write(path) as temporary:
             torch.save({key: value.cpu() for key, value in model.state_dict().items()}, temporary)
-    barrier()
+
+    on_main(write)
     say(f"{path}: top-1 accuracy {_percent(report['top1'])} on {report['held_out_images']} held-out images")
     return path
 
@@ -108,6 +110,7 @@ def train_classifier(
     shuffle = make_image_level_sampler(config, index, split.trained)
     say(describe_pretraining(config, len(shuffle), split.held_out, model, accumulation))
     folder.clear_preempted()
+    reset_peak_memory(device)
 
     sampler = SingleSampler(shuffle, config.train.images_per_step, config.train.seed)
     steps = range(first_step, config.train.steps)
@@ -119,10 +122,8 @@ def train_classifier(
     clock, seconds = SaveClock(config.train.save_minutes), []
 
     def save(step: int) -> None:
-        if is_main():
-            save_checkpoint(folder, step, model, optimizer, scaler, config, skipped.total)
+        on_main(lambda: save_checkpoint(folder, step, model, optimizer, scaler, config, skipped.total))
         clock.restart()
-        barrier()
 
     with (
         Feed(loader, LabeledBatch, accumulation, device, config.data.max_bad_images) as feed,

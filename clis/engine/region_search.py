@@ -24,13 +24,13 @@ from clis.data.images import ImageError, open_image
 from clis.data.loader import image_loader, like_shapes
 from clis.data.region_file import REGION_DTYPE, RegionSource, region_sidecar
 from clis.data.streams import make_index, read_annotations
-from clis.distributed import barrier, broadcast_flag, from_main, is_main, on_main, rank, world_size
+from clis.distributed import barrier, broadcast_flag, is_main, on_main, rank, world_size
 from clis.engine.at_work import only_maker
 from clis.engine.bad_images import check_bad_images
 from clis.engine.checkpoint import load_detector
 from clis.engine.memory import memory_advice
 from clis.engine.optim import autocast
-from clis.engine.prerequisites import checkpoint_of, detector_config
+from clis.engine.prerequisites import checkpoint_of
 from clis.engine.region_parts import RegionParts, remove_parts
 from clis.engine.run_folder import regions_file
 from clis.models import CLISDetector
@@ -38,8 +38,12 @@ from clis.progress import Progress, say
 from clis.resize import scale_boxes, shortest_size
 
 
-def find_regions(config: Config, device: torch.device, detector: Config | None = None) -> None:
-    """Make the region file of the config by `detector` or `regions.detector`, if it does not exist yet."""
+def find_regions(config: Config, device: torch.device, detector: Config | None) -> None:
+    """Make the region file of the config, if it does not exist yet.
+
+    Args:
+        detector: the config that `regions.detector` names; None where it names a checkpoint or nothing.
+    """
     path = regions_file(config)
     if broadcast_flag(path.exists()):
         if is_main():
@@ -55,18 +59,18 @@ def find_regions(config: Config, device: torch.device, detector: Config | None =
             make_regions(config, index, None, path)
             return
         model = load_searcher(config, device, detector)
-        status = detector_checkpoint(config, detector or detector_config(config)).stat()
+        status = detector_checkpoint(config, detector).stat()
         make_regions(config, index, model, path, stamp=f"{status.st_size} {status.st_mtime_ns}")
 
 
-def load_searcher(config: Config, device: torch.device, detector: Config | None = None) -> CLISDetector:
-    """Load the trained detector that finds the regions of the config: `detector`, or `regions.detector`.
+def load_searcher(config: Config, device: torch.device, detector: Config | None) -> CLISDetector:
+    """Load the trained detector that finds the regions of the config; `detector` as for `find_regions`.
 
     Raises:
         FileNotFoundError, ValueError: it is not trained yet, none is named, or it has other classes.
     """
     annotations = read_annotations(data_path(config, config.data.train))
-    checkpoint = detector_checkpoint(config, detector or detector_config(config))
+    checkpoint = detector_checkpoint(config, detector)
     model = load_detector(checkpoint, device)
     model.calibration = None  # it compares classes, and the search ranks boxes within one
     check_same_categories(model.categories, str(checkpoint), annotations.categories, annotations.path)
@@ -74,7 +78,7 @@ def load_searcher(config: Config, device: torch.device, detector: Config | None 
 
 
 def detector_checkpoint(config: Config, detector: Config | None) -> Path:
-    """Return the checkpoint that finds the regions: `detector`'s, or the named one where that is None.
+    """Return the checkpoint that finds the regions; `detector` as for `find_regions`.
 
     Raises:
         ValueError: the config names none.
@@ -106,9 +110,12 @@ def make_regions(
     """
     sidecar = region_sidecar(index, config.regions, detector_of(config))
     parts = RegionParts(path, len(index), {**sidecar, "stamp": stamp})
-    if is_main():
+
+    def found_before() -> np.ndarray:
         parts.open(world_size())
-    table = from_main(parts.read() if is_main() else np.zeros(0, dtype=REGION_DTYPE))
+        return parts.read()
+
+    table = on_main(found_before)
     pending = np.flatnonzero(table["source"] == RegionSource.PENDING)
     if len(pending) < len(index):
         say(f"{len(index) - len(pending)} of {len(index)} regions already exist")
@@ -153,17 +160,7 @@ def search_batches(
     """
     size = config.regions.images_per_batch
     batches = image_loader(image_reader(config, index, detector), rows, size, config.data.workers)
-    return like_shapes(map(_own_memory, batches), size, padded_sizes)
-
-
-def _own_memory(
-    batch: tuple[list[int], list[ImageOfRow | str]],
-) -> tuple[list[int], list[ImageOfRow | str]]:
-    """Copy the pixels: those from a loader process hold a file descriptor each while they wait."""
-    rows, images = batch
-    return rows, [
-        image if isinstance(image, str) else image._replace(pixels=image.pixels.clone()) for image in images
-    ]
+    return like_shapes(batches, size, padded_sizes)
 
 
 def given_boxes(config: Config) -> Path:

@@ -11,7 +11,7 @@ from typing import Any
 from clis.atomic import atomic_write, remove_partial_files
 from clis.config import Config
 from clis.config_files import config_from_dict, config_to_yaml, read_yaml
-from clis.distributed import barrier, is_main
+from clis.distributed import barrier, is_main, on_main
 from clis.engine.schedule import differences_after
 
 _STEP = re.compile(r"step_(\d{8,})(\.pt)?")
@@ -114,9 +114,8 @@ class RunFolder:
     @property
     def is_used(self) -> bool:
         """Whether there is anything that a training has made; else the folder belongs to nobody."""
-        files = (self.result, self.last, self.backbone)
         has_records = self.metrics.exists() and self.metrics.stat().st_size > 0
-        return has_records or bool(self.step_checkpoints()) or any(path.exists() for path in files)
+        return self.has_begun or self.backbone.exists() or has_records
 
     def remove_partial_files(self) -> None:
         """Remove the temporary files that killed processes of this run have left."""
@@ -216,7 +215,8 @@ class RunFolder:
         """
         self.check(config, within)
         barrier()
-        if is_main():
+
+        def write() -> None:
             if self.result.exists() and not self.is_finished(config):
                 earlier = self.evaluation(self.steps_done)
                 earlier.path.mkdir(parents=True, exist_ok=True)
@@ -225,6 +225,8 @@ class RunFolder:
                         path.replace(kept)
             with atomic_write(self.config) as temporary:
                 temporary.write_text(config_to_yaml(config))
+
+        on_main(write)
 
     def mark_preempted(self, step: int) -> None:
         """Note on rank 0 that the run was asked to stop, and has saved this step."""

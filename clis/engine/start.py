@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from clis.config import Config, StartConfig
 from clis.data.categories import Category, check_same_categories
 from clis.engine.checkpoint import load_checkpoint, saved_categories
-from clis.engine.prerequisites import PlannedRun, checkpoint_of, start_config
+from clis.engine.prerequisites import PlannedRun, checkpoint_of
 from clis.engine.run_folder import RunFolder
 from clis.losses import find_classification_loss
 from clis.models import CLISDetector, build_model, find_calibration
@@ -19,7 +19,7 @@ from clis.models.weights import FROM_SCRATCH, load_state, shared_names
 
 
 def starting_model(
-    config: Config, categories: Sequence[Category], folder: RunFolder, start: Config | None = None
+    config: Config, categories: Sequence[Category], folder: RunFolder, start: Config | None
 ) -> CLISDetector:
     """Build a detector as it is before the first step.
 
@@ -28,7 +28,7 @@ def starting_model(
 
     Args:
         folder: of the run.
-        start: whose weights it starts from, if that is not `start_config(config)`.
+        start: the config that `start.from` names; None where it names a checkpoint or nothing.
 
     Raises:
         FileNotFoundError, ValueError: the weights are missing or do not fit.
@@ -36,7 +36,7 @@ def starting_model(
     source = config.start.from_
     model = build_model(config, categories, pretrained=starting_weights(config, folder))
     if source is not None and not folder.has_begun:
-        load_start(model, config.start, checkpoint_of(source, start or start_config(config)))
+        load_start(model, config.start, checkpoint_of(source, start))
     if config.start.train:
         train_only(model, config.start.train)
     return model

@@ -23,6 +23,7 @@ from clis.distributed import (
     barrier,
     broadcast_flag,
     is_main,
+    on_main,
     rank,
     world_size,
     wrap_ddp,
@@ -41,7 +42,7 @@ from clis.engine.describe import (
 from clis.engine.evaluate import evaluate_detector
 from clis.engine.feed import Feed
 from clis.engine.log import MetricsLog
-from clis.engine.memory import memory_advice
+from clis.engine.memory import memory_advice, reset_peak_memory
 from clis.engine.optim import gradient_step, learning_rate, make_optimizer, make_scaler, split_batch
 from clis.engine.preemption import StopRequest, stop
 from clis.engine.preflight import check_files
@@ -157,7 +158,7 @@ def run(config: Config, device: torch.device, start: Config | None = None) -> No
     """Train and evaluate one detector in its run folder, or resume it there.
 
     Args:
-        start: whose weights it starts from, if that is not `start_config(config)`.
+        start: the config that `start.from` names; None where it names a checkpoint or nothing.
     """
     folder = RunFolder(config.output)
     folder.claim(config)
@@ -188,6 +189,7 @@ def train(
     say(describe_run(config, annotations, dataset.index, sampler, model, accumulation))
     _training_record(config)  # hashes big files now, not within the time that a preempted run has to save
     folder.clear_preempted()
+    reset_peak_memory(device)
 
     steps = range(first_step, config.train.steps)
     micro_batches = MicroBatches(sampler, steps, rank(), world_size(), images_per_process)
@@ -196,18 +198,15 @@ def train(
     watch, clock, seconds = ContrastWatch(), SaveClock(config.train.save_minutes), []
 
     def save(step: int) -> None:
-        if is_main():
-            save_checkpoint(folder, step, model, optimizer, scaler, config, skipped.total)
+        on_main(lambda: save_checkpoint(folder, step, model, optimizer, scaler, config, skipped.total))
         clock.restart()
-        barrier()
 
     def evaluate(step: int) -> None:
         record = _training_record(config)
         metrics = evaluate_detector(model.eval(), config, folder.evaluation(step), record)
         say(f"step {step}: {format_metrics(metrics)}")
         network.train()
-        if is_main():
-            mark_best(folder, step, metrics["AP"])
+        on_main(lambda: mark_best(folder, step, metrics["AP"]))
         log.write({"step": step, **metrics})
 
     with (

@@ -9,14 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from clis.losses.binary import SIGMOID, one_hot
-from clis.losses.contract import ClassificationLoss, Rows
+from clis.losses.binary import BinaryLoss, one_hot
+from clis.losses.contract import Rows
 from clis.losses.gradients import GradientRatio, gradient_sums
 from clis.losses.pcb import make_pcb
-from clis.losses.precision import at_least_float32
 
 
-class EQLv2(ClassificationLoss):
+class EQLv2(BinaryLoss):
     """EQL v2 (Tan et al., arXiv 2012.08548; official code: tztztztztz/eqlv2).
 
     Sigmoid cross-entropy of C classes and background. With the gradient ratio g of a class, its negatives
@@ -56,31 +55,29 @@ class EQLv2(ClassificationLoss):
             objectness: whether there is a background channel, and its factor in the score.
             pcb, pcb_start: see `PairwiseClassBalance`.
         """
-        super().__init__(categories)
+        super().__init__(categories, prior=prior, background=objectness)
         self.has_objectness = objectness
-        self.num_logits = self.num_classes + objectness
         self.gamma, self.mu, self.alpha = gamma, mu, alpha
-        self.shift = SIGMOID.prior_logit(prior)
         self.ratio = GradientRatio(self.num_classes)
         self.pcb = make_pcb(categories, pcb, pcb_start)
 
     def forward(self, logits: Tensor, labels: Tensor, normalizer: Tensor | float, rows: Rows) -> Tensor:
         """Sum the weighted sigmoid cross-entropy of classes and background, divided by `normalizer`."""
-        return self._sum(self._shifted(logits), labels, rows) / normalizer
+        return self._sum(self.shifted(logits), labels, rows) / normalizer
 
     def image_level(self, logits: Tensor, labels: Tensor, normalizer: Tensor | float, rows: Rows) -> Tensor:
         """Sum the weighted sigmoid cross-entropy of the classes alone, divided by `normalizer`."""
-        return self._sum(self._shifted(logits)[:, : self.num_classes], labels, rows) / normalizer
+        return self._sum(self.shifted(logits)[:, : self.num_classes], labels, rows) / normalizer
 
     def scores(self, logits: Tensor) -> Tensor:
         """Return s(z_c) (1 - s(z_background)), or s(z_c) without a background channel; [N,C]."""
-        probabilities = self._shifted(logits).sigmoid()
+        probabilities = self.shifted(logits).sigmoid()
         classes, background = probabilities.tensor_split([self.num_classes], dim=1)
         return classes * (1 - background) if self.has_objectness else classes
 
     def statistics(self, logits: Tensor, labels: Tensor, rows: Rows) -> Tensor:
         """Sum |dL/dz| of the classes before the division, [2,C] for positives and negatives; and PCB's."""
-        z = self._shifted(logits)[:, : self.num_classes]
+        z = self.shifted(logits)[:, : self.num_classes]
         targets, predicted = self._targets(labels, z, rows), z.sigmoid()
         gradients = self._weights(targets) * (predicted - targets).abs()
         counted = gradient_sums(gradients, targets)
@@ -100,9 +97,6 @@ class EQLv2(ClassificationLoss):
         below = (self.ratio() < self.mu).double().mean().item()
         values = self.ratio.summary("eqlv2") | {"eqlv2_below_mu": below}
         return values if self.pcb is None else values | self.pcb.summary()
-
-    def _shifted(self, logits: Tensor) -> Tensor:
-        return at_least_float32(logits) + self.shift
 
     def _sum(self, z: Tensor, labels: Tensor, rows: Rows) -> Tensor:
         targets = self._targets(labels, z, rows)

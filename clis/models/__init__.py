@@ -134,7 +134,7 @@ def build_classifier(
     classifier = ImageClassifier(config.model.backbone, categories)
     if pretrained:
         _load_weights(classifier, config)
-    return classifier
+    return classifier.to(memory_format=torch.channels_last)
 
 
 def _load_weights(body: ResidualLayers, config: Config) -> None:

@@ -168,8 +168,7 @@ def _torch_load(path: Path) -> Any:
             stand_ins.append((type("Unread", (Unread,), {"origin": name}), name))
         elif isinstance(known, type) and known is not OrderedDict:
             stand_ins.append((known, name))
-    allowing = getattr(torch.serialization, "safe_globals", contextlib.nullcontext)  # torch 2.4 has none
-    with allowing(stand_ins):
+    with torch.serialization.safe_globals(stand_ins):
         return torch.load(path, map_location="cpu", weights_only=True)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-_TYPES = {"u1": "<u1", "u2": "<u2", "i2": "<i2", "u4": "<u4", "f4": "<f4"}
+_TYPES = {"u1": "<u1", "u2": "<u2", "u4": "<u4", "f4": "<f4"}
 
 NONE = 0xFFFF
 """Stands for no class and no box in the page's arrays of 16 bits."""
@@ -17,7 +17,7 @@ SCORE_UNITS = 10_000
 
 
 def pack(array: np.ndarray, kind: str) -> dict[str, str]:
-    """Pack an array, row by row, as one of the types that the script knows: u1, u2, i2, u4 or f4."""
+    """Pack an array, row by row, as one of the types that the script knows: u1, u2, u4 or f4."""
     data = np.ascontiguousarray(array, dtype=_TYPES[kind]).tobytes()
     return {"type": kind, "data": base64.b64encode(data).decode()}
 
