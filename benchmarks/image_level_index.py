@@ -61,7 +61,7 @@ def simulate(folder: Path, images: int) -> None:
                 yield k, listing
                 progress.advance()
 
-        write_index(folder, containers, listings(), CATEGORIES, {"report": {"unmatched": []}})
+        write_index(folder, containers, listings(), CATEGORIES, lambda: {"report": {"unmatched": []}})
 
 
 def memory() -> np.ndarray:

@@ -552,7 +552,7 @@ class PaperConfig:
     @property
     def figures(self) -> dict[str, float]:
         """Those that the paper has, in percent by name."""
-        values = {name: getattr(self, name) for name in ("AP", "APr", "APc", "APf")}
+        values = {name: getattr(self, name) for name in FIGURES}
         return {name: value for name, value in values.items() if value is not None}
 
 
@@ -613,6 +613,9 @@ def scoped_keys(scope: Scope) -> tuple[str, ...]:
 
 RESUMABLE = scoped_keys(Scope.MACHINE)
 """What a resumed run may change without being another run."""
+
+FIGURES = ("AP", "APr", "APc", "APf")
+"""Of all, rare, common and frequent classes."""
 
 DETECTOR_RULES = ("category-rank-first", "top-score")
 """The values of `regions.rule` that use a detector."""

@@ -9,6 +9,7 @@ import shutil
 import stat
 import textwrap
 import unicodedata
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TextIO
 
@@ -38,13 +39,24 @@ def read_text(path: str | Path) -> str:
     return decode(Path(path).read_bytes(), str(path))
 
 
-def loose(name: str) -> str:
+def name_key(name: str) -> str:
     """Return the form of a name that is equal for names that people take for the same.
 
     Composed and decomposed accents, case, spaces or underscores, and spaces at the ends do not matter.
     """
     folded = unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
     return "_".join(folded.replace("_", " ").split())
+
+
+def shortened(names: Sequence[str], limit: int = 10) -> str:
+    r"""List the first names, printable; bytes of a file name that are not UTF-8 become \udc80 and so on."""
+    return printable(", ".join(names[:limit])) + (", ..." if len(names) > limit else "")
+
+
+def printable(name: str) -> str:
+    """Escape control characters and lone surrogates, so that the name can be printed on any terminal."""
+    name = name.encode("utf-8", "backslashreplace").decode()
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)
 
 
 def wrapped(text: str, stream: TextIO) -> str:

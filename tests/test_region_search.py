@@ -423,7 +423,7 @@ class TestSizes:
                 taken.extend(rows)
                 yield rows, images
 
-        for rows, images in loader.like_shapes(counted(), 4, lambda image: image):
+        for rows, images in loader.batches_by_shape(counted(), 4, lambda image: image):
             assert len(set(images)) == 1
             assert [row % 60 for row in rows] == images
             done += rows

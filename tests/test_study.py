@@ -434,12 +434,12 @@ def test_places_on_an_axis_need_an_axis_and_are_numbers(tmp_path):
 
 
 def test_drawing_again_runs_nothing_and_keeps_what_is_recorded(tmp_path, monkeypatch):
-    """The record of an earlier version has no places and no classes: the study file and the benchmark do."""
+    """The record of an earlier version has no places; the study file has them."""
     pytest.importorskip("matplotlib")
     monkeypatch.setattr("clis.commands.study.work", None)
     source = REPOSITORY / "docs" / "studies" / "beta"
     recorded = json.loads((source / "study.json").read_text())
-    old = {name: recorded[name] for name in ("base", "overrides")} | {
+    old = {name: recorded[name] for name in ("base", "overrides", "classes")} | {
         "rows": {name: {"runs": row["runs"]} for name, row in recorded["rows"].items()}
     }
     (tmp_path / "beta").mkdir()

@@ -12,7 +12,7 @@ from typing import NoReturn
 
 from clis.cli import let_rank_0_speak
 from clis.data.categories import Category
-from clis.text import loose
+from clis.text import name_key
 
 SHORT_FOR = {
     "--seed": "train.seed",
@@ -46,9 +46,7 @@ class VerbParser(argparse.ArgumentParser):
 
         Ends the program where an argument is unknown, missing or of another form.
         """
-        given = self._translated(argv)
-        intermixed = self._subparsers is None  # argparse has no way to mix these
-        arguments = self.parse_intermixed_args(given) if intermixed else self.parse_args(given)
+        arguments = self.parse_intermixed_args(self._translated(argv))
         if self._declares("config") and self._declares("overrides"):
             self._take_config(arguments)
         return arguments
@@ -140,17 +138,17 @@ def class_labels(names: str, categories: Sequence[Category]) -> list[int]:
         label_of.setdefault(category.name, []).append(label)
     alike: dict[str, list[int]] = {}
     for name, labels in label_of.items():
-        alike.setdefault(loose(name), []).extend(labels)
+        alike.setdefault(name_key(name), []).extend(labels)
     wanted = [name.strip() for name in names.split(",") if name.strip()]
     for name in wanted:
-        if name not in label_of and loose(name) not in alike:
+        if name not in label_of and name_key(name) not in alike:
             near = difflib.get_close_matches(name, label_of, n=3, cutoff=0.4)
             known = f"known: {', '.join([*label_of][:10])}, ..."
             meant = f"did you mean {' or '.join(near)}?" if near else known
             raise ValueError(f"--classes: there is no class {name!r}; {meant}")
     if not wanted:
         raise ValueError("--classes: name at least one class")
-    return [label for name in wanted for label in label_of.get(name) or alike[loose(name)]]
+    return [label for name in wanted for label in label_of.get(name) or alike[name_key(name)]]
 
 
 def read_names(pairs: Sequence[str], known: Sequence[str]) -> dict[str, str]:

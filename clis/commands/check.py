@@ -18,7 +18,7 @@ from clis.config import DETECTOR_RULES, Config, data_path
 from clis.config_files import load_config
 from clis.data.annotations import Annotations, checked_for_training
 from clis.data.categories import check_same_categories
-from clis.data.image_classes import GROUPS, coverage, describe_coverage, shortened
+from clis.data.image_classes import GROUPS, coverage, describe_coverage
 from clis.data.image_level import ImageLevelIndex, is_intact
 from clis.data.region_file import load_regions
 from clis.data.sampling import class_repeat_factors
@@ -39,7 +39,7 @@ from clis.engine.run_folder import RunFolder, regions_file
 from clis.engine.start import check_run, starting_weights
 from clis.metric.matching import check_truth, describe_uncounted
 from clis.models import CLISDetector, build_classifier, build_model
-from clis.text import loose
+from clis.text import name_key, shortened
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -198,7 +198,7 @@ def _describe_classes(train: Annotations, config: Config, report: Report) -> Non
     report.notes.append(f"  a pass is {draws} images ({data.repeat}, rounding {data.repeat_rounding})")
     named: dict[str, list[str]] = {}
     for category in train.categories:
-        named.setdefault(loose(category.name), []).append(f"{category.id} {category.name!r}")
+        named.setdefault(name_key(category.name), []).append(f"{category.id} {category.name!r}")
     for alike in named.values():
         if len(alike) > 1:
             report.warnings.append(

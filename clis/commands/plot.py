@@ -332,7 +332,7 @@ def rarest_images(annotations: Annotations, images: int) -> list[int]:
     """Return rows of images that hold the classes with the fewest training images, one for each class."""
     counts = np.array([category.image_count for category in annotations.categories])
     chosen: list[int] = []
-    holders = np.repeat(np.arange(len(annotations)), np.diff(annotations.offsets))
+    holders = annotations.rows_of_boxes
     for label in np.argsort(counts, kind="stable"):
         if len(chosen) == images:
             break

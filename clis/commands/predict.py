@@ -22,9 +22,8 @@ from clis.commands.predict_files import Annotated, ImageFile, find_annotated, fi
 from clis.config import Config
 from clis.data.annotated_images import check_size
 from clis.data.categories import Category
-from clis.data.image_classes import printable
 from clis.data.images import FORMATS, ImageError, open_image, read_bytes, read_photo
-from clis.data.loader import image_loader, like_shapes
+from clis.data.loader import batches_by_shape, image_loader
 from clis.distributed import choose_device
 from clis.drawing import Mark, class_color, draw_marks, picture_of
 from clis.engine.evaluate import load_for_inference, padded_size
@@ -36,6 +35,7 @@ from clis.models.roi import ImageDetections
 from clis.pages import MissingExtra, render
 from clis.progress import Progress, say
 from clis.resize import image_size
+from clis.text import printable
 
 PICTURES, PREDICTIONS, IMAGES, PAGE = "pictures", "predictions.json", "images.json", "index.html"
 NAMED = 10
@@ -174,7 +174,7 @@ def predict(
     loader = image_loader(read, range(len(files)), batch, config.data.workers if len(files) > batch else 0)
     shape_of, device = functools.partial(_shape_of, detector), next(detector.parameters()).device
     with Progress("predict", len(files)) as progress:
-        for rows, images in like_shapes(loader, batch, shape_of):
+        for rows, images in batches_by_shape(loader, batch, shape_of):
             readable = [image for image in images if not isinstance(image, str)]
             if not readable:  # it is alone in its batch
                 error = printable(str(images[0]))

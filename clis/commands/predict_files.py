@@ -11,10 +11,10 @@ from pathlib import Path
 
 from clis.data.annotations import Annotations
 from clis.data.categories import Category, check_same_categories
-from clis.data.image_classes import printable
 from clis.data.image_scan import is_hidden, is_image
 from clis.data.images import FORMATS
 from clis.data.streams import read_annotations
+from clis.text import printable
 
 LONGEST = 200
 """Bytes of a picture's name, and of each of its folders: most systems allow 255, also for temporary names."""

@@ -19,20 +19,14 @@ import numpy as np
 
 from clis.commands.arguments import positive
 from clis.data.categories import Category
-from clis.data.image_classes import (
-    MemberLabels,
-    class_labels,
-    coverage,
-    describe_coverage,
-    match_classes,
-    shortened,
-)
+from clis.data.image_classes import MemberLabels, class_labels, coverage, describe_coverage, match_classes
 from clis.data.image_level import (
     FORMAT,
     ImageLevelIndex,
     is_index,
     is_intact,
     mark_unfinished,
+    match_containers,
     open_index,
     read_header,
     write_index,
@@ -44,41 +38,48 @@ from clis.data.image_scan import (
     end_with_parent,
     find_containers,
     keep_listing,
-    level_hint,
     list_images,
     part_file,
     remove_other_parts,
 )
 from clis.data.streams import read_annotations
 from clis.progress import Progress, say
+from clis.text import shortened
 
 PARTS = "parts"
 """Folder in the index with the listings of tars; without it they are scanned again, nothing else."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the arguments of `clis prepare`, whose only kind is `image-level`."""
-    kinds = parser.add_subparsers(required=True, metavar="WHAT")
-    command = kinds.add_parser(
-        "image-level", help="index class folders or tars for data.image_level, and say what they cover"
-    )
-    command.add_argument(
+    """Declare the arguments of `clis prepare`."""
+    parser.add_argument(
+        "kind", choices=["image-level"],
+        help="image-level: index class folders or tars for data.image_level, and say what they cover",
+    )  # fmt: skip
+    parser.add_argument(
         "roots", nargs="+", type=Path, metavar="ROOT", help="of folders or tars, or a tar of tars"
     )
-    command.add_argument(
+    parser.add_argument(
         "--annotations", type=Path, required=True, help="LVIS or COCO-form file: the categories"
     )
-    command.add_argument("--out", type=Path, required=True, metavar="INDEX", help="folder to write")
-    command.add_argument("--mapping", type=Path, help="lines of: name, tab, category")
-    command.add_argument("--labels", type=Path, help="of mixed tars, lines of: member name, tab, class")
-    command.add_argument("--strict", action="store_true", help="stop at what matches nothing")
-    command.add_argument("--workers", type=positive, help="scan tars with N processes (default: one per CPU)")
+    parser.add_argument("--out", type=Path, required=True, metavar="INDEX", help="folder to write")
+    parser.add_argument("--mapping", type=Path, help="lines of: name, tab, category")
+    parser.add_argument("--labels", type=Path, help="of mixed tars, lines of: member name, tab, class")
+    parser.add_argument("--strict", action="store_true", help="stop at what matches nothing")
+    parser.add_argument("--workers", type=positive, help="scan tars with N processes (default: one per CPU)")
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Index image-level data and print what the index covers."""
-    options = vars(arguments).copy()
-    prepare_image_level(options.pop("roots"), options.pop("annotations"), options.pop("out"), **options)
+    prepare_image_level(
+        arguments.roots,
+        arguments.annotations,
+        arguments.out,
+        mapping=arguments.mapping,
+        labels=arguments.labels,
+        strict=arguments.strict,
+        workers=arguments.workers,
+    )
 
 
 def prepare_image_level(
@@ -138,7 +139,7 @@ def prepare_image_level(
                 containers,
                 labeled,
                 categories,
-                {"made_of": made_of, "report": report, "mixed": members is not None},
+                lambda: {"made_of": made_of, "report": report, "mixed": members is not None},
             )
         remove_other_parts(containers, by_name=members is None, parts=parts)
         index = open_index(out, categories)
@@ -154,31 +155,19 @@ def _matched(
     labels: str | Path | None,
     strict: bool,
     parts: Path,
-) -> tuple[list[Container], list[int | None], tuple[str, ...], MemberLabels | None]:
+) -> tuple[list[Container], Sequence[int | None], tuple[str, ...], MemberLabels | None]:
     """Return the containers to index, a label of each, the classes that match nothing, and None.
 
     Of mixed tars: all containers, a label of each class of the label file, the classes that match nothing,
     and the members' labels.
     """
-    label_of = class_labels(categories, mapping)
-    where = ", ".join(map(str, roots))
     if labels is None:
-        containers = find_containers(roots, lambda name: label_of(name) is not None, parts, say)
-        names = [container.class_name for container in containers]
-        found, unmatched = match_classes(
-            names,
-            label_of,
-            categories,
-            strict=strict,
-            where=where,
-            hint=lambda: level_hint(containers, label_of),
-        )
-        pairs = [(c, label) for c, label in zip(containers, found) if label is not None]
-        return [container for container, _ in pairs], [label for _, label in pairs], unmatched, None
+        return *match_containers(roots, categories, mapping, strict=strict, parts=parts, say=say), None
     containers = find_containers(roots, lambda name: True, say=say)
     if not containers:
-        raise ValueError(f"{where}: no folder or tar in it")
+        raise ValueError(f"{', '.join(map(str, roots))}: no folder or tar in it")
     say(f"{labels}: reading the labels")
+    label_of = class_labels(categories, mapping)
     members = MemberLabels(labels, label_of)
     found, unmatched = match_classes(
         members.class_names, label_of, categories, strict=strict, where=str(labels)

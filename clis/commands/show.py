@@ -24,7 +24,7 @@ from clis.commands.show_pictures import (
 from clis.config import DETECTOR_RULES, Config, data_path
 from clis.config_files import find_config, load_config, name_below
 from clis.data.annotations import Annotations
-from clis.data.image_classes import GROUPS, coverage, printable, shortened
+from clis.data.image_classes import GROUPS, coverage
 from clis.data.loader import TwoStreamDataset
 from clis.data.region_file import RegionSource, mean_scores
 from clis.data.sampling import JointSampler, WorkItem
@@ -34,6 +34,7 @@ from clis.engine.region_search import region_rule, regions_of, search_batches
 from clis.engine.run_folder import regions_file
 from clis.pages import MissingExtra, render
 from clis.progress import Progress, say
+from clis.text import printable, shortened
 
 PAGE = "index.html"
 SIZED = 64
@@ -108,10 +109,7 @@ class Seen:
     @property
     def instance_images(self) -> np.ndarray:
         """Instance-level images of each class, int64 [C]."""
-        annotations = self.annotations
-        images = np.repeat(np.arange(len(annotations)), np.diff(annotations.offsets))
-        pairs = np.unique(images * annotations.num_classes + annotations.labels)
-        return np.bincount(pairs % annotations.num_classes, minlength=annotations.num_classes)
+        return self.annotations.images_per_class()
 
 
 def open_streams(config: Config, name: str) -> Seen:

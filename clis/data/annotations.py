@@ -82,6 +82,16 @@ class Annotations:
         """C, background not counted."""
         return len(self.categories)
 
+    @property
+    def rows_of_boxes(self) -> np.ndarray:
+        """The place of the image of each box, int64 [A]."""
+        return np.repeat(np.arange(len(self)), np.diff(self.offsets))
+
+    def images_per_class(self) -> np.ndarray:
+        """Count the images with a box of each class, int64 [C]."""
+        pairs = np.unique(self.rows_of_boxes * self.num_classes + self.labels)
+        return np.bincount(pairs % self.num_classes, minlength=self.num_classes)
+
     def boxes_of(self, image: int) -> np.ndarray:
         """Return the boxes of the image at this place: float32 [G, 4], xyxy in pixels of the stored image."""
         return _corners(self.bboxes[self._rows(image)]).astype(np.float32)
@@ -225,7 +235,7 @@ def checked_for_training(
         ValueError: a box is invalid and `drop_invalid` is False (the message names the first), or no image is
             left.
     """
-    rows = np.repeat(np.arange(len(annotations)), np.diff(annotations.offsets))
+    rows = annotations.rows_of_boxes
     limits = np.tile(annotations.image_sizes[rows, ::-1], 2)
     corners = _corners(annotations.bboxes)
     clipped = np.clip(corners, 0, limits)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from clis.text import loose
+from clis.text import name_key
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +43,7 @@ def check_same_categories(
             "one data set"
         )
     for label, (a, b) in enumerate(zip(first, second)):
-        if (a.id, loose(a.name)) != (b.id, loose(b.name)):
+        if (a.id, name_key(a.name)) != (b.id, name_key(b.name)):
             raise ValueError(
                 f"label {label} is category {a.id} ({a.name}) in {first_source} but {b.id} ({b.name}) in "
                 f"{second_source}; they must be of one data set"

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from clis.data.categories import Category
-from clis.text import loose
+from clis.text import name_key, printable, shortened
 
 _SYNSETS = Path(__file__).with_name("wnids.tsv")
 GROUPS = {"r": "rare", "c": "common", "f": "frequent", "all": "all"}
@@ -34,7 +34,7 @@ def class_labels(categories: Sequence[Category], mapping: str | Path | None) -> 
     """Return a function from the name of a class to its label, or None where it matches no category.
 
     The name is translated by the mapping, then taken as a category's name, its synset or the synset's WordNet
-    3.0 id (wnid), else as a name in its `clis.text.loose` form. A synset or wnid that two categories share
+    3.0 id (wnid), else as a name in its `clis.text.name_key` form. A synset or wnid that two categories share
     matches neither. The function raises `ValueError` for a name that may mean two categories.
 
     Args:
@@ -52,14 +52,14 @@ def class_labels(categories: Sequence[Category], mapping: str | Path | None) -> 
     )
     loosely: dict[str, list[int]] = {}
     for label, category in enumerate(categories):
-        loosely.setdefault(loose(category.name), []).append(label)
-    aliases = {loose(key): value for key, value in translated.items()}
+        loosely.setdefault(name_key(category.name), []).append(label)
+    aliases = {name_key(key): value for key, value in translated.items()}
 
     def label_of(given: str) -> int | None:
-        name = translated.get(given, aliases.get(loose(given), given))
+        name = translated.get(given, aliases.get(name_key(given), given))
         if name in exact:
             return exact[name]
-        labels = loosely.get(loose(name), [])
+        labels = loosely.get(name_key(name), [])
         if len(labels) > 1:
             meant = " or ".join(f"{categories[each].id} {categories[each].name!r}" for each in labels)
             raise ValueError(
@@ -294,17 +294,6 @@ def describe_others(others: Mapping[str, int]) -> str:
     return f"{sum(others.values())} files are left out, since their suffix is none of an image: {counts}"
 
 
-def shortened(names: Sequence[str], limit: int = 10) -> str:
-    r"""List the first names, printable; bytes of a file name that are not UTF-8 become \udc80 and so on."""
-    return printable(", ".join(names[:limit])) + (", ..." if len(names) > limit else "")
-
-
-def printable(name: str) -> str:
-    """Escape control characters and lone surrogates, so that the name can be printed on any terminal."""
-    name = name.encode("utf-8", "backslashreplace").decode()
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name)
-
-
 def _hash(name: bytes) -> int:
     # `tar cf x.tar ./folder` gives its members names that start with ./
     name = name.removeprefix(b"./")
@@ -330,8 +319,8 @@ def _read_mapping(path: Path) -> dict[str, str]:
     alike: dict[str, tuple[str, str]] = {}
     for line, row in _read_rows(path, 2):
         key, value = map(os.fsdecode, row)
-        above, meant = alike.setdefault(loose(key), (key, value))
-        if loose(meant) != loose(value):
+        above, meant = alike.setdefault(name_key(key), (key, value))
+        if name_key(meant) != name_key(value):
             alias = f" ({above})" * (above != key)
             raise ValueError(f"{path}, line {line}: {key} means {value!r} here and {meant!r} above{alias}")
         table.setdefault(key, value)

@@ -19,7 +19,7 @@ import numpy as np
 
 from clis.atomic import atomic_write
 from clis.data.categories import Category
-from clis.data.image_classes import class_labels, describe_others, match_classes, printable, shortened
+from clis.data.image_classes import class_labels, describe_others, match_classes
 from clis.data.image_scan import (
     IMAGE_SUFFIXES,
     Container,
@@ -31,7 +31,7 @@ from clis.data.image_scan import (
 from clis.data.images import ImageError, read_bytes
 from clis.data.mapped import map_array
 from clis.progress import say
-from clis.text import loose
+from clis.text import name_key, printable, shortened
 
 FORMAT = 1
 """Version of a prepared index; other versions are rejected."""
@@ -205,6 +205,7 @@ def match_containers(
     mapping: str | Path | None = None,
     *,
     strict: bool = True,
+    parts: Path | None = None,
     say: Callable[[str], None] = lambda text: None,
 ) -> tuple[list[Container], list[int], tuple[str, ...]]:
     """Find the class folders and class tars of the roots; no image is looked at.
@@ -212,13 +213,14 @@ def match_containers(
     Arguments and errors as `build_index`.
 
     Args:
+        parts: see `find_containers`.
         say: called with a message before slow work.
 
     Returns:
         Those that match a category, their labels, and the names of those that match none.
     """
     label_of = class_labels(categories, mapping)
-    containers = find_containers(roots, lambda name: label_of(name) is not None, say=say)
+    containers = find_containers(roots, lambda name: label_of(name) is not None, parts, say)
     names = [container.class_name for container in containers]
     where = ", ".join(map(str, roots))
     found, unmatched = match_classes(
@@ -289,14 +291,14 @@ def write_index(
     containers: Sequence[Container],
     labeled: Iterable[tuple[int | np.ndarray, Listing]],
     categories: Sequence[Category],
-    notes: dict[str, Any],
+    notes: Callable[[], dict[str, Any]],
 ) -> None:
     """Write an index that `open_index` opens: one ``.npy`` file per array, in pieces, and `HEADER` last.
 
     Args:
         labeled: the images of each container, and one label for all or one for each (int32 [k]).
-        notes: more for the header: ``report`` with ``unmatched``, ``mixed``, and whatever the caller keeps.
-            It is read after all of `labeled`, which may complete it.
+        notes: called after the last of `labeled`; returns more for the header: ``report`` with ``unmatched``,
+            ``mixed``, and whatever the caller keeps.
 
     Raises:
         ValueError: there is no image.
@@ -324,7 +326,7 @@ def write_index(
         "categories": [(category.id, category.name) for category in categories],
         "containers": containers,
     }
-    _write_header(folder, header | notes)
+    _write_header(folder, header | notes())
 
 
 def mark_unfinished(folder: Path) -> None:
@@ -475,8 +477,8 @@ def _write_header(folder: Path, header: dict[str, Any]) -> None:
 
 
 def _check_categories(folder: Path, made_for: list[list], categories: Sequence[Category]) -> None:
-    theirs = {(id_, loose(name)): (id_, name) for id_, name in made_for}
-    ours = {(category.id, loose(category.name)): (category.id, category.name) for category in categories}
+    theirs = {(id_, name_key(name)): (id_, name) for id_, name in made_for}
+    ours = {(category.id, name_key(category.name)): (category.id, category.name) for category in categories}
     if theirs.keys() != ours.keys():
         only = [
             f"{len(some)} only in {where} ({shortened([f'{id_} {name}' for id_, name in sorted(some)], 3)})"

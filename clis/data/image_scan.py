@@ -23,6 +23,7 @@ from typing import NamedTuple
 import numpy as np
 
 from clis.atomic import atomic_write
+from clis.text import shortened
 
 IMAGE_SUFFIXES = (
     ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff",
@@ -142,8 +143,8 @@ def level_hint(containers: Sequence[Container], label_of: Callable[[str], object
                 )
                 if own := [name for name in inner if label_of(name) is not None]:
                     return (
-                        f". {container.path} has folders that do match ({', '.join(own[:3])}"
-                        f"{', ...' * (len(own) > 3)}): name it in data.image_level instead"
+                        f". {container.path} has folders that do match ({shortened(own, 3)}): name it in "
+                        "data.image_level instead"
                     )
     return ""
 
@@ -224,7 +225,7 @@ def _entries(root: Path, say: Callable[[str], None]) -> list[Path]:
     if others:
         say(
             f"{root}: {len(others)} files that are neither folders nor tars are left out: "
-            f"{', '.join(others[:5])}{', ...' * (len(others) > 5)}"
+            f"{shortened(others, 5)}"
         )
     if not used and root.is_dir():
         images = sum(map(is_image, others))

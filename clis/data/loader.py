@@ -294,13 +294,13 @@ def image_loader(
 ) -> Iterable[tuple[list[int], list[T]]]:
     """Load lists of rows with what `read` returns for them, in order, in `workers` processes.
 
-    Tensors are copied, so that they can wait for others of their shape (`like_shapes`).
+    Tensors are copied, so that they can wait for others of their shape (`batches_by_shape`).
     """
     dataset: Dataset[Any] = ImageDataset(read, rows)
     return SealedLoader(dataset, workers, _unzip, copy=True, batch_size=images_per_batch)
 
 
-def like_shapes(
+def batches_by_shape(
     batches: Iterable[tuple[list[int], list[T]]], size: int, shape_of: Callable[[T], Any]
 ) -> Iterator[tuple[list[int], list[T]]]:
     """Sort batches of rows and images into batches of up to `size` images of one shape.

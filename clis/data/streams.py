@@ -17,7 +17,6 @@ from clis.data.annotations import (
     load_annotations,
     load_training_annotations,
 )
-from clis.data.image_classes import shortened
 from clis.data.image_level import (
     ImageLevelIndex,
     build_index,
@@ -41,6 +40,7 @@ from clis.data.sampling import (
 )
 from clis.distributed import local_main_first
 from clis.progress import Progress, say
+from clis.text import shortened
 
 
 def read_annotations(path: str | Path, *, unlabeled: bool = False) -> Annotations:

@@ -139,16 +139,16 @@ def _lock(lock: Path, folder: RunFolder, instead: str) -> int:
             raise OSError(
                 f"{folder}: cannot be written ({error.strerror}); allow writing there, or {instead}"
             ) from error
-        free = _is_locked(descriptor, folder)
-        if free and not is_stale(descriptor, lock):
+        locked = _try_lock(descriptor, folder)
+        if locked and not is_stale(descriptor, lock):
             return descriptor
         os.close(descriptor)
-        if not free and time.monotonic() > until:
+        if not locked and time.monotonic() > until:
             raise ValueError(f"{folder}: {_worker(folder)}; wait until it ends, or {instead}")
         time.sleep(0.1)
 
 
-def _is_locked(descriptor: int, folder: RunFolder) -> bool:
+def _try_lock(descriptor: int, folder: RunFolder) -> bool:
     """Try to lock the file; where the file system has no locks, go by the note in the folder."""
     try:
         fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

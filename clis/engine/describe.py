@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from clis.config import Config
+from clis.config import FIGURES, Config
 from clis.data.annotations import Annotations
 from clis.data.image_level import ImageLevelIndex
 from clis.data.sampling import JointSampler
@@ -239,8 +239,7 @@ def format_losses(record: dict[str, float]) -> str:
 def format_metrics(metrics: Mapping[str, float]) -> str:
     """Return AP of all, rare, common and frequent classes in percent; an undefined one is ``-``."""
     return " ".join(
-        f"{name} {100 * metrics[name]:.1f}" if metrics[name] >= 0 else f"{name} -"
-        for name in ("AP", "APr", "APc", "APf")
+        f"{name} {100 * metrics[name]:.1f}" if metrics[name] >= 0 else f"{name} -" for name in FIGURES
     )
 
 

@@ -18,7 +18,7 @@ from clis.config import Config, data_path
 from clis.data.annotated_images import read_annotated
 from clis.data.annotations import Annotations
 from clis.data.categories import Category, check_same_categories
-from clis.data.loader import image_loader, like_shapes
+from clis.data.loader import batches_by_shape, image_loader
 from clis.data.streams import read_annotations
 from clis.distributed import gather_rows, on_main, rank, world_size
 from clis.engine.checkpoint import load_checkpoint, load_model, saved_config
@@ -140,7 +140,7 @@ def run_detector(detector: CLISDetector, config: Config, annotations: Annotation
     tables = [torch.zeros(0, 7, dtype=torch.float64)]
     where, less = "evaluation", "a lower test.images_per_batch, test.short_side or test.max_size"
     with Progress("evaluate", len(rows)) as progress, memory_advice(lambda: where, less):
-        for batch_rows, images in like_shapes(loader, config.test.images_per_batch, shape_of):
+        for batch_rows, images in batches_by_shape(loader, config.test.images_per_batch, shape_of):
             with autocast(config.train.precision, device):
                 found = detector.detect(images)
             columns = [

@@ -18,7 +18,6 @@ from clis.atomic import atomic_write
 from clis.config import Config, data_path, scoped_keys
 from clis.config_scopes import Scope
 from clis.data.classification import LabeledBatch, RandomCrops, Split, central_crop, collate_labeled
-from clis.data.image_classes import shortened
 from clis.data.image_level import ImageLevelIndex
 from clis.data.images import ImageError
 from clis.data.loader import MicroBatches, image_loader, train_loader
@@ -39,6 +38,7 @@ from clis.engine.skipped import SkippedSteps
 from clis.losses import at_least_float32
 from clis.models import ImageClassifier, build_classifier
 from clis.progress import Progress, say
+from clis.text import shortened
 
 SETTINGS = scoped_keys(Scope.PRETRAINING)
 """What makes another pre-training; see `Scope`."""

@@ -21,7 +21,7 @@ from clis.config import DETECTOR_RULES, Config, RegionsConfig, data_path
 from clis.data.categories import check_same_categories
 from clis.data.image_level import ImageLevelIndex, LabeledImages
 from clis.data.images import ImageError, open_image
-from clis.data.loader import image_loader, like_shapes
+from clis.data.loader import batches_by_shape, image_loader
 from clis.data.region_file import REGION_DTYPE, RegionSource, region_sidecar
 from clis.data.streams import make_index, read_annotations
 from clis.distributed import barrier, broadcast_flag, is_main, on_main, rank, world_size
@@ -160,7 +160,7 @@ def search_batches(
     """
     size = config.regions.images_per_batch
     batches = image_loader(image_reader(config, index, detector), rows, size, config.data.workers)
-    return like_shapes(batches, size, padded_sizes)
+    return batches_by_shape(batches, size, padded_sizes)
 
 
 def given_boxes(config: Config) -> Path:

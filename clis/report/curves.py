@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from clis.config import FIGURES
+
 MAX_POINTS = 1500
 """Points of a curve in the page; longer logs are averaged over equal numbers of records."""
 LOSSES = (
@@ -54,8 +56,9 @@ def evaluations_of(evaluations: Sequence[tuple[int, Mapping[str, float]]]) -> li
 
     They are fractions, -1 where undefined.
     """
-    names = ("AP", "APr", "APc", "APf")
-    return [{"step": step} | {name: metrics.get(name, -1) for name in names} for step, metrics in evaluations]
+    return [
+        {"step": step} | {name: metrics.get(name, -1) for name in FIGURES} for step, metrics in evaluations
+    ]
 
 
 def _number(value: Any) -> float:

@@ -170,8 +170,6 @@ def class_payload(annotations: Annotations, image_level: np.ndarray | None) -> d
         image_level: int64 [C], image-level images of each class, if there is such a stream.
     """
     count = annotations.num_classes
-    images = np.repeat(np.arange(len(annotations)), np.diff(annotations.offsets))
-    pairs = np.unique(images * count + annotations.labels)
     categories = annotations.categories
     return {
         "names": [category.name for category in categories],
@@ -179,6 +177,6 @@ def class_payload(annotations: Annotations, image_level: np.ndarray | None) -> d
         "trainImages": [category.image_count for category in categories],
         "trainInstances": [category.instance_count for category in categories],
         "imageLevel": None if image_level is None else image_level.tolist(),
-        "valImages": np.bincount(pairs % count, minlength=count).tolist(),
+        "valImages": annotations.images_per_class().tolist(),
         "valInstances": np.bincount(annotations.labels, minlength=count).tolist(),
     }

@@ -70,7 +70,7 @@ def worst_images(annotations: Annotations, runs: Sequence[Judged], count: int) -
         np.maximum.at(worst, run.rows[wrong], run.detections.score[wrong])
     by_mistake = np.argsort(-worst, kind="stable").tolist()
 
-    images = np.repeat(np.arange(len(annotations)), np.diff(annotations.offsets))
+    images = annotations.rows_of_boxes
     not_found = np.zeros(len(annotations.labels), np.int64)
     for run in runs:
         not_found += run.verdicts.required & (run.verdicts.found < SCORE)

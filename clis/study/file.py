@@ -8,12 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from clis.config import RESUMABLE
+from clis.config import FIGURES, RESUMABLE
 from clis.config_files import flatten, merge_overrides, name_below, read_yaml
 from clis.study.runs import StudyRun
 
-FIGURES = ("AP", "APr", "APc", "APf")
-"""Of a run, and of the paper's rows, in percent."""
 STUDY_KEYS = {"base", "seeds", "axis", "rows"}
 """Of a study file."""
 

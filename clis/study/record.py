@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from clis.atomic import atomic_write
-from clis.config import data_path
-from clis.config_files import load_config
-from clis.data.shapes import ShapesSpec, train_image_counts
+from clis.config import FIGURES, data_path
 from clis.data.streams import read_annotations
+from clis.engine.describe import format_metrics
 from clis.engine.evaluate import load_validation
 from clis.engine.run_folder import RunFolder
 from clis.metric.analysis import ap_by_image_count
@@ -21,7 +20,7 @@ from clis.metric.detections import Detections
 from clis.metric.lvis_eval import accumulate
 from clis.metric.matching import match
 from clis.progress import say
-from clis.study.file import FIGURES, Row, Study
+from clis.study.file import Row, Study
 
 ABOUT = (
     "AP in percent, mean ± standard deviation over the seeds; seconds a step are of shared machines and do "
@@ -82,20 +81,21 @@ class Record:
 
         Its seconds per step are left out: they may be of another day and machine.
         """
-        run = self._others.get(self._key(row, seed))
+        run, classes = self._others.get(self._key(row, seed), (None, {}))
         if run is not None:
             self.rows.setdefault(row.name, {})[str(seed)] = run
+            self.classes = self.classes or classes
         return run is not None
 
     @functools.cached_property
-    def _others(self) -> dict[str, dict[str, Any]]:
-        """Return the runs of the other studies in this folder, by their key."""
+    def _others(self) -> dict[str, tuple[dict[str, Any], dict[str, int]]]:
+        """Return the runs of the other studies in this folder, by their key, each with its `classes`."""
         wanted, runs = (*FIGURES, "key", "by_images"), {}
         for path in sorted(self.path.parent.parent.glob("*/study.json")):
             try:
-                rows = read_record(path)["rows"].values()
-                for run in (run for row in rows for run in row["runs"].values()):
-                    runs[run["key"]] = {name: run[name] for name in wanted}
+                document = read_record(path)
+                for run in (run for row in document["rows"].values() for run in row["runs"].values()):
+                    runs[run["key"]] = {name: run[name] for name in wanted}, document.get("classes", {})
             except (ValueError, KeyError, TypeError) as error:
                 say(f"{path}: left aside, no record of a study ({error})")
         return runs
@@ -103,15 +103,15 @@ class Record:
     def add(self, name: str, seed: int, folder: RunFolder) -> str:
         """Record a finished run, in the file too; return its figures in one line."""
         row = next(row for row in self.study.rows if row.name == name)
-        figures = folder.read_result()
-        run: dict[str, Any] = {figure: round(100 * figures[figure], 2) for figure in FIGURES}
+        metrics = folder.read_result()
+        run: dict[str, Any] = {name: round(100 * metrics[name], 2) for name in FIGURES}
         records = [record for record in folder.read_metrics() if "compute_time" in record]
         times = [record["data_time"] + record["compute_time"] for record in records]
         run |= {"key": self._key(row, seed), "step_seconds": round(statistics.median(times), 3)}
         run["by_images"], self.classes = _ap_by_images(folder)
         self.rows.setdefault(name, {})[str(seed)] = run
         self.write()
-        return " ".join(f"{name} {run[name]:.1f}" if run[name] >= 0 else f"{name} -" for name in FIGURES)
+        return format_metrics(metrics)
 
     def write(self) -> None:
         """Write ``study.json`` and ``table.md``, with the rows in the order of the study file."""
@@ -129,22 +129,13 @@ class Record:
             "base": str(self.study.base),
             "overrides": self.overrides,
             "axis": self.study.axis,
-            "classes": self.classes or self._classes_of_the_benchmark(),
+            "classes": self.classes,
             "rows": rows,
         }
         with atomic_write(self.path) as temporary:
             temporary.write_text(json.dumps(document, indent=1) + "\n")
         with atomic_write(self.path.with_name("table.md")) as temporary:
             temporary.write_text("\n".join([ABOUT, table(rows), table_by_images(rows)]))
-
-    def _classes_of_the_benchmark(self) -> dict[str, int]:
-        """Return `classes` of runs that did not record it, if they are on the whole embedded benchmark."""
-        if load_config(self.study.base, self.overrides).data.generate != "shapes":
-            return {}
-        counts = train_image_counts(ShapesSpec())
-        bins = {name for runs in self.rows.values() for run in runs.values() for name in run["by_images"]}
-        ends = {name: tuple(map(int, name.split("-"))) for name in sorted(bins)}
-        return {name: int(((counts >= low) & (counts <= high)).sum()) for name, (low, high) in ends.items()}
 
     def draw(self) -> Path:
         """Draw ``figure.png`` and return its path; without matplotlib say so, and return the table's."""
