@@ -32,8 +32,7 @@ from clis.config_files import config_differences, config_from_dict, config_to_di
 from clis.data.annotated_images import read_annotated
 from clis.data.annotations import load_annotations
 from clis.data.loader import MicroBatches, image_loader, train_loader
-from clis.data.shapes import generate_shapes
-from clis.data.streams import make_streams
+from clis.data.streams import generate_data, make_streams
 from clis.engine.optim import learning_rate
 from clis.engine.run_folder import regions_file
 from clis.engine.train import run
@@ -182,8 +181,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for seed in arguments.seeds:
         ours = arguments.out / f"ours_{seed}"
         config = load_config(arguments.config, [*arguments.overrides, f"train.seed={seed}", f"output={ours}"])
-        if config.data.generate == "shapes":
-            generate_shapes(data_path(config, "shapes"))
+        generate_data(config)
         run(config, torch.device("cpu"))
         rows["ours"].append(json.loads((ours / "eval.json").read_text()))
         path = arguments.out / f"torchvision_{seed}.json"

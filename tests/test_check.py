@@ -261,7 +261,7 @@ def test_settings_that_cannot_run(root, finished):
     report = checked(root, "regions.detector=null")
     assert any("makes it with a detector: name a checkpoint" in error for error in report.errors)
     report = checked(root, "regions.detector=no_such_run")
-    assert any("no_such_run/checkpoints/last.pt: no such checkpoint" in error for error in report.errors)
+    assert any("no_such_run: no such checkpoint" in error for error in report.errors)
     report = checked(root, "data.shuffle_block=8")
     assert any("data.shuffle_block is for tars of mixed classes" in error for error in report.errors)
     (root.parent / "run").mkdir()

@@ -23,7 +23,8 @@ import clis
 from clis.config import RESUMABLE, Config
 from clis.config_files import config_to_dict, flatten, load_config, merge_overrides
 from clis.data.categories import Category
-from clis.data.shapes import CLASS_NAMES, ShapesSpec, frequency_order, train_image_counts, val_image_counts
+from clis.data.shapes import ShapesSpec, frequency_order, train_image_counts, val_image_counts
+from clis.data.shapes_drawing import CLASS_NAMES
 from clis.engine.run_folder import RunFolder
 from clis.losses import CLASSIFICATION_LOSSES, build_classification_loss
 from clis.losses.options import check_options, read_call

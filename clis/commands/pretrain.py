@@ -5,9 +5,8 @@ from __future__ import annotations
 import argparse
 
 from clis.commands.arguments import add_config
-from clis.config import data_path
 from clis.config_files import load_config
-from clis.data.shapes import generate_shapes
+from clis.data.streams import generate_data
 from clis.distributed import choose_device, process_group
 from clis.engine.at_work import at_work, only_process
 from clis.engine.pretrain import pretrain
@@ -31,8 +30,7 @@ def run(arguments: argparse.Namespace) -> None:
         raise ValueError("pretrain.epochs is 0: nothing to do; pass e.g. pretrain.epochs=100")
     device = choose_device(config.train.device)
     with process_group(device):
-        if config.data.generate == "shapes":
-            generate_shapes(data_path(config, "shapes"))
+        generate_data(config)
         folder = RunFolder(config.output).pretraining
         folder.path.mkdir(parents=True, exist_ok=True)
         with only_process(RunFolder(config.output)), at_work(folder) as now:

@@ -15,5 +15,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Draw the embedded benchmark into a folder."""
+    """Draw the embedded benchmark into a folder.
+
+    Raises:
+        ValueError: the seed is below 0.
+    """
+    if arguments.seed < 0:
+        raise ValueError(f"--seed {arguments.seed}: must be at least 0")
     generate_shapes(arguments.folder, ShapesSpec(seed=arguments.seed))

@@ -21,15 +21,14 @@ from clis.commands.show_pictures import (
     draw_mosaics,
     format_score,
 )
-from clis.config import DETECTOR_RULES, Config, data_path
+from clis.config import DETECTOR_RULES, Config
 from clis.config_files import find_config, load_config, name_below
 from clis.data.annotations import Annotations
 from clis.data.image_classes import GROUPS, coverage
 from clis.data.loader import TwoStreamDataset
 from clis.data.region_file import RegionSource, mean_scores
 from clis.data.sampling import JointSampler, WorkItem
-from clis.data.shapes import generate_shapes
-from clis.data.streams import make_streams
+from clis.data.streams import generate_data, make_streams
 from clis.engine.region_search import region_rule, regions_of, search_batches
 from clis.engine.run_folder import regions_file
 from clis.pages import MissingExtra, render
@@ -62,8 +61,7 @@ def run(arguments: argparse.Namespace) -> None:
     """Write pictures and a page of what the first steps of a config see."""
     config = load_config(arguments.config, arguments.overrides)
     out = arguments.out or Path("runs/show") / name_below(find_config(arguments.config), "configs")
-    if config.data.generate == "shapes":
-        generate_shapes(data_path(config, "shapes"))
+    generate_data(config)
     seen = open_streams(config, arguments.config)
     labels = None
     if arguments.classes is not None:

@@ -9,9 +9,8 @@ from pathlib import Path
 from tqdm import tqdm
 
 from clis.commands.arguments import positive
-from clis.config import data_path
 from clis.config_files import find_config, load_config
-from clis.data.shapes import generate_shapes
+from clis.data.streams import generate_data
 from clis.engine.run_folder import RunFolder
 from clis.progress import say
 from clis.study.file import Study
@@ -92,8 +91,8 @@ def run_study(
     if record.outdated:
         say(f"recorded of other settings, data or rows, and left out: {'; '.join(record.outdated)}")
     base = load_config(study.base, overrides)
-    if plan and base.data.generate == "shapes":  # once, before processes that would all write it
-        generate_shapes(data_path(base, "shapes"))
+    if plan:
+        generate_data(base)  # once, before processes that would all write them
     _work_off(list(plan.values()), record, jobs, out / "logs")
     record.write()
     record.draw()

@@ -38,9 +38,16 @@ from clis.data.sampling import (
     class_balanced_factors,
     repeat_factors,
 )
+from clis.data.shapes import generate_shapes
 from clis.distributed import local_main_first
 from clis.progress import Progress, say
 from clis.text import shortened
+
+
+def generate_data(config: Config) -> None:
+    """Write the data that `data.generate` names, the embedded benchmark, if they do not exist yet."""
+    if config.data.generate == "shapes":
+        generate_shapes(data_path(config, "shapes"))
 
 
 def read_annotations(path: str | Path, *, unlabeled: bool = False) -> Annotations:

@@ -12,11 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from clis.config import Config, data_path
+from clis.config import Config
 from clis.data.batch import Batch
 from clis.data.loader import MicroBatches, train_loader
-from clis.data.shapes import generate_shapes
-from clis.data.streams import make_streams
+from clis.data.streams import generate_data, make_streams
 from clis.distributed import (
     all_gather_rows,
     all_reduce_sum,
@@ -70,15 +69,13 @@ LESS_MEMORY = (
 def recipe(config: Config, name: str, overrides: Sequence[str], device: torch.device) -> None:
     """Run the stages that the config needs and that are not done yet; then print the comparison.
 
-    For CLIS these are, in this order: the embedded benchmark, if the config is on it; a baseline, which is
-    the detector of the regions; the regions, found with it; the pre-training, if there is one; CLIS itself
-    (`run`). All are checked before the first one begins.
+    For CLIS these are, in this order: a baseline, which is the detector of the regions; the regions, found
+    with it; the pre-training, if there is one; CLIS itself (`run`). All are checked before the first one
+    begins, and the embedded benchmark is written first, if the config is on it.
     """
     plan = plan_run(config, name, overrides)
     check_plan(plan)  # mistakes are reported before any work starts
     stages: dict[tuple[str, str], tuple[str, Callable[[], object]]] = {}
-    if config.data.generate == "shapes":
-        stages["", "data"] = ("embedded benchmark", lambda: _generate(plan))
     _add_stages(stages, plan, device)
     runs = list(plan.walk())
     # others are not needed, whatever their folders hold
@@ -90,16 +87,15 @@ def recipe(config: Config, name: str, overrides: Sequence[str], device: torch.de
 
 @contextlib.contextmanager
 def _claimed(plan: PlannedRun, trained: Sequence[Config]) -> Iterator[None]:
-    """Keep other processes from the folders of the runs that are trained; check all files of the plan."""
-    to_generate = plan.config.data.generate == "shapes"
+    """Keep other processes from the folders of the runs that are trained; make and check the plan's files."""
     with contextlib.ExitStack() as stack:
         for config in trained:
             folder = RunFolder(config.output)
             folder.check(config)
             if not broadcast_flag(folder.is_finished(config)):
                 stack.enter_context(only_process(folder))
-        if not to_generate or broadcast_flag(data_path(plan.config, plan.config.data.train).exists()):
-            check_files(plan)
+        generate_data(plan.config)
+        check_files(plan)
         for config in trained:
             RunFolder(config.output).claim(config)
         yield
@@ -112,20 +108,10 @@ def _run_stages(stages: Mapping[tuple[str, str], tuple[str, Callable[[], object]
             text = f"{number}/{len(stages)} {title}"
             say(text)
             now(text)
-            own = output in ("", run_output)
-            with contextlib.nullcontext(now) if own else _at_work(output) as here:
+            with contextlib.nullcontext(now) if output == run_output else _at_work(output) as here:
                 here(text)
                 stage()
                 barrier()
-
-
-def _generate(plan: PlannedRun) -> None:
-    """Write the embedded benchmark if it does not exist yet, and check that it has all that the runs name."""
-    path = data_path(plan.config, plan.config.data.train)
-    is_new = not broadcast_flag(path.exists())
-    generate_shapes(data_path(plan.config, "shapes"))
-    if is_new:
-        check_files(plan)
 
 
 def _at_work(output: str) -> contextlib.AbstractContextManager[Callable[[str], None]]:
