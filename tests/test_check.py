@@ -158,13 +158,13 @@ def test_annotations_at_fault(root, field, value, error):
 
 
 def test_annotations_that_are_hardly_meant(root):
-    """Fractions for pixels, one file behind two images, training images in validation, uncounted truths."""
+    """Boxes of hardly a pixel, one file behind two images, training images in validation, uncounted truths."""
     photos = json.loads((root / "shapes" / "train.json").read_text())["images"]
 
     def spoil(document):
         document["images"][1]["file_name"] = document["images"][0]["file_name"]
         for annotation in document["annotations"]:
-            annotation["bbox"] = [0.1, 0.2, 0.3, 0.4]
+            annotation["bbox"] = [0.1, 0.2, 1.3, 1.4]
 
     def overlap(document):
         document["images"][2]["file_name"] = photos[3]["file_name"]
@@ -175,7 +175,7 @@ def test_annotations_that_are_hardly_meant(root):
     change(root, "train", spoil)
     change(root, "val", overlap)
     warnings = "\n".join(set(checked(root).warnings) - set(before.warnings))
-    assert "train.json: no box has a side of 2 px, the largest is 0.3 x 0.4" in warnings
+    assert "train.json: no box has a side of 2 px, the largest is 1.3 x 1.4" in warnings
     assert "train.json: 1 image files are used more than once" in warnings
     assert "val.json: 1 of 20 validation images are training images too" in warnings
     assert re.search(
@@ -337,3 +337,17 @@ def test_gzip_in_a_tar_is_looked_into(root):
     report = checked(root)
     assert report.errors == []
     assert any("image-level: 1 images are L" in note for note in report.notes)
+
+
+def test_boxes_as_fractions_and_a_batch_for_more_processes(root):
+    """Fractions of the image cannot be trained on; 6 images by 4 may be for two processes, so it warns."""
+
+    def as_fractions(document: dict) -> None:
+        for each in document["annotations"]:
+            each["bbox"] = [side / 48 for side in each["bbox"]]
+
+    report = checked(root, "train.images_per_step=6", "train.images_per_process=4")
+    assert not report.errors
+    assert any("train.images_per_process=4 on one process" in warning for warning in report.warnings)
+    change(root, "train", as_fractions)
+    assert any("all boxes are within 0..1" in error for error in checked(root).errors)

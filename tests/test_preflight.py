@@ -16,9 +16,11 @@ from clis.cli import OutOfMemory, is_out_of_memory
 from clis.commands import run_verb
 from clis.commands.prepare import prepare_image_level
 from clis.data.annotations import load_annotations
-from clis.engine import preflight, train
+from clis.engine import at_work, preflight, train
+from clis.engine.at_work import only_process
 from clis.engine.memory import memory_advice
 from clis.engine.preflight import check_images
+from clis.engine.run_folder import RunFolder
 
 ORIENTATION = 0x0112
 
@@ -69,7 +71,7 @@ class TestBeforeTheDetectorIsTrained:
 
     def test_a_batch_that_does_not_divide(self, refused):
         refused(
-            r"train\.images_per_step=6 is not a whole number of .* train\.images_per_process=4 on 1 process",
+            r"train\.images_per_step=6 is not a whole number of .* train\.images_per_process=4 on one process",
             "train.images_per_step=6", "train.images_per_process=4",
         )  # fmt: skip
         refused(
@@ -257,3 +259,58 @@ class TestMemory:
         match = "step 4, the last checkpoint is of step 2: out of memory .*train.images_per_process.*clis.s"
         with pytest.raises(OutOfMemory, match=match):
             run_verb("train", ["--config", BASELINE, *SHORT, f"data.root={data}", f"output={tmp_path}"])
+
+
+class TestWhatEarlierCommandsMade:
+    """A run folder of four steps, its detector's and its regions, in copies of folder and data."""
+
+    @pytest.fixture
+    def command(self, root, finished, tmp_path) -> list[str]:
+        shutil.copytree(finished, tmp_path / "run")
+        return [CONFIG, *SHORT, f"data.root={root}", f"output={tmp_path / 'run'}"]
+
+    def said(self, capsys, *arguments: str) -> str:
+        with pytest.raises(SystemExit):
+            run_verb("check", [*arguments])
+        return capsys.readouterr().out
+
+    def test_as_it_was_it_is_nothing_to_speak_of(self, command, capsys):
+        said = self.said(capsys, *command)
+        assert "changed since" not in said
+        assert "was found by a detector" not in said
+
+    def test_regions_of_a_shorter_detector(self, command, capsys):
+        """As after a trial of a few steps; a training does not go on from the trial without a word."""
+        longer = [*command, "train.steps=6", "train.device=cpu"]
+        told = "regions.npy was found by a detector of 4 steps, and this config's has 6"
+        assert told in self.said(capsys, *longer)
+        run_verb("train", longer)
+        assert f"WARNING: {command[-1].partition('=')[2]}/{told}" in capsys.readouterr().out
+
+    def test_annotations_that_changed(self, command, root, capsys):
+        change(root, "train", lambda document: document["annotations"].pop())
+        said = self.said(capsys, *command)
+        assert "run is finished, and " in said
+        assert "train.json changed since its training" in said
+        with pytest.raises(ValueError, match=r"last\.pt: .*train\.json changed since this training began"):
+            run_verb("train", [*command, "train.steps=6"])
+
+    def test_a_region_file_that_does_not_exist(self, command, tmp_path, capsys):
+        """A mistyped name would train the detector again without a word."""
+        said = self.said(capsys, *command[:-1], f"output={tmp_path / 'new'}", "regions.file=regoins.npy")
+        assert "regoins.npy (regions.file) does not exist, so it is made: by a detector of 4 steps" in said
+
+
+def test_a_folder_that_cannot_be_made_ends_the_start(tmp_path, monkeypatch):
+    """As below /proc, where the system says that a folder to be made is not there."""
+
+    def missing(*_, **__):
+        raise FileNotFoundError(2, "No such file or directory")
+
+    monkeypatch.setattr(at_work, "DYING", 0.2)
+    monkeypatch.setattr(Path, "mkdir", missing)
+    with (
+        pytest.raises(OSError, match=r"cannot be written \(No such file or directory\)"),
+        only_process(RunFolder(tmp_path / "run")),
+    ):
+        pass

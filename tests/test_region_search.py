@@ -129,7 +129,7 @@ def counts_of(path: Path) -> dict[str, int]:
 class TestRules:
     def test_category_rank_first_asks_for_each_images_own_label(self, index, tmp_path):
         path, detector = tmp_path / "run" / "regions.npy", Detector()
-        make_regions(config_of(), index, detector, path)
+        make_regions(config_of(), index, detector, path, detector_steps=7)
         numbers = numbers_of(index)
         names = [CLASSES[number % len(CLASSES)] for number in numbers]
         labels = [[category.name for category in CATEGORIES].index(name) for name in names]
@@ -146,6 +146,7 @@ class TestRules:
             "short_side": [16],
             "max_size": 32,
             "detector": "some.pt",
+            "detector_steps": 7,
             "counts": {"rule": NUM_IMAGES},
         }
         assert sorted(p.name for p in path.parent.iterdir()) == ["regions.json", "regions.npy"]

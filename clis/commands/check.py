@@ -31,7 +31,14 @@ from clis.data.streams import (
 )
 from clis.engine.checkpoint import load_checkpoint, saved_categories
 from clis.engine.describe import schedule_warnings
-from clis.engine.preflight import check_space, check_writable_folder, checkpoint_bytes, pending_runs
+from clis.engine.optim import split_batch
+from clis.engine.preflight import (
+    check_space,
+    check_writable_folder,
+    checkpoint_bytes,
+    describe_reuse,
+    pending_runs,
+)
 from clis.engine.prerequisites import PlannedRun, plan_run
 from clis.engine.pretrain import SETTINGS as PRETRAINING
 from clis.engine.region_search import detector_checkpoint, given_boxes, read_boxes
@@ -122,6 +129,12 @@ def _check_plan(config: Config, overrides: Sequence[str], report: Report) -> Pla
                 RunFolder(each.config.output).pretraining.check(each.config, PRETRAINING)
         with report.catching():
             check_run(each)
+    with report.catching():
+        report.warnings += describe_reuse(plan)
+    try:
+        split_batch(config.train, 1)
+    except ValueError as error:
+        report.warnings.append(str(error))
     report.notes += schedule_warnings(config)
     return plan
 
@@ -215,7 +228,12 @@ def _describe_classes(train: Annotations, config: Config, report: Report) -> Non
 def _describe_oddities(annotations: Annotations, report: Report) -> None:
     """Warn of annotations that are possible and hardly meant."""
     sizes = annotations.bboxes[:, 2:]
-    if len(sizes) and (sizes < 2).all():
+    if len(sizes) and (annotations.bboxes <= 1).all():
+        report.errors.append(
+            f"{annotations.path}: all boxes are within 0..1, as fractions of the image would be; boxes are "
+            "x, y, width, height in pixels"
+        )
+    elif len(sizes) and (sizes < 2).all():
         width, height = sizes[sizes.prod(axis=1).argmax()]
         report.warnings.append(
             f"{annotations.path}: no box has a side of 2 px, the largest is {width:.3g} x {height:.3g}: are "
@@ -283,8 +301,11 @@ def _check_model(config: Config, train: Annotations, report: Report) -> CLISDete
     path = None if backbone.weights is None else data_path(config, backbone.weights)
     to_download = path is not None and backbone.download and not path.exists()
     if to_download:
-        note = f"{path}: will be downloaded at the start"
-        report.notes += [note] * (note not in report.notes)
+        warning = (
+            f"{path}: is not there, and will be downloaded at the start; fetch it now if the machine of the "
+            "training has no network"
+        )
+        report.warnings += [warning] * (warning not in report.warnings)
     if config.pretrain.epochs > 0:
         report.notes.append(f"{folder.pretraining.backbone}: will be made, by pre-training")
         build_classifier(config, train.categories, pretrained=not to_download)

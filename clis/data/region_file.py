@@ -46,6 +46,14 @@ def region_sidecar(index: ImageLevelIndex, regions: RegionsConfig, detector: str
     return {"index": index.digest, "images": len(index), **region_recipe(regions), "detector": detector}
 
 
+def detector_steps(path: Path) -> int | None:
+    """Return how many steps the detector of a region file was trained; None where that is not recorded."""
+    try:
+        return json.loads(path.with_suffix(".json").read_text()).get("detector_steps")
+    except (OSError, ValueError, AttributeError):  # `load_regions` says what is wrong
+        return None
+
+
 def load_regions(
     path: str | Path, index: ImageLevelIndex, config: RegionsConfig, *, every_row: bool = False
 ) -> np.ndarray:

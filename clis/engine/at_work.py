@@ -133,9 +133,10 @@ def _lock(lock: Path, folder: RunFolder, instead: str) -> int:
         try:
             lock.parent.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o666)
-        except FileNotFoundError:  # another process has just removed the empty folder
-            continue
         except OSError as error:
+            if isinstance(error, FileNotFoundError) and time.monotonic() < until:
+                time.sleep(0.1)  # another process has just removed the empty folder
+                continue
             raise OSError(
                 f"{folder}: cannot be written ({error.strerror}); allow writing there, or {instead}"
             ) from error

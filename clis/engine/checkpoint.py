@@ -17,7 +17,7 @@ from clis.config import Config
 from clis.config_files import config_from_dict, config_to_dict, merge_overrides, resolve_data_root
 from clis.data.categories import Category, check_same_categories
 from clis.distributed import on_main, rank
-from clis.engine.provenance import provenance, training_files
+from clis.engine.provenance import changed_files, provenance, training_files
 from clis.engine.run_folder import RunFolder, find_checkpoint
 from clis.engine.schedule import differences_after
 from clis.models import CLISDetector, ImageClassifier, build_model
@@ -187,7 +187,7 @@ def resume(
         within: sections and keys of the config that matter here; None is all of them.
 
     Raises:
-        ValueError: it was trained by another config or for other categories.
+        ValueError: it was trained by another config, on other files or for other categories.
     """
     loaded: list[dict[str, Any]] = []
 
@@ -196,6 +196,12 @@ def resume(
         found = load_last_checkpoint(folder)
         if found is None:
             return None
+        changed = [] if within is not None else changed_files(found[0].get("record"), training_files(config))
+        if changed:
+            raise ValueError(
+                f"{found[1]}: {' and '.join(changed)} changed since this training began; put back what was "
+                "there, or begin again in another folder (output=FOLDER)"
+            )
         loaded.append(found[0])
         return found[1], found[0]["step"]
 

@@ -56,9 +56,10 @@ def split_batch(
     share, rest = divmod(images, processes)
     at_once = min(at_most, share)
     if rest or share % at_once:
+        on = "one process" if processes == 1 else f"{processes} processes"
         raise ValueError(
             f"{section}.images_per_step={images} is not a whole number of micro-batches of "
-            f"{section}.images_per_process={at_most} on {processes} processes"
+            f"{section}.images_per_process={at_most} on {on}"
         )
     return at_once, share // at_once
 

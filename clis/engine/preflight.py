@@ -23,7 +23,7 @@ from clis.data.annotated_images import check_size, image_path
 from clis.data.annotations import Annotations
 from clis.data.categories import Category, check_same_categories
 from clis.data.images import MAX_PIXELS, ImageError, open_image, read_bytes
-from clis.data.region_file import load_regions
+from clis.data.region_file import detector_steps, load_regions
 from clis.data.streams import (
     check_image_level,
     make_image_level_sampler,
@@ -35,6 +35,7 @@ from clis.engine.checkpoint import load_checkpoint, saved_categories
 from clis.engine.evaluate import load_validation
 from clis.engine.optim import split_batch
 from clis.engine.prerequisites import PlannedRun
+from clis.engine.provenance import changed_files, training_files
 from clis.engine.region_search import detector_checkpoint, given_boxes, read_boxes
 from clis.engine.run_folder import RunFolder, regions_file
 from clis.engine.start import starting_weights
@@ -85,6 +86,28 @@ def check_files(plan: PlannedRun) -> None:
         is_first = number == 0 and config.pretrain.epochs == 0
         space.append(on_main(functools.partial(_check_run, run, training, is_first)))
     on_main(lambda: check_space(space))
+    for line in on_main(lambda: list(describe_reuse(plan))):
+        say(f"WARNING: {line}")
+
+
+def describe_reuse(plan: PlannedRun) -> Iterator[str]:
+    """Warn of what the runs of a plan would use although it was made otherwise, and of a file to be made."""
+    for run in plan.walk():
+        config, folder, path = run.config, RunFolder(run.config.output), regions_file(run.config)
+        if folder.is_finished(config):
+            changed = changed_files(folder.read_record().get("training"), training_files(config))
+            if changed:
+                yield f"{folder} is finished, and {' and '.join(changed)} changed since its training"
+        elif config.clis.s > 0 and run.detector is not None:
+            steps = run.detector.config.train.steps
+            if not path.exists() and config.regions.file is not None:
+                yield f"{path} (regions.file) does not exist, so it is made: by a detector of {steps} steps"
+            made = detector_steps(path) if path.exists() else None
+            if made not in (None, steps):
+                yield (
+                    f"{path} was found by a detector of {made} steps, and this config's has {steps}; to have "
+                    "it found again, begin again in another folder (output=FOLDER)"
+                )
 
 
 def pending_runs(plan: PlannedRun) -> Iterator[PlannedRun]:

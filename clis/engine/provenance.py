@@ -39,6 +39,17 @@ def provenance(files: Mapping[str, Path]) -> dict[str, Any]:
     }
 
 
+def changed_files(record: Mapping[str, Any] | None, files: Mapping[str, Path]) -> list[str]:
+    """Name the files that are others now than in a record of `provenance`; those that it lacks pass."""
+    known = (record or {}).get("data", {})
+    changed = []
+    for name, path in files.items():
+        before, now = known.get(name, {}).get("sha256"), file_hash(path)
+        if None not in (before, now) and before != now:
+            changed.append(str(path))
+    return changed
+
+
 def training_files(config: Config) -> dict[str, Path]:
     """Return the files that determine what a run trains on, by what they are."""
     files = {"train": data_path(config, config.data.train)}

@@ -60,7 +60,8 @@ def find_regions(config: Config, device: torch.device, detector: Config | None) 
             return
         model = load_searcher(config, device, detector)
         status = detector_checkpoint(config, detector).stat()
-        make_regions(config, index, model, path, stamp=f"{status.st_size} {status.st_mtime_ns}")
+        steps = None if detector is None else detector.train.steps
+        make_regions(config, index, model, path, f"{status.st_size} {status.st_mtime_ns}", steps)
 
 
 def load_searcher(config: Config, device: torch.device, detector: Config | None) -> CLISDetector:
@@ -71,6 +72,11 @@ def load_searcher(config: Config, device: torch.device, detector: Config | None)
     """
     annotations = read_annotations(data_path(config, config.data.train))
     checkpoint = detector_checkpoint(config, detector)
+    if detector is not None and not checkpoint.exists():
+        raise FileNotFoundError(
+            f"{checkpoint}: the detector that finds the regions is not trained yet; train it first: "
+            f"python train.py --config {config.regions.detector}"
+        )
     model = load_detector(checkpoint, device)
     model.calibration = None  # it compares classes, and the search ranks boxes within one
     check_same_categories(model.categories, str(checkpoint), annotations.categories, annotations.path)
@@ -92,7 +98,12 @@ def detector_checkpoint(config: Config, detector: Config | None) -> Path:
 
 
 def make_regions(
-    config: Config, index: ImageLevelIndex, detector: CLISDetector | None, path: Path, stamp: str = ""
+    config: Config,
+    index: ImageLevelIndex,
+    detector: CLISDetector | None,
+    path: Path,
+    stamp: str = "",
+    detector_steps: int | None = None,
 ) -> None:
     """Write `regions.npy`, one `REGION_DTYPE` row per image in the index's order, and its sidecar JSON.
 
@@ -103,6 +114,7 @@ def make_regions(
     Args:
         detector: finds the boxes for `category-rank-first` and `top-score`; None for the other rules.
         stamp: changes with the detector's weights; parts of another one are not resumed.
+        detector_steps: of the detector's training, for the sidecar, if it is a config's.
 
     Raises:
         FileNotFoundError, ValueError: the boxes of the rule `given` cannot be read.
@@ -142,7 +154,8 @@ def make_regions(
         check_bad_images([index.name(row) for row in bad], config.data.max_bad_images)  # of all processes
         counts = Counter(RegionSource(source).name.lower() for source in table["source"].tolist())
         with atomic_write(path.with_suffix(".json")) as temporary:
-            temporary.write_text(json.dumps(sidecar | {"counts": counts}, indent=1) + "\n")
+            more = {"detector_steps": detector_steps, "counts": counts}
+            temporary.write_text(json.dumps(sidecar | more, indent=1) + "\n")
         with atomic_write(path) as temporary:
             np.save(temporary, table)
         remove_parts(path)
