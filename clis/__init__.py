@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from clis.config import Config
     from clis.config_files import load_config
     from clis.data.annotations import load_annotations
+    from clis.data.categories import Category
     from clis.engine.checkpoint import load_detector
     from clis.metric.detections import Detections
     from clis.metric.lvis_eval import evaluate
@@ -25,6 +26,7 @@ __version__ = "0.1.0"
 
 _HOME = {
     "CLISDetector": "clis.models",
+    "Category": "clis.data.categories",
     "Config": "clis.config",
     "Detections": "clis.metric.detections",
     "build_model": "clis.models",
@@ -36,6 +38,7 @@ _HOME = {
 
 __all__ = [
     "CLISDetector",
+    "Category",
     "Config",
     "Detections",
     "build_model",

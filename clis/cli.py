@@ -9,8 +9,10 @@ import select
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Callable
-from typing import NoReturn, TextIO
+from pathlib import Path
+from typing import Any, NoReturn, TextIO
 
 from clis.text import wrapped
 
@@ -67,6 +69,7 @@ def run_command(main: Callable[[], None]) -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+    warnings.showwarning = _show_warning
     try:
         main()
         sys.stdout.flush()  # here, where a closed pipe is met with calm
@@ -74,6 +77,7 @@ def run_command(main: Callable[[], None]) -> None:
         print(wrapped(str(stop), sys.stderr), file=sys.stderr, flush=True)
         _leave(EXIT_CODE)
     except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
         _leave(130)
     except (ValueError, OSError, FloatingPointError, RuntimeError, MemoryError, OutOfMemory) as error:
         if isinstance(error, BrokenPipeError) and _is_closed(sys.stdout):
@@ -101,6 +105,15 @@ def run_command(main: Callable[[], None]) -> None:
     except Exception:
         _leave_with_traceback()
         raise
+
+
+def _show_warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, *_: Any, **__: Any
+) -> None:
+    """Print a warning of ours as the line that it is, and others with their place."""
+    own = category is UserWarning and Path(filename).is_relative_to(Path(__file__).parent)
+    text = warnings.formatwarning(message, category, filename, lineno)
+    print(f"WARNING: {message}" if own else text.rstrip(), file=sys.stderr)
 
 
 def _leave(code: int) -> NoReturn:

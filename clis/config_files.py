@@ -33,9 +33,9 @@ SAME_RECIPE = (*RESUMABLE, "train.seed", "data.image_level", "regions.file")
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read a YAML config with its parents and apply `key.path=value` overrides.
 
-    A relative `base`, `regions.detector` or `start.from` in a file is relative to that file; in an override
-    it is relative to the working folder, as is `data.root` everywhere. `data.root` is made
-    absolute, and `output` is filled in.
+    A relative `base`, `regions.detector` or `start.from` in a file is relative to that file (a `base` may be
+    a shipped config's name, too); in an override it is relative to the working folder, as is `data.root`
+    everywhere. `data.root` is made absolute, and `output` is filled in.
 
     Args:
         path: a file, or the name of a shipped config, e.g. ``shapes/clis``.
@@ -73,6 +73,8 @@ def find_config(name: str | Path) -> Path:
     near = difflib.get_close_matches(path.with_suffix("").as_posix(), shipped, n=3, cutoff=0.6)
     known = f"did you mean {' or '.join(near)}?" if near else f"shipped: {', '.join(shipped[:5])}, ..."
     what = "a folder, not a config" if path.is_dir() else "no such config"
+    if (path / "config.yaml").is_file():
+        known = f"that of the run is {path / 'config.yaml'}"
     raise FileNotFoundError(f"{path}: {what}; {known}")
 
 
@@ -146,6 +148,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
         values = yaml.load(read_text(path), Loader=_StrictLoader)
     except FileNotFoundError:
         raise FileNotFoundError(f"{path}: no such config") from None
+    except yaml.MarkedYAMLError as error:
+        raise ValueError(_describe_yaml(path, error)) from None
     except (yaml.YAMLError, ValueError) as error:
         raise ValueError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
     except RecursionError:
@@ -157,6 +161,15 @@ def read_yaml(path: Path) -> dict[str, Any]:
             f"not a {type(values).__name__}"
         )
     return values
+
+
+def _describe_yaml(path: Path, error: yaml.MarkedYAMLError) -> str:
+    """Say what is wrong in which line."""
+    where = "" if error.problem_mark is None else f", line {error.problem_mark.line + 1}"
+    problem = " ".join(filter(None, (error.context, error.problem)))
+    if "'\\t'" in problem:
+        problem = "a tab; indent with spaces"
+    return f"{path}{where}: not valid YAML: {problem}"
 
 
 class _StrictLoader(yaml.SafeLoader):
@@ -185,9 +198,13 @@ def _read_with_parents(path: Path, children: tuple[Path, ...]) -> dict[str, Any]
         return _merge({}, values)
     if not isinstance(base, str):
         raise ValueError(f"{path}: `base:` names one file, not {base!r}")
-    parent = path.parent / base
-    if not parent.is_file():
-        raise FileNotFoundError(f"{path}: `base: {base}` names {parent}, which does not exist")
+    named = [path.parent / base, SHIPPED / base, SHIPPED / f"{base}.yaml"]
+    parent = next((each for each in named if each.is_file()), None)
+    if parent is None:
+        raise FileNotFoundError(
+            f"{path}: `base: {base}` names {named[0]}, which does not exist; name a file, relative to this "
+            "one, or a shipped config, e.g. shapes/clis"
+        )
     inherited = _read_with_parents(parent, (*children, path.resolve()))
     inherited.pop("paper", None)
     return _merge(inherited, values)
@@ -265,9 +282,18 @@ def _build(cls: type, values: Any, prefix: str) -> Any:
     return cls(**arguments)
 
 
+ELSEWHERE = {
+    **dict.fromkeys(("extends", "inherits", "_base_", "_BASE_"), "a config names its parent by base: FILE"),
+    **dict.fromkeys(("seeds", "rows", "like"), "this is a study: python -m clis study FILE"),
+}
+"""Keys of no config that people write, and what they stand for."""
+
+
 def _nearest(key: str, prefix: str, siblings: Mapping[str, Any]) -> str:
     """Suggest what was meant: the key in another section, a similar one in this section, or list them all."""
     elsewhere = [dotted for dotted in _known_keys(Config) if dotted.split(".")[-1] == key]
+    if not prefix and key in ELSEWHERE:
+        return ELSEWHERE[key]
     like = difflib.get_close_matches(key, siblings, n=1, cutoff=0.6)
     meant = elsewhere or [f"{prefix}{name}" for name in like]
     return f"did you mean {' or '.join(meant)}?" if meant else f"known: {', '.join(siblings)}"

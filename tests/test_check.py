@@ -158,7 +158,7 @@ def test_annotations_at_fault(root, field, value, error):
 
 
 def test_annotations_that_are_hardly_meant(root):
-    """Boxes of hardly a pixel, one file behind two images, training images in validation, uncounted truths."""
+    """Boxes of a pixel, one file behind two images, training images in validation, uncounted truths."""
     photos = json.loads((root / "shapes" / "train.json").read_text())["images"]
 
     def spoil(document):

@@ -225,21 +225,30 @@ class TestFiles:
     @pytest.mark.parametrize(
         ("text", "message"),
         [
-            ("- train\n- data\n", "a config is a mapping of sections.*not a list"),
-            ("just words", "a config is a mapping of sections.*not a str"),
-            ("train: {steps: 1", "not valid YAML"),
+            ("- train\n- data\n", ": a config is a mapping of sections.*not a list"),
+            ("just words", ": a config is a mapping of sections.*not a str"),
+            ("train: {steps: 1", ".*not valid YAML"),
+            ("train:\n\tsteps: 1", ", line 2: not valid YAML: a tab; indent with spaces"),
             (
                 "train:\n  steps: 1\ndata:\n  workers: 0\ntrain:\n  seed: 1\n",
-                "not valid YAML: train is there twice",
+                ", line 5: not valid YAML: train is there twice",
             ),
-            ("base: [a.yaml, b.yaml]", r"`base:` names one file, not \['a.yaml', 'b.yaml'\]"),
-            ("train:\n  # steps: 10\n", "train: a section of keys is needed, not nothing"),
-            ("data: 5", "data: a section of keys is needed, not 5"),
+            ("extends: a.yaml", ": unknown key extends; a config names its parent by base: FILE"),
+            ("rows: {}", ": unknown key rows; this is a study: python -m clis study FILE"),
+            ("base: [a.yaml, b.yaml]", r": `base:` names one file, not \['a.yaml', 'b.yaml'\]"),
+            ("train:\n  # steps: 10\n", ": train: a section of keys is needed, not nothing"),
+            ("data: 5", ": data: a section of keys is needed, not 5"),
         ],
     )
     def test_a_file_of_another_form_is_an_error_that_names_it(self, write, text, message):
-        with pytest.raises(ValueError, match=rf"wrong\.yaml: {message}"):
+        with pytest.raises(ValueError, match=rf"wrong\.yaml{message}"):
             load_config(write("wrong.yaml", text))
+
+    def test_a_base_by_the_name_of_a_shipped_config(self, write, monkeypatch, tmp_path):
+        monkeypatch.chdir(tmp_path)
+        assert load_config(write("mine.yaml", "base: groceries/clis")).data.train == "groceries/train.json"
+        with pytest.raises(FileNotFoundError, match=r"does not exist; name a file, .* or a shipped config"):
+            load_config(write("mine.yaml", "base: grocery/clis"))
 
     @pytest.mark.parametrize(
         ("name", "folder"),

@@ -71,7 +71,7 @@ class TestBeforeTheDetectorIsTrained:
 
     def test_a_batch_that_does_not_divide(self, refused):
         refused(
-            r"train\.images_per_step=6 is not a whole number of .* train\.images_per_process=4 on one process",
+            r"train\.images_per_step=6 is not a whole .* of train\.images_per_process=4 on one process",
             "train.images_per_step=6", "train.images_per_process=4",
         )  # fmt: skip
         refused(

@@ -93,6 +93,33 @@ def test_results_are_compared_by_any_protocol(
     assert f"{protocol}_AP +0.0  (+0.0 .. +0.0)" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        (lambda x, y, w, h: [x, y, x + w, y + h], "boxes reach beyond their images; are they x1, y1, x2, y2"),
+        (lambda x, y, w, h: [x / 640, y / 480, w / 640, h / 480], "all boxes are within 0..1"),
+    ],
+)
+def test_boxes_of_another_form_are_suspected(tmp_path, capsys, changed, said):
+    """Boxes in the lower right of their images; as they should be, nothing is said."""
+    boxes = [[400, 300, 100, 90], [350, 250, 200, 100], [500, 400, 100, 60]]
+    truth = {
+        "images": [{"id": 1, "file_name": "1.jpg", "height": 480, "width": 640}],
+        "categories": [{"id": 1, "name": "cat"}],
+        "annotations": [
+            {"id": n, "image_id": 1, "category_id": 1, "bbox": box} for n, box in enumerate(boxes, 1)
+        ],
+    }
+    (tmp_path / "gt.json").write_text(json.dumps(truth))
+    for name, form in (("dt.json", lambda *box: box), ("other.json", changed)):
+        rows = [{"image_id": 1, "category_id": 1, "bbox": list(form(*box)), "score": 0.5} for box in boxes]
+        (tmp_path / name).write_text(json.dumps(rows))
+    run(tmp_path)
+    assert said not in capsys.readouterr().out
+    run(tmp_path, results="other.json")
+    assert said in capsys.readouterr().out
+
+
 def test_a_file_that_is_missing_is_named_first(files: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"--results .*none.json: no such file"):
         run(files, results="none.json")

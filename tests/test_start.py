@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -54,6 +55,17 @@ class TestWeights:
         for name, value in model.state_dict().items():
             assert torch.equal(value, before[name]) == (not name.startswith("classification.fc_cls.weight"))
         assert torch.equal(model.classification.fc_cls.weight, fresh)
+
+    def test_a_detector_of_other_classes(self, plain):
+        """What depends on the classes has to start from scratch; the rest is loaded."""
+        others = [replace(each, id=each.id + 100, name=f"other {each.name}") for each in CATEGORIES[:-1]]
+        model, before = build_model(tiny_config(PLAIN), others), load_checkpoint(plain)["model"]
+        fresh = ("classification.fc_cls",)
+        with pytest.raises(ValueError, match=r"split has 4; .* in start\.fresh .*: localization\.fc_box$"):
+            load_start(model, StartConfig(from_=str(plain), fresh=fresh), plain)
+        load_start(model, StartConfig(from_=str(plain), fresh=(*fresh, "localization.fc_box")), plain)
+        assert torch.equal(model.rpn.conv.weight, before["rpn.conv.weight"])
+        assert len(model.classification.fc_cls.weight) == len(others) + 1
 
     def test_clis_from_a_plain_detector(self, plain):
         """The momentum copy starts as a copy of what was loaded, not of the random weights before."""

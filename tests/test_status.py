@@ -153,6 +153,16 @@ def test_the_innermost_log_has_what_is_said(tmp_path, capsys):
     assert "three" not in out
 
 
+def test_runs_below_a_folder(tmp_path, finished, capsys):
+    """As `clis status runs`, and `clis status` alone in the folder above."""
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "a").symlink_to(finished, target_is_directory=True)
+    shutil.copytree(finished / "detector", tmp_path / "runs" / "b")
+    run_verb("status", [str(tmp_path / "runs")])
+    said = capsys.readouterr().out
+    assert f"{tmp_path}/runs/b: finished" in said
+
+
 def test_a_folder_without_a_run(tmp_path, finished, capsys):
     """It stops no other one from being shown, also one that comes after it."""
     with pytest.raises(

@@ -461,5 +461,5 @@ def test_drawing_again_runs_nothing_and_keeps_what_is_recorded(tmp_path, monkeyp
         run_verb("study", [config, "--draw", f"--out={tmp_path}"])
     with pytest.raises(SystemExit):
         run_verb("study", [config, "--jobs=0"])
-    with pytest.raises(FileNotFoundError, match="name the folder of the study in --out"):
+    with pytest.raises(FileNotFoundError, match="--out is the folder above the study's own"):
         run_verb("study", [config, "--draw", f"--out={tmp_path / 'none'}"])

@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import json
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,9 @@ from clis.metric.lvis_eval import accumulate, summarize
 from clis.metric.masks import ground_truth_masks
 from clis.metric.matching import Matches, describe_uncounted, match
 from clis.progress import say
+
+OUTSIDE = 0.2
+"""Share of boxes beyond their images from which on they are probably of another form."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -74,6 +78,8 @@ def score_results(arguments: argparse.Namespace) -> dict[str, float]:
     annotations, masks = _ground_truth(arguments)
     categories = annotations.categories
     detections = Detections.load(arguments.results, masks=arguments.masks)
+    for line in describe_boxes(annotations, detections):
+        say(f"WARNING: {arguments.results}: {line}")
     matches = match(annotations, detections, limit, arguments.protocol, masks)
     figures = summarize(matches, categories, limit, arguments.protocol)
     kind = "federated" if annotations.federated else "exhaustive (no federated fields: judged as COCO is)"
@@ -112,6 +118,23 @@ def score_results(arguments: argparse.Namespace) -> dict[str, float]:
     if arguments.official:
         _say_official(arguments, detections, figures, matches, limit)
     return figures
+
+
+def describe_boxes(annotations: Annotations, detections: Detections) -> Iterator[str]:
+    """Say what detections look like if they are not x, y, width, height in pixels."""
+    if not len(detections):
+        return
+    order = np.argsort(annotations.image_ids)
+    place = np.searchsorted(annotations.image_ids[order], detections.image_id).clip(max=len(order) - 1)
+    sizes = annotations.image_sizes[order[place], ::-1]
+    if (detections.bbox <= 1).all() and (sizes > 2).all():
+        yield "all boxes are within 0..1, as fractions of the image would be; they have to be in pixels"
+    outside = (detections.bbox[:, :2] + detections.bbox[:, 2:] > 1.02 * sizes + 2).any(axis=1)
+    if outside.mean() > OUTSIDE:
+        yield (
+            f"{outside.sum()} of {len(outside)} boxes reach beyond their images; are they x1, y1, x2, y2? "
+            "They have to be x, y, width, height"
+        )
 
 
 def _check(arguments: argparse.Namespace) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 from tqdm import tqdm
 
@@ -15,7 +16,10 @@ from clis.progress import say
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `clis status`: run folders."""
-    parser.add_argument("folders", nargs="+", type=RunFolder, metavar="RUN_FOLDER")
+    parser.add_argument(
+        "folders", nargs="*", type=Path, default=[Path("runs")], metavar="RUN_FOLDER",
+        help="run folders, or folders of some (default: runs)",
+    )  # fmt: skip
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -25,13 +29,21 @@ def run(arguments: argparse.Namespace) -> None:
         FileNotFoundError, ValueError: a folder cannot be read; the others are printed first.
     """
     errors = []
-    for folder in arguments.folders:
+    for folder in (run for path in arguments.folders for run in _runs_in(path)):
         try:
             say(describe(RunState.read(folder)))
         except (OSError, ValueError) as error:
             errors.append(error)
     if errors:
         raise errors[0] if len(errors) == 1 else ValueError("\n".join(map(str, errors)))
+
+
+def _runs_in(path: Path) -> list[RunFolder]:
+    """Return a run folder itself, and of another folder the run folders below it, if there are any."""
+    below = sorted(each.parent for each in path.glob("**/config.yaml"))
+    if not below or path in below:
+        return [RunFolder(path)]
+    return [RunFolder(each) for each in below if each != RunFolder(each.parent).pretraining.path]
 
 
 def describe(state: RunState) -> str:

@@ -25,7 +25,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rows", nargs="+", default=(), metavar="NAME", help="run only these rows")
     parser.add_argument("--seeds", nargs="+", type=int, default=(), help="run only these seeds, of every row")
     parser.add_argument("--jobs", type=positive, default=2, help="runs at once, which share the CPUs")
-    parser.add_argument("--out", type=Path, default=Path("runs/studies"), metavar="FOLDER")
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/studies"), metavar="FOLDER",
+        help="folder of all studies, each in a folder of its name (default runs/studies)",
+    )  # fmt: skip
     parser.add_argument(
         "--draw", action="store_true", help="run nothing; write table and figure of what is recorded"
     )
@@ -130,7 +133,9 @@ def draw_again(path: Path, out: Path, overrides: Sequence[str] = ()) -> Path:
     study = Study.load(path)
     record = Record(study, out / study.name, overrides)
     if not record.path.exists():
-        raise FileNotFoundError(f"{record.path}: no such file; name the folder of the study in --out")
+        raise FileNotFoundError(
+            f"{record.path}: no such file; --out is the folder above the study's own (default runs/studies)"
+        )
     if record.outdated:
         raise ValueError(
             f"{record.path}: recorded of other settings, data or rows than the study has now: "

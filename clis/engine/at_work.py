@@ -202,6 +202,7 @@ def at_work(folder: RunFolder) -> Iterator[Callable[[str], None]]:
             raise
         except BaseException as error:
             text = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
+            text = "an interruption (Ctrl-C)" if isinstance(error, KeyboardInterrupt) else text
             note(f"ended by {text}")
             replace(process, ended=text).write(folder)
             raise

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -120,14 +120,23 @@ def load_start(model: CLISDetector, start: StartConfig, checkpoint: Path) -> Non
     """Load the tensors of another run's checkpoint, but for those that `start.fresh` names.
 
     It is strict: every tensor of the model and of the checkpoint is loaded or named. A momentum copy that
-    starts from scratch starts as a copy of the sub-network that is loaded.
+    starts from scratch starts as a copy of the sub-network that is loaded. The checkpoint may be of other
+    classes if all that depends on them starts from scratch.
 
     Raises:
-        FileNotFoundError, ValueError: the checkpoint cannot be read, is of other classes or another model, or
-            a prefix matches nothing.
+        FileNotFoundError, ValueError: the checkpoint cannot be read, a part of it is of other classes or
+            another model, or a prefix matches nothing.
     """
-    state = load_checkpoint(checkpoint)
-    check_same_categories(saved_categories(state), str(checkpoint), model.categories, "the training split")
+    state, own = load_checkpoint(checkpoint), model.categories
+    try:
+        check_same_categories(saved_categories(state), str(checkpoint), own, "the training split")
+    except ValueError as error:
+        kept = [name for name in _parts_of_classes(model) if not _matches(name, start.fresh)]
+        if kept:
+            raise ValueError(
+                f"{error}. To start from a detector of other classes, name in start.fresh what depends on "
+                f"them: {', '.join(kept)}"
+            ) from None
     _load_parts(model, start, state["model"], str(checkpoint))
 
 
@@ -151,6 +160,21 @@ _ANY_CLASSES = [
     for number in (1, 2)
 ]
 """Whether weights fit does not depend on the number of classes, if it is the same."""
+
+
+def _parts_of_classes(model: CLISDetector) -> Iterator[str]:
+    """Name the parts of a detector whose weights and state are of its classes, and of no others."""
+    yield "classification.fc_cls"
+    if model.image_classification not in (None, model.classification):
+        yield "image_classification.fc_cls"
+    if model.localization.fc_box.out_features > 4:
+        yield "localization.fc_box"
+    if model.refinement is not None:
+        yield "refinement"
+    if model.classification_loss.state_dict():
+        yield "classification_loss"
+    if model.contrastive is not None and model.contrastive.mask_same_class:
+        yield "contrastive.queue"
 
 
 def _load_parts(model: CLISDetector, start: StartConfig, given: dict[str, Tensor], source: str) -> None:

@@ -49,6 +49,11 @@ def build_model(config: Config, categories: Sequence[Any], *, pretrained: bool |
             `loss.classification` names no classification loss, or `test.calibration` no calibration of its
             scores.
     """
+    if isinstance(categories, int):
+        raise TypeError(
+            f"categories is {categories}: pass one object per class, e.g. the `categories` of "
+            "clis.load_annotations(FILE), or a list of clis.Category"
+        )
     model, clis = config.model, config.clis
     num_classes = len(categories)
     backbone = Backbone(model.backbone)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from clis.config import FIGURES, RESUMABLE
+from clis.config import FIGURES, RESUMABLE, Config
 from clis.config_files import flatten, merge_overrides, name_below, read_yaml
 from clis.study.runs import StudyRun
 
+SECTIONS = {field.name for field in dataclasses.fields(Config)}
+"""Of a config."""
 STUDY_KEYS = {"base", "seeds", "axis", "rows"}
 """Of a study file."""
 
@@ -133,6 +136,8 @@ def _check_keys(values: Any, known: set[str], needed: set[str], where: str) -> N
         raise ValueError(f"{where}: a mapping of {', '.join(sorted(known))} is needed, not {values!r}")
     for key in values:
         if key not in known:
-            raise ValueError(f"{where}: unknown key {key}; known: {', '.join(sorted(known))}")
+            is_config = known >= STUDY_KEYS and key in SECTIONS
+            hint = "this is a config: python train.py --config FILE" * is_config
+            raise ValueError(f"{where}: unknown key {key}; {hint or 'known: ' + ', '.join(sorted(known))}")
     for key in sorted(needed - set(values)):
         raise ValueError(f"{where}: {key} is missing")
