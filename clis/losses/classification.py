@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -72,7 +73,7 @@ def find_classification_loss(text: str) -> functools.partial[ClassificationLoss]
 def build_classification_loss(text: str, categories: Sequence[Any]) -> ClassificationLoss:
     """Build the loss that `loss.classification` names, for C categories.
 
-    A trial call on no rows makes errors surface before training.
+    Trial calls, on no rows and on a few, make errors surface before training.
 
     Raises:
         ValueError: as `find_classification_loss`; or it cannot be built, or returns a wrong shape or value.
@@ -82,7 +83,7 @@ def build_classification_loss(text: str, categories: Sequence[Any]) -> Classific
     try:
         loss = build(categories)
         logits, labels = torch.zeros(0, loss.num_logits), torch.zeros(0, dtype=torch.int64)
-        rows = Rows(labels, 0, 1.0, lambda count: torch.zeros(0, count, dtype=torch.float64))
+        rows = Rows.of_one_image(0)
         values = [loss(logits, labels, 1.0, rows), loss.image_level(logits, labels, 1.0, rows)]
         counted = loss.statistics(logits, labels, rows)
         counts_nothing = counted.dtype == torch.float64 and not counted.any()
@@ -110,7 +111,25 @@ def build_classification_loss(text: str, categories: Sequence[Any]) -> Classific
             f"{where}: scores gives the shape {shape} for no rows; it has to be {(0, len(categories))}, a "
             "column for each category and none for background"
         )
+    try:
+        whole, half = (_trial(loss, normalizer) for normalizer in (1.0, 2.0))
+    except Exception as error:
+        raise ValueError(
+            f"{where}: tried on a few rows, it fails with {type(error).__name__}: {error}"
+        ) from error
+    if not math.isclose(whole, 2 * half, rel_tol=1e-3, abs_tol=1e-6):
+        raise ValueError(
+            f"{where}: it gives {whole:g} for a few rows, and {half:g} where `normalizer` is twice as large; "
+            "divide a sum over the rows by `normalizer`, or use `rows.mean_per_image`"
+        )
     return loss
+
+
+def _trial(loss: ClassificationLoss, normalizer: float) -> float:
+    """Return the loss of a few rows."""
+    logits = torch.linspace(-1, 1, 4 * loss.num_logits).view(4, -1)
+    labels = torch.arange(4) % (loss.num_classes + 1)
+    return loss(logits, labels, normalizer, Rows.of_one_image(4, normalizer)).item()
 
 
 def _find_in_module(name: str, where: str) -> type[ClassificationLoss]:

@@ -26,6 +26,24 @@ class Rows:
     stage: float = 1.0
     """Place of the logits among the refinement rounds of the head: 0 in the first, 1 in the last or only."""
 
+    @classmethod
+    def of_one_image(
+        cls, count: int, normalizer: float = 1.0, seed: int = 0, device: torch.device | str = "cpu"
+    ) -> Rows:
+        """Describe rows that are all of one image, for a loss without a detector.
+
+        Args:
+            count: N.
+            normalizer: see the field.
+            seed: of what `uniform` draws.
+        """
+
+        def uniform(numbers: int) -> Tensor:
+            generator = torch.Generator().manual_seed(seed)
+            return torch.rand(1, numbers, dtype=torch.float64, generator=generator).to(device)
+
+        return cls(torch.zeros(count, dtype=torch.int64, device=device), 1, normalizer, uniform)
+
     def sum_per_image(self, values: Tensor) -> Tensor:
         """Add up the rows [N,K] of each image: [I,K]."""
         places = torch.arange(self.num_images, device=self.images.device)
