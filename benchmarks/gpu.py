@@ -64,7 +64,10 @@ PARTS = {
         "Equal bits under deterministic algorithms", 50,
         ("two runs of 30 steps", "a resumed run beside them", "the paper's size, two trainings"),
     ),
-    "f": Part("Several processes, or one with nccl", 30, ("collectives", "DDP", "training and evaluation")),
+    "f": Part(
+        "Several processes, or one with nccl", 35,
+        ("collectives", "DDP", "training and evaluation", "one process fails"),
+    ),
     "g": Part("An exported program", 30, ("program",)),
     "h": Part(
         "Launches and host waits of a step; the loader; the region search", 55,

@@ -41,6 +41,7 @@ from torch.profiler import ProfilerActivity
 from torchvision.io import encode_jpeg
 
 from clis import distributed
+from clis.cli import is_out_of_memory, run_command
 from clis.commands import run_verb
 from clis.data.batch import Batch
 from clis.data.categories import Category
@@ -492,17 +493,53 @@ def paper_size_bits(run: Run) -> None:
 # f ------------------------------------------------------------------------------------------------------
 
 
+FAILURE = "it fails as it should"
+ENDED = 120.0
+"""Seconds within which all processes have to end when one fails."""
+
+
 def processes(run: Run) -> None:
     """Under torchrun: one process with nccl, two where there are two GPUs; two with gloo on the CPU."""
     count = min(2, torch.cuda.device_count()) if run.is_cuda else 2
     small_words(run)  # the data, once
-    command = [
-        sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={count}", "--rdzv-backend=c10d",
-        "--rdzv-endpoint=localhost:0", str(Path(__file__)), "f-process", str(run.rows.parent), run.device,
-        *(["--tiny"] if run.tiny else []),
-    ]  # fmt: skip
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run(command, cwd=REPOSITORY, env=environment, check=True)
+
+    def start(part: str, **options: Any) -> subprocess.CompletedProcess:
+        command = [
+            sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={count}", "--rdzv-backend=c10d",
+            "--rdzv-endpoint=localhost:0", str(Path(__file__)), part, str(run.rows.parent), run.device,
+            *(["--tiny"] if run.tiny else []),
+        ]  # fmt: skip
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        return subprocess.run(command, cwd=REPOSITORY, env=environment, **options)
+
+    start("f-process", check=True)
+    if count == 1:
+        run.row("one process fails", what="not tried: it needs two GPUs")
+        return
+    began = time.monotonic()
+    try:
+        failed = start("f-failing", capture_output=True, text=True, timeout=ENDED)
+        ok = failed.returncode != 0 and FAILURE in failed.stderr
+    except subprocess.TimeoutExpired:
+        ok = False
+    what = "its error is told, and all end"
+    run.row("one process fails", ok=ok, what=what, seconds=time.monotonic() - began)
+
+
+def failing_process(run: Run) -> None:
+    """The last process fails where the others wait for it in a reduction on the device."""
+    device = distributed.choose_device("auto" if run.is_cuda else run.device)
+
+    def fail() -> None:
+        with distributed.process_group(device):
+            dist.all_reduce(torch.ones(2, device=device))
+            if distributed.rank() == distributed.world_size() - 1:
+                raise ValueError(FAILURE)
+            total = torch.ones(2, device=device)
+            dist.all_reduce(total)
+            total.tolist()
+
+    run_command(fail)
 
 
 def one_of_the_processes(run: Run) -> None:
@@ -805,7 +842,9 @@ def _doubled(run: Run, name: str, make: Callable[[int], Callable[[], object]], m
         began = time.monotonic()
         try:
             figures = run.milliseconds(make(images), repeats=2)
-        except torch.cuda.OutOfMemoryError:
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
             run.row(f"{name}, {images} images", what="does not fit")
             return
         finally:
@@ -825,6 +864,7 @@ PARTS: dict[str, Callable[[Run], None]] = {
     "e": equal_bits,
     "f": processes,
     "f-process": one_of_the_processes,
+    "f-failing": failing_process,
     "g": exported,
     "h": launches_and_loader,
     "i": largest_batches,

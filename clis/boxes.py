@@ -64,8 +64,8 @@ def match(iou: Tensor, positive_iou: float, negative_iou: float, low_quality: bo
     if low_quality and num_boxes > 0:
         highest = iou.max(dim=1, keepdim=True).values
         reached = (iou == highest) & (highest >= negative_iou)
-        order = torch.arange(1, num_truths + 1, device=iou.device)[:, None]
-        claimed = (reached * order).amax(dim=0) - 1  # the last ground truth wins, as there
+        order = torch.arange(1, num_truths + 1, device=iou.device, dtype=torch.int32)[:, None]
+        claimed = (reached * order).amax(dim=0).long() - 1  # the last ground truth wins, as there
         matches = torch.where(claimed >= 0, claimed, matches)
     return matches
 
