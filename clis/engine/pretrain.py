@@ -6,7 +6,6 @@ import dataclasses
 import functools
 import json
 import math
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -23,18 +22,13 @@ from clis.data.images import ImageError
 from clis.data.loader import MicroBatches, image_loader, train_loader
 from clis.data.sampling import SingleSampler
 from clis.data.streams import make_image_level_sampler, make_index, read_annotations
-from clis.distributed import all_reduce_sum, broadcast_flag, on_main, rank, world_size, wrap_ddp
+from clis.distributed import all_reduce_sum, broadcast_flag, on_main, rank, world_size
 from clis.engine.bad_images import check_bad_images
-from clis.engine.checkpoint import resume, save_checkpoint
-from clis.engine.describe import describe_pretraining, step_metrics
-from clis.engine.feed import Feed
-from clis.engine.log import MetricsLog
-from clis.engine.memory import memory_advice, reset_peak_memory
-from clis.engine.optim import gradient_step, learning_rate, make_optimizer, make_scaler, split_batch
-from clis.engine.preemption import StopRequest, stop
+from clis.engine.describe import describe_pretraining
+from clis.engine.loop import Training
+from clis.engine.optim import gradient_step, learning_rate, split_batch
 from clis.engine.run_folder import RunFolder
-from clis.engine.schedule import SaveClock, due_after
-from clis.engine.skipped import SkippedSteps
+from clis.engine.schedule import due_after
 from clis.losses import at_least_float32
 from clis.models import ImageClassifier, build_classifier
 from clis.progress import Progress, say
@@ -103,64 +97,31 @@ def train_classifier(
         config: with `train` and `optim` as they are in pre-training.
     """
     images_per_process, accumulation = split_batch(config.train, world_size(), "pretrain")
-    optimizer, scaler = make_optimizer(model, config), make_scaler(config, device)
-    first_step, num_skipped = resume(folder, model, optimizer, scaler, config, (*SETTINGS, "train.steps"))
-    skipped = SkippedSteps(num_skipped, scaler, folder, config.train, ADVICE)
-    network = wrap_ddp(model, device).train()
+    training = Training(model, config, folder, device, ADVICE, (*SETTINGS, "train.steps"))
     shuffle = make_image_level_sampler(config, index, split.trained)
     say(describe_pretraining(config, len(shuffle), split.held_out, model, accumulation))
-    folder.clear_preempted()
-    reset_peak_memory(device)
-
     sampler = SingleSampler(shuffle, config.train.images_per_step, config.train.seed)
-    steps = range(first_step, config.train.steps)
-    micro_batches = MicroBatches(sampler, steps, rank(), world_size(), images_per_process)
+    micro_batches = MicroBatches(sampler, training.remaining, rank(), world_size(), images_per_process)
     dataset = RandomCrops(config.data, config.pretrain, index, split)
     pin = device.type == "cuda"
     loader = train_loader(dataset, micro_batches, config.data.workers, pin, collate_labeled)
-    log = MetricsLog(folder.metrics, first_step)
-    clock, seconds = SaveClock(config.train.save_minutes), []
-
-    def save(step: int) -> None:
-        on_main(lambda: save_checkpoint(folder, step, model, optimizer, scaler, config, skipped.total))
-        clock.restart()
-
-    with (
-        Feed(loader, LabeledBatch, accumulation, device, config.data.max_bad_images) as feed,
-        StopRequest() as request,
-        Progress("pretrain", steps.stop, steps.start) as progress,
-        memory_advice(
-            lambda: f"{folder}: step {progress.done + 1} of the pre-training",
-            "a lower pretrain.images_per_process or pretrain.image_size",
-        ),
-    ):
-        for step in steps:
-            given = feed.take(request.received, clock.is_over())
-            if given.error is not None:
-                if step > first_step:
-                    say(f"{given.error}; saving step {step}")
-                    save(step)
-                raise given.error
-
-            began = time.monotonic()
+    with training.run(
+        loader, LabeledBatch, accumulation, "pretrain",
+        where=lambda done: f"{folder}: step {done + 1} of the pre-training",
+        less_memory="a lower pretrain.images_per_process or pretrain.image_size",
+    ) as steps:  # fmt: skip
+        for step, given in steps:
             rate = learning_rate(step, config.optim, config.train.images_per_step)
-            sums, norm = classification_step(network, model, optimizer, scaler, given.batches, rate, config)
-            seconds.append((given.seconds, time.monotonic() - began))
-            skipped.check(norm, functools.partial(_not_finite, step, sums, given.batches))
-
             done, text = step + 1, ""
-            due = due_after(done, config.train)
-            if due.record:
+            sums, norm = classification_step(
+                training.network, model, training.optimizer, training.scaler, given.batches, rate, config
+            )
+            training.made(given, norm, functools.partial(_not_finite, step, sums, given.batches))
+            if due_after(done, config.train).record:
                 loss, top1 = (all_reduce_sum(sums.sum(dim=0)) / config.train.images_per_step).tolist()
-                state = step_metrics(device, norm, rate, seconds, config.train.images_per_step)
-                seconds.clear()
-                log.write({"step": done, "loss": loss, "top1": top1, **state})
+                training.write(done, {"loss": loss, "top1": top1}, norm, rate)
                 text = f"loss {loss:.2f} top-1 {_percent(top1)}"
-            progress.advance(text=text)
-            if due.checkpoint or given.save or given.stop:
-                save(done)
-            if given.stop and done < config.train.steps:
-                raise stop(folder, done)
+            training.progress.advance(text=text)
 
 
 def classification_step(

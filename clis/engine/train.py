@@ -1,11 +1,10 @@
-"""The whole recipe: baseline, regions, CLIS, evaluation; and the loop that trains a detector."""
+"""The whole recipe: baseline, regions, CLIS, evaluation; and the training of a detector, step by step."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
 import math
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -25,37 +24,31 @@ from clis.distributed import (
     on_main,
     rank,
     world_size,
-    wrap_ddp,
 )
 from clis.engine.at_work import at_work, only_process
-from clis.engine.checkpoint import mark_best, resume, save_checkpoint
+from clis.engine.checkpoint import mark_best
 from clis.engine.describe import (
     ContrastWatch,
     contrast_state,
     describe_run,
     format_losses,
     format_metrics,
-    step_metrics,
     summarize_step,
 )
 from clis.engine.evaluate import evaluate_detector
-from clis.engine.feed import Feed
-from clis.engine.log import MetricsLog
-from clis.engine.memory import memory_advice, reset_peak_memory
-from clis.engine.optim import gradient_step, learning_rate, make_optimizer, make_scaler, split_batch
-from clis.engine.preemption import StopRequest, stop
+from clis.engine.loop import Training
+from clis.engine.optim import gradient_step, learning_rate, split_batch
 from clis.engine.preflight import check_files
 from clis.engine.prerequisites import PlannedRun, plan_run
 from clis.engine.pretrain import pretrain
 from clis.engine.provenance import provenance, training_files
 from clis.engine.region_search import find_regions
 from clis.engine.run_folder import RunFolder, regions_file
-from clis.engine.schedule import SaveClock, due_after
-from clis.engine.skipped import SkippedSteps
+from clis.engine.schedule import due_after
 from clis.engine.start import check_plan, starting_model
 from clis.metric.lvis_eval import format_table
 from clis.models import CLISDetector, Normalizers, Pending, TrainOutput
-from clis.progress import Progress, say
+from clis.progress import say
 
 ADVICE = "a lower optim.lr or loss.beta, a longer optim.warmup_steps or an optim.clip_norm may help"
 """What to try where a loss or gradient is not finite."""
@@ -167,80 +160,42 @@ def train(
     images_per_process, accumulation = split_batch(config.train, world_size())
     torch.manual_seed(config.train.seed)
     model = starting_model(config, annotations.categories, folder, start).to(device)
-    optimizer = make_optimizer(model, config)
-    scaler = make_scaler(config, device)
-    first_step, num_skipped = resume(folder, model, optimizer, scaler, config)
-    skipped = SkippedSteps(num_skipped, scaler, folder, config.train, ADVICE)
-    network = wrap_ddp(model, device).train()
+    training = Training(model, config, folder, device, ADVICE)
     say(describe_run(config, annotations, dataset.index, sampler, model, accumulation))
     _training_record(config)  # hashes big files now, not within the time that a preempted run has to save
-    folder.clear_preempted()
-    reset_peak_memory(device)
-
-    steps = range(first_step, config.train.steps)
-    micro_batches = MicroBatches(sampler, steps, rank(), world_size(), images_per_process)
+    micro_batches = MicroBatches(sampler, training.remaining, rank(), world_size(), images_per_process)
     loader = train_loader(dataset, micro_batches, config.data.workers, device.type == "cuda")
-    log = MetricsLog(folder.metrics, first_step)
-    watch, clock, seconds = ContrastWatch(), SaveClock(config.train.save_minutes), []
-
-    def save(step: int) -> None:
-        on_main(lambda: save_checkpoint(folder, step, model, optimizer, scaler, config, skipped.total))
-        clock.restart()
+    watch = ContrastWatch()
 
     def evaluate(step: int) -> None:
         record = _training_record(config)
         metrics = evaluate_detector(model.eval(), config, folder.evaluation(step), record)
         say(f"step {step}: {format_metrics(metrics)}")
-        network.train()
+        training.network.train()
         on_main(lambda: mark_best(folder, step, metrics["AP"]))
-        log.write({"step": step, **metrics})
+        training.log.write({"step": step, **metrics})
 
-    with (
-        Feed(loader, Batch, accumulation, device, config.data.max_bad_images) as feed,
-        StopRequest() as request,
-        Progress("train", steps.stop, steps.start) as progress,
-        memory_advice(lambda: _where(folder, progress.done), LESS_MEMORY),
-    ):
-        if due_after(first_step, config.train).evaluation and broadcast_flag(
-            not log.has_evaluation(first_step)
-        ):
-            evaluate(first_step)  # the run was stopped after the checkpoint of this step
-        for step in steps:
-            given = feed.take(request.received, clock.is_over())
-            if given.error is not None:
-                if step > first_step:
-                    say(f"{given.error}; saving step {step}")  # said first: the disk may be the same
-                    save(step)
-                raise given.error
-
-            began = time.monotonic()
+    where = functools.partial(_where, folder)
+    with training.run(
+        loader, Batch, accumulation, "train", where=where, less_memory=LESS_MEMORY, evaluate=evaluate
+    ) as steps:
+        for step, given in steps:
             rate = learning_rate(step, config.optim, config.train.images_per_step)
             normalizers = global_normalizers(given.counts, config)
-            progress_made = (step + 1) / config.train.steps
-            outputs, norm = train_step(
-                network, model, optimizer, scaler, given.batches, normalizers, rate, progress_made, config
-            )
-            seconds.append((given.seconds, time.monotonic() - began))
-            skipped.check(norm, functools.partial(_not_finite, step, outputs, given.batches))
-
             done, text = step + 1, ""
-            due = due_after(done, config.train)
-            if due.record:
+            outputs, norm = train_step(
+                training.network, model, training.optimizer, training.scaler, given.batches, normalizers,
+                rate, done / config.train.steps, config,
+            )  # fmt: skip
+            training.made(given, norm, functools.partial(_not_finite, step, outputs, given.batches))
+            if due_after(done, config.train).record:
                 record = summarize_step(outputs, config)
                 state = contrast_state(model, outputs) | model.classification_loss.summary()
-                times = step_metrics(device, norm, rate, seconds, config.train.images_per_step)
-                seconds.clear()
-                log.write({"step": done, **record, **state, **times})
+                training.write(done, record | state, norm, rate)
                 text = format_losses(record)
                 if (warning := watch.look(done, state)) is not None:
                     say(warning)
-            progress.advance(text=text)
-            if due.checkpoint or given.save or given.stop:
-                save(done)
-            if given.stop and done < config.train.steps:
-                raise stop(folder, done)
-            if due.evaluation:
-                evaluate(done)
+            training.progress.advance(text=text)
     return model
 
 
