@@ -17,7 +17,7 @@ try:
 except ImportError:
     raise ValueError('matplotlib is not installed: pip install -e ".[report]"') from None
 
-GROUPS = {"AP": "all", "APr": "rare", "APc": "common", "APf": "frequent"}
+METRIC_GROUPS = {"AP": "all", "APr": "rare", "APc": "common", "APf": "frequent"}
 FORMATS = ("png", "pdf", "svg")
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 """Of Okabe and Ito, which people with any color vision tell apart; without the yellow, which paper loses."""
@@ -65,9 +65,9 @@ def dot_plot(rows: Mapping[str, Sequence[Mapping[str, float]]], title: str = "")
         rows: figures of each run in percent, -1 where undefined, by the row's name.
     """
     height = 1.1 + 0.27 * max(len(rows), 1)
-    figure, axes = subplots(1, len(GROUPS), (2.1, height), sharey=True)
+    figure, axes = subplots(1, len(METRIC_GROUPS), (2.1, height), sharey=True)
     names = [f"{name}  (n = {len(runs)})" for name, runs in rows.items()]
-    for ax, (key, group) in zip(axes[0], GROUPS.items()):
+    for ax, (key, group) in zip(axes[0], METRIC_GROUPS.items()):
         for number, runs in enumerate(rows.values()):
             values = np.array([defined(run, key) for run in runs], dtype=float)
             if not len(values) or np.isnan(values).all():

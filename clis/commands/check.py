@@ -18,7 +18,7 @@ from clis.config import DETECTOR_RULES, Config, data_path
 from clis.config_files import load_config
 from clis.data.annotations import Annotations, checked_for_training
 from clis.data.categories import check_same_categories
-from clis.data.image_classes import GROUPS, coverage, describe_coverage
+from clis.data.image_classes import GROUP_NAMES, coverage, describe_coverage
 from clis.data.image_level import ImageLevelIndex, is_intact
 from clis.data.region_file import load_regions
 from clis.data.sampling import class_repeat_factors
@@ -200,7 +200,7 @@ def _describe_classes(train: Annotations, config: Config, report: Report) -> Non
     _describe_oddities(train, report)
     instances = np.bincount(train.labels, minlength=train.num_classes)
     report.notes.append(f"{train.path}: {len(train)} images, {len(train.labels)} boxes")
-    for group, word in GROUPS.items():
+    for group, word in GROUP_NAMES.items():
         own = np.array([category.frequency == group for category in train.categories])
         if own.any():
             report.notes.append(

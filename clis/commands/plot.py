@@ -21,7 +21,7 @@ from clis.engine.run_folder import RunFolder
 from clis.engine.run_state import RunState, check_same_data
 from clis.figures import (
     FORMATS,
-    GROUPS,
+    METRIC_GROUPS,
     Axes,
     Figure,
     dot_plot,
@@ -232,7 +232,7 @@ def frequency_dots(runs: Sequence[PlottedRun]) -> Figure:
         assert run.state.metrics is not None
         _, metrics = run.state.metrics
         rows.setdefault(run.name, []).append(
-            {key: 100 * metrics[key] if metrics[key] >= 0 else -1.0 for key in GROUPS}
+            {key: 100 * metrics[key] if metrics[key] >= 0 else -1.0 for key in METRIC_GROUPS}
         )
     return dot_plot(rows)
 

@@ -183,7 +183,7 @@ def _say_errors(annotations: Annotations, detections: Detections, matches: Match
     ]
     say(_column_table({
         "error": [name for name, _, _ in rows],
-        **{group: [_percent(values[group]) for _, values, _ in rows] for group in analysis.GROUPS},
+        **{group: [_percent(values[group]) for _, values, _ in rows] for group in analysis.ERROR_GROUPS},
         "number": [str(count) for _, _, count in rows],
     }))  # fmt: skip
     agnostic = analysis.class_agnostic(annotations, detections, matches)

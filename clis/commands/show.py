@@ -24,7 +24,7 @@ from clis.commands.show_pictures import (
 from clis.config import DETECTOR_RULES, Config
 from clis.config_files import find_config, load_config, name_below
 from clis.data.annotations import Annotations
-from clis.data.image_classes import GROUPS, coverage
+from clis.data.image_classes import GROUP_NAMES, coverage
 from clis.data.loader import TwoStreamDataset
 from clis.data.region_file import RegionSource, mean_scores
 from clis.data.sampling import JointSampler, WorkItem
@@ -306,7 +306,9 @@ def write_page(
         sized=SIZED,
         known=seen.streams.regions is not None,
         without=classes_without_images(seen),
-        groups=None if covered is None else [(GROUPS[key], row) for key, row in covered["groups"].items()],
+        groups=None
+        if covered is None
+        else [(GROUP_NAMES[key], row) for key, row in covered["groups"].items()],
     )
     with atomic_write(out / PAGE) as temporary:
         temporary.write_text(text, encoding="utf-8")

@@ -17,7 +17,7 @@ from clis.data.categories import Category
 from clis.text import name_key, printable, shortened
 
 _SYNSETS = Path(__file__).with_name("wnids.tsv")
-GROUPS = {"r": "rare", "c": "common", "f": "frequent", "all": "all"}
+GROUP_NAMES = {"r": "rare", "c": "common", "f": "frequent", "all": "all"}
 _FEWEST = 10
 """Classes that the coverage names as those with the fewest images."""
 _LISTS = {
@@ -224,7 +224,7 @@ def coverage(categories: Sequence[Category], counts: np.ndarray) -> dict[str, An
     frequencies = np.array([category.frequency for category in categories])
     in_22k = in_imagenet22k(categories)
     groups = {}
-    for group in GROUPS:
+    for group in GROUP_NAMES:
         inside = (frequencies == group) | (group == "all")
         some = counts[inside & (counts > 0)]
         groups[group] = {
@@ -255,7 +255,7 @@ def describe_coverage(covered: dict[str, Any]) -> str:
     """
     groups = covered["groups"]
     lines = [f"{'':10}{'classes':>9}{'with images':>13}{'images a class: min':>21}{'median':>9}{'max':>9}"]
-    for group, name in GROUPS.items():
+    for group, name in GROUP_NAMES.items():
         row = groups[group]
         low, middle, high = ("-" if row[k] is None else f"{row[k]:g}" for k in ("min", "median", "max"))
         lines.append(f"{name:10}{row['classes']:>9}{row['with_images']:>13}{low:>21}{middle:>9}{high:>9}")

@@ -17,7 +17,7 @@ from clis.metric.lvis_eval import Curves, accumulate, defined_mean, summarize
 from clis.metric.matching import AREA_RANGES, IOU_THRESHOLDS, BoxIoU, Matches, Protocol, match
 from clis.progress import Progress
 
-GROUPS = {"all": "rcf", "r": "r", "c": "c", "f": "f"}
+ERROR_GROUPS = {"all": "rcf", "r": "r", "c": "c", "f": "f"}
 COUNT_BINS = (0, 1, 3, 10, 30, 100, 300, 1000, 3000, 10_000, 30_000, 100_000)
 """First training-image count per bin; three bins per decade would hold too few images, one is too coarse."""
 ERRORS = ("class", "location", "both", "duplicate", "background", "missed")
@@ -200,7 +200,7 @@ def class_agnostic(annotations: Annotations, detections: Detections, matches: Ma
 
 @dataclasses.dataclass(frozen=True)
 class ErrorShares:
-    """AP50 and what each kind of error takes from it: fractions by group of classes (`GROUPS`)."""
+    """AP50 and what each kind of error takes from it: fractions by group of classes (`ERROR_GROUPS`)."""
 
     ap50: dict[str, float]
     lost: dict[str, dict[str, float]]
@@ -347,7 +347,7 @@ def _ap50(matches: Matches, frequency: np.ndarray, counted: np.ndarray | None = 
         precision = np.where(counted & (precision < 0), 0.0, precision)
     return {
         name: defined_mean(precision[:, :, np.isin(frequency, list(letters))])
-        for name, letters in GROUPS.items()
+        for name, letters in ERROR_GROUPS.items()
     }
 
 

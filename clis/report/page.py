@@ -20,7 +20,7 @@ from clis.data.region_file import load_regions
 from clis.data.streams import make_index, read_annotations
 from clis.engine.run_folder import regions_file
 from clis.engine.run_state import check_same_data
-from clis.metric.analysis import ERRORS, GROUPS
+from clis.metric.analysis import ERROR_GROUPS, ERRORS
 from clis.metric.matching import IOU_THRESHOLDS
 from clis.metric.verdicts import VERDICTS
 from clis.pages import render
@@ -117,7 +117,7 @@ def collect(runs: Sequence[ReportRun], images: int | None, regions: int) -> dict
     payload: dict[str, Any] = {
         "made": datetime.datetime.now().astimezone().strftime("%Y-%m-%d %H:%M %Z"),
         "score": SCORE, "floor": FLOOR, "units": SCORE_UNITS, "none": NONE,
-        "verdicts": VERDICTS, "errors": ERRORS, "groups": list(GROUPS), "iou": float(IOU_THRESHOLDS[0]),
+        "verdicts": VERDICTS, "errors": ERRORS, "groups": list(ERROR_GROUPS), "iou": float(IOU_THRESHOLDS[0]),
         "runs": [_run_head(run) for run in runs],
     }  # fmt: skip
     if annotations is not None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from clis.figures import GROUPS, Axes, Figure, defined, dot_plot, look, mean_line, subplots
+from clis.figures import METRIC_GROUPS, Axes, Figure, defined, dot_plot, look, mean_line, subplots
 from clis.metric.analysis import merge_small_bins
 
 MOST_GAINS = 4
@@ -42,7 +42,7 @@ def _sweep(rows: Mapping[str, Mapping[str, Any]], axis: str, title: str) -> Figu
     ratio = {"width_ratios": [6, 0.4 + 1.1 * len(beside)]} if beside else {}
     figure, axes = subplots(1, 2 if beside else 1, (4.2 if beside else 6.4, 3.6), sharey=True, **ratio)
     places = [float(row["at"]) for row in on_axis]
-    for number, (key, group) in enumerate(GROUPS.items()):
+    for number, (key, group) in enumerate(METRIC_GROUPS.items()):
         values = [_values(row, key) for row in on_axis]
         mean_line(axes[0, 0], places, values, number, f"{key} ({group})")
         if beside:
@@ -82,16 +82,18 @@ def _gains(rows: Mapping[str, Mapping[str, Any]], classes: Mapping[str, int], ti
     left, right = axes[0]
     first = next(iter(rows))
     for number, (name, row) in enumerate(rows.items()):
-        places = np.arange(len(GROUPS)) + 0.12 * (number - (len(rows) - 1) / 2)
+        places = np.arange(len(METRIC_GROUPS)) + 0.12 * (number - (len(rows) - 1) / 2)
         kind = look(number)
-        for place, key in zip(places, GROUPS):
+        for place, key in zip(places, METRIC_GROUPS):
             runs = _values(row, key)
             left.plot(np.full(len(runs), place), runs, "o", ms=3.5, mfc="none", mec=kind["color"], alpha=0.6)
             left.plot(place, runs.mean(), kind["marker"], color=kind["color"], ms=6)
         left.plot([], [], kind["marker"], color=kind["color"], label=f"{name} (n = {len(row['runs'])})")
         if number > 0:
             draw_gain(right, row["runs"], rows[first]["runs"], classes, number)
-    left.set_xticks(range(len(GROUPS)), [f"{key}\n{group}" for key, group in GROUPS.items()], fontsize=8)
+    left.set_xticks(
+        range(len(METRIC_GROUPS)), [f"{key}\n{group}" for key, group in METRIC_GROUPS.items()], fontsize=8
+    )
     left.set(ylabel="AP")
     left.set_ylim(bottom=0)
     left.set_title(title, fontsize=9, loc="left")
