@@ -48,6 +48,11 @@ def name_key(name: str) -> str:
     return "_".join(folded.replace("_", " ").split())
 
 
+def counted(number: int, noun: str, plural: str | None = None) -> str:
+    """Return a number with its noun: 1 image, 2 images, 2 boxes."""
+    return f"{number} {noun if number == 1 else plural or noun + 's'}"
+
+
 def shortened(names: Sequence[str], limit: int = 10) -> str:
     r"""List the first names, printable; bytes of a file name that are not UTF-8 become \udc80 and so on."""
     return printable(", ".join(names[:limit])) + (", ..." if len(names) > limit else "")

@@ -135,17 +135,17 @@ def test_two_nodes_of_which_one_fails_leaves_and_comes_back(data, tmp_path):
     time.sleep(1)  # the first holds the rendezvous
     second = Node("127.0.0.2", port, tmp_path, "second", arguments)
     try:
-        wait_for(lambda: first.says("2 process(es)") == 1)
+        wait_for(lambda: first.says("2 processes,") == 1)
         wait_for(lambda: done() >= 15)
         os.kill(second.workers()[0], signal.SIGKILL)
-        wait_for(lambda: first.says("2 process(es)") == 2)
+        wait_for(lambda: first.says("2 processes,") == 2)
         wait_for(lambda: done() >= 40)
-        alone = first.says("1 process(es)")
+        alone = first.says("1 process,")
         second.kill()
-        wait_for(lambda: first.says("1 process(es)") == alone + 1)
+        wait_for(lambda: first.says("1 process,") == alone + 1)
         asked = first.says("stopped on request")
         second = Node("127.0.0.2", port, tmp_path, "again", arguments)
-        wait_for(lambda: first.says("2 process(es)") == 3)
+        wait_for(lambda: first.says("2 processes,") == 3)
         assert first.process.wait(timeout=200) == 0
         assert second.process.wait(timeout=60) == 0
         assert first.says("stopped on request") == asked + 1

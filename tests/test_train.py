@@ -185,7 +185,7 @@ class TestWhatARunSays:
         draws = int(re.search(r"repeat factors ceil, threshold 0.02: a pass is (\d+) images", said)[1])
         for part in (
             "40 instance-level images",
-            f"2 steps of 4 images (1 process(es), 1 micro-batch(es)): {8 / draws:.1f} passes over the",
+            f"2 steps of 4 images (1 process, 1 micro-batch): {8 / draws:.1f} passes over the",
             "lr 0.01 (optim.lr 0.04 x 4 / 16 images), 2 steps of warm-up, x 0.1 at 480, 560; float32",
             "M parameters trained, 0.0 M frozen or a momentum copy; classification loss cross_entropy",
             "on: gradient clipping",

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from clis.progress import say
+from clis.text import counted
 
 SHOWN = 5
 """Files named for each kind of finding; `listing` gets all."""
@@ -35,5 +36,5 @@ class Report:
         for word, lines in (("", self.notes), ("WARNING: ", self.warnings), ("ERROR: ", self.errors)):
             for line in lines:
                 say(f"{word}{line}")
-        say(f"{len(self.errors)} errors, {len(self.warnings)} warnings")
+        say(f"{counted(len(self.errors), 'error')}, {counted(len(self.warnings), 'warning')}")
         say("The run cannot start; fix the errors above." if self.errors else "The run may start.")

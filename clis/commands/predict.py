@@ -35,7 +35,7 @@ from clis.models.roi import ImageDetections
 from clis.pages import MissingExtra, render
 from clis.progress import Progress, say
 from clis.resize import image_size
-from clis.text import printable
+from clis.text import counted, printable
 
 PICTURES, PREDICTIONS, IMAGES, PAGE = "pictures", "predictions.json", "images.json", "index.html"
 NAMED = 10
@@ -291,7 +291,10 @@ def _say_summary(photos: Sequence[Photo], others: int) -> None:
     bad = [photo for photo in photos if photo.error is not None]
     boxes = sum(len(photo.scores) for photo in read)
     classes = {label for photo in read for label in photo.labels.tolist()}
-    say(f"{len(read)} images, {boxes} boxes of {len(classes)} classes")
+    say(
+        f"{counted(len(read), 'image')}, {counted(boxes, 'box', 'boxes')} of "
+        f"{counted(len(classes), 'class', 'classes')}"
+    )
     if turned := sum(photo.turned for photo in read):
         say(f"{turned} turned by their EXIF orientation; boxes are in the images as displayed")
     if others:

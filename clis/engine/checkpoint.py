@@ -119,6 +119,8 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     try:
         state = read_content(path)
     except ValueError as error:
+        if path.suffix in (".yaml", ".yml"):
+            raise ValueError(f"{path}: a config; name a checkpoint, or a run folder") from None
         reason = str(error).removeprefix(f"{path}: ")
         raise ValueError(f"{path}: not a readable checkpoint (truncated or foreign?): {reason}") from None
     if not isinstance(state, dict) or state.get("format") != FORMAT:

@@ -17,6 +17,7 @@ from clis.engine.memory import peak_memory
 from clis.engine.optim import learning_rate
 from clis.models import CLISDetector, ImageClassifier, TrainOutput
 from clis.models.contrastive import similarities
+from clis.text import counted
 
 
 def describe_run(
@@ -48,8 +49,8 @@ def describe_run(
             + f", s={clis.s} t={clis.t}, alpha {config.loss.alpha:g} beta {config.loss.beta:g}"
         )
     lines.append(
-        f"{train.steps} steps of {train.images_per_step} images ({world_size()} process(es), {accumulation} "
-        f"micro-batch(es)): {instance:.1f} passes over the instance-level images"
+        f"{train.steps} steps of {train.images_per_step} images ({_division(accumulation)}): "
+        f"{instance:.1f} passes over the instance-level images"
         + (f", {image_level:.1f} over the image-level ones" if index is not None else "")
     )
     rate = learning_rate(optim.warmup_steps, optim, train.images_per_step)
@@ -108,9 +109,15 @@ def speed_hints(config: Config, accumulation: int, device: torch.device) -> list
     if device.type == "cpu" or more <= at_once:
         return []
     return [
-        f"a step is {accumulation} micro-batches of {at_once} image(s), which may leave a GPU idle; "
+        f"a step is {accumulation} micro-batches of {counted(at_once, 'image')}, which may leave a GPU idle; "
         f"train.images_per_process={more} may be faster (docs/scaling.md)"
     ]
+
+
+def _division(accumulation: int) -> str:
+    """Say how a step is divided."""
+    micro_batches = counted(accumulation, "micro-batch", "micro-batches")
+    return f"{counted(world_size(), 'process', 'processes')}, {micro_batches}"
 
 
 def describe_pretraining(
@@ -127,8 +134,8 @@ def describe_pretraining(
     decays = f", x {optim.decay_factor:g} after {', '.join(map(str, pretrain.decay_epochs))} epochs"
     lines = [
         f"{images} image-level images to learn {len(model.categories)} classes, {held_out} more are held out",
-        f"{pretrain.epochs} epochs are {train.steps} steps of {train.images_per_step} images ({world_size()} "
-        f"process(es), {accumulation} micro-batch(es)), crops of {pretrain.image_size} pixels",
+        f"{pretrain.epochs} epochs are {train.steps} steps of {train.images_per_step} images "
+        f"({_division(accumulation)}), crops of {pretrain.image_size} pixels",
         f"lr {pretrain.lr:g}{decays * bool(pretrain.decay_epochs)}; {train.precision}",
         f"{config.model.backbone.name}, {parameters / 1e6:.1f} M parameters, from "
         f"{config.model.backbone.weights or 'random weights'}",

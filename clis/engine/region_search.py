@@ -36,6 +36,14 @@ from clis.engine.run_folder import regions_file
 from clis.models import CLISDetector
 from clis.progress import Progress, say
 from clis.resize import scale_boxes, shortest_size
+from clis.text import counted
+
+SAID = {
+    "rule": "by the rule",
+    "fallback": "center boxes where it gave none",
+    "unreadable": "of images that cannot be read",
+}
+"""Of the sources of regions."""
 
 
 def find_regions(config: Config, device: torch.device, detector: Config | None) -> None:
@@ -159,7 +167,8 @@ def make_regions(
         with atomic_write(path) as temporary:
             np.save(temporary, table)
         remove_parts(path)
-        say(f"{path}: {', '.join(f'{count} {name}' for name, count in sorted(counts.items()))}")
+        said = [f"{count} {words}" for name, words in SAID.items() if (count := counts[name])]
+        say(f"{path}: {counted(len(table), 'region')}, {', '.join(said)}")
 
     on_main(join)
 
