@@ -520,7 +520,8 @@ def processes(run: Run) -> None:
     try:
         failed = start("f-failing", capture_output=True, text=True, timeout=ENDED)
         ok = failed.returncode != 0 and FAILURE in failed.stderr
-    except subprocess.TimeoutExpired:
+    except subprocess.TimeoutExpired:  # torchrun was killed, and its processes hang
+        subprocess.run(["pkill", "-9", "-f", "gpu_parts.py f-failing"], check=False)
         ok = False
     what = "its error is told, and all end"
     run.row("one process fails", ok=ok, what=what, seconds=time.monotonic() - began)

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from clis.cli import run_command
 from clis.config import Config
 from clis.data.batch import Batch
 from clis.data.loader import MicroBatches, train_loader
@@ -43,6 +44,8 @@ def main() -> None:
         config = saved_config(state, str(run), [f"train.seed={arguments.seed}", "data.workers=0"])
         detector = load_model(state, config, str(run)).eval()
         rows = [measure(detector, batch) for batch in batches(config, arguments.batches)]
+        if not rows:
+            raise ValueError(f"{run}: no pairs are pasted in its training (clis.t={config.clis.t})")
         print(f"| {run} | " + " | ".join(f"{statistics.mean(column):.2f}" for column in zip(*rows)) + " |")
 
 
@@ -83,4 +86,4 @@ def features_of(detector: CLISDetector, batch: Batch) -> tuple[Tensor, Tensor]:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

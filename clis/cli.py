@@ -55,7 +55,8 @@ def is_worker_death(error: BaseException) -> bool:
 def is_lost_process(error: BaseException) -> bool:
     """Check for what torch raises in a collective when another process of the group has ended."""
     lost = r"Connection (closed|reset)|gloo.*(timed out|Broken pipe)|NCCL|process group.*aborted"
-    return isinstance(error, RuntimeError) and re.search(lost, str(error), re.DOTALL) is not None
+    found = isinstance(error, RuntimeError) and re.search(lost, str(error), re.DOTALL) is not None
+    return found and "invalid usage" not in str(error)  # e.g. two processes on one GPU
 
 
 def run_command(main: Callable[[], None]) -> None:
@@ -75,6 +76,7 @@ def run_command(main: Callable[[], None]) -> None:
         sys.stdout.flush()  # here, where a closed pipe is met with calm
     except Preempted as stop:
         print(wrapped(str(stop), sys.stderr), file=sys.stderr, flush=True)
+        let_rank_0_speak()
         _leave(EXIT_CODE)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -82,7 +84,7 @@ def run_command(main: Callable[[], None]) -> None:
     except (ValueError, OSError, FloatingPointError, RuntimeError, MemoryError, OutOfMemory) as error:
         if isinstance(error, BrokenPipeError) and _is_closed(sys.stdout):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still buffered
-            sys.exit(141)
+            _leave(141)
         let_rank_0_speak()
         died, lost, full = is_worker_death(error), is_lost_process(error), is_out_of_memory(error)
         known = died or lost or full
@@ -131,6 +133,7 @@ def _leave(code: int) -> NoReturn:
 def _leave_with_traceback() -> None:
     """Under torchrun, print the traceback of the error that is handled, and end the process."""
     if _is_one_of_many():
+        let_rank_0_speak()
         traceback.print_exc()
         _leave(1)
 

@@ -615,7 +615,7 @@ RESUMABLE = scoped_keys(Scope.MACHINE)
 """What a resumed run may change without being another run."""
 
 FIGURES = ("AP", "APr", "APc", "APf")
-"""Of all, rare, common and frequent classes."""
+"""The metrics that every table shows: AP of all, rare, common and frequent classes."""
 
 DETECTOR_RULES = ("category-rank-first", "top-score")
 """The values of `regions.rule` that use a detector."""

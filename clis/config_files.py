@@ -207,6 +207,9 @@ def _read_with_parents(path: Path, children: tuple[Path, ...]) -> dict[str, Any]
         )
     inherited = _read_with_parents(parent, (*children, path.resolve()))
     inherited.pop("paper", None)
+    own, theirs = values.get("data"), inherited.get("data")
+    if isinstance(own, dict) and isinstance(theirs, dict) and "train" in own:
+        theirs.pop("source", None)  # of other data
     return _merge(inherited, values)
 
 

@@ -59,12 +59,14 @@ def choose_device(name: str) -> torch.device:
 
 def _cuda_device(name: str, count: int) -> torch.device:
     """Return the device named ``cuda:0``, or this process's own of the `count` that it sees."""
-    local, processes = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    local, here = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if ":" in name:
-        if processes > 1:
-            raise ValueError(f"train.device={name}: the same device for {processes} processes; use cuda")
+        if here > 1:
+            raise ValueError(f"train.device={name}: the same device for {here} processes; use cuda")
         return torch.device(name)
-    index = 0 if count == 1 else local  # some launchers show each process its own device alone
+    shown = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    own = count == 1 and shown != "" and "," not in shown  # some launchers show each process its own alone
+    index = 0 if own else local
     if index >= count:
         raise ValueError(f"process {local} of this machine has no CUDA device of its own: it has {count}")
     return torch.device("cuda", index)

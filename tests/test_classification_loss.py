@@ -55,6 +55,9 @@ class Mean(CrossEntropy):
 class PerRow(CrossEntropy):
     def forward(self, logits, labels, normalizer, rows):
         return nn.functional.cross_entropy(logits, labels, reduction="sum") / max(1, len(labels))
+class Regions(CrossEntropy):
+    def image_level(self, logits, labels, normalizer, rows):
+        return nn.functional.cross_entropy(logits, labels, reduction="sum")
 class Rows(CrossEntropy):
     def forward(self, logits, labels, normalizer, rows): return logits.sum(dim=1)
 class Number(CrossEntropy):
@@ -133,7 +136,11 @@ def test_the_loss_is_given_the_categories_with_their_training_images(modules):
             r"built from 5 categories .* fails with TypeError: 'tuple' object cannot",
         ),
         ("lacking_loss:Mean", r"it gives nan, nan for no rows; return one number, the sum over the rows"),
-        ("lacking_loss:PerRow", r"for a few rows, and .* where `normalizer` is twice as large; divide a sum"),
+        ("lacking_loss:Regions", r"image_level gives .* for a few rows"),
+        (
+            "lacking_loss:PerRow",
+            r"forward gives .* for a few rows, and .* where `normalizer` is twice as large; divide a sum",
+        ),
         ("lacking_loss:Rows", r"it gives \[\], \[\] for no rows"),
         ("lacking_loss:Uncounted", r"fails with AttributeError: 'NoneType' object has no attribute 'dtype'"),
         ("lacking_loss:Number", r"fails with AttributeError: 'float' object has no attribute 'shape'"),
@@ -241,7 +248,7 @@ def test_check_tries_the_loss_where_the_backbone_is_still_to_be_downloaded(modul
     backbone = "{name: resnet18, norm: folded, width: 64, weights: resnet18.pth, download: true}"
     overrides = ["loss.classification=lacking_loss:Mean", f"model.backbone={backbone}", f"data.root={data}"]
     report = check.check(load_config(BASELINE, [*SHORT[1:], *overrides]), workers=0, sample=1)
-    assert any("resnet18.pth: is not there, and will be downloaded" in each for each in report.warnings)
+    assert any("resnet18.pth: does not exist and will be downloaded" in each for each in report.warnings)
     assert [error for error in report.errors if "it gives nan" in error] == report.errors != []
 
 

@@ -287,13 +287,16 @@ class TestWhatEarlierCommandsMade:
         run_verb("train", longer)
         assert f"WARNING: {command[-1].partition('=')[2]}/{told}" in capsys.readouterr().out
 
-    def test_annotations_that_changed(self, command, root, capsys):
+    def test_annotations_that_changed(self, command, root, tmp_path, capsys):
         change(root, "train", lambda document: document["annotations"].pop())
         said = self.said(capsys, *command)
         assert "run is finished, and " in said
         assert "train.json changed since its training" in said
+        longer = [*command, "train.steps=6"]
         with pytest.raises(ValueError, match=r"last\.pt: .*train\.json changed since this training began"):
-            run_verb("train", [*command, "train.steps=6"])
+            run_verb("train", longer)
+        assert RunFolder(tmp_path / "run").result.exists()  # it is refused before anything is moved
+        assert "changed since this training began" in self.said(capsys, *longer)
 
     def test_a_region_file_that_does_not_exist(self, command, tmp_path, capsys):
         """A mistyped name would train the detector again without a word."""

@@ -64,7 +64,7 @@ def test_regions_of_a_rule_without_detector_are_those_of_the_file(data, tmp_path
     before = seen_of(data, *options)
     items = before.items(8)
     before.fill_items(items)
-    find_regions(before.config, torch.device("cpu"))
+    find_regions(before.config, torch.device("cpu"), None)
     after = seen_of(data, *options)
     assert (before.fill is None, after.fill is None) == (False, True)
     assert "regions are found here by center" in before.notes[0]

@@ -153,14 +153,24 @@ def test_the_innermost_log_has_what_is_said(tmp_path, capsys):
     assert "three" not in out
 
 
-def test_runs_below_a_folder(tmp_path, finished, capsys):
+def test_runs_below_a_folder(tmp_path, finished, monkeypatch, capsys):
     """As `clis status runs`, and `clis status` alone in the folder above."""
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / "a").symlink_to(finished, target_is_directory=True)
     shutil.copytree(finished / "detector", tmp_path / "runs" / "b")
-    run_verb("status", [str(tmp_path / "runs")])
-    said = capsys.readouterr().out
-    assert f"{tmp_path}/runs/b: finished" in said
+    runs = tmp_path / "runs"
+    (runs / "b" / "wandb").mkdir()
+    (runs / "b" / "wandb" / "config.yaml").write_text("of: another program")
+    headings = [f"{runs}/a: finished", f"{runs}/a/detector: finished", f"{runs}/b: finished"]
+
+    def said(*folders: str) -> list[str]:
+        run_verb("status", list(folders))
+        return [line for line in capsys.readouterr().out.splitlines() if not line.startswith(" ")]
+
+    assert said(str(runs)) == headings
+    assert said(str(runs / "a")) == headings[:1]  # a run folder itself is that run alone
+    monkeypatch.chdir(tmp_path)
+    assert len(said()) == 3
 
 
 def test_a_folder_without_a_run(tmp_path, finished, capsys):

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ import torch
 from conftest import CATEGORIES, global_counts, make_sample, tiny_config
 from runs import BASELINE, REPOSITORY, SHORT, assert_same_training, records, spawn
 
+import clis
 from clis.cli import EXIT_CODE, Preempted, run_command
 from clis.commands import run_verb
 from clis.data.batch import collate
@@ -407,6 +409,21 @@ def test_what_fails_on_one_process_is_told_and_ends_them_all(what, said, tmp_pat
     assert said in output
 
 
+def test_warnings_of_ours_are_one_line(capsys):
+    """Those of others have their place."""
+
+    def warn() -> None:
+        warnings.warn_explicit("the cache is damaged", UserWarning, str(Path(clis.__file__)), 1)
+        warnings.warn_explicit("of another", UserWarning, "elsewhere.py", 7)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        run_command(warn)
+    said = capsys.readouterr().err.splitlines()
+    assert said[0] == "WARNING: the cache is damaged"
+    assert said[1].startswith("elsewhere.py:7: UserWarning: of another")
+
+
 def test_a_process_that_fails_ends_although_its_loaders_outlive_signals(data, tmp_path):
     """The error is raised with a batch on its way, and its traceback is kept, as pytest keeps it."""
     script = (
@@ -454,14 +471,15 @@ def test_each_process_has_a_device_of_its_own(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     monkeypatch.setenv("LOCAL_RANK", "3")
-    monkeypatch.setenv("WORLD_SIZE", "8")
-    for count, device in ((4, "cuda:3"), (1, "cuda:0")):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    for count, shown, device in ((4, "0,1,2,3", "cuda:3"), (1, "5", "cuda:0")):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", shown)
         monkeypatch.setattr(torch.cuda, "device_count", lambda count=count: count)
         assert choose_device("auto") == choose_device("cuda") == torch.device(device)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    with pytest.raises(ValueError, match="process 3 of this machine has no CUDA device of its own: it has 2"):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    with pytest.raises(ValueError, match="process 3 of this machine has no CUDA device of its own: it has 1"):
         choose_device("auto")
     with pytest.raises(ValueError, match=r"train\.device=cuda:0: the same device for 8 processes"):
         choose_device("cuda:0")
-    monkeypatch.setenv("WORLD_SIZE", "1")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
     assert choose_device("cuda:1") == torch.device("cuda:1")

@@ -29,7 +29,7 @@ from clis.data.streams import (
     read_annotations,
     read_index,
 )
-from clis.engine.checkpoint import load_checkpoint, saved_categories
+from clis.engine.checkpoint import check_same_files, load_checkpoint, saved_categories
 from clis.engine.describe import schedule_warnings
 from clis.engine.optim import split_batch
 from clis.engine.preflight import (
@@ -43,7 +43,7 @@ from clis.engine.prerequisites import PlannedRun, plan_run
 from clis.engine.pretrain import SETTINGS as PRETRAINING
 from clis.engine.region_search import detector_checkpoint, given_boxes, read_boxes
 from clis.engine.run_folder import RunFolder, regions_file
-from clis.engine.start import check_run, starting_weights
+from clis.engine.start import check_given_start, check_run, starting_weights
 from clis.metric.matching import check_truth, describe_uncounted
 from clis.models import CLISDetector, build_classifier, build_model
 from clis.text import name_key, shortened
@@ -110,6 +110,8 @@ def _check_models(plan: PlannedRun, train: Annotations, report: Report) -> None:
     for run in {id(each): each for each in (*pending_runs(plan), plan)}.values():
         with report.catching():
             folder, model = RunFolder(run.config.output), _check_model(run.config, train, report)
+            check_given_start(run, model)
+            check_same_files(folder, run.config)
             check_writable_folder(folder.path)
             needs.append((folder.path, checkpoint_bytes(model, run.config, train.categories, folder)))
     with report.catching():
@@ -302,8 +304,8 @@ def _check_model(config: Config, train: Annotations, report: Report) -> CLISDete
     to_download = path is not None and backbone.download and not path.exists()
     if to_download:
         warning = (
-            f"{path}: is not there, and will be downloaded at the start; fetch it now if the machine of the "
-            "training has no network"
+            f"{path}: does not exist and will be downloaded at the start; fetch it now if the training "
+            "machine has no network"
         )
         report.warnings += [warning] * (warning not in report.warnings)
     if config.pretrain.epochs > 0:

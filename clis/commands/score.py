@@ -122,14 +122,15 @@ def score_results(arguments: argparse.Namespace) -> dict[str, float]:
 
 def describe_boxes(annotations: Annotations, detections: Detections) -> Iterator[str]:
     """Say what detections look like if they are not x, y, width, height in pixels."""
-    if not len(detections):
-        return
     order = np.argsort(annotations.image_ids)
     place = np.searchsorted(annotations.image_ids[order], detections.image_id).clip(max=len(order) - 1)
-    sizes = annotations.image_sizes[order[place], ::-1]
-    if (detections.bbox <= 1).all() and (sizes > 2).all():
+    known = annotations.image_ids[order[place]] == detections.image_id  # others are an error soon
+    if not known.any():
+        return
+    sizes, boxes = annotations.image_sizes[order[place[known]], ::-1], detections.bbox[known]
+    if (boxes <= 1).all() and (sizes > 2).all():
         yield "all boxes are within 0..1, as fractions of the image would be; they have to be in pixels"
-    outside = (detections.bbox[:, :2] + detections.bbox[:, 2:] > 1.02 * sizes + 2).any(axis=1)
+    outside = (boxes[:, :2] + boxes[:, 2:] > 1.02 * sizes + 2).any(axis=1)
     if outside.mean() > OUTSIDE:
         yield (
             f"{outside.sum()} of {len(outside)} boxes reach beyond their images; are they x1, y1, x2, y2? "

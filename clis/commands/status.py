@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import os
+from collections.abc import Iterator
 from pathlib import Path
 
 from tqdm import tqdm
@@ -40,10 +42,18 @@ def run(arguments: argparse.Namespace) -> None:
 
 def _runs_in(path: Path) -> list[RunFolder]:
     """Return a run folder itself, and of another folder the run folders below it, if there are any."""
-    below = sorted(each.parent for each in path.glob("**/config.yaml"))
-    if not below or path in below:
-        return [RunFolder(path)]
-    return [RunFolder(each) for each in below if each != RunFolder(each.parent).pretraining.path]
+    below = [] if RunFolder(path).config.exists() else list(_runs_below(path))
+    return below or [RunFolder(path)]
+
+
+def _runs_below(path: Path) -> Iterator[RunFolder]:
+    for place, folders, files in os.walk(path, followlinks=True):
+        folders.sort()
+        if "config.yaml" in files:
+            run = RunFolder(place)
+            yield run
+            needed = (run.detector.path, run.start.path)
+            folders[:] = [name for name in folders if Path(place, name) in needed]
 
 
 def describe(state: RunState) -> str:

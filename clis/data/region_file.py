@@ -79,9 +79,11 @@ def load_regions(
             "to have it made again, or correct data.image_level, data.mapping or data.train"
         )
     for name, wanted in region_recipe(config).items():
-        if made.get(name) != wanted:
+        if name not in made:
+            raise ValueError(f"{path}: does not say its regions.{name}; remove it to have it made again")
+        if made[name] != wanted:
             raise ValueError(
-                f"{path}: made with regions.{name}={made.get(name)}, this run has {wanted}; set "
+                f"{path}: made with regions.{name}={made[name]}, this run has {wanted}; set "
                 f"regions.{name} to use it, or name another regions.file to have one made"
             )
     complete = "counts" in made  # written with the last row, by `clis.engine.region_search`

@@ -30,7 +30,7 @@ from clis.data.shapes_drawing import (
     draw_scene,
     draw_studio,
 )
-from clis.distributed import barrier, is_main
+from clis.distributed import on_main
 from clis.progress import Progress, say
 
 FORMAT = "clis-shapes"
@@ -166,11 +166,13 @@ def write_shapes(
 
 def generate_shapes(folder: Path, spec: ShapesSpec | None = None) -> None:
     """Write the embedded benchmark on rank 0, if it does not exist yet; the other ranks wait."""
-    spec = spec or ShapesSpec()
-    if is_main():
-        with Progress(f"write {folder}", spec.num_images) as progress:
-            write_shapes(folder, spec, progress.advance)
-    barrier()
+    made = spec or ShapesSpec()
+
+    def write() -> None:
+        with Progress(f"write {folder}", made.num_images) as progress:
+            write_shapes(folder, made, progress.advance)
+
+    on_main(write)
 
 
 def _read_record(folder: Path) -> dict | None:

@@ -32,12 +32,12 @@ def detector_state(
     model: CLISDetector | ImageClassifier,
     config: Config,
     step: int = 0,
-    files: Mapping[str, Path] | None = None,
+    record: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Return the part of a checkpoint that evaluation, `load_detector` and the region search read.
 
     Args:
-        files: whose hashes its record has, by what they are (see `provenance`).
+        record: of the training (see `provenance`); None is one without data.
     """
     return {
         "format": FORMAT,
@@ -45,7 +45,7 @@ def detector_state(
         "config": config_to_dict(config),
         "categories": [asdict(category) for category in model.categories],
         "model": model.state_dict(),
-        "record": provenance(files or {}),
+        "record": dict(record or provenance({})),
     }
 
 
@@ -57,6 +57,7 @@ def save_checkpoint(
     scaler: torch.amp.GradScaler,
     config: Config,
     skipped: int = 0,
+    record: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write ``step_00000600.pt`` and ``last.pt`` of a run and remove all but the last `keep_last`.
 
@@ -64,7 +65,7 @@ def save_checkpoint(
         OSError: it could not be written (a full disk, a read-only folder); the earlier checkpoints are whole.
     """
     path = folder.checkpoint(step)
-    state = detector_state(model, config, step, training_files(config)) | {
+    state = detector_state(model, config, step, record) | {
         "optimizer": optimizer.state_dict(),
         "scaler": scaler.state_dict(),
         "skipped": skipped,
@@ -173,6 +174,21 @@ def load_last_checkpoint(folder: RunFolder) -> tuple[dict[str, Any], Path] | Non
     return None
 
 
+def check_same_files(folder: RunFolder, config: Config) -> None:
+    """Check that annotations and regions are those that an unfinished run has been trained on so far.
+
+    Raises:
+        ValueError: they are others.
+    """
+    last = None if folder.is_finished(config) else load_last_checkpoint(folder)
+    changed = [] if last is None else changed_files(last[0].get("record"), training_files(config))
+    if last is not None and changed:
+        raise ValueError(
+            f"{last[1]}: {' and '.join(changed)} changed since this training began; restore the original "
+            "files, or start over in another folder (output=FOLDER)"
+        )
+
+
 def resume(
     folder: RunFolder,
     model: CLISDetector | ImageClassifier,
@@ -189,7 +205,7 @@ def resume(
         within: sections and keys of the config that matter here; None is all of them.
 
     Raises:
-        ValueError: it was trained by another config, on other files or for other categories.
+        ValueError: it was trained by another config or for other categories.
     """
     loaded: list[dict[str, Any]] = []
 
@@ -198,12 +214,6 @@ def resume(
         found = load_last_checkpoint(folder)
         if found is None:
             return None
-        changed = [] if within is not None else changed_files(found[0].get("record"), training_files(config))
-        if changed:
-            raise ValueError(
-                f"{found[1]}: {' and '.join(changed)} changed since this training began; put back what was "
-                "there, or begin again in another folder (output=FOLDER)"
-            )
         loaded.append(found[0])
         return found[1], found[0]["step"]
 

@@ -11,7 +11,7 @@ import torch
 
 from clis.config import Config
 from clis.data.batch import OnDevice
-from clis.distributed import broadcast_flag, on_main, wrap_ddp
+from clis.distributed import broadcast_flag, is_main, on_main, wrap_ddp
 from clis.engine.checkpoint import resume, save_checkpoint
 from clis.engine.describe import step_metrics
 from clis.engine.feed import Feed, StepInput
@@ -19,6 +19,7 @@ from clis.engine.log import MetricsLog
 from clis.engine.memory import memory_advice, reset_peak_memory
 from clis.engine.optim import make_optimizer, make_scaler
 from clis.engine.preemption import StopRequest, stop
+from clis.engine.provenance import provenance, training_files
 from clis.engine.run_folder import RunFolder
 from clis.engine.schedule import SaveClock, due_after
 from clis.engine.skipped import SkippedSteps
@@ -57,6 +58,8 @@ class Training(Generic[M]):
         self.network = wrap_ddp(model, device).train()
         """The model, or DDP around it."""
         self.log = MetricsLog(folder.metrics, first)
+        self.record = provenance(training_files(config)) if is_main() else None
+        """Where the training comes from; of rank 0. Made once: files may change while it runs."""
         self.clock = SaveClock(config.train.save_minutes)
         self.seconds: list[tuple[float, float]] = []
         """Of each step since the last record, waiting for data and computing."""
@@ -138,6 +141,6 @@ class Training(Generic[M]):
 
     def save(self, step: int) -> None:
         """Write the checkpoint of a step, on rank 0."""
-        parts = self.model, self.optimizer, self.scaler
-        on_main(lambda: save_checkpoint(self.folder, step, *parts, self.config, self.skipped.total))
+        parts = self.model, self.optimizer, self.scaler, self.config
+        on_main(lambda: save_checkpoint(self.folder, step, *parts, self.skipped.total, self.record))
         self.clock.restart()

@@ -5,6 +5,7 @@ Nothing is decoded and no class folder is scanned: at the size of LVIS and Image
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import shutil
@@ -31,14 +32,14 @@ from clis.data.streams import (
     read_training_annotations,
 )
 from clis.distributed import on_main, world_size
-from clis.engine.checkpoint import load_checkpoint, saved_categories
+from clis.engine.checkpoint import check_same_files, load_checkpoint, saved_categories
 from clis.engine.evaluate import load_validation
 from clis.engine.optim import split_batch
 from clis.engine.prerequisites import PlannedRun
 from clis.engine.provenance import changed_files, training_files
 from clis.engine.region_search import detector_checkpoint, given_boxes, read_boxes
 from clis.engine.run_folder import RunFolder, regions_file
-from clis.engine.start import starting_weights
+from clis.engine.start import check_given_start, starting_weights
 from clis.metric.matching import check_truth, describe_uncounted
 from clis.models import CLISDetector, build_classifier, build_model
 from clis.progress import Progress, say
@@ -92,34 +93,45 @@ def check_files(plan: PlannedRun) -> None:
 
 def describe_reuse(plan: PlannedRun) -> Iterator[str]:
     """Warn of what the runs of a plan would use although it was made otherwise, and of a file to be made."""
-    for run in plan.walk():
-        config, folder, path = run.config, RunFolder(run.config.output), regions_file(run.config)
-        if folder.is_finished(config):
-            changed = changed_files(folder.read_record().get("training"), training_files(config))
-            if changed:
-                yield f"{folder} is finished, and {' and '.join(changed)} changed since its training"
-        elif config.clis.s > 0 and run.detector is not None:
-            steps = run.detector.config.train.steps
-            if not path.exists() and config.regions.file is not None:
-                yield f"{path} (regions.file) does not exist, so it is made: by a detector of {steps} steps"
-            made = detector_steps(path) if path.exists() else None
-            if made not in (None, steps):
-                yield (
-                    f"{path} was found by a detector of {made} steps, and this config's has {steps}; to have "
-                    "it found again, begin again in another folder (output=FOLDER)"
-                )
+    for run in needed_runs(plan):
+        with contextlib.suppress(OSError, ValueError):  # a damaged folder is reported where it is used
+            yield from _reuse_of(run)
+
+
+def _reuse_of(run: PlannedRun) -> Iterator[str]:
+    config, folder, path = run.config, RunFolder(run.config.output), regions_file(run.config)
+    if folder.is_finished(config):
+        changed = changed_files(folder.read_record().get("training"), training_files(config))
+        if changed:
+            yield f"{folder} is finished, and {' and '.join(changed)} changed since its training"
+    elif config.clis.s > 0 and run.detector is not None:
+        steps = run.detector.config.train.steps
+        if not path.exists() and config.regions.file is not None:
+            yield f"{path} (regions.file) does not exist, so it is made: by a detector of {steps} steps"
+        made = detector_steps(path) if path.exists() else None
+        if made is not None and made < steps:
+            yield (
+                f"{path} was found by a detector of {made} steps, and this config's has {steps}; to have it "
+                "found again, start over in another folder (output=FOLDER)"
+            )
+
+
+def needed_runs(plan: PlannedRun) -> Iterator[PlannedRun]:
+    """Yield the run and those whose results it will use, each after those that it needs."""
+    config, folder = plan.config, RunFolder(plan.config.output)
+    if not folder.is_finished(config):
+        if plan.start is not None and not folder.has_begun:
+            yield from needed_runs(plan.start)
+        if plan.detector is not None and config.clis.s > 0 and not regions_file(config).exists():
+            yield from needed_runs(plan.detector)
+    yield plan
 
 
 def pending_runs(plan: PlannedRun) -> Iterator[PlannedRun]:
-    """Yield the runs that are not finished, each after those that it needs."""
-    config, folder = plan.config, RunFolder(plan.config.output)
-    if folder.is_finished(config):
-        return
-    if plan.start is not None and not folder.has_begun:
-        yield from pending_runs(plan.start)
-    if plan.detector is not None and config.clis.s > 0 and not regions_file(config).exists():
-        yield from pending_runs(plan.detector)
-    yield plan
+    """Yield those of the needed runs that are not finished."""
+    for run in needed_runs(plan):
+        if not RunFolder(run.config.output).is_finished(run.config):
+            yield run
 
 
 def _check_run(run: PlannedRun, training: Annotations, first: bool) -> tuple[Path, int]:
@@ -134,6 +146,8 @@ def _check_run(run: PlannedRun, training: Annotations, first: bool) -> tuple[Pat
     if config.clis.s > 0 or pretrains:
         _check_image_level(run, training, first)
     model = build_to_train(config, training.categories, folder)
+    check_given_start(run, model)
+    check_same_files(folder, config)
     check_writable_folder(folder.path)
     return folder.path, checkpoint_bytes(model, config, training.categories, folder)
 

@@ -116,6 +116,17 @@ def check_start(run: PlannedRun) -> None:
         train_only(model, start.train)
 
 
+def check_given_start(run: PlannedRun, model: CLISDetector) -> None:
+    """Check that a new run's detector can be loaded from the checkpoint that it starts from, if there is one.
+
+    Raises:
+        FileNotFoundError, ValueError: as `load_start`.
+    """
+    source = run.config.start.from_
+    if source is not None and run.start is None and not RunFolder(run.config.output).has_begun:
+        load_start(model, run.config.start, checkpoint_of(source, None))
+
+
 def load_start(model: CLISDetector, start: StartConfig, checkpoint: Path) -> None:
     """Load the tensors of another run's checkpoint, but for those that `start.fresh` names.
 

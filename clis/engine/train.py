@@ -6,7 +6,6 @@ import contextlib
 import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -41,7 +40,6 @@ from clis.engine.optim import gradient_step, learning_rate, split_batch
 from clis.engine.preflight import check_files
 from clis.engine.prerequisites import PlannedRun, plan_run
 from clis.engine.pretrain import pretrain
-from clis.engine.provenance import provenance, training_files
 from clis.engine.region_search import find_regions
 from clis.engine.run_folder import RunFolder, regions_file
 from clis.engine.schedule import due_after
@@ -144,13 +142,13 @@ def run(config: Config, device: torch.device, start: Config | None = None) -> No
     if broadcast_flag(folder.result.exists()):
         say(f"{folder} is already finished")
         return
-    detector = train(config, folder, device, start)
-    evaluate_detector(detector.eval(), config, folder, _training_record(config))
+    training = train(config, folder, device, start)
+    evaluate_detector(training.model.eval(), config, folder, training.record)
 
 
 def train(
     config: Config, folder: RunFolder, device: torch.device, start: Config | None = None
-) -> CLISDetector:
+) -> Training[CLISDetector]:
     """Train a detector for `train.steps` steps, or resume where its last checkpoint left off.
 
     Every random choice is a function of (seed, step, place in the global batch), so a resumed run equals the
@@ -162,14 +160,12 @@ def train(
     model = starting_model(config, annotations.categories, folder, start).to(device)
     training = Training(model, config, folder, device, ADVICE)
     say(describe_run(config, annotations, dataset.index, sampler, model, accumulation))
-    _training_record(config)  # hashes big files now, not within the time that a preempted run has to save
     micro_batches = MicroBatches(sampler, training.remaining, rank(), world_size(), images_per_process)
     loader = train_loader(dataset, micro_batches, config.data.workers, device.type == "cuda")
     watch = ContrastWatch()
 
     def evaluate(step: int) -> None:
-        record = _training_record(config)
-        metrics = evaluate_detector(model.eval(), config, folder.evaluation(step), record)
+        metrics = evaluate_detector(model.eval(), config, folder.evaluation(step), training.record)
         say(f"step {step}: {format_metrics(metrics)}")
         training.network.train()
         on_main(lambda: mark_best(folder, step, metrics["AP"]))
@@ -196,7 +192,7 @@ def train(
                 if (warning := watch.look(done, state)) is not None:
                     say(warning)
             training.progress.advance(text=text)
-    return model
+    return training
 
 
 def train_step(
@@ -273,11 +269,6 @@ def _of_all_processes(parts: Sequence[Pending]) -> Pending:
             name: all_gather_rows(torch.cat([part.rows[name] for part in parts])) for name in parts[0].rows
         },
     )
-
-
-def _training_record(config: Config) -> dict[str, Any] | None:
-    """Return what a checkpoint of this training would have as its record; only rank 0 needs it."""
-    return provenance(training_files(config)) if is_main() else None
 
 
 def _compare(configs: Sequence[Config]) -> None:

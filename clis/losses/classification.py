@@ -73,7 +73,7 @@ def find_classification_loss(text: str) -> functools.partial[ClassificationLoss]
 def build_classification_loss(text: str, categories: Sequence[Any]) -> ClassificationLoss:
     """Build the loss that `loss.classification` names, for C categories.
 
-    Trial calls, on no rows and on a few, make errors surface before training.
+    Calls on an empty batch and on four rows make errors surface before training.
 
     Raises:
         ValueError: as `find_classification_loss`; or it cannot be built, or returns a wrong shape or value.
@@ -112,24 +112,30 @@ def build_classification_loss(text: str, categories: Sequence[Any]) -> Classific
             "column for each category and none for background"
         )
     try:
-        whole, half = (_trial(loss, normalizer) for normalizer in (1.0, 2.0))
+        whole, half = _trial(loss, 1.0), _trial(loss, 2.0)
     except Exception as error:
         raise ValueError(
             f"{where}: tried on a few rows, it fails with {type(error).__name__}: {error}"
         ) from error
-    if not math.isclose(whole, 2 * half, rel_tol=1e-3, abs_tol=1e-6):
-        raise ValueError(
-            f"{where}: it gives {whole:g} for a few rows, and {half:g} where `normalizer` is twice as large; "
-            "divide a sum over the rows by `normalizer`, or use `rows.mean_per_image`"
-        )
+    for name, one, other in zip(("forward", "image_level"), whole, half):
+        if not math.isclose(one, 2 * other, rel_tol=1e-3, abs_tol=1e-6):
+            raise ValueError(
+                f"{where}: {name} gives {one:g} for a few rows, and {other:g} where `normalizer` is twice as "
+                "large; divide a sum over the rows by `normalizer`, or use `rows.mean_per_image`"
+            )
     return loss
 
 
-def _trial(loss: ClassificationLoss, normalizer: float) -> float:
-    """Return the loss of a few rows."""
-    logits = torch.linspace(-1, 1, 4 * loss.num_logits).view(4, -1)
-    labels = torch.arange(4) % (loss.num_classes + 1)
-    return loss(logits, labels, normalizer, Rows.of_one_image(4, normalizer)).item()
+def _trial(loss: ClassificationLoss, normalizer: float) -> tuple[float, float]:
+    """Return the loss of a few rows, of which one is background, and that of regions of the other classes."""
+    logits, rows = torch.linspace(-1, 1, 4 * loss.num_logits).view(4, -1), Rows.of_one_image(4, normalizer)
+    labels = torch.arange(4) % loss.num_classes
+    with_background = torch.cat([labels[:3], torch.tensor([loss.num_classes])])
+    with torch.random.fork_rng(devices=[]):  # a loss may be random, and the training is to be as without this
+        torch.manual_seed(0)
+        boxes = loss(logits, with_background, normalizer, rows)
+        regions = loss.image_level(logits, labels, normalizer, rows)
+    return boxes.item(), regions.item()
 
 
 def _find_in_module(name: str, where: str) -> type[ClassificationLoss]:

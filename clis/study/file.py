@@ -14,7 +14,7 @@ from clis.config_files import flatten, merge_overrides, name_below, read_yaml
 from clis.study.runs import StudyRun
 
 SECTIONS = {field.name for field in dataclasses.fields(Config)}
-"""Of a config."""
+"""Names of the sections of a config."""
 STUDY_KEYS = {"base", "seeds", "axis", "rows"}
 """Of a study file."""
 
