@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import settings
 from runs import CONFIG, SHORT
 from torch import Tensor
 
@@ -22,6 +23,9 @@ from clis.distributed import all_reduce_sum
 from clis.losses import Rows
 from clis.models import CLISDetector, Normalizers, build_model
 from clis.models.contrastive import KeyQueue
+
+settings.register_profile("clis", deadline=None)  # other work on the machine is no failure
+settings.load_profile("clis")
 
 CATEGORIES = tuple(
     Category(

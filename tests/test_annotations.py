@@ -372,7 +372,7 @@ def scratch(tmp_path_factory):
 
 
 @pytest.mark.filterwarnings("ignore:invalid value")  # inf - inf, on its way to being refused
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(boxes=st.lists(st.lists(COORDINATE, min_size=4, max_size=4), min_size=1, max_size=6))
 def test_kept_boxes_lie_in_their_image_with_area(scratch, boxes):
     content = document()

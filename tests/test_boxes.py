@@ -58,7 +58,7 @@ def test_decode_without_a_limit_to_shrinkage_equals_torchvision(stds):
 
 
 @given(seed=st.integers(0, 10_000))
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 def test_decode_inverts_encode(seed):
     boxes, targets = random_boxes(20, seed), random_boxes(20, seed + 1)
     decoded = box_ops.decode(boxes, box_ops.encode(boxes, targets, ROI_STDS), ROI_STDS)
@@ -150,7 +150,7 @@ def draw(matches, samples, fraction, seed=0):
     fraction=st.sampled_from([0.0, 0.25, 0.5, 1.0]),
     seed=st.integers(0, 100),
 )
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_sample_draws_what_it_should(matches, samples, fraction, seed):
     positive, negative = draw(matches, samples, fraction, seed)
     num_positive = sum(m >= 0 for m in matches)
@@ -286,7 +286,7 @@ def test_lazy_nms_goes_on_until_nothing_is_left():
 
 
 @given(data=st.data(), k=st.integers(1, 12), threshold=st.sampled_from([-math.inf, 0.0, 0.5, 1.0]))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_lazy_nms_is_exact_on_small_grids(data, k, threshold):
     # whole coordinates: an IoU exactly at the threshold (0.5) happens and does not suppress
     sides = st.tuples(st.integers(0, 6), st.integers(0, 6), st.integers(1, 4), st.integers(1, 4))

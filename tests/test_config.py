@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 from conftest import CATEGORIES
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from clis import config as config_module
@@ -627,7 +627,6 @@ class TestRoundTrip:
         config = load_config(path)
         assert config_from_dict(yaml.safe_load(config_to_yaml(config))) == config
 
-    @settings(deadline=None)
     @given(
         rate=st.floats(min_value=1e-300, max_value=1e300),
         clip=st.none() | st.floats(min_value=0, exclude_min=True, allow_infinity=False),

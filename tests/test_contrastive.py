@@ -24,7 +24,7 @@ def numbered(first, count):
 
 
 @given(size=st.integers(1, 9), counts=st.lists(st.integers(0, 25), max_size=8), data=st.data())
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 def test_queue_holds_the_last_keys(size, counts, data):
     # pushes that do not divide the queue, exceed it, wrap around in the middle, or are empty
     queue, total = KeyQueue(size, 2), 0

@@ -206,7 +206,7 @@ def test_png_checksum():
         decode_image(bytes(data), "a")
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     data=st.sampled_from([encoded(kind, mode, **options) for kind, mode, options in KINDS]),
     changes=st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 255)), max_size=8),
@@ -303,7 +303,7 @@ def test_truncated_jpegs_at_reduced_size(kind, share):
         image.decode_resized((30, 40))
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     kind=st.sampled_from(sorted(JPEGS)),
     changes=st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 255)), max_size=8),

@@ -64,7 +64,7 @@ def expected_lists(document: Any) -> dict[str, list[Any]]:
     return {key: value for key, value in document.items() if key in KEYS and isinstance(value, list)}
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(document=DOCUMENT | VALUE, **FORM)
 @example({"images": [{"a": [{"b": 1}, {"c": 2}]}] * 3, "annotations": []}, None, True, "utf-8", 5)
 @example({"info": -12.5e-7, "images": [1, -1.5, 2e300, 10**30]}, 0, True, "utf-8", 1)
@@ -82,7 +82,7 @@ def test_lists_in_parts_are_those_of_json_load(path, document, indent, ensure_as
                 list(read_list(path))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(document=DOCUMENT, data=st.data(), chunk=FORM["chunk"])
 def test_broken_text_is_refused_where_json_load_refuses_it(path, document, data, chunk):
     text = json.dumps(document, ensure_ascii=False)

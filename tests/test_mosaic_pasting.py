@@ -95,7 +95,7 @@ def make_mosaic(sizes, seed, **options):
 # --- mosaic ---
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(sizes=st.tuples(*[boxed_sizes()] * 4), seed=st.integers(0, 2**32))
 def test_mosaic_regions_are_where_their_pixels_are(sizes, seed):
     canvas, regions, kept = make_mosaic(sizes, seed, cutout=0.0)
@@ -108,7 +108,7 @@ def test_mosaic_regions_are_where_their_pixels_are(sizes, seed):
         assert not mark.any()  # the image itself stays on its tile
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(sizes=st.tuples(*[boxed_sizes()] * 4), seed=st.integers(0, 2**32), min_region=st.integers(1, 40))
 def test_mosaic_regions_stay_on_their_tile_and_small_ones_are_flagged(sizes, seed, min_region):
     _, regions, kept = make_mosaic(sizes, seed, min_region=min_region)
@@ -188,7 +188,7 @@ def box_lists(draw, height, width):
     return torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(data=st.data(), seed=st.integers(0, 2**32), max_cover=st.sampled_from([0.1, 0.5, 1.0]))
 def test_pastes_hide_at_most_max_cover_of_any_box(data, seed, max_cover):
     height, width = data.draw(st.integers(30, 150)), data.draw(st.integers(30, 150))
@@ -215,7 +215,7 @@ def test_pastes_hide_at_most_max_cover_of_any_box(data, seed, max_cover):
         assert hidden[y1:y2, x1:x2].sum() <= max_cover * (x2 - x1) * (y2 - y1)
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(
     source=boxed_sizes(), height=st.integers(20, 200), width=st.integers(20, 200), seed=st.integers(0, 2**32)
 )

@@ -861,7 +861,7 @@ NAMES = st.text(
 ).filter(lambda name: not name.startswith(("#", ".")) and name == name.strip())
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     labels=st.dictionaries(NAMES, st.integers(-1, 3), min_size=1, max_size=30),
     members=st.sets(NAMES),
@@ -885,7 +885,7 @@ def test_labels_are_those_of_a_dictionary(tmp_path_factory, labels, members, dat
     assert table.without_member.tolist() == sorted(numbers[name] for name in set(labels) - set(names))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     names=st.lists(NAMES.map(lambda name: name.replace("/", "_").replace("\0", "_") + ".jpg"), unique=True),
     data=st.data(),

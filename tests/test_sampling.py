@@ -29,7 +29,7 @@ def epoch(sampler, number):
 # --- permuted ---
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(n=st.integers(1, 3000), key=st.integers(-(2**70), 2**70))
 def test_permuted_visits_every_position_exactly_once(n, key):
     assert sorted(permuted(position, n, key) for position in range(n)) == list(range(n))
@@ -41,7 +41,7 @@ def test_permuted_is_exact_at_awkward_sizes(n):
         assert len({permuted(position, n, key) for position in range(n)}) == n
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(n=st.integers(2**40, 2**62), key=st.integers(0, 2**64), data=st.data())
 def test_permuted_addresses_huge_ranges(n, key, data):
     positions = data.draw(st.sets(st.integers(0, n - 1), min_size=2, max_size=20))
@@ -126,7 +126,7 @@ def test_consecutive_keys_give_unrelated_orders():
 # --- blocks ---
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(n=st.integers(1, 400), block=st.integers(1, 60), seed=st.integers(0, 2**40))
 def test_blocks_hold_every_image_once_an_epoch_and_are_drawn_one_after_another(n, block, seed):
     """Also where the last block is short: it has a place among the others, not always the last."""
@@ -223,7 +223,7 @@ def test_factor_zero_leaves_an_image_out(rounding, expected):
     assert epoch(RepeatSampler(np.array([0, 1, 0, 2.5, 0]), rounding, seed=0), 0) == expected
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(factors=st.lists(st.floats(0, 10), min_size=1, max_size=60), seed=st.integers(0, 2**40))
 def test_stochastic_draws_floor_or_ceil_times_in_epochs_of_one_length(factors, seed):
     factors = np.array(factors)

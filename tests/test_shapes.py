@@ -97,7 +97,7 @@ def test_ranks_spread_outlines_and_textures_evenly():
     extra=st.integers(0, 4),
     seed=st.integers(0, 2**32),
 )
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_dealing_keeps_every_count_exactly(train_images, mean, extra, seed):
     max_objects = math.ceil(mean) + extra
     spec = ShapesSpec(train_images=train_images, mean_objects=mean, max_objects=max_objects)
@@ -176,7 +176,7 @@ def test_plain_objects_have_one_color():
     backdrop=st.sampled_from([draw_gradient, draw_studio]),
     size=st.sampled_from([48, 96]),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_boxes_are_tight_around_the_drawn_pixels(seed, labels, backdrop, size):
     scene = draw_scene(
         np.random.default_rng(seed),

@@ -98,13 +98,13 @@ def test_flip_by_hand():
     assert moved.tolist() == [[3.0, 0.0, 4.0, 1.0], [0.0, 0.0, 2.5, 1.0]]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(sample=marked_images(), height=st.integers(20, 200), width=st.integers(20, 200))
 def test_resized_mark_stays_in_its_box(sample, height, width):
     assert_follows(*resize(*sample, (height, width)))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(sample=marked_images(), short_side=st.integers(30, 150), flips=st.tuples(st.booleans(), st.booleans()))
 def test_mark_stays_in_its_box_through_the_whole_chain(sample, short_side, flips):
     image, boxes = flip(*sample) if flips[0] else sample
@@ -117,7 +117,7 @@ def test_mark_stays_in_its_box_through_the_whole_chain(sample, short_side, flips
     assert (boxes <= torch.tensor([width, height, width, height]) + 1e-3).all()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     height=st.integers(1, 80),
     width=st.integers(1, 80),
@@ -177,7 +177,7 @@ def test_resize_of_either_order_in_memory(order):
     assert resized.stride() == ((1, 3 * 47, 3) if order == "channels last" else (31 * 47, 47, 1))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(length=st.integers(2, 60), share=st.floats(0.05, 1), new=st.integers(1, 60))
 def test_resize_of_an_extent_that_ends_within_a_pixel(length, share, new):
     """A ramp of 4 a pixel, resized by a factor f, is one of 4 / f that starts at the same edge.
