@@ -129,7 +129,7 @@ def build_classification_loss(text: str, categories: Sequence[Any]) -> Classific
 def _trial(loss: ClassificationLoss, normalizer: float) -> tuple[float, float]:
     """Return the loss of a few rows, of which one is background, and that of regions of the other classes."""
     logits, rows = torch.linspace(-1, 1, 4 * loss.num_logits).view(4, -1), Rows.of_one_image(4, normalizer)
-    labels = torch.arange(4) % loss.num_classes
+    labels = torch.arange(4) % max(1, loss.num_classes)
     with_background = torch.cat([labels[:3], torch.tensor([loss.num_classes])])
     with torch.random.fork_rng(devices=[]):  # a loss may be random, and the training is to be as without this
         torch.manual_seed(0)
