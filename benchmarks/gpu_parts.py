@@ -523,7 +523,7 @@ def processes(run: Run) -> None:
     except subprocess.TimeoutExpired:  # torchrun was killed, and its processes hang
         subprocess.run(["pkill", "-9", "-f", "gpu_parts.py f-failing"], check=False)
         ok = False
-    what = "its error is told, and all end"
+    what = "the error is reported, and every process ends"
     run.row("one process fails", ok=ok, what=what, seconds=time.monotonic() - began)
 
 

@@ -285,18 +285,18 @@ def _build(cls: type, values: Any, prefix: str) -> Any:
     return cls(**arguments)
 
 
-ELSEWHERE = {
+FOREIGN_KEYS = {
     **dict.fromkeys(("extends", "inherits", "_base_", "_BASE_"), "a config names its parent by base: FILE"),
     **dict.fromkeys(("seeds", "rows", "like"), "this is a study: python -m clis study FILE"),
 }
-"""Keys of no config that people write, and what they stand for."""
+"""Keys that other programs or studies use, and what to write or run instead."""
 
 
 def _nearest(key: str, prefix: str, siblings: Mapping[str, Any]) -> str:
     """Suggest what was meant: the key in another section, a similar one in this section, or list them all."""
     elsewhere = [dotted for dotted in _known_keys(Config) if dotted.split(".")[-1] == key]
-    if not prefix and key in ELSEWHERE:
-        return ELSEWHERE[key]
+    if not prefix and key in FOREIGN_KEYS:
+        return FOREIGN_KEYS[key]
     like = difflib.get_close_matches(key, siblings, n=1, cutoff=0.6)
     meant = elsewhere or [f"{prefix}{name}" for name in like]
     return f"did you mean {' or '.join(meant)}?" if meant else f"known: {', '.join(siblings)}"

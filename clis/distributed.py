@@ -16,6 +16,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from clis.text import counted
+
 T = TypeVar("T")
 
 TIMEOUT = timedelta(hours=3)
@@ -68,7 +70,10 @@ def _cuda_device(name: str, count: int) -> torch.device:
     own = count == 1 and shown != "" and "," not in shown  # some launchers show each process its own alone
     index = 0 if own else local
     if index >= count:
-        raise ValueError(f"process {local} of this machine has no CUDA device of its own: it has {count}")
+        raise ValueError(
+            f"{here} processes were started on this machine, which has {counted(count, 'CUDA device')}: "
+            f"start one for each (torchrun --nproc_per_node {count})"
+        )
     return torch.device("cuda", index)
 
 

@@ -277,12 +277,12 @@ class TestWhatEarlierCommandsMade:
     def test_as_it_was_it_is_nothing_to_speak_of(self, command, capsys):
         said = self.said(capsys, *command)
         assert "changed since" not in said
-        assert "was found by a detector" not in said
+        assert "was made by a detector" not in said
 
     def test_regions_of_a_shorter_detector(self, command, capsys):
         """As after a trial of a few steps; a training does not go on from the trial without a word."""
         longer = [*command, "train.steps=6", "train.device=cpu"]
-        told = "regions.npy was found by a detector of 4 steps, and this config's has 6"
+        told = "regions.npy was made by a detector trained for 4 steps, and this config trains it for 6"
         assert told in self.said(capsys, *longer)
         run_verb("train", longer)
         assert f"WARNING: {command[-1].partition('=')[2]}/{told}" in capsys.readouterr().out
@@ -290,7 +290,7 @@ class TestWhatEarlierCommandsMade:
     def test_annotations_that_changed(self, command, root, tmp_path, capsys):
         change(root, "train", lambda document: document["annotations"].pop())
         said = self.said(capsys, *command)
-        assert "run is finished, and " in said
+        assert "run is finished and will be used as it is, but " in said
         assert "train.json changed since its training" in said
         longer = [*command, "train.steps=6"]
         with pytest.raises(ValueError, match=r"last\.pt: .*train\.json changed since this training began"):
@@ -301,7 +301,9 @@ class TestWhatEarlierCommandsMade:
     def test_a_region_file_that_does_not_exist(self, command, tmp_path, capsys):
         """A mistyped name would train the detector again without a word."""
         said = self.said(capsys, *command[:-1], f"output={tmp_path / 'new'}", "regions.file=regoins.npy")
-        assert "regoins.npy (regions.file) does not exist, so it is made: by a detector of 4 steps" in said
+        assert (
+            "regoins.npy (regions.file) does not exist; a detector is trained for 4 steps to make it" in said
+        )
 
 
 def test_a_folder_that_cannot_be_made_ends_the_start(tmp_path, monkeypatch):

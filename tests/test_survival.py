@@ -401,7 +401,7 @@ run_command(main)
         ("a mistake on rank 0", "KeyError: 'key'"),
     ],
 )
-def test_what_fails_on_one_process_is_told_and_ends_them_all(what, said, tmp_path):
+def test_what_fails_on_one_process_is_reported_and_ends_them_all(what, said, tmp_path):
     (tmp_path / "failing.py").write_text(FAILING)
     process = start([what], [*TORCHRUN[:-1], str(tmp_path / "failing.py")])
     output, _ = process.communicate(timeout=60)
@@ -477,7 +477,7 @@ def test_each_process_has_a_device_of_its_own(monkeypatch):
         monkeypatch.setattr(torch.cuda, "device_count", lambda count=count: count)
         assert choose_device("auto") == choose_device("cuda") == torch.device(device)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
-    with pytest.raises(ValueError, match="process 3 of this machine has no CUDA device of its own: it has 1"):
+    with pytest.raises(ValueError, match="8 processes were started on this machine, .* --nproc_per_node 1"):
         choose_device("auto")
     with pytest.raises(ValueError, match=r"train\.device=cuda:0: the same device for 8 processes"):
         choose_device("cuda:0")

@@ -92,7 +92,7 @@ def check_files(plan: PlannedRun) -> None:
 
 
 def describe_reuse(plan: PlannedRun) -> Iterator[str]:
-    """Warn of what the runs of a plan would use although it was made otherwise, and of a file to be made."""
+    """Yield warnings of stale results that the runs of a plan would use, and of a named file to be made."""
     for run in needed_runs(plan):
         with contextlib.suppress(OSError, ValueError):  # a damaged folder is reported where it is used
             yield from _reuse_of(run)
@@ -103,16 +103,19 @@ def _reuse_of(run: PlannedRun) -> Iterator[str]:
     if folder.is_finished(config):
         changed = changed_files(folder.read_record().get("training"), training_files(config))
         if changed:
-            yield f"{folder} is finished, and {' and '.join(changed)} changed since its training"
+            yield (
+                f"{folder} is finished and will be used as it is, but {' and '.join(changed)} changed since "
+                "its training; to train again, remove it or pass another output=FOLDER"
+            )
     elif config.clis.s > 0 and run.detector is not None:
         steps = run.detector.config.train.steps
         if not path.exists() and config.regions.file is not None:
-            yield f"{path} (regions.file) does not exist, so it is made: by a detector of {steps} steps"
+            yield f"{path} (regions.file) does not exist; a detector is trained for {steps} steps to make it"
         made = detector_steps(path) if path.exists() else None
         if made is not None and made < steps:
             yield (
-                f"{path} was found by a detector of {made} steps, and this config's has {steps}; to have it "
-                "found again, start over in another folder (output=FOLDER)"
+                f"{path} was made by a detector trained for {made} steps, and this config trains it for "
+                f"{steps}; to search again, start over in another folder (output=FOLDER)"
             )
 
 

@@ -38,12 +38,12 @@ from clis.progress import Progress, say
 from clis.resize import scale_boxes, shortest_size
 from clis.text import counted
 
-SAID = {
+SOURCE_WORDS = {
     "rule": "by the rule",
     "fallback": "center boxes where it gave none",
     "unreadable": "of images that cannot be read",
 }
-"""Of the sources of regions."""
+"""What the counts of each `RegionSource` are called in the output."""
 
 
 def find_regions(config: Config, device: torch.device, detector: Config | None) -> None:
@@ -167,7 +167,7 @@ def make_regions(
         with atomic_write(path) as temporary:
             np.save(temporary, table)
         remove_parts(path)
-        said = [f"{count} {words}" for name, words in SAID.items() if (count := counts[name])]
+        said = [f"{count} {words}" for name, words in SOURCE_WORDS.items() if (count := counts[name])]
         say(f"{path}: {counted(len(table), 'region')}, {', '.join(said)}")
 
     on_main(join)

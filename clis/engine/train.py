@@ -153,6 +153,9 @@ def train(
 
     Every random choice is a function of (seed, step, place in the global batch), so a resumed run equals the
     uninterrupted one (bit for bit on the CPU), and another number of processes sees the same images.
+
+    Returns:
+        The finished training, with the model and the record of where it comes from.
     """
     annotations, dataset, sampler = make_streams(config, regions_file(config))
     images_per_process, accumulation = split_batch(config.train, world_size())
