@@ -477,7 +477,7 @@ def test_each_process_has_a_device_of_its_own(monkeypatch):
         monkeypatch.setattr(torch.cuda, "device_count", lambda count=count: count)
         assert choose_device("auto") == choose_device("cuda") == torch.device(device)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
-    with pytest.raises(ValueError, match="8 processes were started on this machine, .* --nproc_per_node 1"):
+    with pytest.raises(ValueError, match=r"8 processes were started on this machine, .* --nproc_per_node 1"):
         choose_device("auto")
     with pytest.raises(ValueError, match=r"train\.device=cuda:0: the same device for 8 processes"):
         choose_device("cuda:0")
