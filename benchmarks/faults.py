@@ -79,6 +79,17 @@ def generations(leader: int) -> list[list[int]]:
     return found[1:-1]
 
 
+def kill_one(pids: Sequence[int], generator: random.Random) -> bool:
+    """Kills one of the processes; False if all have ended since they were listed."""
+    for pid in generator.sample(pids, len(pids)):
+        try:
+            os.kill(pid, signal.SIGKILL)
+        except ProcessLookupError:  # it ended by itself, as the loaders of a run that ends do
+            continue
+        return True
+    return False
+
+
 def wait_until(happened: Callable[[], bool], process: subprocess.Popen) -> bool:
     """Looks every millisecond; False if the run ended first."""
     until = time.monotonic() + PATIENCE
@@ -137,10 +148,9 @@ def disturb(
         return False
     if kind in ("step", "save", "evaluation"):
         os.killpg(process.pid, signal.SIGKILL)
-    elif kind == "loader":
-        os.kill(generator.choice(family[-1]), signal.SIGKILL)
-    else:
-        os.kill(generator.choice(family[0]), signal.SIGKILL)
+    elif not kill_one(family[-1 if kind == "loader" else 0], generator):
+        process.wait()
+        return False
     wait_until(lambda: process.poll() is not None, process)
     for pid in (pid for generation in family for pid in generation):
         try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import random
 import resource
 import shutil
 import signal
@@ -29,6 +30,10 @@ from clis.engine.checkpoint import load_checkpoint, load_last_checkpoint, save_c
 from clis.engine.optim import make_optimizer
 from clis.engine.run_folder import RunFolder
 from clis.models import build_model
+
+sys.path.insert(0, str(REPOSITORY / "benchmarks"))
+
+import faults
 
 STEPS = 30
 COMMAND = [sys.executable, str(REPOSITORY / "train.py")]
@@ -138,6 +143,17 @@ def test_killed_anywhere_it_ends_the_same(processes, tmp_path):
     for row in rows:
         assert row[5] == "none"
         assert len(row[4].split()) >= 2 + processes  # one may come too late
+
+
+def test_a_process_that_ended_by_itself_is_no_kill():
+    """Between the listing of a run's processes and the kill, some of them or all may end."""
+    ended, living = (
+        subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) for _ in range(2)
+    )
+    ended.communicate(timeout=30)
+    assert faults.kill_one([ended.pid, living.pid], random.Random(0))
+    assert living.wait(timeout=30) == -signal.SIGKILL
+    assert not faults.kill_one([ended.pid, living.pid], random.Random(0))
 
 
 def test_a_killed_process_is_started_again_by_torchrun(data, tmp_path):
