@@ -2,9 +2,9 @@
 
     python benchmarks/accuracy_vs_torchvision.py --seeds 0 1 2
 
-Both have the same backbone and pyramid (random weights), see the same images in the same order, take the same
-steps with the same optimizer, and are evaluated by the same metric. What is torchvision's own stays: its RPN
-and RoI losses (smooth L1), its RoIAlign (two points a bin, not aligned), anchors, matching and inference.
+Both have the same backbone and pyramid (random weights), see the same images in the same order on the same
+canvas, take the same steps with the same optimizer, and are evaluated by the same metric. torchvision keeps
+its RPN and RoI losses (smooth L1), RoIAlign (two points a bin, not aligned), anchors, matching and inference.
 Results are kept in OUT, so that an interrupted run resumes with the next seed.
 """
 
@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models.detection import FasterRCNN
 from torchvision.models.detection.anchor_utils import AnchorGenerator
@@ -52,7 +53,8 @@ class PeerBackbone(nn.Module):
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         features = self.backbone.body(images)
-        return self.backbone.fpn({str(level): feature for level, feature in enumerate(features)})
+        levels = self.backbone.fpn({str(level): feature for level, feature in enumerate(features)})
+        return {**levels, "P6": F.max_pool2d(levels["3"], 1, 2)}
 
 
 class ClassAgnosticPredictor(nn.Module):
@@ -75,6 +77,7 @@ def make_peer(config: Config, num_classes: int) -> FasterRCNN:
     ratios = (tuple(model.rpn.anchor_ratios),) * len(STRIDES)
     canonical = int(4 * model.roi.finest_scale)
     channels = model.backbone.fpn_channels
+    square = model.backbone.canvas == "square"
     peer = FasterRCNN(
         PeerBackbone(Backbone(model.backbone)),
         num_classes=None,
@@ -83,6 +86,7 @@ def make_peer(config: Config, num_classes: int) -> FasterRCNN:
         min_size=test.short_side,
         max_size=test.max_size,
         _skip_resize=True,  # in training: the images come resized
+        size_divisible=-(-test.max_size // 32) * 32 if square else 32,
         rpn_anchor_generator=AnchorGenerator(sides, ratios),
         rpn_pre_nms_top_n_train=model.rpn.pre_nms_train,
         rpn_pre_nms_top_n_test=model.rpn.pre_nms_test,

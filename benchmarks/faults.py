@@ -42,7 +42,7 @@ SHORT = [
     f"train.eval_every={EVAL_EVERY}", "optim.warmup_steps=10", "model.backbone.width=16",
     "data.short_sides=[48,64]", "data.mosaic_size=64", "data.paste_size=[10,24]", "test.short_side=48",
 ]  # fmt: skip
-PATIENCE = 300
+PATIENCE = 600
 """Seconds for a start to reach its kill, or to end by itself after one."""
 
 
@@ -70,9 +70,10 @@ def run_to_the_end(arguments: Sequence[str], log: Path) -> None:
 
 
 def generations(leader: int) -> list[list[int]]:
-    """Children of the process, their children, and so on."""
-    listing = subprocess.run(["ps", "-eo", "pid,ppid"], capture_output=True, text=True).stdout
-    pairs = [tuple(map(int, line.split())) for line in listing.splitlines()[1:]]
+    """Children of the process, their children, and so on, as far as they live."""
+    listing = subprocess.run(["ps", "-eo", "pid=,ppid=,stat="], capture_output=True, text=True).stdout
+    columns = [line.split() for line in listing.splitlines()]
+    pairs = [(int(pid), int(parent)) for pid, parent, state in columns if not state.startswith("Z")]
     found = [[leader]]
     while found[-1]:
         found.append([pid for pid, parent in pairs if parent in found[-1]])

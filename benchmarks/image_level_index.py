@@ -22,6 +22,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from torch.utils.data import DataLoader, Dataset
@@ -61,7 +62,10 @@ def simulate(folder: Path, images: int) -> None:
                 yield k, listing
                 progress.advance()
 
-        write_index(folder, containers, listings(), CATEGORIES, lambda: {"report": {"unmatched": []}})
+        def notes() -> dict[str, Any]:
+            return {"report": {"unmatched": []}}
+
+        write_index(folder, containers, listings(), CATEGORIES, mixed=False, notes=notes)
 
 
 def memory() -> np.ndarray:

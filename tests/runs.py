@@ -31,7 +31,7 @@ SHORT = [
 
 def records(folder: Path) -> list[dict]:
     """metrics.jsonl without what differs from run to run."""
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    lines = (folder / "metrics.jsonl").read_text().split("\n")[:-1]  # the last may be half written
     return [{k: v for k, v in json.loads(line).items() if k not in TIME_FIELDS} for line in lines]
 
 
@@ -72,11 +72,13 @@ def _in_group(rank: int, folder: Path, function: Callable, arguments: tuple) -> 
 def save_shares(folder: Path, steps: Callable, *arguments: Any, accumulations: tuple[int, ...]) -> None:
     """Save what steps(rank, processes, accumulation, *arguments) returns, of one process and of two.
 
-    One process takes each of the accumulations, two take none; the files are
+    All have one thread. One process takes each of the accumulations, two take none; the files are
     ``{processes}x{accumulation}_{rank}.pt``.
     """
+    threads = torch.get_num_threads()
     for accumulation in accumulations:
         _save_share(0, folder, steps, 1, accumulation, arguments)
+    torch.set_num_threads(threads)
     spawn(folder, _save_share, folder, steps, 2, 1, arguments)
 
 

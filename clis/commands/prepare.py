@@ -139,7 +139,8 @@ def prepare_image_level(
                 containers,
                 labeled,
                 categories,
-                lambda: {"made_of": made_of, "report": report, "mixed": members is not None},
+                mixed=members is not None,
+                notes=lambda: {"made_of": made_of, "report": report},
             )
         remove_other_parts(containers, by_name=members is None, parts=parts)
         index = open_index(out, categories)

@@ -291,14 +291,16 @@ def write_index(
     containers: Sequence[Container],
     labeled: Iterable[tuple[int | np.ndarray, Listing]],
     categories: Sequence[Category],
+    mixed: bool,
     notes: Callable[[], dict[str, Any]],
 ) -> None:
     """Write an index that `open_index` opens: one ``.npy`` file per array, in pieces, and `HEADER` last.
 
     Args:
         labeled: the images of each container, and one label for all or one for each (int32 [k]).
+        mixed: see `ImageLevelIndex`.
         notes: called after the last of `labeled`; returns more for the header: ``report`` with ``unmatched``,
-            ``mixed``, and whatever the caller keeps.
+            and whatever the caller keeps.
 
     Raises:
         ValueError: there is no image.
@@ -325,6 +327,7 @@ def write_index(
         "image_counts": counts.tolist(),
         "categories": [(category.id, category.name) for category in categories],
         "containers": containers,
+        "mixed": mixed,
     }
     _write_header(folder, header | notes())
 
