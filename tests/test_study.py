@@ -21,7 +21,7 @@ from clis.commands.study import draw_again, run_study
 from clis.config import data_path
 from clis.config_files import load_config
 from clis.study.file import Study
-from clis.study.jobs import plan_row
+from clis.study.jobs import Job, plan_row, work
 from clis.study.record import ABOUT, Record, table, table_by_images
 from clis.study.runs import run_key
 
@@ -284,6 +284,24 @@ def test_asked_to_stop_it_asks_what_runs(tmp_path, number):
     assert "re-run the same command to resume" in errors
     assert (tmp_path / "saved").exists()
     assert [file.name for file in (tmp_path / "logs").iterdir()] == ["first.txt"]
+
+
+def test_jobs_share_the_cores_unless_the_user_says(tmp_path, monkeypatch):
+    """More threads than cores can take twenty times as long, so OMP_NUM_THREADS of the user is kept."""
+    monkeypatch.setattr(os, "cpu_count", lambda: 6)
+    code = "import os, sys; open(sys.argv[1], 'w').write(os.environ['OMP_NUM_THREADS'])"
+
+    def threads(at_once: int) -> str:
+        out = tmp_path / "said"
+        out.unlink(missing_ok=True)
+        job = Job("job", [sys.executable, "-c", code, str(out)], out)
+        assert list(work([job], at_once, tmp_path / "logs")) == [job]
+        return out.read_text()
+
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    assert (threads(1), threads(2), threads(9)) == ("6", "3", "1")
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    assert threads(1) == "2"
 
 
 @pytest.mark.parametrize(

@@ -83,7 +83,7 @@ def work(jobs: Sequence[Job], at_once: int, logs: Path) -> Iterator[Job]:
     waiting, ended = list(jobs), set()
     running: dict[subprocess.Popen[bytes], tuple[Job, float]] = {}
     threads = max(1, (os.cpu_count() or 1) // at_once)
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+    environment = {"OMP_NUM_THREADS": str(threads), **os.environ}  # what the user sets is kept
     with StopRequest() as stop:
         try:
             while waiting or running:
