@@ -66,6 +66,7 @@ def test_the_metric_beside_others(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="memory is read from Linux's /proc")
 def test_starts_and_indices(data, tmp_path):
     printed = output_of(
         tmp_path, "annotation_cache.py", str(data / "shapes" / "train.json"), "--repeats", "1"
