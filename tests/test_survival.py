@@ -131,7 +131,7 @@ def test_a_second_signal_ends_at_once(data, tmp_path):
 
 
 def test_under_torchrun_both_processes_stop_at_the_same_step(data, tmp_path):
-    steps = 120  # passing it on takes a while
+    steps = 60  # passing it on takes a while
     arguments = arguments_of(data, tmp_path, f"train.steps={steps}")
     process = start(arguments, TORCHRUN)
     wait_for_step(tmp_path, 5, process)
@@ -175,6 +175,7 @@ def test_a_process_that_ended_by_itself_is_no_kill():
     assert not faults.kill_one([ended.pid, living.pid], random.Random(0))
 
 
+@pytest.mark.slow
 def test_a_killed_process_is_started_again_by_torchrun(data, tmp_path):
     launcher = [*TORCHRUN[:4], "--max-restarts=2", *TORCHRUN[4:]]
     process = start(arguments_of(data, tmp_path, "train.steps=60"), launcher)
