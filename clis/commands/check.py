@@ -20,7 +20,6 @@ from clis.data.annotations import Annotations, checked_for_training
 from clis.data.categories import check_same_categories
 from clis.data.image_classes import GROUP_NAMES, coverage, describe_coverage
 from clis.data.image_level import ImageLevelIndex, is_intact
-from clis.data.region_file import load_regions
 from clis.data.sampling import class_repeat_factors
 from clis.data.streams import (
     make_image_level_sampler,
@@ -29,21 +28,13 @@ from clis.data.streams import (
     read_annotations,
     read_index,
 )
-from clis.engine.checkpoint import check_same_files, load_checkpoint, saved_categories
 from clis.engine.describe import schedule_warnings
 from clis.engine.optim import split_batch
-from clis.engine.preflight import (
-    check_space,
-    check_writable_folder,
-    checkpoint_bytes,
-    describe_reuse,
-    pending_runs,
-)
+from clis.engine.preflight import check_folder, check_regions, check_space, describe_reuse, pending_runs
 from clis.engine.prerequisites import PlannedRun, plan_run
 from clis.engine.pretrain import SETTINGS as PRETRAINING
-from clis.engine.region_search import detector_checkpoint, given_boxes, read_boxes
 from clis.engine.run_folder import RunFolder, regions_file
-from clis.engine.start import check_given_start, check_run, starting_weights
+from clis.engine.start import check_run, starting_weights
 from clis.metric.matching import check_truth, describe_uncounted
 from clis.models import CLISDetector, build_classifier, build_model
 from clis.text import name_key, shortened
@@ -109,11 +100,8 @@ def _check_models(plan: PlannedRun, train: Annotations, report: Report) -> None:
     needs = []
     for run in {id(each): each for each in (*pending_runs(plan), plan)}.values():
         with report.catching():
-            folder, model = RunFolder(run.config.output), _check_model(run.config, train, report)
-            check_given_start(run, model)
-            check_same_files(folder, run.config)
-            check_writable_folder(folder.path)
-            needs.append((folder.path, checkpoint_bytes(model, run.config, train.categories, folder)))
+            model = _check_model(run.config, train, report)
+            needs.append(check_folder(run, model, train.categories))
     with report.catching():
         check_space(needs)
 
@@ -172,8 +160,8 @@ def _check_image_level(plan: PlannedRun, train: Annotations, report: Report) -> 
         index = make_index(config, train)
         make_image_level_sampler(config, index)
         if config.clis.s > 0:
-            detector = None if plan.detector is None else plan.detector.config
-            _check_regions(config, index, detector, train, report)
+            check_regions(plan, index, train, every_row=True)
+            _describe_regions(config, report)
     return index
 
 
@@ -275,22 +263,11 @@ def _describe_overlap(train: Annotations, val: Annotations, config: Config, repo
         )
 
 
-def _check_regions(
-    config: Config, index: ImageLevelIndex, detector: Config | None, train: Annotations, report: Report
-) -> None:
-    path = regions_file(config)
-    if path.exists():
-        load_regions(path, index, config.regions, every_row=True)
-        return
-    if config.regions.rule in DETECTOR_RULES:
-        checkpoint = detector_checkpoint(config, detector)
-        if detector is None:
-            categories = saved_categories(load_checkpoint(checkpoint))
-            check_same_categories(categories, str(checkpoint), train.categories, train.path)
-    if config.regions.rule == "given":
-        read_boxes(given_boxes(config), index)
-    made_by = config.regions.detector if config.regions.rule in DETECTOR_RULES else config.regions.rule
-    report.notes.append(f"{path}: will be made, by {made_by}")
+def _describe_regions(config: Config, report: Report) -> None:
+    rule = config.regions.rule
+    if not regions_file(config).exists():
+        made_by = config.regions.detector if rule in DETECTOR_RULES else rule
+        report.notes.append(f"{regions_file(config)}: will be made, by {made_by}")
 
 
 def _check_model(config: Config, train: Annotations, report: Report) -> CLISDetector:

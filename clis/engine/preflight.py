@@ -23,6 +23,7 @@ from clis.config import DETECTOR_RULES, Config, data_path
 from clis.data.annotated_images import check_size, image_path
 from clis.data.annotations import Annotations
 from clis.data.categories import Category, check_same_categories
+from clis.data.image_level import ImageLevelIndex
 from clis.data.images import MAX_PIXELS, ImageError, open_image, read_bytes
 from clis.data.region_file import detector_steps, load_regions
 from clis.data.streams import (
@@ -148,11 +149,20 @@ def _check_run(run: PlannedRun, training: Annotations, first: bool) -> tuple[Pat
     pretrains = config.pretrain.epochs > 0 and not folder.pretraining.backbone.exists()
     if config.clis.s > 0 or pretrains:
         _check_image_level(run, training, first)
-    model = build_to_train(config, training.categories, folder)
+    return check_folder(run, build_to_train(config, training.categories, folder), training.categories)
+
+
+def check_folder(run: PlannedRun, model: CLISDetector, categories: Sequence[Category]) -> tuple[Path, int]:
+    """Check that the model can begin or resume in the run's folder; return that and the bytes to come there.
+
+    Raises:
+        OSError, ValueError: it cannot.
+    """
+    folder = RunFolder(run.config.output)
     check_given_start(run, model)
-    check_same_files(folder, config)
+    check_same_files(folder, run.config)
     check_writable_folder(folder.path)
-    return folder.path, checkpoint_bytes(model, config, training.categories, folder)
+    return folder.path, checkpoint_bytes(model, run.config, categories, folder)
 
 
 def build_to_train(config: Config, categories: Sequence[Category], folder: RunFolder) -> CLISDetector:
@@ -178,14 +188,29 @@ def _check_image_level(run: PlannedRun, training: Annotations, first: bool) -> N
         index = make_index(config, training)
     if index is not None:
         make_image_level_sampler(config, index)
-    if config.clis.s == 0:
-        return
-    if made:
+    if config.clis.s > 0:
+        check_regions(run, index, training)
+
+
+def check_regions(
+    run: PlannedRun, index: ImageLevelIndex | None, training: Annotations, *, every_row: bool = False
+) -> None:
+    """Check a run's file of regions, or what it will be made of.
+
+    Args:
+        index: None where the class folders are not scanned; needed for given boxes.
+        every_row: see `load_regions`.
+
+    Raises:
+        OSError, ValueError: the regions cannot be used or made.
+    """
+    config, path = run.config, regions_file(run.config)
+    if path.exists():
         if index is not None:
-            load_regions(path, index, config.regions)
+            load_regions(path, index, config.regions, every_row=every_row)
         return
     check_writable_folder(path.parent)
-    if given:
+    if config.regions.rule == "given":
         assert index is not None
         read_boxes(given_boxes(config), index)
     elif config.regions.rule in DETECTOR_RULES and run.detector is None:
