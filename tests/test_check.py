@@ -134,6 +134,16 @@ def test_what_is_odd_and_does_no_harm(root):
         "1 images have EXIF data that cannot be read",
     ):  # fmt: skip
         assert any(what in note for note in notes), what
+    assert not any("EXIF" in warning for warning in report.warnings)
+
+
+def test_orientations_that_sizes_cannot_tell(root):
+    """Upside down, an image has the annotated size either way, and boxes may be in the wrong place."""
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    saved(photo(root, place=0), exif=exif)
+    (warning,) = (each for each in checked(root).warnings if "EXIF" in each)
+    assert "train.json: 1 images have an EXIF orientation of 2 to 4" in warning
 
 
 @pytest.mark.parametrize(

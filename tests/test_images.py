@@ -1,5 +1,6 @@
 """Decoding: against Pillow for every kind of file, and every failure an `ImageError` that names the file."""
 
+import errno
 import gzip
 import io
 import os
@@ -15,7 +16,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
-from clis.data.images import ImageError, as_displayed, decode_image, open_image, read_image, read_photo
+from clis.data import images
+from clis.data.images import (
+    ImageError,
+    as_displayed,
+    decode_image,
+    open_image,
+    read_bytes,
+    read_image,
+    read_photo,
+)
+from clis.models.inputs import as_tensors
 from clis.resize import resize_image
 
 HEIGHT, WIDTH = 21, 34
@@ -92,6 +103,54 @@ def test_photos_are_turned_as_pillow_turns_them(orientation, tmp_path):
     with Image.open(tmp_path / "a.png") as opened:
         np.testing.assert_array_equal(as_displayed(opened).permute(1, 2, 0).numpy(), expected)
         assert opened.getexif()[0x0112] == orientation  # the caller's image is as it was
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_tiffs_are_turned_once(orientation, tmp_path):
+    """Pillow turns a TIFF when it decodes it, so that nothing is left to turn."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(PICTURE).save(tmp_path / "a.tif", exif=exif)
+    Image.fromarray(PICTURE).save(tmp_path / "a.png", exif=exif)
+    expected = read_photo(tmp_path / "a.png")[0]
+    image = open_image((tmp_path / "a.tif").read_bytes(), "a")
+    assert image.size == expected.shape[1:]
+    assert image.orientation() == 1
+    np.testing.assert_array_equal(image.decode(), expected)
+    np.testing.assert_array_equal(read_photo(tmp_path / "a.tif")[0], expected)
+    with Image.open(tmp_path / "a.tif") as opened:
+        np.testing.assert_array_equal(as_displayed(opened), expected)
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.float32])
+def test_pixels_of_32_bits_are_refused(dtype, tmp_path):
+    """Read as 16-bit numbers, 0..255 were black; as floats, 0..1 were."""
+    Image.fromarray(np.array([[0, 100, 255]], dtype=dtype)).save(tmp_path / "a.tif")
+    with pytest.raises(ImageError, match="a: 32-bit gray"):
+        decode_image((tmp_path / "a.tif").read_bytes(), "a")
+    with pytest.raises(ValueError, match="image 1: 32-bit gray"), Image.open(tmp_path / "a.tif") as opened:
+        as_tensors([PICTURE, opened])
+
+
+def test_what_the_machine_lacks_is_not_the_image_s_fault(tmp_path, monkeypatch):
+    """Else a sound image would be replaced by its neighbor."""
+    (tmp_path / "a.png").write_bytes(encoded())
+
+    def raising(error):
+        def fail(*_):
+            raise error
+
+        return fail
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "stat", raising(OSError(errno.EMFILE, "Too many open files")))
+        with pytest.raises(OSError, match="Too many open files"):
+            read_bytes(tmp_path / "a.png")
+    for error in (MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")):
+        monkeypatch.setattr(images, "_opened", raising(error))
+        with pytest.raises(type(error)) as raised:
+            decode_image(encoded(), "a")
+        assert raised.value is error
 
 
 def test_sixteen_bits_keep_the_upper_eight():

@@ -24,6 +24,10 @@ from clis.progress import Progress
 
 IMAGES_AT_ONCE = 32
 _ROTATION = 0x0112  # the EXIF tag
+_MIRRORED = (
+    "have an EXIF orientation of 2 to 4 (mirrored or upside down), which is not applied: whether boxes were "
+    "drawn on the displayed pixels does not show in the size; look at them with `python -m clis show`"
+)
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,8 @@ class Examined:
     """Why it cannot be used, naming it."""
     oddities: tuple[str, ...] = ()
     """Kinds of what is unusual and does no harm."""
+    doubts: tuple[str, ...] = ()
+    """Kinds of what may put boxes in the wrong place."""
     seconds: float = 0.0
     """Of reading and decoding."""
     num_bytes: int = 0
@@ -74,12 +80,14 @@ class ImageCheck:
             rows = np.linspace(0, length - 1, self.sample).astype(int).tolist()
         problems, seconds, num_bytes = [], 0.0, 0
         oddities: Counter[str] = Counter()
+        doubts: Counter[str] = Counter()
         with Progress(f"check {Path(name).name}", len(rows)) as progress:
             for _, results in image_loader(read, rows, IMAGES_AT_ONCE, self.workers):
                 for result in results:
                     if result.problem is not None:
                         problems.append(result.problem)
                     oddities.update(result.oddities)
+                    doubts.update(result.doubts)
                     seconds, num_bytes = seconds + result.seconds, num_bytes + result.num_bytes
                 progress.advance(len(results))
         self.report.listing += [f"{name}\t{problem}" for problem in problems]
@@ -89,16 +97,19 @@ class ImageCheck:
                 f"{name}: {len(problems)} of {len(rows)} images cannot be used (data.max_bad_images allows "
                 f"{allowed}): {'; '.join(problems[:SHOWN])}{'; ...' * (len(problems) > SHOWN)}"
             )
-        for what, count in sorted(oddities.items()):
-            self.report.notes.append(f"{name}: {count} images {what}")
+        for found, said in ((oddities, self.report.notes), (doubts, self.report.warnings)):
+            said += [f"{name}: {count} images {what}" for what, count in sorted(found.items())]
         return seconds / max(len(rows), 1), num_bytes / max(len(rows), 1)
 
 
 def _examine_annotated_image(annotations: Annotations, folder: Path, max_pixels: int, row: int) -> Examined:
     path = image_path(folder, str(annotations.file_names[row]))
-    return _examine_image(
-        lambda: read_bytes(path), str(path), max_pixels, lambda image: check_size(image, annotations, row)
-    )
+
+    def check(image: EncodedImage) -> tuple[str, ...]:
+        check_size(image, annotations, row)
+        return (_MIRRORED,) if image.orientation() in (2, 3, 4) else ()
+
+    return _examine_image(lambda: read_bytes(path), str(path), max_pixels, check)
 
 
 def _examine_image_level(index: ImageLevelIndex, max_pixels: int, row: int) -> Examined:
@@ -109,19 +120,19 @@ def _examine_image(
     read: Callable[[], bytes],
     name: str,
     max_pixels: int,
-    check: Callable[[EncodedImage], None] = lambda image: None,
+    check: Callable[[EncodedImage], tuple[str, ...]] = lambda image: (),
 ) -> Examined:
-    """Return what was found in an image; `check` may refuse one that can be decoded."""
+    """Return what was found in an image; `check` may refuse one that can be decoded, and returns doubts."""
     began = time.perf_counter()
     try:
         data = read()
         image = open_image(data, name, max_pixels)
         image.decode()
         seconds = time.perf_counter() - began
-        check(image)
+        doubts = check(image)
     except ImageError as error:
         return Examined(str(error))
-    return Examined(None, _oddities(data), seconds, len(data))
+    return Examined(None, _oddities(data), doubts, seconds, len(data))
 
 
 def _oddities(data: bytes) -> tuple[str, ...]:
@@ -133,7 +144,7 @@ def _oddities(data: bytes) -> tuple[str, ...]:
             with Image.open(io.BytesIO(unpacked(data))) as image:
                 if image.mode != "RGB":
                     found.append(f"are {image.mode}, not RGB; they are converted")
-                rotation = image.getexif().get(_ROTATION, 1)
+                rotation = 1 if image.format == "TIFF" else image.getexif().get(_ROTATION, 1)
         except Exception:  # of many kinds, for data that was written by anybody
             return (*found, "have EXIF data that cannot be read; it is not used")
     if rotation != 1:

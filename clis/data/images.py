@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import re
@@ -48,6 +49,9 @@ _FORMATS: dict[bytes, type[ImageFile]] = {
     b"MM\0*": TiffImageFile,
 }
 """Readers of Pillow by the first bytes of an image."""
+
+_SHORT = (errno.ENOMEM, errno.EMFILE, errno.ENFILE)
+"""What the process or the machine is short of, whatever the file."""
 
 _ORIENTATION = 0x0112
 """The EXIF tag of how an image is to be turned for display, 1 to 8."""
@@ -97,6 +101,7 @@ def read_bytes(path: str | Path) -> bytes:
     Raises:
         ImageError: the file cannot be read, is not a regular file (reading a pipe would wait), or is larger
             than `MAX_BYTES`.
+        OSError: this process has no memory or file handles left, which is not the image's fault.
     """
     try:
         status = os.stat(path)
@@ -107,6 +112,8 @@ def read_bytes(path: str | Path) -> bytes:
         with open(path, "rb", buffering=0) as file:
             return file.read()
     except OSError as error:
+        if error.errno in _SHORT:
+            raise
         raise ImageError(f"{path}: {error.strerror or error}; check the image folder") from error
 
 
@@ -144,7 +151,7 @@ class EncodedImage:
     """Not gzip'ed."""
     name: str
     size: tuple[int, int]
-    """Height and width as stored: EXIF rotation is never applied."""
+    """Height and width as stored: EXIF rotation is never applied (a TIFF's always is, by Pillow)."""
 
     def decode(self) -> Tensor:
         """Decode the pixels: uint8 RGB [3,H,W], channels last in memory.
@@ -153,7 +160,7 @@ class EncodedImage:
         animation the first frame is taken.
 
         Raises:
-            ImageError: the bytes are truncated or corrupt.
+            ImageError: the bytes are truncated or corrupt, or the pixels are 32-bit numbers.
         """
         with _naming(self.name):
             if self.data.startswith(_JPEG):
@@ -162,8 +169,12 @@ class EncodedImage:
             return _pixels(_opened(self.data))
 
     def orientation(self) -> int:
-        """Return the EXIF orientation, 1 to 8; 1 where the image has none, or a damaged one."""
-        return _orientation(_opened(self.data))
+        """Return the EXIF orientation of `decode`'s pixels, 1 to 8.
+
+        1 is that of an image that has none, or a damaged one, and of a TIFF, which Pillow has turned.
+        """
+        image = _opened(self.data)
+        return 1 if isinstance(image, TiffImageFile) else _orientation(image)
 
     def decode_resized(self, size: tuple[int, int]) -> Tensor:
         """Decode at another size, uint8 RGB [3,*size]; a JPEG is decoded at the smallest scale that suffices.
@@ -230,6 +241,8 @@ def _opened(data: bytes) -> ImageFile:
 
 def _pixels(image: Image.Image) -> Tensor:
     """Decode a Pillow image, the first frame of an animation: uint8 RGB [3,H,W], channels last in memory."""
+    if image.mode == "F" or (image.mode == "I" and not isinstance(image, PngImageFile)):
+        raise ValueError("32-bit gray, of which nothing says what is white; save it with 8 or 16 bits")
     image.load()
     if image.mode == "I" or image.mode.startswith("I;16"):  # 16-bit gray, which `convert` would clip to 255
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
@@ -259,6 +272,8 @@ def _naming(name: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # Pillow's are of many kinds
+        if isinstance(error, MemoryError) or "allocate memory" in str(error):  # not the image's fault
+            raise
         # torchvision puts the place in its own sources first.
         reason = re.sub(r"^.*\.cpp:\d+,\s*", "", (str(error).splitlines() or [""])[0])
         raise ImageError(f"{name}: {reason or type(error).__name__}; replace or remove the file") from error

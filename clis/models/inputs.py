@@ -43,7 +43,10 @@ def _as_tensor(image: ImageInput, number: int) -> Tensor:
     if isinstance(image, str | Path):
         return read_photo(image)[0]
     if isinstance(image, Image.Image):
-        return as_displayed(image)
+        try:
+            return as_displayed(image)
+        except ValueError as error:
+            raise ValueError(f"image {number}: {error}") from None
     if isinstance(image, np.ndarray):
         _check(number, "an array", "[H,W,3], RGB", str(image.dtype), image.shape, channels=-1)
         image = np.require(image, requirements=("C", "W"))  # copied if it is a view or read-only
