@@ -45,6 +45,8 @@ class Photographs:
     def name(self, row: int) -> str:
         return str(self.paths[row])
 
+    location = name
+
     def read(self, row: int) -> bytes:
         return self.paths[row].read_bytes()
 

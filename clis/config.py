@@ -104,6 +104,8 @@ class RPNConfig:
         above_zero = len(self.anchor_ratios) > 0 and min(self.anchor_ratios) > 0
         rules.require("anchor_ratios", above_zero, "must be at least one ratio, all above 0")
         rules.between(0, 1, "positive_iou", "negative_iou", "positive_fraction", "nms_iou", "shrink_limit")
+        below = self.negative_iou <= self.positive_iou
+        rules.require("negative_iou", below, f"must be at most model.rpn.positive_iou={self.positive_iou}")
         rules.positive("anchor_scale")
         rules.at_least(1, "pre_nms_train", "pre_nms_test")
         rules.at_least(0, "min_size")

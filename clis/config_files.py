@@ -26,6 +26,9 @@ CLIS_OFF = {
 """What `clis: off` (also `clis=off`) sets: plain Faster R-CNN. Other fields of the section are left alone."""
 
 
+PATHS_IN_FILES = (("regions", "detector"), ("start", "from"))
+"""Section and key of what names a file or a run: relative to the config file that it is in, if to any."""
+
 SAME_RECIPE = (*RESUMABLE, "train.seed", "data.image_level", "regions.file")
 """What an override may change without leaving the recipe that the paper's figures in a file are of."""
 
@@ -33,9 +36,9 @@ SAME_RECIPE = (*RESUMABLE, "train.seed", "data.image_level", "regions.file")
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read a YAML config with its parents and apply `key.path=value` overrides.
 
-    A relative `base`, `regions.detector` or `start.from` in a file is relative to that file (a `base` may be
-    a shipped config's name, too); in an override it is relative to the working folder, as is `data.root`
-    everywhere. `data.root` is made absolute, and `output` is filled in.
+    A relative `base`, `regions.detector` or `start.from` in a file is relative to that file, or the name of a
+    shipped config; in an override it is relative to the working folder, as is `data.root` everywhere.
+    `data.root` is made absolute, and `output` is filled in.
 
     Args:
         path: a file, or the name of a shipped config, e.g. ``shapes/clis``.
@@ -98,9 +101,38 @@ def config_to_dict(config: Config) -> dict[str, Any]:
     return _plain(dataclasses.asdict(config))
 
 
-def config_to_yaml(config: Config) -> str:
-    """Return the whole configuration as YAML that `load_config` can read, in the order of the fields."""
-    return yaml.safe_dump(config_to_dict(config), sort_keys=False)
+def config_to_yaml(config: Config, folder: Path = Path()) -> str:
+    """Return the whole configuration as YAML that `load_config` can read from a file in `folder`."""
+    values = config_to_dict(config)
+    for name, key in PATHS_IN_FILES:
+        source = values[name][key]
+        if source is not None and not os.path.isabs(source) and os.path.exists(source):
+            values[name][key] = os.path.relpath(source, folder)
+    return yaml.safe_dump(values, sort_keys=False)
+
+
+def read_full_config(path: Path) -> Config:
+    """Read a file that `config_to_yaml` has written, as it was: without defaults from elsewhere."""
+    return config_from_dict(from_here(read_yaml(path), path.parent), source=str(path))
+
+
+def from_here(values: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Return the values of a config file in `folder` with its paths as they are seen from the working folder.
+
+    A name that is none of a file there but of a shipped config, or from the working folder, is left alone.
+    """
+    seen = dict(values)
+    for name, key in PATHS_IN_FILES:
+        section = values.get(name)
+        if not isinstance(section, dict):
+            continue
+        source = section.get(key)
+        if not isinstance(source, str) or os.path.isabs(source):
+            continue
+        elsewhere = any(each.exists() for each in (Path(source), Path("configs", source), SHIPPED / source))
+        if (folder / source).exists() or not elsewhere:
+            seen[name] = section | {key: os.path.relpath(folder / source)}
+    return seen
 
 
 def config_differences(a: Config, b: Config, within: Collection[str] | None = None) -> list[str]:
@@ -188,11 +220,7 @@ class _StrictLoader(yaml.SafeLoader):
 def _read_with_parents(path: Path, children: tuple[Path, ...]) -> dict[str, Any]:
     if path.resolve() in children:
         raise ValueError(f"{children[-1]}: `base: {path.name}` leads back to itself")
-    values = _at_home(read_yaml(path))
-    for name, key in (("regions", "detector"), ("start", "from")):
-        section = values.get(name)
-        if isinstance(section, dict) and isinstance(section.get(key), str):
-            section[key] = os.path.relpath(path.parent / section[key])
+    values = from_here(_at_home(read_yaml(path)), path.parent)
     base = values.pop("base", None)
     if base is None:
         return _merge({}, values)
@@ -247,14 +275,16 @@ def _at_home(value: Any) -> Any:
 def _read_value(text: str, kind: str | None) -> Any:
     """Read the value of an override as YAML; for fields of text, take it as it is.
 
-    In YAML `#`, `: `, digits and words like `on` mean something, and in paths and names they do not. Quotes,
-    `null` and, in fields of several texts, `[a, b]` keep their meaning.
+    In YAML `#`, `: `, `~`, digits and words like `on` mean something, and in paths and names they do not.
+    Quotes, `null` and, in fields of several texts, `[a, b]` keep their meaning.
     """
     try:
         value = yaml.safe_load(text)
     except (yaml.YAMLError, ValueError):  # what looks like a date, or a number, and is none
         return text
     plain = text.strip()
+    if plain == "~" and kind is not None:  # the home folder, and null in YAML
+        return plain
     if (
         kind is None
         or value is None

@@ -54,6 +54,15 @@ def path(tmp_path, monkeypatch) -> Path:
     return path
 
 
+def caches(path: Path) -> list[str]:
+    """Return the forms of a file's caches, one for each file that was there, sorted; no temporary ones."""
+    return sorted(folder.name.rpartition("-")[0] for folder in cache_folder(path).glob("[!.]*"))
+
+
+def mapped_file(array: np.ndarray) -> Path:
+    return Path(array.base.filename)
+
+
 def test_what_killed_writers_left_goes_with_the_next(path):
     """A folder of an hour ago; one of this minute may be somebody's at work."""
     load_annotations(path)
@@ -63,14 +72,55 @@ def test_what_killed_writers_left_goes_with_the_next(path):
     os.utime(old, (0, 0))
     path.write_text(path.read_text() + " ")
     load_annotations(path)
-    assert {folder.name for folder in cache_folder(path).iterdir()} == {"file", new.name}
+    assert [folder.name for folder in cache_folder(path).glob(".*")] == [new.name]
+
+
+def test_caches_of_earlier_files_go_when_nobody_has_used_them_for_long(path):
+    """Three files of a name; a week after the last use of the first, a fourth."""
+    for _ in range(3):
+        path.write_text(path.read_text() + " ")
+        load_annotations(path)
+    assert caches(path) == ["file"] * 3
+    oldest = min(cache_folder(path).iterdir(), key=lambda folder: (folder / "index.json").stat().st_mtime_ns)
+    os.utime(oldest / "index.json", (0, 0))
+    path.write_text(path.read_text() + " ")
+    load_annotations(path)
+    assert caches(path) == ["file"] * 3
+    assert not oldest.exists()
+    used = mapped_file(load_annotations(path).bboxes).with_name("index.json")
+    os.utime(used, (0, 0))
+    load_annotations(path)
+    assert used.stat().st_mtime > 0
+
+
+def test_two_machines_with_files_of_their_own_share_a_cache_folder(path, reads, tmp_path):
+    """One path, with the disk of one machine or the other below it: neither removes what the other maps."""
+    texts = path.read_text(), path.read_text().replace('"height": 400', '"height": 401')
+    for number, text in enumerate(texts):
+        (tmp_path / f"disk{number}").mkdir()
+        (tmp_path / f"disk{number}" / "train.json").write_text(text)
+    mapped = None
+    for visit in range(6):
+        disk = (tmp_path / f"disk{visit % 2}").rename(tmp_path / "disk")
+        found = load_annotations(disk / "train.json")
+        assert set(found.image_sizes[:, 0]) == {400 + visit % 2}
+        mapped = mapped or mapped_file(found.bboxes)
+        assert mapped.exists()
+        disk.rename(tmp_path / f"disk{visit % 2}")
+    assert len(reads) == 2
 
 
 def test_annotations_sent_to_a_process_are_never_another_files(path):
-    """The cache is made anew while they are on their way."""
-    sent = pickle.dumps(load_annotations(path))
+    """The file changes while they are on their way, then the cache does."""
+    first = load_annotations(path)
+    sent = pickle.dumps(first)
     path.write_text(path.read_text().replace('"height": 400', '"height": 401'))
     load_annotations(path)
+    assert_same(pickle.loads(sent), first)
+    file = mapped_file(first.image_sizes)
+    sizes = np.load(file) + 1
+    file.unlink()
+    np.save(file, sizes)
     with pytest.raises(ValueError, match=r"image_sizes\.npy: has changed since it was opened"):
         pickle.loads(sent)
     shutil.rmtree(cache_folder(path))
@@ -202,7 +252,7 @@ def test_a_stale_cache_is_made_again_in_silence(path, reads, monkeypatch, what):
     assert set(found.image_sizes[:, 0]) == {400 if what == "format" else 401}
     assert_same(load_annotations(path), found)
     assert len(reads) == 2
-    assert [folder.name for folder in cache_folder(path).iterdir()] == ["file"]  # nothing is left over
+    assert caches(path) == ["file", "file"]
 
 
 def flip(file: Path) -> None:
@@ -240,7 +290,8 @@ def rename_category(file: Path) -> None:
 def test_a_damaged_cache_is_named_and_made_again(path, reads, name, damage):
     expected = load_annotations(path)
     expected = dataclasses.replace(expected, bboxes=expected.bboxes.copy(), labels=expected.labels.copy())
-    damage(cache_folder(path) / "file" / name)
+    (folder,) = cache_folder(path).iterdir()
+    damage(folder / name)
     with pytest.warns(UserWarning, match="the annotation cache is damaged") as said:
         assert_same(load_annotations(path), expected)
     assert len(said) == 1
@@ -333,7 +384,7 @@ def test_another_process_was_faster(path, monkeypatch):
     os.utime(path, ns=(1, 1))
     assert_same(load_annotations(path), expected)
     assert racing
-    assert [folder.name for folder in cache_folder(path).iterdir()] == ["file"]
+    assert caches(path) == ["file", "file"]
 
 
 LOAD = """
@@ -370,7 +421,7 @@ def test_processes_that_build_at_once_do_no_harm(path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert_same(load_training_annotations(path, drop_invalid=True)[0], expected)
-    assert {folder.name for folder in cache_folder(path).iterdir()} == {"file", "training-drop-invalid"}
+    assert set(caches(path)) == {"file", "training-drop-invalid"}
 
 
 def read_slowly(rank: int, folder: Path) -> None:

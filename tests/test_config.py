@@ -25,6 +25,8 @@ from clis.config_files import (
 )
 from clis.config_rules import Rules
 from clis.config_scopes import Scope, scoped, scopes_of, setting
+from clis.engine.prerequisites import plan_run
+from clis.engine.run_folder import RunFolder
 from clis.losses import build_classification_loss
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
@@ -205,6 +207,25 @@ class TestFiles:
         config = load_config(tmp_path / "child.yaml", ["regions.detector=mine.pt"])
         assert config.regions.detector == "mine.pt"
 
+    def test_or_the_name_of_a_shipped_config(self, write):
+        config = load_config(write("child.yaml", "regions: {detector: shapes/baseline.yaml}"))
+        assert config.regions.detector == "shapes/baseline.yaml"
+
+    @pytest.mark.parametrize("overrides", [(), ("regions.detector=parents/detector.yaml",)])
+    def test_the_config_of_a_run_can_be_loaded(self, write, tmp_path, monkeypatch, overrides):
+        """Its file is in another folder than the one that its detector was named in."""
+        write("parents/detector.yaml", "clis: off")
+        path = write("parents/mine.yaml", "regions: {detector: detector.yaml}\nclis: {s: 4}\n")
+        monkeypatch.chdir(tmp_path)
+        config = load_config(path, ["output=runs/mine", *overrides])
+        folder = RunFolder(config.output)
+        folder.claim(config)
+        assert load_config(folder.config) == folder.read_config() == config
+        monkeypatch.chdir(tmp_path / "parents")
+        moved = load_config("../runs/mine/config.yaml")
+        assert moved.regions.detector == "detector.yaml"
+        assert plan_run(moved, "mine").detector is not None
+
     @pytest.mark.parametrize("names", [("a",), ("a", "b"), ("a", "b", "c")])
     def test_a_cycle_of_bases_is_told(self, write, names):
         for name, base in zip(names, (*names[1:], names[0])):
@@ -285,6 +306,7 @@ class TestDataRoot:
     def test_home_is_expanded(self, write, monkeypatch):
         monkeypatch.setenv("HOME", "/somebody")
         assert load_config(write("a.yaml"), ["data.root=~/sets"]).data.root == "/somebody/sets"
+        assert load_config(write("a.yaml"), ["data.root=~"]).data.root == "/somebody"
 
     def test_paths_are_below_it_unless_absolute(self, write):
         config = load_config(write("a.yaml"), ["data.root=/sets"])
@@ -434,6 +456,10 @@ class TestContradictions:
             (["model.rpn.min_size=-1"], "model.rpn.min_size=-1.0: must be at least 0"),
             (["test.min_size=.inf"], "test.min_size=inf: must be at least 0"),
             (["model.rpn.shrink_limit=1.1"], "model.rpn.shrink_limit=1.1: must be between 0 and 1"),
+            (
+                ["model.rpn.negative_iou=0.8"],
+                "model.rpn.negative_iou=0.8: must be at most model.rpn.positive_iou=0.7",
+            ),
             (["test.shrink_limit=.nan"], "test.shrink_limit=nan: must be between 0 and 1"),
             (["clis.s=4", "clis.t=5"], "clis.t=5: must be between 0 and clis.s=4"),
             (["clis.t=-1"], "clis.t=-1: must be between 0"),

@@ -129,6 +129,10 @@ def test_bad_roots(tmp_path):
     (tmp_path / "bird").mkdir()
     with pytest.raises(ValueError, match=r"bird: no \.jpg, .* file"):
         build_index([tmp_path], CATEGORIES)
+    (tmp_path / "dog").symlink_to("/mnt/another/dog")
+    with pytest.raises(ValueError, match=r"dog: a link to /mnt/another/dog, which does not exist; mount"):
+        build_index([tmp_path], CATEGORIES)
+    (tmp_path / "dog").unlink()
     (tmp_path / "bird.tar.gz").touch()
     with pytest.raises(ValueError, match=r"bird\.tar\.gz: .*compressed tar; unpack it"):
         build_index([tmp_path], CATEGORIES)

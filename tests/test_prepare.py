@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import tiny_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from image_sets import CATEGORIES, category, found, tar_of, write_annotations, write_folder, write_tar
@@ -660,7 +661,6 @@ def test_preparing_again_mends_flipped_bits(tmp_path, tars):
     [
         (lambda h: h[: len(h) // 2], r"index\.json: damaged .*; run `python -m clis prepare"),
         (lambda h: "", r"index\.json: damaged"),
-        (lambda h: "[]", r"index\.json: damaged"),
         (lambda h: h.replace('"format": 1', '"format": 99'), r"index\.json: format 99, this version reads 1"),
         (lambda h: h.replace('"containers"', '"cont"'), r"index\.json: damaged \(KeyError\('containers'\)\)"),
         (lambda h: h.replace('"finished": true', '"finished": false'), "index: this index is not finished"),
@@ -728,6 +728,41 @@ def test_places_that_are_not_for_an_index(tmp_path, tars):
             prepare_image_level([tars], annotations, out)
     assert contents(tmp_path / "full") == {"notes.txt": b"bytes of notes.txt"}
     assert len(list(tars.iterdir())) == 3
+
+
+@pytest.mark.parametrize("text", ['{"title": "my web site"}', "[]"])
+def test_an_index_json_of_somebody_else(tmp_path, tars, text):
+    """It makes no index of a folder, neither of one to write nor of a root of class folders."""
+    site = tmp_path / "site"
+    write_folder(site, "labels.npy", ".draft.tmp.txt")
+    (site / "index.json").write_text(text)
+    before = contents(site)
+    with pytest.raises(ValueError, match="already exists and is no index; name a new folder"):
+        prepare_image_level([tars], write_annotations(tmp_path / "annotations.json"), site)
+    assert contents(site) == before
+    write_folder(tmp_path / "mine" / "bird", "1.jpg")
+    (tmp_path / "mine" / "index.json").write_text(text)
+    config = tiny_config(f"data.root={tmp_path}", "data.image_level=[mine]")
+    assert len(streams.make_index(config, load_annotations(tmp_path / "annotations.json"))) == 1
+
+
+def test_what_a_killed_prepare_left_goes_and_nothing_else(tmp_path, tars):
+    index = prepared(tmp_path, tars)
+    for name in (".labels.123.tmp.npy", ".index.9.tmp.json", ".draft.1.tmp.txt"):
+        (index.folder / name).touch()
+    prepared(tmp_path, tars)
+    assert [path.name for path in index.folder.glob(".*")] == [".draft.1.tmp.txt"]
+
+
+def test_a_tar_with_bytes_after_the_end_of_a_name(tmp_path):
+    """As old programs wrote them: the name ends at the first NUL of its field."""
+    write_tar(tmp_path / "root" / "bird.tar", "1.jpg", kind=tarfile.USTAR_FORMAT)
+    tar = bytearray((tmp_path / "root" / "bird.tar").read_bytes())
+    tar[50:54] = b"junk"
+    tar[148:156] = b"%06o\0 " % (sum(tar[:148]) + 8 * 32 + sum(tar[156:512]))  # the header's checksum
+    (tmp_path / "root" / "bird.tar").write_bytes(tar)
+    index = prepared(tmp_path, tmp_path / "root")
+    assert (index.name(0), index.read(0)) == ("bird.tar:1.jpg", b"bytes of 1.jpg")
 
 
 def test_wrong_arguments_are_told(tmp_path, tars, capsys):

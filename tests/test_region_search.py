@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import time
 from pathlib import Path
 
@@ -25,7 +26,7 @@ from clis.data.images import ImageError
 from clis.data.region_file import REGION_DTYPE, RegionSource, load_regions, mean_scores
 from clis.engine import region_search
 from clis.engine.region_parts import PART_DTYPE, RegionParts
-from clis.engine.region_search import center_box, image_key, make_regions
+from clis.engine.region_search import center_box, image_key, make_regions, read_boxes
 from clis.models import ImageDetections
 from clis.resize import resize_image, shortest_size
 
@@ -222,6 +223,23 @@ class TestRules:
         make_regions(config_of(*given), index, None, tmp_path / "regions.npy")
         table = load_regions(tmp_path / "regions.npy", index, RegionsConfig(rule="given"))
         assert (table["box"] == [1, 2, 8, 9]).all()
+
+    @pytest.mark.parametrize("name", ["a\u200cb.png", "a\u3000b.png", "a\u00a0b.png"])
+    def test_names_that_terminals_do_not_print(self, root, tmp_path, name):
+        """A zero-width non-joiner, as in Persian, and wide spaces: escaped in messages, not in the file."""
+        (root / "cat" / "00.png").rename(root / "cat" / name)
+        index = build_index([root], CATEGORIES)
+        (tmp_path / "boxes.json").write_text(json.dumps({f"cat/{name}": [1, 2, 8, 9]}))
+        boxes = read_boxes(tmp_path / "boxes.json", index)
+        assert [image_key(index.location(row)) in boxes for row in range(len(index))].count(True) == 1
+
+    def test_a_name_of_images_in_two_roots(self, root, tmp_path):
+        (tmp_path / "other").mkdir()
+        shutil.copytree(root / "cat", tmp_path / "other" / "cat")
+        index = build_index([root, tmp_path / "other"], CATEGORIES)
+        (tmp_path / "boxes.json").write_text('{"cat/00.png": [1, 2, 8, 9]}')
+        with pytest.raises(ValueError, match=r"2 images of data\.image_level are called cat/00\.png"):
+            read_boxes(tmp_path / "boxes.json", index)
 
     def test_boxes_of_another_file_do_not_go_on_with_a_partial_one(self, index, tmp_path, monkeypatch):
         """Interrupted after 8 of 21 images, the file edited: all regions are of the new boxes."""

@@ -97,8 +97,8 @@ class ImageCheck:
                 f"{name}: {len(problems)} of {len(rows)} images cannot be used (data.max_bad_images allows "
                 f"{allowed}): {'; '.join(problems[:SHOWN])}{'; ...' * (len(problems) > SHOWN)}"
             )
-        for found, said in ((oddities, self.report.notes), (doubts, self.report.warnings)):
-            said += [f"{name}: {count} images {what}" for what, count in sorted(found.items())]
+        for kinds, said in ((oddities, self.report.notes), (doubts, self.report.warnings)):
+            said += [f"{name}: {count} images {what}" for what, count in sorted(kinds.items())]
         return seconds / max(len(rows), 1), num_bytes / max(len(rows), 1)
 
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from clis.atomic import remove_partial_files
 from clis.commands.arguments import positive
 from clis.data.categories import Category
 from clis.data.image_classes import MemberLabels, class_labels, coverage, describe_coverage, match_classes
@@ -24,6 +25,7 @@ from clis.data.image_level import (
     FORMAT,
     ImageLevelIndex,
     is_index,
+    is_index_file,
     is_intact,
     mark_unfinished,
     match_containers,
@@ -187,8 +189,7 @@ def _check_out(out: Path, roots: Sequence[Path]) -> None:
     )
     if others and not is_index(out):
         raise ValueError(f"{out}: already exists and is no index; name a new folder")
-    for path in out.glob(".*.tmp.*"):
-        path.unlink()
+    remove_partial_files(out, is_index_file)
 
 
 def _fingerprint(

@@ -61,7 +61,7 @@ def scan_sizes(
     index = make_index(config, read_annotations(data_path(config, config.data.train)))
     rows = np.unique(np.linspace(0, len(index) - 1, min(images, len(index))).astype(int)).tolist()
     truth = None if boxes is None else read_boxes(boxes, index)
-    names = [image_key(index.name(row)) for row in rows]
+    names = [image_key(index.location(row)) for row in rows]
     if truth is not None and not any(name in truth for name in names):
         raise ValueError(f"{boxes}: no box of the {len(rows)} images that are looked at; raise --images")
     model = load_searcher(config, device, detector)

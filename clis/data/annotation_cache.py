@@ -27,20 +27,24 @@ _INDEX = "index.json"
 _BLOCK = 1 << 20
 _ABANDONED = 3600.0
 """Seconds after which a temporary folder counts as abandoned."""
+_UNUSED = 7 * 86400.0
+"""Seconds without use after which the cache of an earlier file of the name is removed."""
 
 
 def cached(source: str | Path, form: str, build: Callable[[], Packed]) -> Packed:
     """Return what `build` makes of the file `source`, from the cache if that was made from the same file.
 
-    The arrays are memory-mapped and read-only. The same file is one with the same size and modification time.
-    A damaged cache is made again, with a warning; one that cannot be written is skipped, also with a warning.
+    The arrays are memory-mapped and read-only. The same file is one with the same inode, size and times. What
+    is made of another file of this name has a folder of its own, since other machines may map it: their disks
+    may have different files there, and the cache be in a home folder that they share. A damaged cache is made
+    again, with a warning; one that cannot be written is skipped, also with a warning.
 
     Args:
         form: a name for what `build` makes, which names its folder; one file may be cached in several forms.
     """
     source = Path(source).resolve()
     stamp = _stamp(source)
-    folder = cache_folder(source) / form
+    folder = cache_folder(source) / f"{form}-{_text_checksum(stamp):08x}"
     packed = _open(folder, stamp)
     if packed is not None:
         return packed
@@ -94,6 +98,8 @@ def _open(folder: Path, stamp: dict[str, Any]) -> Packed | None:
             if checksum != _file_checksum(path):
                 raise ValueError(f"checksum of {path.name}")
             arrays[name] = map_array(path)
+        with contextlib.suppress(OSError):  # it may be somebody else's
+            os.utime(folder / _INDEX)  # which says that it is in use
         return arrays, content["values"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         warnings.warn(f"{folder}: the annotation cache is damaged ({error}); made again", stacklevel=3)
@@ -121,16 +127,19 @@ def _write(folder: Path, stamp: dict[str, Any], packed: Packed) -> None:
             if not folder.is_dir():  # else another process was faster, and its cache is as good
                 raise
     finally:
-        for left in (temporary, old, *_left_behind(folder)):
+        for left in (temporary, old, *_left_behind(folder.parent)):
             shutil.rmtree(left, ignore_errors=True)
 
 
 def _left_behind(folder: Path) -> list[Path]:
-    """Return the folders left by processes that were killed while writing this cache."""
+    """Return what killed processes have left of a file's caches, and those that are no longer used."""
+    written = [path for end in ("tmp", "old") for path in folder.glob(f".*.{end}")]
+    dated = [(path, path, _ABANDONED) for path in written]
+    dated += [(path, path / _INDEX, _UNUSED) for path in folder.glob("[!.]*")]
     left = []
-    for path in (path for end in ("tmp", "old") for path in folder.parent.glob(f".{folder.name}.*.{end}")):
-        with contextlib.suppress(FileNotFoundError):  # another process has just removed it
-            if time.time() - path.stat().st_mtime > _ABANDONED:
+    for path, touched, after in dated:
+        with contextlib.suppress(OSError):  # another process has just removed it
+            if time.time() - touched.stat().st_mtime > after:
                 left.append(path)
     return left
 

@@ -64,6 +64,10 @@ class LabeledImages(Protocol):
         """Return the name of an image for messages."""
         ...
 
+    def location(self, row: int) -> str:
+        """Return the name of an image as other files have it, which may not be printable."""
+        ...
+
     def read(self, row: int) -> bytes:
         """Return the encoded bytes of an image; raises `ImageError` where they cannot be read."""
         ...
@@ -113,9 +117,13 @@ class ImageLevelIndex:
         return f"<ImageLevelIndex: {len(self)} images of {some} classes in {where}>"
 
     def name(self, i: int) -> str:
-        """Return the image's name for messages: ``n01514668.tar:foo.JPEG`` or ``n01514668/foo.JPEG``."""
+        """Return the image's `location` for messages."""
+        return printable(self.location(i))
+
+    def location(self, i: int) -> str:
+        """Return where the image is in its root: ``n01514668.tar:foo.JPEG`` or ``n01514668/foo.JPEG``."""
         container = self._container(i)
-        return printable(container.name + ("/" if container.is_folder else ":") + self._name(i))
+        return container.name + ("/" if container.is_folder else ":") + self._name(i)
 
     def read(self, i: int) -> bytes:
         """Return the stored bytes of the image; a tar is not unpacked.
@@ -191,7 +199,8 @@ def _is_header_of(header: bytes, name: str, size: int) -> bool:
 
     Names of over 100 bytes are partly stored elsewhere, and are not compared.
     """
-    encoded, stored, prefix = os.fsencode(name), header[:100].rstrip(b"\0"), header[345:500].rstrip(b"\0")
+    encoded = os.fsencode(name)
+    stored, prefix = (header[part].partition(b"\0")[0] for part in (slice(100), slice(345, 500)))
     elsewhere = len(encoded) > 100 or not encoded.isascii()
     try:
         return (elsewhere or encoded in (stored, prefix + b"/" + stored)) and nti(header[124:136]) == size
@@ -338,8 +347,22 @@ def mark_unfinished(folder: Path) -> None:
 
 
 def is_index(folder: str | Path) -> bool:
-    """Check whether the folder is a prepared index, possibly an unfinished one, and not a root of images."""
-    return Path(folder, HEADER).is_file()
+    """Check whether the folder is a prepared index, also unfinished or damaged, and not a root of images.
+
+    A file of somebody else may be called `HEADER`, too.
+    """
+    try:
+        header = json.loads(Path(folder, HEADER).read_bytes())
+    except OSError:
+        return False
+    except ValueError:
+        return True
+    return isinstance(header, dict) and {"format", "finished"} <= header.keys()
+
+
+def is_index_file(name: str) -> bool:
+    """Check whether a file of a prepared index is called so."""
+    return name in (HEADER, *(f"{column}.npy" for column in _COLUMNS))
 
 
 def read_header(folder: str | Path) -> dict[str, Any]:

@@ -218,6 +218,10 @@ def _entries(root: Path, say: Callable[[str], None]) -> list[Path]:
     used: list[Path] = []
     others: list[str] = []
     for path in paths:
+        if path.is_symlink() and not path.exists():
+            raise ValueError(
+                f"{path}: a link to {os.readlink(path)}, which does not exist; mount its disk, or remove it"
+            )
         if path.suffix.lower() == ".tar" or path.is_dir():
             used.append(path)
         else:

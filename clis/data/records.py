@@ -122,7 +122,7 @@ def image_file_name(record: Record) -> str:
     train2017 images). LVIS v0.5 prefixes some names with ``COCO_val2014_``, which the 2017 files that it is
     used with do not have; COCO 2014 itself has files of such names.
     """
-    if "file_name" not in record:
+    if record.get("file_name") is None:
         return "/".join(record["coco_url"].split("/")[-2:])
     name = record["file_name"]
     is_lvis = "neg_category_ids" in record
@@ -254,7 +254,8 @@ def _image_columns(part: _Part) -> dict[str, np.ndarray]:
         raise part.fault(int(np.argmax(bad)), what)
     columns["size"] = sizes.astype(np.int32)
     for place, image in enumerate(part.records):
-        file = image.get("file_name", image.get("coco_url"))
+        file = image.get("file_name")
+        file = image.get("coco_url") if file is None else file
         if not isinstance(file, str):
             raise part.fault(place, "neither file_name nor coco_url is a string; add one")
         if len(file) > MAX_NAME:

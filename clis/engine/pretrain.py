@@ -62,6 +62,7 @@ def pretrain(config: Config, device: torch.device) -> Path:
         return path
     annotations = read_annotations(data_path(config, config.data.train))
     index = make_index(config, annotations)
+    _claim_images(folder, index)
     split = Split(len(index), round(config.pretrain.held_out * len(index)))
     if split.trained == 0:
         raise ValueError(f"pretrain.held_out={config.pretrain.held_out} leaves none of {len(index)} images")
@@ -203,6 +204,26 @@ def held_out_accuracy(
             f"{config.data.max_bad_images}"
         )
     return {"top1": right / judged if judged else None, "held_out_images": judged}
+
+
+def _claim_images(folder: RunFolder, index: ImageLevelIndex) -> None:
+    """Tie the folder to the images of an index, whose order says which of them are held out.
+
+    Raises:
+        ValueError: the pre-training has begun with others, or this process has found others than rank 0.
+    """
+
+    def claimed() -> str:
+        if not folder.has_begun:
+            with atomic_write(folder.images) as temporary:
+                temporary.write_text(f"{index.digest}\n")
+        return folder.images.read_text().strip() if folder.images.exists() else index.digest
+
+    if on_main(claimed) != index.digest:
+        raise ValueError(
+            f"{folder}: the image-level images have changed since this pre-training began, and with them the "
+            "held-out ones; restore them, or remove the folder to start over"
+        )
 
 
 def _as_stage(config: Config, images: int) -> Config:

@@ -36,7 +36,7 @@ from clis.engine.run_folder import regions_file
 from clis.models import CLISDetector
 from clis.progress import Progress, say
 from clis.resize import scale_boxes, shortest_size
-from clis.text import counted
+from clis.text import counted, printable
 
 SOURCE_WORDS = {
     "rule": "by the rule",
@@ -281,7 +281,7 @@ def region_rule(config: Config, index: LabeledImages, detector: CLISDetector | N
         boxes = read_boxes(given_boxes(config), index)
         nothing = torch.full((4,), torch.nan)
         return lambda rows, images: [
-            (box_ops.clip(boxes.get(image_key(index.name(row)), nothing), image.size), 1.0)
+            (box_ops.clip(boxes.get(image_key(index.location(row)), nothing), image.size), 1.0)
             for row, image in zip(rows, images)
         ]
     find = _top_score if name == "top-score" else _rank_first
@@ -372,8 +372,16 @@ def read_boxes(path: Path, index: LabeledImages) -> dict[str, Tensor]:
         if image_key(name) in boxes:
             raise ValueError(f"{path}: {name} is there twice, in two forms of the name; remove one")
         boxes[image_key(name)] = corners
-    if not any(image_key(index.name(row)) in boxes for row in range(len(index))):
+    keys = (image_key(index.location(row)) for row in range(len(index)))
+    images = Counter(key for key in keys if key in boxes)
+    if not images:
         raise ValueError(f"{path}: no box of data.image_level's images; they are called e.g. {index.name(0)}")
+    name, most = images.most_common(1)[0]
+    if most > 1:
+        raise ValueError(
+            f"{path}: {most} images of data.image_level are called {printable(name)}, and the box is of only "
+            "one; rename the others or their folders"
+        )
     return boxes
 
 

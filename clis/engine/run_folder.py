@@ -10,7 +10,7 @@ from typing import Any
 
 from clis.atomic import atomic_write, remove_partial_files
 from clis.config import Config
-from clis.config_files import config_from_dict, config_to_yaml, read_yaml
+from clis.config_files import config_to_yaml, read_full_config, read_yaml
 from clis.distributed import barrier, is_main, on_main
 from clis.engine.schedule import differences_after
 
@@ -51,6 +51,8 @@ class RunFolder:
         """The step of a run that was asked to stop, until it is resumed: torchrun hides exit codes."""
         self.backbone = self.path / "backbone.pt"
         """What a pre-training makes."""
+        self.images = self.path / "images.txt"
+        """The digest of the index whose images a pre-training is of."""
         self.accuracy = self.path / "pretrain.json"
         """How well it classifies the images that were held out."""
         self.tensorboard = self.path / "tensorboard"
@@ -130,7 +132,7 @@ class RunFolder:
 
     def read_config(self) -> Config:
         """Read the config that the folder belongs to."""
-        return config_from_dict(read_yaml(self.config), source=str(self.config))
+        return read_full_config(self.config)
 
     def read_result(self) -> dict[str, float]:
         """Read the metrics of the validation split, fractions by name; errors as `read_record`."""
@@ -224,7 +226,7 @@ class RunFolder:
                     if path.exists():
                         path.replace(kept)
             with atomic_write(self.config) as temporary:
-                temporary.write_text(config_to_yaml(config))
+                temporary.write_text(config_to_yaml(config, self.path))
 
         on_main(write)
 

@@ -13,6 +13,7 @@ from clis.config_files import (
     config_from_dict,
     config_to_dict,
     flatten,
+    from_here,
     merge_overrides,
     read_yaml,
     resolve_data_root,
@@ -52,7 +53,7 @@ class RunState:
         """
         if not folder.config.exists():
             raise FileNotFoundError(f"{folder.config}: no such file; name run folders, e.g. runs/shapes/clis")
-        values = read_yaml(folder.config)
+        values = from_here(read_yaml(folder.config), folder.path)
         recipe = flatten(values)
         known = _without(values, _unknown(recipe))
         config = config_from_dict(merge_overrides(known, overrides), source=str(folder.config))
