@@ -568,7 +568,7 @@ def _collectives(run: Run, device: torch.device) -> None:
         "gather_rows": rank > 0 or torch.equal(gathered, expected),
         "all_reduce_sum": distributed.all_reduce_sum(torch.ones(2, device=device)).tolist() == [size] * 2,
         "on the CPU": distributed.all_reduce_sum(torch.ones(2, dtype=torch.int64)).tolist() == [size] * 2,
-        "broadcast_flag": distributed.broadcast_flag(rank == 0),
+        "from_all": distributed.from_all(rank) == list(range(size)),
         "from_main": distributed.from_main({"rank": rank}) == {"rank": 0},
     }
     distributed.barrier()

@@ -278,9 +278,8 @@ class DataConfig:
     empty_images: bool = setting(False, SHARED)
     """Also train on images that have no box left; mmdetection and detectron2 leave them out. Repeat factors
     are counted on the images that remain."""
-    max_bad_images: int = setting(0, SHARED)
-    """Unreadable images that a start of a run may replace by the next in their stream before it stops; each
-    counts once per process."""
+    max_bad_images: int = setting(0, SHARED | MACHINE)
+    """Unreadable images that a start of a run may replace by the next in their stream before it stops."""
     image_level_share: float = setting(1.0, IMAGE_LEVEL | PRETRAINING)
     """Share of the image-level images that are used, above 0; `train.seed` draws which. The replacement of an
     unreadable image may come from the rest, too."""
@@ -448,9 +447,9 @@ class TrainConfig:
     """Checkpoints kept; if the last one is damaged, the one before it is used."""
     eval_every: int | None = setting(None, SHARED | MACHINE)
     """Steps between evaluations during training; each saves a checkpoint, and the best AP is ``best.pt``."""
-    on_nonfinite: Literal["stop", "skip"] = setting("stop", SHARED)
+    on_nonfinite: Literal["stop", "skip"] = setting("stop", SHARED | MACHINE)
     """At a gradient that is NaN or infinite: end the run, or leave the step out without any trace."""
-    max_skipped: int = setting(10, SHARED)
+    max_skipped: int = setting(10, SHARED | MACHINE)
     """Maximum number of steps that `on_nonfinite` = ``skip`` may leave out in the whole run. With float16,
     whose scaling leaves out steps by itself, the maximum in a row. One more, or a loss scale below 1, ends
     the run."""

@@ -23,8 +23,8 @@ class Scope(enum.Flag):
     IMAGE_LEVEL = enum.auto()
     """Belongs to this run only and has no effect without its image-level stream."""
     MACHINE = enum.auto()
-    """Changes speed, memory, places or reports, but no result of a run (but for rounding, and what group norm
-    sees of the padding of images that share a batch); a resumed run may change it."""
+    """Changes speed, memory, places, reports or what ends a run, but no result of it (but for rounding, and
+    what group norm sees of the padding of images that share a batch); a resumed run may change it."""
     INFERENCE = enum.auto()
     """A field of the model that may change after training."""
     PRETRAINING = enum.auto()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import os
+import pickle
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -150,11 +151,6 @@ def all_reduce_sum(values: Tensor) -> Tensor:
     return values
 
 
-def broadcast_flag(answer: bool) -> bool:
-    """Return the answer of rank 0, on all ranks."""
-    return bool(all_reduce_sum(torch.tensor(int(answer and is_main()))))
-
-
 def from_main(value: T) -> T:
     """Return the value of rank 0 on all ranks; what the others pass does not matter."""
     if not dist.is_initialized():
@@ -171,14 +167,29 @@ def on_main(function: Callable[[], T]) -> T:
     if is_main():
         try:
             outcome = function(), None
-        except (OSError, ValueError) as error:
-            outcome = None, error
-        except Exception as error:  # of a type that may not travel
-            own, outcome = error, (None, RuntimeError(f"on rank 0: {type(error).__name__}: {error}"))
+        except Exception as error:
+            own, outcome = error, (None, _travelling(error))
     value, failure = from_main(outcome)
     if failure is not None:
         raise own or failure
     return value  # type: ignore[return-value]  # there is one, or there was an error
+
+
+def _travelling(error: Exception) -> Exception:
+    """Return the error, or one that says what it is, if it is of a type that other processes may not read."""
+    with contextlib.suppress(Exception):
+        if isinstance(error, OSError | ValueError) and pickle.loads(pickle.dumps(error)) is not None:
+            return error
+    return RuntimeError(f"on rank 0: {type(error).__name__}: {error}")
+
+
+def from_all(value: T) -> list[T]:
+    """Return the values of all ranks, in their order, on each."""
+    if not dist.is_initialized():
+        return [value]
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
 
 
 def all_gather_rows(rows: Tensor) -> Tensor:

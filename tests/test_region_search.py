@@ -618,6 +618,36 @@ def test_unreadable_images_of_an_interrupted_search_still_count(index, root, tmp
     assert not path.exists()
 
 
+def test_images_that_were_restored_are_searched(index, root, tmp_path):
+    """Those that could not be read are looked at again; the others are not."""
+    images = [root / name for name in ("bird/01.png", "dog/09.png")]
+    kept = [path.read_bytes() for path in images]
+    for path in images:
+        path.write_bytes(path.read_bytes()[:50])
+    path = tmp_path / "regions.npy"
+    with pytest.raises(ImageError, match="images: 2"):
+        make_regions(config_of("data.max_bad_images=1"), index, Detector(), path)
+    for image, data in zip(images, kept):
+        image.write_bytes(data)
+    detector = Detector()
+    make_regions(config_of(), index, detector, path)
+    assert {1, 9} <= {number for number, _ in detector.asked}
+    assert len(detector.asked) < NUM_IMAGES
+    assert counts_of(path) == {"rule": NUM_IMAGES}
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_an_image_that_one_part_could_read_is_readable(order, tmp_path):
+    parts = RegionParts(tmp_path / "regions.npy", 1, {})
+    parts.open(2)
+    for process, source in zip(order, (RegionSource.UNREADABLE, RegionSource.RULE)):
+        region = np.zeros(1, REGION_DTYPE)
+        region["source"] = source
+        with parts.writer(process) as write:
+            write([0], region)
+    assert parts.read()["source"].tolist() == [RegionSource.RULE]
+
+
 def search_damaged_share(rank: int, folder: Path) -> None:
     index = build_index([folder / "images"], CATEGORIES)
     with pytest.raises(ImageError, match=r"images: 2, and data\.max_bad_images allows 1"):

@@ -120,13 +120,14 @@ def test_how_a_run_ended_is_noted(folder):
     assert [line[21:].split(" ")[0] for line in lines] == ["clis", "something", "ended"]
     assert time.strptime(lines[1][:19], "%Y-%m-%d %H:%M:%S")
 
-    folder.mark_preempted(60)
+    folder.checkpoints.mkdir(exist_ok=True)
+    folder.checkpoint(60).touch()
     with pytest.raises(Preempted), at_work(folder):
         raise Preempted("stopped on request")
     assert not folder.process.exists()
     assert "stopped on request, step 60 saved" in describe(RunState.read(folder))
     with at_work(folder):
-        pass
+        assert not folder.preempted.exists()
     assert not folder.process.exists()
     assert len(folder.log.read_text().splitlines()) == 6  # appended
 

@@ -88,6 +88,17 @@ def test_a_run_that_fails_is_named_and_the_others_are_done(data, tmp_path):
     assert "is not a whole number of micro-batches" in log.read_text()
 
 
+def test_a_run_whose_detector_failed_was_not_run(data, tmp_path, capsys):
+    path = write_study(tmp_path / "small.yaml", {"CLIS": {}})
+    overrides = [*SHORT, f"data.root={data}", "train.steps=1", "train.images_per_process=3"]
+    with pytest.raises(ValueError, match="3 of 3 jobs failed"):
+        run_study(path, tmp_path / "out", overrides=overrides)
+    said = capsys.readouterr().out
+    assert "NOT RUN training of CLIS, seed 0: regions by category-rank-first, seed 0 failed" in said
+    (log,) = (tmp_path / "out" / "logs").iterdir()
+    assert f"FAILED detector of the regions, seed 0, see {log}" in said
+
+
 def test_the_table_by_hand():
     """APs 10 and 14: mean 12, deviation sqrt(8) = 2.8; the second row, of one seed, is 0.5 below."""
 
@@ -181,6 +192,17 @@ def test_keys_tell_where_the_regions_come_from(tmp_path):
     assert by_file != by_override
     without = ["clis={s: 0, t: 0, siamese: false, contrastive: false}"]
     assert len(set(keys(tmp_path, without, [*without, "regions.rule=center"]))) == 1
+
+
+def test_keys_tell_the_boxes_that_are_given(data, tmp_path):
+    """By what is in their file, as annotations are known."""
+    path = tmp_path / "boxes.json"
+    given, own = ["regions.rule=given", f"regions.boxes={path}"], (f"data.root={data}", "data.generate=null")
+    found = []
+    for box in ([1, 2, 3, 4], [1, 2, 3, 5]):
+        path.write_text(json.dumps({"a.jpg": box}))
+        found += keys(tmp_path, given, overrides=own)
+    assert found[0] != found[1]
 
 
 def test_runs_of_a_row_that_was_edited_are_dropped(tmp_path):

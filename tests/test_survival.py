@@ -22,14 +22,19 @@ from conftest import CATEGORIES, global_counts, make_sample, tiny_config
 from runs import BASELINE, REPOSITORY, SHORT, assert_same_training, records, spawn
 
 import clis
+from clis.atomic import atomic_write
 from clis.cli import EXIT_CODE, Preempted, run_command
 from clis.commands import run_verb
 from clis.data.batch import collate
-from clis.distributed import choose_device, wrap_ddp
+from clis.data.images import ImageError
+from clis.distributed import choose_device, on_main, wrap_ddp
 from clis.engine import train
+from clis.engine.bad_images import BadImages
 from clis.engine.checkpoint import load_checkpoint, load_last_checkpoint, save_checkpoint
 from clis.engine.optim import make_optimizer
+from clis.engine.preemption import ECHO
 from clis.engine.run_folder import RunFolder
+from clis.engine.skipped import NotFinite, SkippedSteps
 from clis.models import build_model
 
 sys.path.insert(0, str(REPOSITORY / "benchmarks"))
@@ -113,21 +118,25 @@ def test_asked_to_stop_it_finishes_the_step_and_goes_on(number, data, reference,
     assert_same_training(tmp_path, reference)
 
 
-def test_a_second_signal_ends_at_once(data, tmp_path):
-    """While one process is stuck in a step, here: stopped before it begins, the first changes nothing."""
+def test_a_later_signal_ends_at_once(data, tmp_path):
+    """While a process is stuck in a step, the first changes nothing, nor does its echo: batch systems ask all
+    processes, and torchrun asks its own again."""
     script = (
-        "import sys, time; from clis.commands import run_verb; from clis.engine import train\n"
+        "import sys, time; from clis.cli import run_command\n"
+        "from clis.commands import run_verb; from clis.engine import train\n"
         "def stuck(*_): print('in the step', flush=True); time.sleep(60)\n"
-        "train.train_step = stuck; run_verb('train', sys.argv[1:])"
+        "train.train_step = stuck; run_command(lambda: run_verb('train', sys.argv[1:]))"
     )
     process = start(arguments_of(data, tmp_path), [sys.executable, "-c", script])
     while "in the step" not in process.stdout.readline():
         assert process.poll() is None
+    for _ in range(2):
+        process.send_signal(signal.SIGTERM)
+        time.sleep(0.3)
+        assert process.poll() is None
+    time.sleep(ECHO)
     process.send_signal(signal.SIGTERM)
-    time.sleep(0.3)
-    assert process.poll() is None
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=50) == -signal.SIGTERM  # less than it is stuck for
+    assert process.wait(timeout=50) == EXIT_CODE  # less than it is stuck for
 
 
 def test_under_torchrun_both_processes_stop_at_the_same_step(data, tmp_path):
@@ -391,6 +400,122 @@ def test_all_processes_find_the_same_gradient_not_finite(tmp_path):
     spawn(tmp_path, one_rank_spoiled, tmp_path)
     norms = [(tmp_path / f"norm_{rank}").read_text() for rank in (0, 1)]
     assert norms == ["nan", "nan"]
+
+
+def found_on_rank_1(rank: int, folder: Path) -> None:
+    """What rank 1 alone has met is said by both: rank 0 is the one that is heard."""
+    config = tiny_config("train.on_nonfinite=stop").train
+    steps = SkippedSteps(0, torch.amp.GradScaler("cpu", enabled=False), RunFolder(folder), config, "advice")
+    own = NotFinite([], ["11", "34"]) if rank == 0 else NotFinite(["loss box on images 37"], ["28", "37"])
+    with pytest.raises(FloatingPointError, match="step 3: not finite: loss box on images 37; "):
+        steps.check(2, float("nan"), lambda: own, lambda: None)
+    with pytest.raises(FloatingPointError, match="the gradient, images 11, 34, 28, 37; "):
+        steps.check(2, float("nan"), lambda: own._replace(losses=[]), lambda: None)
+
+    bad = BadImages(allowed=1)
+    bad.new = ["a.jpg: cut off"]  # met by both
+    assert bad.verdict() is None
+    bad.new = ["b.jpg: cut off"] if rank == 1 else []
+    assert str(bad.verdict()).startswith(
+        "unreadable images: 2, and data.max_bad_images allows 1; the last: b."
+    )
+    bad.new, bad.gone = [], ImageError("c.jpg: no such file") if rank == 1 else None
+    assert str(bad.verdict()).startswith("c.jpg: no such file; restore")
+
+
+def test_what_one_process_has_met_is_said_by_rank_0(tmp_path):
+    spawn(tmp_path, found_on_rank_1, tmp_path)
+
+
+class Local(ValueError):
+    """Cannot be sent: it needs two arguments and holds a file."""
+
+    def __init__(self, text: str, file: object) -> None:
+        super().__init__(text)
+        self.file = file
+
+
+def failing_on_rank_0(rank: int, folder: Path) -> None:
+    def fail() -> None:
+        raise Local("no good", sys.stdin)
+
+    with pytest.raises(Local if rank == 0 else RuntimeError, match="no good"):
+        on_main(fail)
+
+
+def test_an_error_that_cannot_be_sent_is_raised_on_all_processes(tmp_path):
+    spawn(tmp_path, failing_on_rank_0, tmp_path)
+
+
+@pytest.mark.parametrize("what", ["step", "last step", "evaluation"])
+def test_asked_to_stop_anywhere(what, data, tmp_path, monkeypatch):
+    """In a step, it ends after that; in the last one, before the evaluation; in the evaluation, at once."""
+    names = {"step": "train_step", "last step": "train_step", "evaluation": "evaluate_detector"}
+    work, calls = getattr(train, names[what]), []
+
+    def asked(*values):
+        calls.append(1)
+        if len(calls) == {"step": 2, "last step": 4, "evaluation": 1}[what]:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return work(*values)
+
+    arguments = arguments_of(data, tmp_path, "train.steps=4")
+    monkeypatch.setattr(train, names[what], asked)
+    with pytest.raises(Preempted, match="stopped on request"):
+        run_verb("train", arguments)
+    steps = {"step": 2, "last step": 4, "evaluation": 4}[what]
+    assert json.loads(RunFolder(tmp_path).preempted.read_text())["step"] == steps == len(records(tmp_path))
+    assert not RunFolder(tmp_path).result.exists()
+    run_verb("train", arguments)
+    assert RunFolder(tmp_path).result.exists()
+    assert not RunFolder(tmp_path).preempted.exists()
+
+
+def test_what_a_stopped_run_names_helps(data, tmp_path, monkeypatch, capsys):
+    """Step 3 is not finite: both steps before it are saved, and `train.on_nonfinite=skip` resumes there."""
+    step, calls = train.train_step, []
+
+    def spoiled(*values):
+        calls.append(1)
+        outputs, norm = step(*values)
+        return outputs, float("nan") if len(calls) == 3 else norm
+
+    monkeypatch.setattr(train, "train_step", spoiled)
+    arguments = arguments_of(data, tmp_path, "train.steps=4", "train.save_every=1000")
+    with pytest.raises(
+        FloatingPointError, match=r"step_00000002\.pt.*train\.on_nonfinite=skip|last\.pt.*skip"
+    ):
+        run_verb("train", arguments)
+    calls[:] = [1, 1]
+    run_verb("train", [*arguments, "train.on_nonfinite=skip"])
+    said = capsys.readouterr().out
+    assert "going on from step 2" in said
+    assert "step 3: not finite" in said
+    assert "step 3: not finite" in RunFolder(tmp_path).log.read_text()
+
+
+def test_the_evaluation_at_the_end_of_a_training_that_is_extended_may_be_the_best(
+    data, tmp_path, monkeypatch
+):
+    aps = iter([0.1, 0.3, 0.25])
+
+    def evaluate(detector, config, folder, training):
+        metrics = {"AP": next(aps), "APr": 0.0, "APc": 0.0, "APf": 0.0}
+        with atomic_write(folder.result) as temporary:
+            temporary.write_text(json.dumps(metrics))
+        return metrics
+
+    monkeypatch.setattr(train, "evaluate_detector", evaluate)
+    arguments = arguments_of(data, tmp_path, "train.eval_every=3", "optim.decay_steps=[]")
+    run_verb("train", [*arguments, "train.steps=4"])
+    run_verb("train", [*arguments, "train.steps=5"])
+    assert load_checkpoint(RunFolder(tmp_path).best)["step"] == 4
+
+
+def test_a_full_disk_is_named(tmp_path):
+    path = tmp_path / "there" / "a.json"
+    with pytest.raises(OSError, match=r"No space left on device: .*there/a\.json"), atomic_write(path):
+        raise OSError(28, "No space left on device")
 
 
 def test_exit_codes(capsys):

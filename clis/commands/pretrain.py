@@ -9,6 +9,7 @@ from clis.config_files import load_config
 from clis.data.streams import generate_data
 from clis.distributed import choose_device, process_group
 from clis.engine.at_work import at_work, only_process
+from clis.engine.preemption import stopping_at_once
 from clis.engine.pretrain import pretrain
 from clis.engine.run_folder import RunFolder
 from clis.progress import say
@@ -33,7 +34,7 @@ def run(arguments: argparse.Namespace) -> None:
         generate_data(config)
         folder = RunFolder(config.output).pretraining
         folder.path.mkdir(parents=True, exist_ok=True)
-        with only_process(RunFolder(config.output)), at_work(folder) as now:
+        with only_process(RunFolder(config.output)), stopping_at_once(), at_work(folder) as now:
             now("pre-training as an image classifier")
             path = pretrain(config, device)
         say(f"for a detector of this network: pretrain.epochs=0 model.backbone.weights={path.absolute()}")

@@ -10,6 +10,7 @@ from clis.commands.arguments import add_config, positive
 from clis.commands.region_scan import scan_sizes
 from clis.config_files import load_config
 from clis.distributed import choose_device, process_group
+from clis.engine.preemption import stopping_at_once
 from clis.engine.prerequisites import detector_config
 from clis.engine.region_search import find_regions
 
@@ -39,7 +40,7 @@ def run(arguments: argparse.Namespace) -> None:
         for name in ("images", "boxes"):
             if getattr(arguments, name) is not None:
                 raise ValueError(f"--{name} is for a scan: add --scan")
-        with process_group(device):
+        with process_group(device), stopping_at_once():
             find_regions(config, device, detector)
         return
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:

@@ -85,7 +85,8 @@ def activity(state: RunState) -> str:
         return "finished"
     if process is None:
         if state.preempted_step is not None:
-            return f"stopped on request, step {state.preempted_step} saved; re-run the same command to resume"
+            saved = f", step {state.preempted_step} saved" if state.preempted_step else ""
+            return f"stopped on request{saved}; re-run the same command to resume"
         if age is not None and age < QUIET:
             return f"perhaps running: {sign}, no note of a process"
         return f"not running; {sign}"

@@ -111,7 +111,12 @@ def _work_off(plan: Sequence[Job], record: Record, at_once: int, logs: Path) -> 
     """Run the jobs and record their figures; what fails is marked, and the others go on."""
     for job in work(plan, at_once, logs):
         if job.failed:
-            say(f"FAILED {job.title}, see {log_of(job, logs)}")
+            before = [each.title for each in job.after if each.failed]
+            say(
+                f"NOT RUN {job.title}: {before[0]} failed"
+                if before
+                else f"FAILED {job.title}, see {log_of(job, logs)}"
+            )
             continue
         for name, seed in job.results:
             try:

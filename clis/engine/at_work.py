@@ -179,13 +179,15 @@ def _worker(folder: RunFolder) -> str:
 def at_work(folder: RunFolder) -> Iterator[Callable[[str], None]]:
     """Note in an existing run folder that this process works on it, and log what is said, in the block.
 
-    Where an error leaves the block, the note and the log have it.
+    Where an error leaves the block, the note and the log have it. A stop on request marks the folder, since
+    torchrun hides exit codes.
 
     Yields:
         A function that notes what the process does now, in words.
     """
     process = Process.current()
     process.write(folder)
+    folder.clear_preempted()
 
     def now(stage: str) -> None:
         nonlocal process
@@ -198,6 +200,8 @@ def at_work(folder: RunFolder) -> Iterator[Callable[[str], None]]:
             yield now
         except Preempted as stop:
             note(str(stop))
+            with contextlib.suppress(OSError):
+                folder.mark_preempted()
             _clear(folder)
             raise
         except BaseException as error:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -11,7 +9,7 @@ from typing import Any
 
 import torch
 
-from clis.atomic import atomic_write
+from clis.atomic import atomic_write, link
 from clis.cli import is_worker_death
 from clis.config import Config
 from clis.config_files import config_from_dict, config_to_dict, merge_overrides, resolve_data_root
@@ -86,22 +84,6 @@ def save_checkpoint(
     for old in folder.step_checkpoints()[: -config.train.keep_last]:
         old.unlink()
     return path
-
-
-def link(path: Path, name: Path) -> None:
-    """Give a file another name, in place of whatever has it."""
-    with atomic_write(name) as temporary:
-        try:
-            os.link(path, temporary)
-        except OSError:  # a file system without hard links
-            shutil.copyfile(path, temporary)
-
-
-def mark_best(folder: RunFolder, step: int, ap: float) -> None:
-    """Make the checkpoint of this step ``best.pt`` unless an earlier evaluation has at least its AP."""
-    earlier = [each.read_result()["AP"] for done, each in folder.step_evaluations().items() if done < step]
-    if ap > max(earlier, default=-1.0):
-        link(folder.checkpoint(step), folder.best)
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:

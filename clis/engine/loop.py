@@ -11,7 +11,7 @@ import torch
 
 from clis.config import Config
 from clis.data.batch import OnDevice
-from clis.distributed import broadcast_flag, is_main, on_main, wrap_ddp
+from clis.distributed import from_all, is_main, on_main, wrap_ddp
 from clis.engine.checkpoint import resume, save_checkpoint
 from clis.engine.describe import step_metrics
 from clis.engine.feed import Feed, StepInput
@@ -22,7 +22,7 @@ from clis.engine.preemption import StopRequest, stop
 from clis.engine.provenance import provenance, training_files
 from clis.engine.run_folder import RunFolder
 from clis.engine.schedule import SaveClock, due_after
-from clis.engine.skipped import SkippedSteps
+from clis.engine.skipped import NotFinite, SkippedSteps
 from clis.models import CLISDetector, ImageClassifier
 from clis.progress import Progress, say
 
@@ -79,8 +79,8 @@ class Training(Generic[M]):
     ) -> Iterator[Iterator[tuple[int, StepInput[B]]]]:
         """Enter the training; the block takes the steps and their input, and calls `made` for each.
 
-        After a step that the block has made, whatever is due follows: a checkpoint, the end on request, an
-        evaluation. All processes stop and save after the same step.
+        After a step that the block has made, whatever is due follows: a checkpoint, an evaluation. On request
+        all processes save and stop before the same step, or after the last.
 
         Args:
             loader, kind, micro_batches: see `Feed`.
@@ -89,7 +89,6 @@ class Training(Generic[M]):
             less_memory: settings by which a step needs less memory.
             evaluate: evaluates the model after a step, on the way.
         """
-        self.folder.clear_preempted()
         reset_peak_memory(self.device)
         allowed = self.config.data.max_bad_images
         with (
@@ -107,7 +106,7 @@ class Training(Generic[M]):
         if (
             evaluate is not None
             and due_after(first, train).evaluation
-            and broadcast_flag(not self.log.has_evaluation(first))
+            and on_main(lambda: not self.log.has_evaluation(first))
         ):
             evaluate(first)  # the run was stopped after the checkpoint of this step
         for step in self.remaining:
@@ -117,20 +116,33 @@ class Training(Generic[M]):
                     say(f"{given.error}; saving step {step}")  # said first: the disk may be the same
                     self.save(step)
                 raise given.error
+            if given.stop:
+                if step > first:
+                    self.save(step)
+                raise stop(self.folder, step)
             self._began = time.monotonic()
             yield step, given
             done, due = step + 1, due_after(step + 1, train)
-            if due.checkpoint or given.save or given.stop:
+            if due.checkpoint or given.save:
                 self.save(done)
-            if given.stop and done < train.steps:
-                raise stop(self.folder, done)
             if due.evaluation and evaluate is not None:
                 evaluate(done)
+        if any(from_all(request.received)):
+            raise stop(self.folder, train.steps)
 
-    def made(self, given: StepInput[B], norm: float, what: Callable[[], str]) -> None:
-        """Note that a step was made, by the norm of its gradient; arguments and errors as `SkippedSteps`."""
+    def made(self, given: StepInput[B], norm: float, what: Callable[[], NotFinite]) -> None:
+        """Note that a step was made, by the norm of its gradient; arguments and errors as `SkippedSteps`.
+
+        Where it ends the run, the steps before it are saved: it has changed nothing but float16's scale.
+        """
         self.seconds.append((given.seconds, time.monotonic() - self._began))
-        self.skipped.check(norm, what)
+        done = self.progress.done
+
+        def save() -> None:
+            if done > self.remaining.start and not self.scaler.is_enabled():
+                self.save(done)
+
+        self.skipped.check(done, norm, what, save)
 
     def write(self, done: int, record: dict[str, float], norm: float, rate: float) -> None:
         """Write a record after `done` steps, with what every training logs: norm, rate, times, memory."""

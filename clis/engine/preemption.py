@@ -1,9 +1,12 @@
-"""Asked to stop: SIGTERM and SIGINT let the step be finished and saved; a second signal ends at once."""
+"""Asked to stop: SIGTERM and SIGINT let a step be finished and saved; a later signal ends at once."""
 
 from __future__ import annotations
 
+import contextlib
 import signal
 import threading
+import time
+from collections.abc import Iterator
 from types import FrameType
 from typing import Any
 
@@ -12,13 +15,17 @@ from clis.distributed import barrier
 from clis.engine.run_folder import RunFolder
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
+ECHO = 2.0
+"""Seconds within which another signal is the same request: batch systems ask every process, and torchrun asks
+its own once more."""
 
 
 class StopRequest:
-    """While it is entered, the first SIGTERM or SIGINT is only noted; a second one has its usual effect."""
+    """While it is entered, the first SIGTERM or SIGINT is only noted; a later one has its usual effect."""
 
     def __init__(self) -> None:
         self.received = False
+        self.since = 0.0
         self.previous: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> StopRequest:
@@ -30,8 +37,11 @@ class StopRequest:
         self._restore()
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self.received = True
-        self._restore()
+        if not self.received:
+            self.received, self.since = True, time.monotonic()
+        elif time.monotonic() - self.since > ECHO:
+            self._restore()
+            signal.raise_signal(number)
 
     def _restore(self) -> None:
         for number, handler in self.previous.items():
@@ -39,8 +49,29 @@ class StopRequest:
         self.previous = {}
 
 
+@contextlib.contextmanager
+def stopping_at_once() -> Iterator[None]:
+    """Let the first SIGTERM end the block with `Preempted` wherever no `StopRequest` is entered.
+
+    For work that has nothing to save, or saves as it goes. Further signals are ignored.
+    """
+
+    def end(number: int, frame: FrameType | None) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        raise Preempted("stopped on request; re-run the same command to resume")
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
 def stop(folder: RunFolder, step: int) -> Preempted:
-    """Note in the run folder that it stops on request, with `step` saved; return the exception to raise."""
-    folder.mark_preempted(step)
+    """Return the exception for the end of a run on request, with `step` saved, on all processes."""
     barrier()
-    return Preempted(f"{folder}: stopped on request; step {step} saved, re-run the same command to resume")
+    saved = f"step {step} is saved" if folder.has_begun else "no step was made"
+    return Preempted(f"{folder}: stopped on request; {saved}, re-run the same command to resume")

@@ -22,13 +22,14 @@ from clis.data.images import ImageError
 from clis.data.loader import MicroBatches, image_loader, train_loader
 from clis.data.sampling import SingleSampler
 from clis.data.streams import make_image_level_sampler, make_index, read_annotations
-from clis.distributed import all_reduce_sum, broadcast_flag, on_main, rank, world_size
+from clis.distributed import all_reduce_sum, on_main, rank, world_size
 from clis.engine.bad_images import check_bad_images
 from clis.engine.describe import describe_pretraining
 from clis.engine.loop import Training
 from clis.engine.optim import gradient_step, learning_rate, split_batch
 from clis.engine.run_folder import RunFolder
 from clis.engine.schedule import due_after
+from clis.engine.skipped import NotFinite
 from clis.losses import at_least_float32
 from clis.models import ImageClassifier, build_classifier
 from clis.progress import Progress, say
@@ -57,7 +58,7 @@ def pretrain(config: Config, device: torch.device) -> Path:
     folder = RunFolder(config.output).pretraining
     folder.claim(config, SETTINGS)
     path = folder.backbone
-    if broadcast_flag(path.exists()):
+    if on_main(path.exists):
         say(f"{path} already exists")
         return path
     annotations = read_annotations(data_path(config, config.data.train))
@@ -117,7 +118,7 @@ def train_classifier(
             sums, norm = classification_step(
                 training.network, model, training.optimizer, training.scaler, given.batches, rate, config
             )
-            training.made(given, norm, functools.partial(_not_finite, step, sums, given.batches))
+            training.made(given, norm, functools.partial(_not_finite, sums, given.batches))
             if due_after(done, config.train).record:
                 loss, top1 = (all_reduce_sum(sums.sum(dim=0)) / config.train.images_per_step).tolist()
                 training.write(done, {"loss": loss, "top1": top1}, norm, rate)
@@ -257,11 +258,11 @@ def _running_statistics(model: nn.Module) -> list[Tensor]:
     return [value for value in values if value is not None]
 
 
-def _not_finite(step: int, sums: Tensor, batches: Sequence[LabeledBatch]) -> str:
+def _not_finite(sums: Tensor, batches: Sequence[LabeledBatch]) -> NotFinite:
     """Say which images had a loss that was not finite in a step."""
     bad = [batch for loss, batch in zip(sums[:, 0].tolist(), batches) if not math.isfinite(loss)]
-    images = shortened([name for batch in bad or batches for name in batch.names])
-    return f"step {step + 1}: not finite: the {'loss' if bad else 'gradient'}, images {images}"
+    losses = [f"loss on images {shortened(batch.names)}" for batch in bad]
+    return NotFinite(losses, [name for batch in batches for name in batch.names])
 
 
 def _percent(share: float | None) -> str:

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from clis.atomic import naming
 from clis.data.image_level import ImageLevelIndex
 from clis.data.region_file import REGION_DTYPE, RegionSource
 
@@ -49,7 +50,7 @@ class RegionParts:
     @contextlib.contextmanager
     def writer(self, process: int) -> Iterator[Callable[[Sequence[int], np.ndarray], None]]:
         """Yield a function that appends rows of the index with their regions to this process's file."""
-        with self._file(process).open("ab") as file:
+        with naming(self._file(process)), self._file(process).open("ab") as file:
             file.truncate(file.tell() // PART_DTYPE.itemsize * PART_DTYPE.itemsize)
 
             def write(rows: Sequence[int], regions: np.ndarray) -> None:
@@ -62,14 +63,20 @@ class RegionParts:
             os.fsync(file.fileno())
 
     def read(self) -> np.ndarray:
-        """Read all rows of the index, `REGION_DTYPE` [n]; what no part has, or has damaged, is pending."""
+        """Read all rows of the index, `REGION_DTYPE` [n]; what no part has, or has damaged, is pending.
+
+        An image that one part could read and another could not, on another day, is readable.
+        """
         table = np.zeros(self.length, dtype=REGION_DTYPE)
         for path in sorted(self.folder.glob("process_*.bin")):
             records = np.fromfile(path, dtype=PART_DTYPE)
             row, region = records["row"], records["region"]
             sound = (row >= 0) & (row < self.length) & np.isfinite(region["box"]).all(axis=1)
             sound &= (region["source"] > RegionSource.PENDING) & (region["source"] <= max(RegionSource))
-            table[row[sound]] = region[sound]
+            row, region = row[sound], region[sound]
+            readable = region["source"] != RegionSource.UNREADABLE
+            new = readable | (table["source"][row] == RegionSource.PENDING)
+            table[row[new]] = region[new]
         return table
 
     def check_complete(self, table: np.ndarray, index: ImageLevelIndex) -> None:

@@ -8,6 +8,7 @@ import json
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,7 +25,7 @@ from clis.data.images import ImageError, open_image
 from clis.data.loader import batches_by_shape, image_loader
 from clis.data.region_file import REGION_DTYPE, RegionSource, region_sidecar
 from clis.data.streams import make_index, read_annotations
-from clis.distributed import barrier, broadcast_flag, is_main, on_main, rank, world_size
+from clis.distributed import from_all, is_main, on_main, rank, world_size
 from clis.engine.at_work import only_maker
 from clis.engine.bad_images import check_bad_images
 from clis.engine.checkpoint import load_detector
@@ -53,13 +54,13 @@ def find_regions(config: Config, device: torch.device, detector: Config | None) 
         detector: the config that `regions.detector` names; None where it names a checkpoint or nothing.
     """
     path = regions_file(config)
-    if broadcast_flag(path.exists()):
+    if on_main(path.exists):
         if is_main():
             remove_parts(path)  # of a process that died before it could
         say(f"{path} already exists")
         return
     with only_maker(path):
-        if broadcast_flag(path.exists()):  # another process has just made it
+        if on_main(path.exists):  # another process has just made it
             say(f"{path} already exists")
             return
         index = make_index(config, read_annotations(data_path(config, config.data.train)))
@@ -136,11 +137,11 @@ def make_regions(
         return parts.read()
 
     table = on_main(found_before)
-    pending = np.flatnonzero(table["source"] == RegionSource.PENDING)
+    # what could not be read may have been restored
+    pending = np.flatnonzero(np.isin(table["source"], (RegionSource.PENDING, RegionSource.UNREADABLE)))
     if len(pending) < len(index):
         say(f"{len(index) - len(pending)} of {len(index)} regions already exist")
-    met = np.flatnonzero(table["source"] == RegionSource.UNREADABLE)
-    unreadable = [f"{index.name(row)} (found before)" for row in met.tolist()]
+    unreadable: list[str] = []
     mine, rule = pending[rank() :: world_size()], region_rule(config, index, detector)
     less = "a lower regions.images_per_batch, regions.short_side or regions.max_size"
     with (
@@ -153,13 +154,11 @@ def make_regions(
             check_bad_images(unreadable, config.data.max_bad_images)
             write(rows, regions_of(rows, images, rule))
             progress.advance(len(rows))
-    barrier()
+    check_bad_images(list(chain(*from_all(unreadable))), config.data.max_bad_images)
 
     def join() -> None:
         table = parts.read()
         parts.check_complete(table, index)
-        bad = np.flatnonzero(table["source"] == RegionSource.UNREADABLE).tolist()
-        check_bad_images([index.name(row) for row in bad], config.data.max_bad_images)  # of all processes
         counts = Counter(RegionSource(source).name.lower() for source in table["source"].tolist())
         with atomic_write(path.with_suffix(".json")) as temporary:
             more = {"detector_steps": detector_steps, "counts": counts}

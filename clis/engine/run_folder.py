@@ -8,7 +8,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from clis.atomic import atomic_write, remove_partial_files
+from clis.atomic import atomic_write, link, remove_partial_files
 from clis.config import Config
 from clis.config_files import config_to_yaml, read_full_config, read_yaml
 from clis.distributed import barrier, is_main, on_main
@@ -48,7 +48,7 @@ class RunFolder:
         self.process = self.path / "process.json"
         """Which process works on the run, or how the last one failed."""
         self.preempted = self.path / "preempted.json"
-        """The step of a run that was asked to stop, until it is resumed: torchrun hides exit codes."""
+        """The saved step of a run that was asked to stop, 0 for none, until it is resumed."""
         self.backbone = self.path / "backbone.pt"
         """What a pre-training makes."""
         self.images = self.path / "images.txt"
@@ -220,7 +220,10 @@ class RunFolder:
 
         def write() -> None:
             if self.result.exists() and not self.is_finished(config):
-                earlier = self.evaluation(self.steps_done)
+                step = self.steps_done
+                if config.train.eval_every is not None:
+                    self.mark_best(step, self.read_result()["AP"])
+                earlier = self.evaluation(step)
                 earlier.path.mkdir(parents=True, exist_ok=True)
                 for path, kept in ((self.detections, earlier.detections), (self.result, earlier.result)):
                     if path.exists():
@@ -230,11 +233,17 @@ class RunFolder:
 
         on_main(write)
 
-    def mark_preempted(self, step: int) -> None:
-        """Note on rank 0 that the run was asked to stop, and has saved this step."""
+    def mark_best(self, step: int, ap: float) -> None:
+        """Make the checkpoint of this step ``best.pt`` unless an earlier evaluation has at least its AP."""
+        earlier = [each.read_result()["AP"] for done, each in self.step_evaluations().items() if done < step]
+        if ap > max(earlier, default=-1.0):
+            link(self.checkpoint(step), self.best)
+
+    def mark_preempted(self) -> None:
+        """Note on rank 0 that the run was asked to stop, and which step it has saved."""
         if is_main():
             with atomic_write(self.preempted) as temporary:
-                temporary.write_text(json.dumps({"step": step}) + "\n")
+                temporary.write_text(json.dumps({"step": self.steps_done}) + "\n")
 
     def clear_preempted(self) -> None:
         """Remove that note on rank 0: the run is resumed."""

@@ -119,7 +119,7 @@ class RunState:
 
     @property
     def preempted_step(self) -> int | None:
-        """The step that a run which stopped on request has saved, until it is resumed."""
+        """The step that a run which stopped on request has saved, 0 for none, until it is resumed."""
         if not self.folder.preempted.exists():
             return None
         return int(json.loads(self.folder.preempted.read_text())["step"])

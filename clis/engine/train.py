@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -18,14 +19,12 @@ from clis.distributed import (
     all_gather_rows,
     all_reduce_sum,
     barrier,
-    broadcast_flag,
     is_main,
     on_main,
     rank,
     world_size,
 )
 from clis.engine.at_work import at_work, only_process
-from clis.engine.checkpoint import mark_best
 from clis.engine.describe import (
     ContrastWatch,
     contrast_state,
@@ -37,12 +36,14 @@ from clis.engine.describe import (
 from clis.engine.evaluate import evaluate_detector
 from clis.engine.loop import Training
 from clis.engine.optim import gradient_step, learning_rate, split_batch
-from clis.engine.preflight import check_files
+from clis.engine.preemption import stopping_at_once
+from clis.engine.preflight import check_files, needed_runs
 from clis.engine.prerequisites import PlannedRun, plan_run
 from clis.engine.pretrain import pretrain
 from clis.engine.region_search import find_regions
 from clis.engine.run_folder import RunFolder, regions_file
 from clis.engine.schedule import due_after
+from clis.engine.skipped import NotFinite
 from clis.engine.start import check_plan, starting_model
 from clis.metric.lvis_eval import format_table
 from clis.models import CLISDetector, Normalizers, Pending, TrainOutput
@@ -57,6 +58,10 @@ LESS_MEMORY = (
 """What to try where a training step does not fit into memory."""
 
 
+Stages: TypeAlias = dict[tuple[str, str], tuple[str, Callable[[], object]]]
+"""Titles and functions, by run folder and kind of stage."""
+
+
 def recipe(config: Config, name: str, overrides: Sequence[str], device: torch.device) -> None:
     """Run the stages that the config needs and that are not done yet; then print the comparison.
 
@@ -66,8 +71,7 @@ def recipe(config: Config, name: str, overrides: Sequence[str], device: torch.de
     """
     plan = plan_run(config, name, overrides)
     check_plan(plan)  # mistakes are reported before any work starts
-    stages: dict[tuple[str, str], tuple[str, Callable[[], object]]] = {}
-    _add_stages(stages, plan, device)
+    stages = _stages(plan, device)
     runs = list(plan.walk())
     # others are not needed, whatever their folders hold
     trained = {each.config.output: each.config for each in runs if (each.config.output, "train") in stages}
@@ -83,7 +87,7 @@ def _claimed(plan: PlannedRun, trained: Sequence[Config]) -> Iterator[None]:
         for config in trained:
             folder = RunFolder(config.output)
             folder.check(config)
-            if not broadcast_flag(folder.is_finished(config)):
+            if not on_main(functools.partial(folder.is_finished, config)):
                 stack.enter_context(only_process(folder))
         generate_data(plan.config)
         check_files(plan)
@@ -92,9 +96,9 @@ def _claimed(plan: PlannedRun, trained: Sequence[Config]) -> Iterator[None]:
         yield
 
 
-def _run_stages(stages: Mapping[tuple[str, str], tuple[str, Callable[[], object]]], run_output: str) -> None:
+def _run_stages(stages: Stages, run_output: str) -> None:
     """Run the stages in their order, each noted in its run's folder and in that of the run itself."""
-    with _at_work(run_output) as now:
+    with stopping_at_once(), _at_work(run_output) as now:
         for number, ((output, _), (title, stage)) in enumerate(stages.items(), 1):
             text = f"{number}/{len(stages)} {title}"
             say(text)
@@ -108,27 +112,37 @@ def _run_stages(stages: Mapping[tuple[str, str], tuple[str, Callable[[], object]
 def _at_work(output: str) -> contextlib.AbstractContextManager[Callable[[str], None]]:
     """Return `at_work` of a run folder; of a finished run, which is left alone, nothing of the kind."""
     folder = RunFolder(output)
-    finished = broadcast_flag(folder.result.exists())
+    finished = on_main(folder.result.exists)
     return contextlib.nullcontext(lambda stage: None) if finished else at_work(folder)
 
 
-def _add_stages(
-    stages: dict[tuple[str, str], tuple[str, Callable[[], object]]], plan: PlannedRun, device: torch.device
-) -> None:
-    """Add the stages of a run by its folder and kind, each after those that it needs."""
-    config, folder = plan.config, RunFolder(plan.config.output)
-    if plan.start is not None and not broadcast_flag(folder.has_begun):
-        _add_stages(stages, plan.start, device)
-    if config.clis.s > 0 and not broadcast_flag(regions_file(config).exists()):
-        detector = None if plan.detector is None else plan.detector.config
-        if plan.detector is not None:
-            _add_stages(stages, plan.detector, device)
-        stages[config.output, "regions"] = ("regions", lambda: find_regions(config, device, detector))
-    if config.pretrain.epochs > 0 and not broadcast_flag(folder.result.exists()):
-        title = "pre-training as an image classifier"
-        stages[config.output, "pretrain"] = (title, lambda: pretrain(config, device))
-    start = None if plan.start is None else plan.start.config
-    stages[config.output, "train"] = (plan.title, lambda: run(config, device, start))
+def _stages(plan: PlannedRun, device: torch.device) -> Stages:
+    """Return what has to be done, each stage after those that it needs."""
+    stages: Stages = {}
+    runs = {each.config.output: each for each in plan.walk()}
+    # rank 0 decides, since files may show late elsewhere
+    todo = on_main(lambda: [(each.config.output, list(_kinds(each))) for each in needed_runs(plan)])
+    for output, kinds in todo:
+        each, config = runs[output], runs[output].config
+        detector, start = (None if run is None else run.config for run in (each.detector, each.start))
+        every: dict[str, tuple[str, Callable[[], object]]] = {
+            "regions": ("regions", functools.partial(find_regions, config, device, detector)),
+            "pretrain": ("pre-training as an image classifier", functools.partial(pretrain, config, device)),
+            "train": (each.title, functools.partial(run, config, device, start)),
+        }
+        stages |= {(output, kind): every[kind] for kind in kinds}
+    return stages
+
+
+def _kinds(run: PlannedRun) -> Iterator[str]:
+    """Yield the kinds of stages that a run still has."""
+    config, folder = run.config, RunFolder(run.config.output)
+    if not folder.is_finished(config):
+        if config.clis.s > 0 and not regions_file(config).exists():
+            yield "regions"
+        if config.pretrain.epochs > 0 and not folder.result.exists():
+            yield "pretrain"
+    yield "train"
 
 
 def run(config: Config, device: torch.device, start: Config | None = None) -> None:
@@ -139,7 +153,7 @@ def run(config: Config, device: torch.device, start: Config | None = None) -> No
     """
     folder = RunFolder(config.output)
     folder.claim(config)
-    if broadcast_flag(folder.result.exists()):
+    if on_main(folder.result.exists):
         say(f"{folder} is already finished")
         return
     training = train(config, folder, device, start)
@@ -171,7 +185,7 @@ def train(
         metrics = evaluate_detector(model.eval(), config, folder.evaluation(step), training.record)
         say(f"step {step}: {format_metrics(metrics)}")
         training.network.train()
-        on_main(lambda: mark_best(folder, step, metrics["AP"]))
+        on_main(lambda: folder.mark_best(step, metrics["AP"]))
         training.log.write({"step": step, **metrics})
 
     where = functools.partial(_where, folder)
@@ -186,7 +200,7 @@ def train(
                 training.network, model, training.optimizer, training.scaler, given.batches, normalizers,
                 rate, done / config.train.steps, config,
             )  # fmt: skip
-            training.made(given, norm, functools.partial(_not_finite, step, outputs, given.batches))
+            training.made(given, norm, functools.partial(_not_finite, outputs, given.batches))
             if due_after(done, config.train).record:
                 record = summarize_step(outputs, config)
                 state = contrast_state(model, outputs) | model.classification_loss.summary()
@@ -252,15 +266,14 @@ def _where(folder: RunFolder, done: int) -> str:
     return f"{folder}: step {done + 1}, {checkpoint}"
 
 
-def _not_finite(step: int, outputs: Sequence[TrainOutput], batches: Sequence[Batch]) -> str:
+def _not_finite(outputs: Sequence[TrainOutput], batches: Sequence[Batch]) -> NotFinite:
     """Say which loss of which images was not finite in a step."""
-    parts = []
+    losses = []
     for output, batch in zip(outputs, batches):
         bad = [name for name, loss in output.losses.items() if not math.isfinite(loss.item())]
         if bad:
-            parts.append(f"loss {', '.join(bad)} on images {batch.image_ids}")
-    images = [image_id for batch in batches for image_id in batch.image_ids]
-    return f"step {step + 1}: not finite: {'; '.join(parts) or f'the gradient, images {images}'}"
+            losses.append(f"loss {', '.join(bad)} on images {', '.join(map(str, batch.image_ids))}")
+    return NotFinite(losses, [str(image_id) for batch in batches for image_id in batch.image_ids])
 
 
 def _of_all_processes(parts: Sequence[Pending]) -> Pending:

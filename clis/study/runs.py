@@ -14,6 +14,7 @@ from clis.config_files import config_to_dict, flatten, load_config
 from clis.config_scopes import Scope
 from clis.engine.prerequisites import PlannedRun, plan_run, shared_overrides
 from clis.engine.provenance import file_hash
+from clis.engine.region_search import given_boxes
 
 KEY_VERSION = 3
 """Of `run_key`; another one where a default, or what the code makes of equal settings, has changed."""
@@ -115,6 +116,8 @@ def _regions_key(config: Config, detector: str | None) -> str:
         key.append(detector)
     elif searched and config.regions.detector is not None:
         key.append(str(Path(config.regions.detector).resolve()))
+    elif config.regions.rule == "given" and not config.data.generate:
+        key.append(file_hash(given_boxes(config)))
     return _hashed(key)
 
 
