@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from clis.data.annotation_cache import cached
-from clis.data.categories import Category
+from clis.data.categories import Category, images_with_class
 from clis.data.mapped import MappedFile
 from clis.data.records import Packed, document_parts, lists_of, pack_records
 
@@ -89,8 +89,8 @@ class Annotations:
 
     def images_per_class(self) -> np.ndarray:
         """Count the images with a box of each class, int64 [C]."""
-        pairs = np.unique(self.rows_of_boxes * self.num_classes + self.labels)
-        return np.bincount(pairs % self.num_classes, minlength=self.num_classes)
+        _, held = images_with_class(self.rows_of_boxes, self.labels, self.num_classes)
+        return np.bincount(held, minlength=self.num_classes)
 
     def boxes_of(self, image: int) -> np.ndarray:
         """Return the boxes of the image at this place: float32 [G, 4], xyxy in pixels of the stored image."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from clis.text import name_key
 
 
@@ -48,3 +50,18 @@ def check_same_categories(
                 f"label {label} is category {a.id} ({a.name}) in {first_source} but {b.id} ({b.name}) in "
                 f"{second_source}; they must be of one data set"
             )
+
+
+def images_with_class(
+    rows: np.ndarray, labels: np.ndarray, num_classes: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return each image with each class that it has a box of once: two arrays int64 [k], sorted by image.
+
+    Args:
+        rows: int64 [A], the image of each box.
+        labels: int64 [A], its class, below `num_classes`.
+    """
+    pairs = np.sort(rows * num_classes + labels)
+    pairs = pairs[np.diff(pairs, prepend=-1) > 0]  # np.unique from NumPy 2.3 on takes three times as long
+    images, classes = np.divmod(pairs, num_classes)
+    return images, classes

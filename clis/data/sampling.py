@@ -11,6 +11,8 @@ from typing import Literal, Protocol, get_args
 
 import numpy as np
 
+from clis.data.categories import images_with_class
+
 Rounding = Literal["ceil", "stochastic", "none"]
 
 _MASK = (1 << 64) - 1
@@ -95,8 +97,8 @@ def class_balanced_factors(offsets: np.ndarray, labels: np.ndarray, num_classes:
         offsets, labels, num_classes: as for `class_repeat_factors`.
     """
     num_images = len(offsets) - 1
-    images = np.repeat(np.arange(num_images), np.diff(offsets))
-    held_by, held = np.divmod(np.unique(images * num_classes + labels), num_classes)
+    rows = np.repeat(np.arange(num_images), np.diff(offsets))
+    held_by, held = images_with_class(rows, labels, num_classes)
     images_of = np.bincount(held, minlength=num_classes)
     shares = 1 / images_of[held]
     return np.bincount(held_by, shares, minlength=num_images) * num_images / max(1, (images_of > 0).sum())
@@ -132,10 +134,8 @@ def class_repeat_factors(
             "are these category ids instead of labels?"
         )
     num_images = len(offsets) - 1
-    images = np.repeat(np.arange(num_images), np.diff(offsets))
-    pairs = np.sort(images * num_classes + labels)
-    pairs = pairs[np.diff(pairs, prepend=-1) > 0]  # np.unique from NumPy 2.3 on takes three times as long
-    share = np.bincount(pairs % num_classes, minlength=num_classes).clip(min=1) / max(num_images, 1)
+    _, held = images_with_class(np.repeat(np.arange(num_images), np.diff(offsets)), labels, num_classes)
+    share = np.bincount(held, minlength=num_classes).clip(min=1) / max(num_images, 1)
     return np.sqrt(threshold / share).clip(min=1)
 
 
