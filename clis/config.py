@@ -145,7 +145,7 @@ class RoIConfig:
         rules.at_least(1, "samples")
         rules.between(0, 1, "positive_fraction", "positive_iou")
         rules.at_least(0, "sampling_ratio")
-        rules.positive("finest_scale")
+        rules.positive("finest_scale", "positive_fraction")
         rules.between(1, MOST_CHANNELS, "fc_dim", "pool_size")
         rules.at_least(0, "fc_cls_std")
         bounded = self.cosine is None or 0 < self.cosine < math.inf

@@ -581,6 +581,21 @@ def test_losses_are_a_function_of_batch_and_seeds():
     assert first["rpn_objectness"] != other["rpn_objectness"]
 
 
+def test_the_loss_is_told_which_share_of_its_rows_can_be_positive():
+    """Of RoIs what they were sampled with, which EFL divides by; of regions, its second call, all."""
+    model = make_model("loss.classification=efl", "model.roi.positive_fraction=0.5")
+    forward, shares = model.classification_loss.forward, []
+
+    def remember(logits, labels, normalizer, rows):
+        shares.append(rows.positive_fraction)
+        return forward(logits, labels, normalizer, rows)
+
+    model.classification_loss.forward = remember
+    batch = make_batch()
+    model(batch, normalizers_of(batch))
+    assert shares == [0.5, 1.0]
+
+
 def test_losses_of_a_batch_are_the_sum_over_its_items():
     # images of one size, whose padding is alike: neither order nor neighbors nor micro-batches matter
     model, samples = make_model(), [make_sample(seed) for seed in range(3)]

@@ -25,6 +25,8 @@ class Rows:
     on any number of processes and at every call."""
     stage: float = 1.0
     """Place of the logits among the refinement rounds of the head: 0 in the first, 1 in the last or only."""
+    positive_fraction: float = 1.0
+    """Largest share of objects among the rows: `model.roi.positive_fraction` of RoIs, and 1 of regions."""
 
     @classmethod
     def of_one_image(

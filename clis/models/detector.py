@@ -192,14 +192,16 @@ class CLISDetector(nn.Module):
             keys, labels = pending.rows["keys"], pending.rows["key_labels"]
             self.contrastive.update(self.classification.sub_network, keys, labels)
 
-    def _rows(self, images: Tensor, batch: Batch, normalizers: Normalizers) -> Rows:
+    def _rows(
+        self, images: Tensor, batch: Batch, normalizers: Normalizers, positive_fraction: float = 1.0
+    ) -> Rows:
         """Describe which images rows of logits belong to; `images` int64 [N] are places in the batch."""
 
         def uniform(count: int) -> Tensor:
             return torch.stack([box_ops.uniform(count, seed, images.device) for seed in batch.seeds])
 
         _, stage = self.schedule[0]  # regions pass only through the first round
-        return Rows(images, len(batch.images), normalizers.images, uniform, stage)
+        return Rows(images, len(batch.images), normalizers.images, uniform, stage, positive_fraction)
 
     def _rounds(self, pooled: Tensor, instance_features: Tensor) -> list[Round]:
         """Apply the heads to pooled RoIs and their classification features, once per refinement round."""
@@ -221,7 +223,7 @@ class CLISDetector(nn.Module):
         """Compute L_incls of RoIs over the rounds, and what it counts: in every round, as in PCB's code."""
         compute, parts = self.classification_loss, []
         count = normalizers.images * self.roi_config.samples
-        rows = self._rows(rois.images, batch, normalizers)
+        rows = self._rows(rois.images, batch, normalizers, self.roi_config.positive_fraction)
         for (weight, stage), (logits, _) in zip(self.schedule, rounds, strict=True):
             at_stage = replace(rows, stage=stage)
             loss = weight * compute(logits, rois.labels, count, at_stage)
