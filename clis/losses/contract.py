@@ -82,6 +82,8 @@ class ClassificationLoss(nn.Module):
     """K, the outputs of the last fc."""
     has_objectness = False
     """Whether the scores contain an objectness of the loss's own; not together with `clis.objectness`."""
+    needs_objectness = False
+    """Whether rows of background have no part in the loss; only together with `clis.objectness`."""
     softmax_scores = False
     """Whether the scores of a row are probabilities of exclusive classes: with that of background they add up
     to 1. `test.calibration` needs them."""
