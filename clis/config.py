@@ -39,7 +39,9 @@ class BackboneConfig:
     side that they may have, `data.max_size` and `test.max_size`, which must then agree. On the square, group
     norm sees an instance-level image with the same padding in training, at test and in any batch. The region
     search has a square of `regions.max_size`; mosaics, all of one size, have none. Both are rounded up to a
-    multiple of 32."""
+    multiple of 32. With ``batch`` and images of different sizes, the losses of a step depend on how it is
+    split into micro-batches (`train.images_per_process`), since convolutions see the padding with any norm,
+    as in mmdetection."""
     norm_eps: float = setting(1e-5, SHARED | PRETRAINING)
     """Added to the variance; torchvision uses 0 for the COCO weights of its detector."""
     stride_in_1x1: bool = setting(False, SHARED | PRETRAINING)
@@ -145,7 +147,7 @@ class RoIConfig:
         rules.at_least(1, "samples")
         rules.between(0, 1, "positive_fraction", "positive_iou")
         rules.at_least(0, "sampling_ratio")
-        rules.positive("finest_scale")
+        rules.positive("finest_scale", "positive_fraction")
         rules.between(1, MOST_CHANNELS, "fc_dim", "pool_size")
         rules.at_least(0, "fc_cls_std")
         bounded = self.cosine is None or 0 < self.cosine < math.inf
@@ -183,7 +185,9 @@ class CLISConfig:
     embedding_dim: int = 128
     """E, the output of the projection MLPs."""
     queue_size: int = 115712
-    """Q, keys held in the dictionary; it starts empty, with unfilled places masked."""
+    """Q, keys held in the dictionary; it starts empty, with unfilled places masked. Eq. 1 takes them from
+    other instances, but Q also holds keys of the query's own image: up to about Q / N of them with N
+    image-level images, 0.1 in the paper. Choose Q well below N, or set `mask_same_class`."""
     momentum: float = 0.999
     """Of the momentum copy of the instance-classification sub-network and its MLP."""
     temperature: float = 0.2

@@ -32,6 +32,16 @@ def shortest_size(
     return height, width
 
 
+def padded_size(size: tuple[int, int]) -> tuple[int, int]:
+    """Round height and width up to multiples of 32, the last stride of the ResNet: what images are padded to.
+
+    Images of equal padded size share a batch in which each is padded as it would be alone. Others do not: a
+    convolution sees the zeros beyond an image's border.
+    """
+    height, width = (-(-side // 32) * 32 for side in size)
+    return height, width
+
+
 def resize_image(
     image: Tensor,
     size: tuple[int, int],

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import CATEGORIES, tiny_config
+from conftest import CATEGORIES, rows_of, tiny_config
 from runs import BASELINE, CONFIG, REPOSITORY, SHORT
 
 from clis.commands import check, run_verb
@@ -223,6 +223,22 @@ def test_two_objectnesses_in_one_score_are_refused(modules):
     build_model(tiny_config("loss.classification=own_loss:Own", "clis.objectness=false"), CATEGORIES)
     with pytest.raises(ValueError, match=r"own_loss:Own has an objectness of its own.*clis\.objectness=true"):
         build_model(tiny_config("loss.classification=own_loss:Own"), CATEGORIES)
+
+
+def test_a_detector_that_never_learns_background_is_refused(modules, data):
+    """Seesaw's classes have positives alone: without any objectness, rows of background have no gradient."""
+    loss = build_classification_loss("seesaw(objectness=false)", CATEGORIES)
+    logits, background = torch.randn(4, 5).requires_grad_(), torch.full((4,), 5)
+    loss(logits, background, 4.0, rows_of([0] * 4)).backward()
+    assert (logits.grad == 0).all()
+
+    overrides = ["loss.classification=seesaw(objectness=false)", "clis.objectness=false"]
+    told = r"seesaw\(objectness=false\) has no loss on background.*clis\.objectness=false"
+    with pytest.raises(ValueError, match=told):
+        build_model(tiny_config(*overrides), CATEGORIES)
+    with pytest.raises(ValueError, match=told):  # and before the detector of the run's regions is trained
+        run_verb("train", ["--config", CONFIG, *SHORT, *overrides, f"data.root={data}", "output=run"])
+    assert not list((modules / "run").rglob("*.pt"))
 
 
 def test_it_is_told_before_anything_is_made(modules, data):

@@ -481,6 +481,7 @@ class TestContradictions:
             (["model.backbone.trainable_layers=6"], "trainable_layers=6: must be between 0 and 5"),
             (["model.backbone.norm=group", "model.backbone.width=24"], "width=24: must be a multiple of 16"),
             (["model.rpn.samples=0"], "model.rpn.samples=0: must be at least 1"),
+            (["model.roi.positive_fraction=0"], "model.roi.positive_fraction=0.0: must be above 0"),
             (["model.roi.fc_cls_std=-1"], "model.roi.fc_cls_std=-1.0: must be at least 0"),
             (["model.roi.fc_cls_std=.inf"], "model.roi.fc_cls_std=inf: must be at least 0 and finite"),
             (["train.steps=0"], "train.steps=0: must be at least 1"),

@@ -581,6 +581,21 @@ def test_losses_are_a_function_of_batch_and_seeds():
     assert first["rpn_objectness"] != other["rpn_objectness"]
 
 
+def test_the_loss_is_told_which_share_of_its_rows_can_be_positive():
+    """Of RoIs what they were sampled with, which EFL divides by; of regions, its second call, all."""
+    model = make_model("loss.classification=efl", "model.roi.positive_fraction=0.5")
+    forward, shares = model.classification_loss.forward, []
+
+    def remember(logits, labels, normalizer, rows):
+        shares.append(rows.positive_fraction)
+        return forward(logits, labels, normalizer, rows)
+
+    model.classification_loss.forward = remember
+    batch = make_batch()
+    model(batch, normalizers_of(batch))
+    assert shares == [0.5, 1.0]
+
+
 def test_losses_of_a_batch_are_the_sum_over_its_items():
     # images of one size, whose padding is alike: neither order nor neighbors nor micro-batches matter
     model, samples = make_model(), [make_sample(seed) for seed in range(3)]
@@ -670,7 +685,8 @@ def test_detections_of_images_of_many_sizes():
     seen = predicting(model, [[0.0, 0, 1000, 1000]], torch.tensor([[0.9, 0, 0, 0, 0]]))
     sizes = [(30, 20), (20, 30), (64, 64), (200, 100)]
     found = model.detect([torch.zeros(3, *size, dtype=torch.uint8) for size in sizes])
-    assert [tuple(image.shape[1:]) for image in seen] == [(96, 64), (64, 96), (64, 64), (96, 48)]
+    # the first and the last are both padded to 96 x 64
+    assert [tuple(image.shape[1:]) for image in seen] == [(96, 64), (96, 48), (64, 96), (64, 64)]
     for (height, width), detections in zip(sizes, found):
         # clipped to the image and back on it
         torch.testing.assert_close(detections.boxes, torch.tensor([[0.0, 0, width, height]]))
@@ -779,7 +795,9 @@ def test_training_and_test_images_lie_on_the_same_canvas():
 
 
 def test_detections_do_not_depend_on_the_rest_of_the_batch():
+    """Nor on its largest image: the small one, in the middle, is padded as it would be alone."""
     model, images = make_model().eval(), make_batch(3).images
+    images = [images[0], images[1][:, :40], images[2]]
     together = model.detect(images)
     for image, found in zip(images, together):
         (alone,) = model.detect([image])

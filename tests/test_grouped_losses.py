@@ -20,6 +20,7 @@ LOSSES = (
     "bags",
     "bags(limits=(20, 60), ratio=0.7, objectness=false)",
     "balanced_softmax",
+    "balanced_softmax(tau=0.5)",
     "drop",
     "drop(tail_images=10, gumbel=true)",
     "drop(tail_images=-1, prior=0)",
@@ -247,6 +248,7 @@ PLAIN = {
         ({"limits": (20, 60), "ratio": 0.7, "objectness": False},),
     ),
     "balanced_softmax": (plain_softmax, ([math.log(n) for n in COUNTS],)),
+    "balanced_softmax(tau=0.5)": (plain_softmax, ([0.5 * math.log(n) for n in COUNTS],)),
     "drop": (plain_drop, (100, sigmoid_of(0.001))),
     "drop(tail_images=10, gumbel=true)": (plain_drop, (10, gumbel_of(0.001))),
     "drop(tail_images=-1, prior=0)": (plain_drop, (-1, sigmoid_of(0.5))),
@@ -389,6 +391,48 @@ def test_mean_scores_after_three_steps():
         "mean_score_min": pytest.approx(min(expected)),
     }
     assert list(loss.state_dict()) == ["mean_scores"]  # saved, unlike what the categories give
+
+
+@pytest.mark.parametrize(
+    ("text", "shifts"),
+    [
+        # n = 4, 1, 0 and background's 16: the logs are 2, 0, 0 (of no RoI as of one) and 4, in units of log 2
+        ("balanced_softmax(counted=true)", [2, 0, 0, 4]),
+        ("balanced_softmax(counted=true, tau=0.5)", [1, 0, 0, 2]),
+        # less their mean over the classes, 2 / 3; background has none
+        ("logit_adjusted(counted=true)", [4 / 3, -2 / 3, -2 / 3, 0]),
+    ],
+)
+def test_margins_by_the_rois_of_all_steps_so_far(text, shifts):
+    """Not by training images: two steps, of which the second has the class 1 alone beside background."""
+    loss = build_classification_loss(text, THREE)
+    assert loss.shifts().tolist() == [0] * 4
+    for labels in ([0, 0, 0, 0] + [3] * 10, [1] + [3] * 6):
+        rows = rows_of([0] * len(labels))
+        loss.update(loss.statistics(randn(len(labels), 4), torch.tensor(labels), rows), 0.5)
+    assert loss.counts.tolist() == [4, 1, 0, 16]
+    assert loss.summary() == {"margin_count_median": 1, "margin_count_min": 0}
+    expected = math.log(2) * torch.tensor(shifts, dtype=torch.float64)
+    torch.testing.assert_close(loss.shifts(), expected)
+
+    # they are of training alone, and not of regions; the counts are saved
+    shifted = F.cross_entropy(Z + expected, LABELS, reduction="sum") / 4
+    torch.testing.assert_close(loss(Z, LABELS, 4.0, rows_of([0] * 4)), shifted)
+    plain = F.cross_entropy(Z, LABELS % 3, reduction="sum") / 4
+    torch.testing.assert_close(loss.image_level(Z, LABELS % 3, 4.0, rows_of([0] * 4)), plain)
+    torch.testing.assert_close(loss.scores(Z), Z.softmax(dim=1)[:, :3])
+    assert list(loss.state_dict()) == ["counts"]
+
+
+def test_what_balanced_softmax_does_to_the_odds_against_background():
+    """A class of 40,000 images that is even with background in training: by images it is 1 to 40,000 at test,
+    and by RoIs, of which background has a million and the class a thousand, 1000 to 1."""
+    (category,) = make_categories((40_000,))
+    by_images = build_classification_loss("balanced_softmax", [category])
+    by_rois = build_classification_loss("balanced_softmax(counted=true)", [category])
+    by_rois.counts.copy_(torch.tensor([1e3, 1e6]))
+    for loss, score in ((by_images, 1 / 40_001), (by_rois, 1000 / 1001)):
+        assert loss.scores(-loss.shifts()[None]).item() == pytest.approx(score)
 
 
 @pytest.mark.parametrize("text", [text for text in LOSSES if text != "loce"])

@@ -105,11 +105,11 @@ class TestOfficialNumbers:
         close(torch.stack(rounds) @ torch.tensor([0.2, 0.2, 0.6]).double(), 0.6397991)
 
     def test_efl(self):
-        """Ratios 1, 1/2 and 1/10 are gamma 2, 6 and 9.2. Without a division, here by the positives."""
-        loss, logits = build("efl(prior=0)"), Z[:, :3]
-        close(loss(logits, LABELS, 4, ROWS), 1.1225054736)  # at the start, plain focal loss
+        """Ratios 1, 1/2 and 1/10 are gamma 2, 6 and 9.2. Divided by the positives, 2 of 4 rows."""
+        loss, logits, rows = build("efl(prior=0)"), Z[:, :3], dataclasses.replace(ROWS, positive_fraction=0.5)
+        close(loss(logits, LABELS, 4, rows), 1.1225054736 / 2)  # at the start, plain focal loss
         loss.ratio.sums.copy_(torch.tensor([[1, 1, 0.1], [1, 2, 1]]))
-        close(loss(logits, LABELS, 4, ROWS), 0.6579347527)
+        close(loss(logits, LABELS, 4, rows), 0.6579347527 / 2)
         close(loss.image_level(logits, LABELS, 1, ROWS), 0.6579347527)
         positive, negative = loss.statistics(logits, LABELS, ROWS)
         close(positive, [0.013145, 0, 0.000456])
@@ -201,7 +201,7 @@ PCB = {"pcb.matrix": uniform(5, 5, seed=2) / 2.5, "pcb.weight": torch.tensor(0.5
     [
         ("eqlv2(prior=0)", plain_eqlv2, {"ratio.sums": RATIO}),
         ("eql(prior=0)", plain_eql, {}),
-        ("efl(prior=0, positive_fraction=1)", plain_efl, {"ratio.sums": RATIO}),
+        ("efl(prior=0)", plain_efl, {"ratio.sums": RATIO}),
         ("seesaw", plain_seesaw, {"counts": COUNTS}),
         ("cross_entropy(pcb=1)", plain_pcb, PCB),
         ("eqlv2(prior=0, pcb=1, objectness=false)", plain_eqlv2_pcb, {"ratio.sums": RATIO} | PCB),
@@ -236,7 +236,7 @@ def test_a_prior_is_a_constant_that_is_added_to_the_logits(name):
     close(default, [[0.001 * (0.999 if name == "eqlv2" else 1)] * 3], 1e-8)
 
 
-@pytest.mark.parametrize("name", ["eqlv2", "eqlv2(objectness=false)", "efl(positive_fraction=1)"])
+@pytest.mark.parametrize("name", ["eqlv2", "eqlv2(objectness=false)", "efl"])
 def test_statistics_are_the_gradient_of_the_loss(name):
     """By central differences of the loss, each entry alone: |dL/dz|, of positives and of the others."""
     loss = build_classification_loss(name, CATEGORIES)
@@ -369,6 +369,7 @@ class TestImageLevel:
         assert found > build("eqlv2").image_level(Z, self.LABELS, 4, ROWS)  # positives weigh up to 5
 
     def test_efl_divides_by_regions_which_are_all_positive(self):
-        loss, logits = build("efl"), Z[:, :3]
-        of_rois, of_regions = (f(logits, self.LABELS, 4, ROWS) for f in (loss, loss.image_level))
-        torch.testing.assert_close(of_rois, of_regions / 0.25)
+        """Of RoIs only `positive_fraction` of the rows can be: a quarter of them is four times the loss."""
+        loss, logits, rois = build("efl"), Z[:, :3], dataclasses.replace(ROWS, positive_fraction=0.25)
+        of_regions = loss.image_level(logits, self.LABELS, 4, ROWS)
+        torch.testing.assert_close(loss(logits, self.LABELS, 4, rois), 4 * of_regions)

@@ -12,7 +12,7 @@ import pytest
 import torch
 import yaml
 from conftest import CATEGORIES, tiny_config
-from runs import BASELINE, CONFIG, SHORT, assert_same_training, records
+from runs import BASELINE, CONFIG, REPOSITORY, SHORT, assert_same_training, records
 
 from clis.commands import check, run_verb
 from clis.commands.study import run_study
@@ -238,6 +238,33 @@ class TestRecipe:
         for config in (Path(BASELINE), second):
             words = [*SHORT, f"data.root={data}", f"output={tmp_path / 'run'}", missing]
             assert ["gone.pth: backbone weights" in error for error in errors_of(config, words)] == [True]
+
+
+LAST_LAYER = {"classification.fc_cls"}
+
+
+@pytest.mark.parametrize(
+    ("name", "loss", "trained"),
+    [
+        ("acsl", "acsl(prior=0)", LAST_LAYER),
+        ("loce", "loce", LAST_LAYER | {"localization.fc_box", "rpn.conv", "rpn.objectness", "rpn.deltas"}),
+    ],
+)
+def test_losses_that_are_fine_tuned_from_the_baseline(name, loss, trained, data, tmp_path):
+    """All weights come from the softmax baseline, and only what the official recipe trains moves."""
+    config = str(REPOSITORY / "configs" / "shapes" / f"{name}.yaml")
+    overrides = [*SHORT, "train.steps=2", f"data.root={data}", f"output={tmp_path}"]
+    run_verb("train", ["--config", config, *overrides])
+    first, last = (load_checkpoint(RunFolder(folder).last) for folder in (tmp_path / "start", tmp_path))
+    assert (first["config"]["loss"]["classification"], last["config"]["loss"]["classification"]) == (
+        "cross_entropy",
+        loss,
+    )
+    weights = {key: value for key, value in last["model"].items() if key in first["model"]}
+    moved = {key.rpartition(".")[0] for key, value in weights.items() if not first["model"][key].equal(value)}
+    assert moved == trained
+    assert set(last["model"]) - set(weights) <= {"classification_loss.mean_scores"}
+    assert load_config(config).train.steps == (600 if name == "acsl" else 300)
 
 
 def test_a_run_whose_detector_would_be_itself():

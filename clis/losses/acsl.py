@@ -20,7 +20,7 @@ class ACSL(BinaryLoss):
     negative of frequent classes, in 10 % of its RoIs of common ones and in 1 % of rare ones.
 
     The official recipe trains only the last layer, for 12 epochs, starting from a softmax baseline with its
-    weights; `prior=0` then leaves their logits as they are.
+    weights; `prior=0` then leaves their logits as they are (configs/shapes/acsl.yaml).
 
     What differs from the official code, and why:
     - It draws the background RoIs that count. Here all of them count, with the weights 0.1 and 0.01, which

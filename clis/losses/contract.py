@@ -25,6 +25,8 @@ class Rows:
     on any number of processes and at every call."""
     stage: float = 1.0
     """Place of the logits among the refinement rounds of the head: 0 in the first, 1 in the last or only."""
+    positive_fraction: float = 1.0
+    """Largest share of objects among the rows: `model.roi.positive_fraction` of RoIs, and 1 of regions."""
 
     @classmethod
     def of_one_image(
@@ -80,6 +82,8 @@ class ClassificationLoss(nn.Module):
     """K, the outputs of the last fc."""
     has_objectness = False
     """Whether the scores contain an objectness of the loss's own; not together with `clis.objectness`."""
+    needs_objectness = False
+    """Whether rows of background have no part in the loss; only together with `clis.objectness`."""
     softmax_scores = False
     """Whether the scores of a row are probabilities of exclusive classes: with that of background they add up
     to 1. `test.calibration` needs them."""

@@ -31,8 +31,8 @@ class EFL(BinaryLoss):
 
     What differs from the official code, and why:
     - It divides by the number of positives, which here would depend on how a batch is split: RoIs times
-      `positive_fraction` is the number that sampling aims at. Regions of the image-level stream, which are
-      all positive, are divided by their number alone.
+      `Rows.positive_fraction` is the number that sampling aims at. Regions of the image-level stream are all
+      positive, so they are divided by their number.
     - Gradients are computed by their formula, not by a hook, and before the division by that constant,
       which leaves g as it is.
     - The prior is a constant added to all logits instead of the start of the bias.
@@ -46,34 +46,26 @@ class EFL(BinaryLoss):
         scale: float = 8.0,
         alpha: float = 0.25,
         prior: float = 0.001,
-        positive_fraction: float = 0.25,
     ) -> None:
         """Check and keep the factors of the terms.
 
         Args:
             gamma, scale, alpha: of the terms, see above; `gamma` above 0.
             prior: probability that all sigmoids start from; 0 is none, i.e. 1/2.
-            positive_fraction: as `model.roi.positive_fraction`.
 
         Raises:
-            ValueError: `gamma` or `positive_fraction` is not above 0.
+            ValueError: `gamma` is not above 0.
         """
         super().__init__(categories, prior=prior)
-        for name, value in (("gamma", gamma), ("positive_fraction", positive_fraction)):
-            if not value > 0:
-                raise ValueError(f"{name}={value:g}: must be above 0")
+        if not gamma > 0:
+            raise ValueError(f"gamma={gamma:g}: must be above 0")
         self.gamma, self.scale, self.alpha = gamma, scale, alpha
-        self.positive_fraction = positive_fraction
         self.ratio = GradientRatio(self.num_classes)
 
     def forward(self, logits: Tensor, labels: Tensor, normalizer: Tensor | float, rows: Rows) -> Tensor:
-        """Sum the focal terms, divided by `normalizer` times `positive_fraction`."""
-        return self.image_level(logits, labels, normalizer * self.positive_fraction, rows)
-
-    def image_level(self, logits: Tensor, labels: Tensor, normalizer: Tensor | float, rows: Rows) -> Tensor:
-        """Sum the focal terms of regions, which are all positive, divided by `normalizer` alone."""
+        """Sum the focal terms, divided by the rows that can be positive."""
         log_p, modulation, _, _ = self._terms(logits, labels)
-        return -(modulation * log_p).sum() / normalizer
+        return -(modulation * log_p).sum() / (normalizer * rows.positive_fraction)
 
     def statistics(self, logits: Tensor, labels: Tensor, rows: Rows) -> Tensor:
         """Sum |dL/dz| before the division, [2,C] for positives and negatives."""

@@ -22,7 +22,8 @@ class LOCE(CrossEntropy):
     softmax of z. s starts at 0.01, and a step with n objects of class j moves it to 0.9^n s_j + (1 - 0.9^n)
     times their mean; background has 0.01 throughout.
 
-    The official recipe fine-tunes the heads of a softmax baseline for 6 epochs.
+    The official recipe fine-tunes the last layers and the RPN of a softmax baseline for 6 epochs
+    (configs/shapes/loce.yaml).
 
     What differs from the official code, and why:
     - The loss alone, without the memory of RoI features from which LOCE samples rare classes.

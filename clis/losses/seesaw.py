@@ -66,7 +66,7 @@ class Seesaw(ClassificationLoss):
         super().__init__(categories)
         if not 0 < eps <= 1:
             raise ValueError(f"eps={eps:g}: must be above 0 and at most 1")
-        self.has_objectness = objectness
+        self.has_objectness, self.needs_objectness = objectness, not objectness
         self.num_logits = self.num_classes + 2 * objectness
         self.p, self.q, self.log_eps = p, q, math.log(eps)
         self.register_buffer("counts", torch.zeros(self.num_classes, dtype=torch.float64))

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from clis.config import Config, data_path
-from clis.losses import build_classification_loss
+from clis.losses import ClassificationLoss, build_classification_loss
 from clis.models.backbone import Backbone, ImageClassifier, ResidualLayers
 from clis.models.calibration import find_calibration
 from clis.models.contrastive import ContrastiveRegularization
@@ -46,8 +46,8 @@ def build_model(config: Config, categories: Sequence[Any], *, pretrained: bool |
 
     Raises:
         FileNotFoundError, ValueError: the backbone weights are missing or of another network, or
-            `loss.classification` names no classification loss, or `test.calibration` no calibration of its
-            scores.
+            `loss.classification` names no classification loss or one that `clis.objectness` does not suit,
+            or `test.calibration` names no calibration of its scores.
     """
     if isinstance(categories, int):
         raise TypeError(
@@ -61,13 +61,7 @@ def build_model(config: Config, categories: Sequence[Any], *, pretrained: bool |
         load_backbone_weights(backbone.body, model.backbone.name, pretrained)
     elif pretrained:
         _load_weights(backbone.body, config)
-    loss = build_classification_loss(config.loss.classification, categories)
-    if loss.has_objectness and clis.objectness:
-        raise ValueError(
-            f"loss.classification={config.loss.classification} has an objectness of its own, and "
-            "clis.objectness=true would multiply a second one into the score: switch off one of them, the "
-            "loss's by its option objectness=false"
-        )
+    loss = _build_loss(config, categories)
     calibration = find_calibration(config.test.calibration, config.loss.classification)
 
     def sub_network() -> TwoFC:
@@ -140,6 +134,24 @@ def build_classifier(
     if pretrained:
         _load_weights(classifier, config)
     return classifier.to(memory_format=torch.channels_last)
+
+
+def _build_loss(config: Config, categories: Sequence[Any]) -> ClassificationLoss:
+    name = config.loss.classification
+    loss = build_classification_loss(name, categories)
+    if loss.has_objectness and config.clis.objectness:
+        raise ValueError(
+            f"loss.classification={name} has an objectness of its own, and clis.objectness=true would "
+            "multiply a second one into the score: switch off one of them, the loss's by its option "
+            "objectness=false"
+        )
+    if loss.needs_objectness and not config.clis.objectness:
+        raise ValueError(
+            f"loss.classification={name} has no loss on background, and with clis.objectness=false nothing "
+            "would learn to tell objects from it: switch on one of them, the loss's by its option "
+            "objectness=true"
+        )
+    return loss
 
 
 def _load_weights(body: ResidualLayers, config: Config) -> None:

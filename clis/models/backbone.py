@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torchvision.ops import FeaturePyramidNetwork
 
 from clis.config import BackboneConfig
+from clis.resize import padded_size
 
 STRIDES = (4, 8, 16, 32, 64)
 """Of P2-P6."""
@@ -323,7 +324,7 @@ class Backbone(nn.Module):
         least = max_size if self.square and max_size is not None else 0
         height = max(least, *(image.shape[1] for image in images))
         width = max(least, *(image.shape[2] for image in images))
-        batch = self.normalize.mean.new_zeros((len(images), 3, -(-height // 32) * 32, -(-width // 32) * 32))
+        batch = self.normalize.mean.new_zeros((len(images), 3, *padded_size((height, width))))
         for row, image in zip(batch, images):
             row[:, : image.shape[1], : image.shape[2]] = self.normalize(image)
         return batch

@@ -21,7 +21,7 @@ from clis.models.heads import ClassificationHead, LocalizationHead, Refinement
 from clis.models.inputs import ImageInput, as_tensors
 from clis.models.roi import ImageDetections, RoIPooler, SampledRoIs, sample_rois, select_detections
 from clis.models.rpn import RPN
-from clis.resize import image_size, resize_image, round_half_up, scale_boxes, shortest_size
+from clis.resize import image_size, padded_size, resize_image, round_half_up, scale_boxes, shortest_size
 
 if TYPE_CHECKING:
     from clis.config import RoIConfig
@@ -192,14 +192,16 @@ class CLISDetector(nn.Module):
             keys, labels = pending.rows["keys"], pending.rows["key_labels"]
             self.contrastive.update(self.classification.sub_network, keys, labels)
 
-    def _rows(self, images: Tensor, batch: Batch, normalizers: Normalizers) -> Rows:
+    def _rows(
+        self, images: Tensor, batch: Batch, normalizers: Normalizers, positive_fraction: float = 1.0
+    ) -> Rows:
         """Describe which images rows of logits belong to; `images` int64 [N] are places in the batch."""
 
         def uniform(count: int) -> Tensor:
             return torch.stack([box_ops.uniform(count, seed, images.device) for seed in batch.seeds])
 
         _, stage = self.schedule[0]  # regions pass only through the first round
-        return Rows(images, len(batch.images), normalizers.images, uniform, stage)
+        return Rows(images, len(batch.images), normalizers.images, uniform, stage, positive_fraction)
 
     def _rounds(self, pooled: Tensor, instance_features: Tensor) -> list[Round]:
         """Apply the heads to pooled RoIs and their classification features, once per refinement round."""
@@ -221,7 +223,7 @@ class CLISDetector(nn.Module):
         """Compute L_incls of RoIs over the rounds, and what it counts: in every round, as in PCB's code."""
         compute, parts = self.classification_loss, []
         count = normalizers.images * self.roi_config.samples
-        rows = self._rows(rois.images, batch, normalizers)
+        rows = self._rows(rois.images, batch, normalizers, self.roi_config.positive_fraction)
         for (weight, stage), (logits, _) in zip(self.schedule, rounds, strict=True):
             at_stage = replace(rows, stage=stage)
             loss = weight * compute(logits, rois.labels, count, at_stage)
@@ -296,7 +298,9 @@ class CLISDetector(nn.Module):
 
     @torch.no_grad()
     def detect(self, images: ImageInput | Sequence[ImageInput]) -> list[ImageDetections]:
-        """Detect objects in one image or many of any sizes, resized as `test_config` says, in one batch.
+        """Detect objects in one image or many of any sizes, resized as `test_config` says.
+
+        Images that are padded to one size are one batch, so that no image depends on which others there are.
 
         Args:
             images: paths, Pillow images, RGB arrays uint8 [H,W,3] or tensors uint8 [3,H,W], one or a list.
@@ -319,10 +323,17 @@ class CLISDetector(nn.Module):
             self.resize(image, self.resized_size(size, short_side, max_size))
             for image, size in zip(images, sizes)
         ]
-        return [
-            ImageDetections(scale_boxes(found.boxes, image_size(small), size), found.scores, found.labels)
-            for found, small, size in zip(self.detect_resized(resized, max_size), resized, sizes)
-        ]
+        batches: dict[tuple[int, ...], list[int]] = {}
+        for place, small in enumerate(resized):
+            canvas = () if self.backbone.square else padded_size(image_size(small))
+            batches.setdefault(canvas, []).append(place)
+        found: dict[int, ImageDetections] = {}
+        for places in batches.values():
+            batch = [resized[place] for place in places]
+            for place, small, each in zip(places, batch, self.detect_resized(batch, max_size)):
+                boxes = scale_boxes(each.boxes, image_size(small), sizes[place])
+                found[place] = ImageDetections(boxes, each.scores, each.labels)
+        return [found[place] for place in range(len(images))]
 
     def detect_resized(self, images: Sequence[Tensor], max_size: int | None = None) -> list[ImageDetections]:
         """Detect objects as `detect`, in images that already have their size; boxes are in their pixels."""
