@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from clis.boxes import grouped_nms
 from clis.models import CLISDetector
+from clis.resize import padded_size
 
 
 class Program(nn.Module):
@@ -60,7 +61,7 @@ def letterbox(detector: CLISDetector, in_float: bool) -> None:
         in_float: resize in float32 and round, as for devices that have no kernel for uint8.
     """
     backbone, test = detector.backbone, detector.test_config
-    side = -(-test.max_size // 32) * 32
+    side, _ = padded_size((test.max_size, test.max_size))
     backbone.square = True
 
     def batch(images: Sequence[Tensor], max_size: int | None = None) -> Tensor:

@@ -26,7 +26,7 @@ from clis.data.images import FORMATS, ImageError, open_image, read_bytes, read_p
 from clis.data.loader import batches_by_shape, image_loader
 from clis.distributed import choose_device
 from clis.drawing import Mark, class_color, draw_marks, picture_of
-from clis.engine.evaluate import load_for_inference, padded_size
+from clis.engine.evaluate import load_for_inference
 from clis.engine.optim import autocast
 from clis.engine.run_folder import find_checkpoint
 from clis.metric.detections import Detections
@@ -275,7 +275,7 @@ def _read(
 
 
 def _shape_of(detector: CLISDetector, image: tuple[Tensor, bool] | str) -> tuple[int, ...] | None:
-    return None if isinstance(image, str) else padded_size(detector, image[0])
+    return None if isinstance(image, str) else detector.canvas_of(image_size(image[0]))
 
 
 def _image_record(photo: Photo) -> dict[str, Any]:

@@ -136,7 +136,11 @@ def run_detector(detector: CLISDetector, config: Config, annotations: Annotation
     )
     rows = range(rank(), len(annotations), world_size())
     loader = image_loader(read, rows, config.test.images_per_batch, config.data.workers)
-    shape_of, device = functools.partial(padded_size, detector), next(detector.parameters()).device
+    device = next(detector.parameters()).device
+
+    def shape_of(image: Tensor) -> tuple[int, ...]:
+        return detector.canvas_of(image_size(image))
+
     tables = [torch.zeros(0, 7, dtype=torch.float64)]
     where, less = "evaluation", "a lower test.images_per_batch, test.short_side or test.max_size"
     with Progress("evaluate", len(rows)) as progress, memory_advice(lambda: where, less):
@@ -165,12 +169,3 @@ def _columns(row: int, boxes: Tensor, scores: Tensor, labels: Tensor) -> Tensor:
     image = torch.full_like(scores, row, dtype=torch.float64)
     sizes = boxes[:, 2:] - boxes[:, :2]
     return torch.cat([torch.stack([image, labels.double(), scores.double()], 1), boxes[:, :2], sizes], dim=1)
-
-
-def padded_size(detector: CLISDetector, image: Tensor) -> tuple[int, ...]:
-    """Return what is equal for images that can share a batch: in it each is padded as it would be alone."""
-    if detector.backbone.square:
-        return ()
-    test = detector.test_config
-    size = detector.resized_size(image_size(image), test.short_side, test.max_size)
-    return tuple(-(-side // 32) for side in size)

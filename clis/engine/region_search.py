@@ -36,7 +36,7 @@ from clis.engine.region_parts import RegionParts, remove_parts
 from clis.engine.run_folder import regions_file
 from clis.models import CLISDetector
 from clis.progress import Progress, say
-from clis.resize import scale_boxes, shortest_size
+from clis.resize import padded_size, scale_boxes, shortest_size
 from clis.text import counted, printable
 
 SOURCE_WORDS = {
@@ -245,7 +245,7 @@ def padded_sizes(image: ImageOfRow | str) -> tuple[tuple[int, int], ...] | None:
     """Return what is equal for images that fill their batches alike; None for an unreadable image."""
     if isinstance(image, str):
         return None
-    return tuple((-(-height // 32), -(-width // 32)) for height, width in image.sizes)
+    return tuple(map(padded_size, image.sizes))
 
 
 def regions_of(rows: list[int], images: list[ImageOfRow | str], rule: Rule) -> np.ndarray:

@@ -324,9 +324,8 @@ class CLISDetector(nn.Module):
             for image, size in zip(images, sizes)
         ]
         batches: dict[tuple[int, ...], list[int]] = {}
-        for place, small in enumerate(resized):
-            canvas = () if self.backbone.square else padded_size(image_size(small))
-            batches.setdefault(canvas, []).append(place)
+        for place, size in enumerate(sizes):
+            batches.setdefault(self.canvas_of(size), []).append(place)
         found: dict[int, ImageDetections] = {}
         for places in batches.values():
             batch = [resized[place] for place in places]
@@ -334,6 +333,12 @@ class CLISDetector(nn.Module):
                 boxes = scale_boxes(each.boxes, image_size(small), sizes[place])
                 found[place] = ImageDetections(boxes, each.scores, each.labels)
         return [found[place] for place in range(len(images))]
+
+    def canvas_of(self, size: tuple[int, int]) -> tuple[int, ...]:
+        """Return to what `detect` pads an image of this height and width; () where it is the same for all."""
+        if self.backbone.square:
+            return ()
+        return padded_size(self.resized_size(size, self.test_config.short_side, self.test_config.max_size))
 
     def detect_resized(self, images: Sequence[Tensor], max_size: int | None = None) -> list[ImageDetections]:
         """Detect objects as `detect`, in images that already have their size; boxes are in their pixels."""
