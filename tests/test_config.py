@@ -636,9 +636,8 @@ class TestDifferences:
 
     @pytest.mark.parametrize("key", RESUMABLE)
     def test_ignore_what_a_resumed_run_may_change(self, key):
-        values = {
-            "data.root": "/elsewhere", "train.device": "cpu", "train.on_nonfinite": "skip", "output": "elsewhere"
-        }  # fmt: skip
+        places = {"data.root": "/elsewhere", "output": "elsewhere"}
+        values = {**places, "train.device": "cpu", "train.on_nonfinite": "skip"}
         changed = config_from_dict(merge_overrides({}, [f"{key}={values.get(key, 99)}"]))
         assert value_at(changed, key) != value_at(Config(), key)
         assert config_differences(Config(), changed) == []
