@@ -75,7 +75,7 @@ def test_ranks_above_0_wait_for_rank_0(monkeypatch):
         ([CONFIG, "--eval-only"], "evaluate.py RUN_FOLDER"),
         ([CONFIG, "--epochs", "12"], "train.steps=N"),
         (["--resume", "runs/x/last.pt"], "is a checkpoint, not a config; the same command resumes"),
-        ([CONFIG, "--seed"], "--seed needs a value"),
+        ([CONFIG, "--seed"], "--seed: expected one argument"),
         ([CONFIG, "train.steps", "100"], "'train.steps' is neither the config"),
         (["--config", CONFIG, BASELINE], "is neither the config"),
     ],

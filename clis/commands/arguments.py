@@ -46,9 +46,15 @@ class VerbParser(argparse.ArgumentParser):
 
         Ends the program where an argument is unknown, missing or of another form.
         """
-        arguments = self.parse_intermixed_args(self._translated(argv))
-        if self._declares("config") and self._declares("overrides"):
-            self._take_config(arguments)
+        if self._declares("overrides"):
+            self._add_foreign()
+        arguments = self.parse_intermixed_args(
+            [re.sub(r"^(--[\w-]+=)?(~.*)", _at_home, each) for each in argv]
+        )
+        if self._declares("overrides"):
+            arguments.overrides = [*arguments.overrides, *arguments.short]
+            if self._declares("config"):
+                self._take_config(arguments)
         return arguments
 
     def error(self, message: str) -> NoReturn:
@@ -61,20 +67,16 @@ class VerbParser(argparse.ArgumentParser):
     def _declares(self, name: str) -> bool:
         return any(action.dest == name for action in self._actions)
 
-    def _translated(self, argv: Sequence[str]) -> list[str]:
-        """Expand ``~`` and turn options of `SHORT_FOR` into overrides, unless the verb has its own."""
-        rest, given = [re.sub(r"^(--[\w-]+=)?(~.*)", _at_home, each) for each in argv], []
-        while rest:
-            option, equals, value = rest.pop(0).partition("=")
-            name = option.replace("_", "-")
-            foreign = name not in self._option_string_actions and self._declares("overrides")
-            if foreign and name in SHORT_FOR:
-                if not equals and not rest:
-                    self.error(f"{option} needs a value")
-                given.append(f"{SHORT_FOR[name]}={value if equals else rest.pop(0)}")
-            elif not (foreign and name in NOT_NEEDED and not equals):
-                given.append(option + equals + value)
-        return given
+    def _add_foreign(self) -> None:
+        """Declare the options of `SHORT_FOR` that the verb does not have itself, and of `NOT_NEEDED`."""
+        for option, key in SHORT_FOR.items():
+            if option not in self._option_string_actions:
+                self.add_argument(
+                    *dict.fromkeys((option, "--" + option[2:].replace("-", "_"))), dest="short", default=[],
+                    action="append", type=f"{key}={{}}".format, metavar="VALUE", help=argparse.SUPPRESS,
+                )  # fmt: skip
+        for option in NOT_NEEDED:
+            self.add_argument(option, action="store_true", help=argparse.SUPPRESS)
 
     def _take_config(self, arguments: argparse.Namespace) -> None:
         """Move the config from among the overrides to its place."""
