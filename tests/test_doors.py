@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from runs import BASELINE, CONFIG, REPOSITORY
 
 import clis
 from clis.__main__ import main
-from clis.cli import is_lost_process
+from clis.cli import explain
 from clis.commands import run_verb
 from clis.config_files import SHIPPED, find_config, load_config
 from clis.engine.describe import schedule_warnings, speed_hints
@@ -64,8 +65,46 @@ def test_ranks_above_0_wait_for_rank_0(monkeypatch):
     slow = "import time; time.sleep = lambda s: print('waited', s); raise ValueError('wrong')"
     assert b"waited" in program(slow, RANK="1").stdout
     assert b"waited" not in program(slow, RANK="0").stdout
-    assert is_lost_process(RuntimeError("[gloo/pair.cc:1] Connection closed by peer [::1]:5"))
-    assert not is_lost_process(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+
+
+NCCL = (
+    "NCCL error in: /pytorch/NCCLUtils.cpp:94, {}, NCCL version 2.27.5\n{}: A call failed.\nLast error:\n{}"
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("[gloo/pair.cc:1] Connection closed by peer [::1]:5", "another process.*peer"),
+        ("[gloo/unbound_buffer.cc:81] Timed out waiting 1800000ms for recv", "another process.*waiting"),
+        (
+            "[Rank 1] Watchdog caught collective operation timeout: WorkNCCL(SeqNum=5)",
+            "another process.*Work",
+        ),
+        ("NCCL communicator was aborted on rank 1.", "another process.*aborted on rank 1"),
+        (NCCL.format("remote process exited", "ncclRemoteError", "gone"), "another process.*ncclRemoteError"),
+        (
+            NCCL.format("unhandled", "ncclSystemError", "socketProgress: Connection closed by remote peer a"),
+            "another process.*socketProgress",
+        ),
+        (
+            NCCL.format(
+                "unhandled",
+                "ncclSystemError",
+                "Error while creating shared memory segment /dev/shm/nccl-1 (size 9), error: No space left",
+            ),
+            "no room in shared memory.*nccl-1.*No space left.*--shm-size",
+        ),
+        (NCCL.format("invalid usage", "ncclInvalidUsage", "Duplicate GPU detected"), None),
+        ("Distributed package doesn't have NCCL built in", None),
+        ("mat1 and mat2 shapes cannot be multiplied", None),
+    ],
+)
+def test_errors_of_collectives_say_whose_they_are(text, said):
+    """What is not of another process keeps its own text."""
+    line = explain(RuntimeError(text))
+    assert (line is None) == (said is None)
+    assert said is None or re.search(said, line)
 
 
 @pytest.mark.parametrize(
