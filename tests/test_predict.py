@@ -122,8 +122,8 @@ def test_score_top_and_classes_select():
 
 
 def test_sources_are_files_folders_and_globs_each_file_once(photos, tmp_path):
-    def names(*sources, out=tmp_path):
-        files, others = find_images([str(source) for source in sources], out)
+    def names(*sources, written=()):
+        files, others = find_images([str(source) for source in sources], written)
         return [file.name for file in files], others
 
     every = ["b.jpg", "below/a.jpg", "damaged.jpg", "empty.png", "turned.png"]
@@ -132,7 +132,23 @@ def test_sources_are_files_folders_and_globs_each_file_once(photos, tmp_path):
     assert names(photos / "*.png") == (["empty.png", "turned.png"], 0)
     assert names(photos / "**" / "a.jpg") == (["a.jpg"], 0)
     assert names(photos / "notes.txt") == (["notes.txt"], 0)  # named: its bytes decide
-    assert names(photos, out=photos / "below") == ([name for name in every if "/" not in name], 1)
+    outside = [name for name in every if "/" not in name]
+    assert names(photos, written=[photos / "below", photos / "notes.txt"]) == (outside, 0)
+    assert names(photos / "**" / "*.jpg", written=[photos / "below"]) == (["b.jpg", "damaged.jpg"], 0)
+    with pytest.raises(FileNotFoundError, match=r"file found but in .*below, where this command writes"):
+        names(photos / "below" / "a.jpg", written=[photos / "below"])
+
+
+@pytest.mark.parametrize("out", [".", ".."])
+def test_the_photos_folder_may_be_the_output_folder(finished, photos, tmp_path, out):
+    """Run again, the command leaves out what it has written."""
+    (tmp_path / "in").mkdir()
+    shutil.copy(photos / "b.jpg", tmp_path / "in" / "b.jpg")
+    out = tmp_path / "in" / out
+    for _ in range(2):
+        main(["predict", str(finished), str(tmp_path), f"--out={out}"])
+        _, document = read(out)
+        assert [image["file_name"] for image in document["images"]] == ["in/b.jpg"]
 
 
 def test_linked_folders_are_looked_into_and_hidden_ones_are_not(photos, tmp_path):
@@ -142,7 +158,7 @@ def test_linked_folders_are_looked_into_and_hidden_ones_are_not(photos, tmp_path
     shutil.copy(photos / "b.jpg", tmp_path / "in" / "._b.jpg")
     (tmp_path / "in" / "linked").symlink_to(photos / "below")
     (tmp_path / "in" / "up").symlink_to(tmp_path / "in")
-    files, others = find_images([str(tmp_path / "in")], tmp_path / "out")
+    files, others = find_images([str(tmp_path / "in")], [])
     assert ([file.name for file in files], others) == (["linked/a.jpg"], 0)
 
 

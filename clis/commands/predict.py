@@ -75,7 +75,7 @@ def run(arguments: argparse.Namespace) -> None:
         raise ValueError(f"--score {arguments.score}: must be between 0 and 1")
     out, stored = arguments.out, arguments.annotations is not None
     sources, overrides = split_overrides(arguments.sources)
-    files, others = find_images(sources, out)
+    files, others = find_images(sources, [out / name for name in (PICTURES, PREDICTIONS, IMAGES, PAGE)])
     checkpoint = find_checkpoint(arguments.run)
     detector, config = load_for_inference(checkpoint, choose_device(arguments.device), overrides)
     labels = None

@@ -29,11 +29,14 @@ class ImageFile:
     """Relative to the folder that was named, else the file's own name."""
 
 
-def find_images(sources: Sequence[str], out: Path) -> tuple[list[ImageFile], int]:
+def find_images(sources: Sequence[str], written: Sequence[Path]) -> tuple[list[ImageFile], int]:
     """List the image files of the sources: files as they are named, folders and globs sorted.
 
-    Each file comes once. Links to folders are followed; hidden files and folders are left out. So is the
-    output folder, so that pictures are never taken for photos.
+    Each file comes once. Links to folders are followed; hidden files and folders are left out.
+
+    Args:
+        written: files and folders that the command writes, which are left out too: a picture is never taken
+            for a photo, and no photo is written over.
 
     Returns:
         The files, and how many other files are in the folders, by their names no images.
@@ -42,11 +45,7 @@ def find_images(sources: Sequence[str], out: Path) -> tuple[list[ImageFile], int
         FileNotFoundError: a source does not exist, a glob matches nothing, or no image is found.
     """
     found: dict[Path, ImageFile] = {}
-    num_others = 0
-
-    def add(path: Path, name: str) -> None:
-        found.setdefault(path.resolve(), ImageFile(path, name))
-
+    own, num_own, num_others = {path.resolve() for path in written}, 0, 0
     for source in sources:
         if Path(source).exists():
             matches = [source]
@@ -58,18 +57,19 @@ def find_images(sources: Sequence[str], out: Path) -> tuple[list[ImageFile], int
             what = "matches no file" if glob.has_magic(source) else "no such file or folder"
             raise FileNotFoundError(f"{source}: {what}; name images, folders or globs")
         for path in map(Path, matches):
-            if not path.is_dir():
-                add(path, path.name)
-                continue
-            for each in sorted(_files_below(path)):
-                if out.resolve() in each.resolve().parents:
-                    continue
-                if is_image(each.name):
-                    add(each, str(each.relative_to(path)))
-                else:
+            is_folder = path.is_dir()
+            for each in sorted(_files_below(path)) if is_folder else [path]:
+                full = each.resolve()
+                if not own.isdisjoint([full, *full.parents]):
+                    num_own += 1
+                elif is_folder and not is_image(each.name):
                     num_others += 1
+                else:
+                    name = str(each.relative_to(path)) if is_folder else each.name
+                    found.setdefault(full, ImageFile(each, name))
     if not found:
-        raise FileNotFoundError(f"{', '.join(sources)}: no {FORMATS} file found")
+        beside = f" but in {written[0]}, where this command writes; name another --out" if num_own else ""
+        raise FileNotFoundError(f"{', '.join(sources)}: no {FORMATS} file found{beside}")
     return list(found.values()), num_others
 
 
