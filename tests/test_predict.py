@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from clis.cli import run_command
 from clis.commands.predict import Selection
 from clis.commands.predict_files import ImageFile, find_annotated, find_images, picture_names
 from clis.data.categories import Category
-from clis.drawing import Mark, class_color, draw_marks, picture_of
+from clis.drawing import Mark, class_color, draw_marks, font_of, picture_of
 from clis.metric.detections import Detections
 from clis.models.roi import ImageDetections
 
@@ -270,6 +271,15 @@ def test_labels_do_not_hide_each_other_and_stay_inside():
     pixels = np.asarray(picture).reshape(-1, 3).tolist()
     areas = [pixels.count(list(color)) for color in colors]
     assert min(areas) > 150  # each label's ground is seen
+
+
+def test_names_are_drawn_in_a_font_that_has_them(monkeypatch):
+    own = font_of(20, "plain_star 0.91")
+    dejavu = Path(pytest.importorskip("matplotlib").get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"
+    monkeypatch.setattr("clis.drawing.FONTS", ("none.ttf", str(dejavu)))
+    assert font_of(20, "слон").getname() == font_of(20, "éléphant слон").getname() == ("DejaVu Sans", "Book")
+    with pytest.warns(UserWarning, match="no font here has all characters of the labels"):
+        assert font_of(20, "象") is own
 
 
 def test_colors_of_classes_are_all_different():
