@@ -234,6 +234,13 @@ def test_a_point_a_class_over_its_training_images(runs, annotations):
     assert sorted(x.tolist()) == sorted(counts.clip(min=1).tolist())
 
 
+def test_a_place_that_cannot_be_written_is_known_before_the_work(finished, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(plot, "plot", None)
+    with pytest.raises(OSError, match=r"file/curves.png: cannot be written \(Not a directory\)"):
+        run_verb("plot", [str(finished), f"--out={tmp_path / 'file'}"])
+
+
 def test_runs_that_are_not_there_or_of_other_data(runs, tmp_path, data, finished):
     with pytest.raises(FileNotFoundError, match=r"config\.yaml: no such file; name run folders"):
         plot.plot([tmp_path], tmp_path, images=1, score=0.5)

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from clis.atomic import check_writable
 from clis.commands.arguments import read_names, split_overrides
 from clis.config import Config, data_path
 from clis.data.annotated_images import read_annotated
@@ -76,7 +77,7 @@ def run(arguments: argparse.Namespace) -> None:
     """Draw the figures of runs, and one of each study, as files in one folder.
 
     Raises:
-        FileNotFoundError, ValueError: an argument is wrong; see `plot`.
+        OSError, ValueError: an argument is wrong; see `plot`.
     """
     if arguments.images < 0:
         raise ValueError(f"--images {arguments.images}: must be at least 0")
@@ -96,6 +97,7 @@ def run(arguments: argparse.Namespace) -> None:
     names = read_names(arguments.names, [*map(str, runs), *rows])
     if arguments.rows and not studies:
         raise ValueError("--rows chooses rows of studies, and no folder with a study.json is named")
+    check_writable(arguments.out / f"curves.{arguments.format}")  # before minutes of work
     for folder, document in studies.items():
         document = _chosen(document, arguments.rows, names, str(folder))
         path = arguments.out / f"{folder.resolve().name}.{arguments.format}"

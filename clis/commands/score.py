@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from clis.atomic import atomic_write
+from clis.atomic import atomic_write, check_writable
 from clis.data.annotations import Annotations
 from clis.data.categories import check_same_categories
 from clis.data.streams import read_annotations
@@ -139,7 +139,7 @@ def describe_boxes(annotations: Annotations, detections: Detections) -> Iterator
 
 
 def _check(arguments: argparse.Namespace) -> None:
-    """Refuse options that do not go together, and files that are not there, before anything is read."""
+    """Refuse options that do not go together, and files that are not there or cannot be written."""
     if arguments.errors and arguments.masks:
         raise ValueError("--errors looks at boxes; leave --masks out")
     if arguments.protocol != "standard":
@@ -158,6 +158,9 @@ def _check(arguments: argparse.Namespace) -> None:
         path = getattr(arguments, name)
         if path is not None and not path.exists():
             raise FileNotFoundError(f"--{name.replace('_', '-')} {path}: no such file")
+    for path in (arguments.out, arguments.per_class):
+        if path is not None:
+            check_writable(path)
 
 
 def _ground_truth(arguments: argparse.Namespace) -> tuple[Annotations, list | None]:
