@@ -18,7 +18,9 @@ import clis
 from clis.__main__ import main
 from clis.cli import explain
 from clis.commands import run_verb
+from clis.commands.arguments import class_labels
 from clis.config_files import SHIPPED, find_config, load_config
+from clis.data.categories import Category
 from clis.engine.describe import schedule_warnings, speed_hints
 from clis.engine.run_folder import find_checkpoint
 
@@ -143,6 +145,24 @@ def test_a_config_and_its_overrides_in_any_order(arguments, capsys, monkeypatch)
     said = capsys.readouterr().out
     assert "seed: 3" in said
     assert "images_per_step: 4" in said
+
+
+@pytest.mark.parametrize(
+    ("names", "labels"),
+    [
+        ("tench, Tinca tinca", [1]),
+        ("cat,tench,Tinca_tinca,tench", [2, 1, 0]),
+        ("tench,, cat,", [0, 2]),
+    ],
+)
+def test_names_of_classes_may_hold_commas(names, labels):
+    categories = [
+        Category(id=number, name=name, frequency="r", image_count=1)
+        for number, name in enumerate(("tench", "tench, Tinca tinca", "cat"))
+    ]
+    assert class_labels(names, categories) == labels
+    with pytest.raises(ValueError, match="no class 'Tinca cat'; did you mean"):
+        class_labels("tench, Tinca cat", categories)
 
 
 def test_versions_and_verbs(capsys):

@@ -130,7 +130,7 @@ def positive(text: str) -> int:
 
 
 def class_labels(names: str, categories: Sequence[Category]) -> list[int]:
-    """Return the labels of comma-separated class names.
+    """Return the labels of comma-separated class names, which may hold commas themselves.
 
     Raises:
         ValueError: no class has such a name, and the nearest ones are named; or there is none.
@@ -140,17 +140,29 @@ def class_labels(names: str, categories: Sequence[Category]) -> list[int]:
         label_of.setdefault(category.name, []).append(label)
     alike: dict[str, list[int]] = {}
     for name, labels in label_of.items():
-        alike.setdefault(name_key(name), []).extend(labels)
-    wanted = [name.strip() for name in names.split(",") if name.strip()]
-    for name in wanted:
-        if name not in label_of and name_key(name) not in alike:
+        alike.setdefault(_comma_key(name), []).extend(labels)
+    pieces = [piece for piece in names.split(",") if piece.strip()]
+    if not pieces:
+        raise ValueError("--classes: name at least one class")
+    wanted: list[int] = []
+    while pieces:  # the longest name first, so that a class `tench` does not hide `tench, Tinca tinca`
+        for count in range(len(pieces), 0, -1):
+            name = ",".join(pieces[:count]).strip()
+            if found := label_of.get(name) or alike.get(_comma_key(name)):
+                break
+        else:
             near = difflib.get_close_matches(name, label_of, n=3, cutoff=0.4)
             known = f"known: {', '.join([*label_of][:10])}, ..."
             meant = f"did you mean {' or '.join(near)}?" if near else known
             raise ValueError(f"--classes: there is no class {name!r}; {meant}")
-    if not wanted:
-        raise ValueError("--classes: name at least one class")
-    return [label for name in wanted for label in label_of.get(name) or alike[name_key(name)]]
+        wanted += found
+        del pieces[:count]
+    return wanted
+
+
+def _comma_key(name: str) -> str:
+    """Return `name_key`, in which spaces around commas do not matter either."""
+    return ",".join(map(name_key, name.split(",")))
 
 
 def read_names(pairs: Sequence[str], known: Sequence[str]) -> dict[str, str]:
