@@ -68,6 +68,14 @@ def test_exhaustive_annotations_equal_pycocotools(seed: int, max_detections: int
     assert_equal_to_package(data, rows, max_detections, tmp_path)
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_without_negatives_the_other_list_excuses_nothing(seed: int, tmp_path: Path) -> None:
+    data, rows = random_case(np.random.default_rng(seed), federated=False)
+    for image in data["images"]:
+        image["not_exhaustive_category_ids"] = [category["id"] for category in data["categories"]]
+    assert_equal_to_package(data, rows, 300, tmp_path)
+
+
 @pytest.mark.parametrize("keep_boxes", [True, False])
 @pytest.mark.parametrize("seed", range(5))
 def test_masks_equal_pycocotools(seed: int, keep_boxes: bool, tmp_path: Path) -> None:
