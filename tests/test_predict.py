@@ -193,6 +193,21 @@ def test_two_files_are_not_one_image(tmp_path):
         find_annotated(tmp_path / "val.json", files, categories)
 
 
+@pytest.mark.parametrize(
+    "name", ["ph\\caf\u00e9.jpg", "./ph/caf\u00e9.jpg", "cafe\u0301.jpg", "{tmp}/ph/caf\u00e9.jpg"]
+)
+@pytest.mark.parametrize("on_disk", ["caf\u00e9.jpg", "cafe\u0301.jpg"])
+def test_names_are_understood_as_by_training(tmp_path, name, on_disk):
+    image = {"id": 7, "file_name": name.replace("{tmp}", str(tmp_path)), "height": 5, "width": 5}
+    document = {"images": [image], "annotations": [], "categories": [{"id": 1, "name": "cat"}]}
+    (tmp_path / "val.json").write_text(json.dumps(document))
+    categories = [Category(id=1, name="cat", frequency="r", image_count=0)]
+    file = ImageFile(tmp_path / "ph" / on_disk, on_disk)
+    assert find_annotated(tmp_path / "val.json", [file], categories).ids() == [7]
+    with pytest.raises(ValueError, match=r"x\.jpg: is none of its images"):
+        find_annotated(tmp_path / "val.json", [ImageFile(tmp_path / "x.jpg", "x.jpg")], categories)
+
+
 def test_names_that_are_no_utf8_or_very_long(finished, photos, tmp_path, capsys):
     """Also those of unreadable files: what is said and every file can be written."""
     pytest.importorskip("jinja2")
@@ -233,6 +248,7 @@ def test_each_picture_has_a_name_of_its_own():
         (["{photos}/b.jpg", "--classes=,"], "--classes: name at least one class"),
         (["{photos}/b.jpg", "--score=30"], "--score 30.0: must be between 0 and 1"),
         (["{photos}/b.jpg", "--annotations={data}/shapes/val.json"], r"b.jpg: is none of its images \("),
+        (["{photos}/b.jpg", "--annotations={tmp}/gone.json"], "^--annotations .*gone.json: no such file$"),
         (["{photos}/empty.png"], "none of the 1 images could be read"),
     ],
 )

@@ -5,6 +5,8 @@ from __future__ import annotations
 import glob
 import itertools
 import os
+import posixpath
+import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -99,7 +101,8 @@ class Annotated:
 def find_annotated(path: Path, files: Sequence[ImageFile], categories: Sequence[Category]) -> Annotated:
     """Find image files in an annotation file, which need not have boxes, by the ends of their paths.
 
-    A path may be that of a link, or of what it links to.
+    A path may be that of a link, or of what it links to. Names are understood as by training: with
+    backslashes, a leading ``./``, and accents in either of Unicode's forms.
 
     Raises:
         ValueError: a file is not in it, two files would be one image, or a name is that of several images; or
@@ -108,16 +111,16 @@ def find_annotated(path: Path, files: Sequence[ImageFile], categories: Sequence[
     annotations = read_annotations(path, unlabeled=True)
     check_same_categories(categories, "the detector", annotations.categories, annotations.path)
     rows: dict[str, list[int]] = {}
-    names = [str(name) for name in annotations.file_names]
+    names = [_plain(name) for name in annotations.file_names]
     for row, name in enumerate(names):
-        rows.setdefault(Path(name).name, []).append(row)
+        rows.setdefault(os.path.basename(name), []).append(row)
     found: list[int] = []
     for file in files:
-        full = {Path(os.path.abspath(file.path)), file.path.resolve()}
+        full = {_plain(os.path.abspath(file.path)), _plain(file.path.resolve())}
         own = [
             row
-            for row in {row for path in full for row in rows.get(path.name, [])}
-            if any(path.as_posix().endswith("/" + names[row]) for path in full)
+            for row in {row for path in full for row in rows.get(os.path.basename(path), [])}
+            if any(path.endswith(names[row]) for path in full)
         ]
         if len(own) != 1:
             what = "is none of its images" if not own else f"may be any of {len(own)} of its images"
@@ -130,6 +133,12 @@ def find_annotated(path: Path, files: Sequence[ImageFile], categories: Sequence[
             )
         found.append(own[0])
     return Annotated(annotations, found)
+
+
+def _plain(path: object) -> str:
+    """Return a path in a form that is equal for all ways to write it, with one slash before every part."""
+    text = unicodedata.normalize("NFC", str(path).replace("\\", "/"))
+    return posixpath.normpath("/" + text.lstrip("/"))
 
 
 def picture_names(files: Sequence[ImageFile]) -> list[str]:
