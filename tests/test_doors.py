@@ -18,7 +18,7 @@ import clis
 from clis.__main__ import main
 from clis.cli import explain
 from clis.commands import run_verb
-from clis.commands.arguments import class_labels
+from clis.commands.arguments import class_labels, split_overrides
 from clis.config_files import SHIPPED, find_config, load_config
 from clis.data.categories import Category
 from clis.engine.describe import schedule_warnings, speed_hints
@@ -119,6 +119,7 @@ def test_errors_of_collectives_say_whose_they_are(text, said):
         ([CONFIG, "--seed"], "--seed: expected one argument"),
         ([CONFIG, "train.steps", "100"], "'train.steps' is neither the config"),
         (["--config", CONFIG, BASELINE], "is neither the config"),
+        ([CONFIG, "x/train.steps=5"], "is neither the config"),
     ],
 )
 def test_arguments_of_other_programs_are_told_in_one_line(arguments, said, capsys):
@@ -145,6 +146,20 @@ def test_a_config_and_its_overrides_in_any_order(arguments, capsys, monkeypatch)
     said = capsys.readouterr().out
     assert "seed: 3" in said
     assert "images_per_step: 4" in said
+
+
+def test_paths_and_globs_may_hold_an_equals_sign(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("lr=0.1.yaml").write_text("train: {seed: 7}")
+    Path("a=b").mkdir()
+    files, overrides = (
+        ["lr=0.1.yaml", "a=b", "runs/s=4/*.jpg", "../x=1.jpg", "photo.jpg"],
+        ["a=c", "data.root=/x"],
+    )
+    assert split_overrides([*overrides, *files], "file") == (files, overrides)
+    for empty in (overrides, ["", "a=b"]):
+        with pytest.raises(ValueError, match="no file, or an empty one; name at least one before key=value"):
+            split_overrides(empty, "file")
 
 
 @pytest.mark.parametrize(

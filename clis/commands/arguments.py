@@ -93,7 +93,8 @@ class VerbParser(argparse.ArgumentParser):
 
 
 def _is_override(text: str) -> bool:
-    return "=" in text and not (Path(text).suffix in (".yaml", ".yml") and Path(text).is_file())
+    """Tell ``key=value``, whose key has no slash, from a path or glob that holds a ``=``."""
+    return re.match(r"[\w.]+=", text) is not None and not os.path.exists(text)
 
 
 def _at_home(found: re.Match) -> str:
@@ -112,10 +113,19 @@ def add_config(parser: argparse.ArgumentParser) -> None:
     parser.epilog = f"Short for fields: {', '.join(f'{each} is {key}=' for each, key in SHORT_FOR.items())}."
 
 
-def split_overrides(texts: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Split arguments into those that name files, and those that are ``key=value`` and name none."""
-    overrides = [text for text in texts if "=" in text and not os.path.exists(text)]
-    return [text for text in texts if text not in overrides], overrides
+def split_overrides(texts: Sequence[str], what: str) -> tuple[list[str], list[str]]:
+    """Split arguments into those that name files, and those that are ``key=value`` and name none.
+
+    Args:
+        what: what the files are, for the error.
+
+    Raises:
+        ValueError: no file is named, or one by an empty text.
+    """
+    named = [text for text in texts if not _is_override(text)]
+    if not named or "" in named:  # as from a variable of the shell that is not set
+        raise ValueError(f"no {what}, or an empty one; name at least one before key=value")
+    return named, [text for text in texts if _is_override(text)]
 
 
 def positive(text: str) -> int:

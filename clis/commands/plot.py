@@ -81,10 +81,8 @@ def run(arguments: argparse.Namespace) -> None:
     """
     if arguments.images < 0:
         raise ValueError(f"--images {arguments.images}: must be at least 0")
-    named, overrides = split_overrides(arguments.folders)
+    named, overrides = split_overrides(arguments.folders, "folder")
     folders = [Path(each) for each in named]
-    if not folders:
-        raise ValueError("no folder; name at least one before key=value")
     studies = {
         folder: read_record(folder / "study.json") for folder in folders if (folder / "study.json").is_file()
     }
@@ -97,9 +95,11 @@ def run(arguments: argparse.Namespace) -> None:
     names = read_names(arguments.names, [*map(str, runs), *rows])
     if arguments.rows and not studies:
         raise ValueError("--rows chooses rows of studies, and no folder with a study.json is named")
+    chosen = {
+        folder: _chosen(document, arguments.rows, names, str(folder)) for folder, document in studies.items()
+    }
     check_writable(arguments.out / f"curves.{arguments.format}")  # before minutes of work
-    for folder, document in studies.items():
-        document = _chosen(document, arguments.rows, names, str(folder))
+    for folder, document in chosen.items():
         path = arguments.out / f"{folder.resolve().name}.{arguments.format}"
         save(study_figure(document, folder.resolve().name), path)
         say(str(path))

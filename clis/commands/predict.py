@@ -76,7 +76,7 @@ def run(arguments: argparse.Namespace) -> None:
     out, stored = arguments.out, arguments.annotations is not None
     if stored and not arguments.annotations.exists():
         raise FileNotFoundError(f"--annotations {arguments.annotations}: no such file")
-    sources, overrides = split_overrides(arguments.sources)
+    sources, overrides = split_overrides(arguments.sources, "source")
     files, others = find_images(sources, [out / name for name in (PICTURES, PREDICTIONS, IMAGES, PAGE)])
     checkpoint = find_checkpoint(arguments.run)
     detector, config = load_for_inference(checkpoint, choose_device(arguments.device), overrides)
