@@ -178,14 +178,19 @@ def _comma_key(name: str) -> str:
 def read_names(pairs: Sequence[str], known: Sequence[str]) -> dict[str, str]:
     """Read A=B of ``--names``: new names B by the known ones, A; of a path, the last part is enough.
 
+    Both may hold ``=``: A is as long as there is something known of that name.
+
     Raises:
         ValueError: a pair is not of this form, or A is not known.
     """
     names: dict[str, str] = {}
     for pair in pairs:
-        old, _, new = pair.rpartition("=")
-        meant = [each for each in known if old and old.rstrip("/") in (each, Path(each).name)]
-        if not (new and meant):
+        for place in reversed([found.start() for found in re.finditer("=", pair)]):
+            old, new = pair[:place], pair[place + 1 :]
+            meant = [each for each in known if old and old.rstrip("/") in (each, Path(each).name)]
+            if new and meant:
+                names |= dict.fromkeys(meant, new)
+                break
+        else:
             raise ValueError(f"--names {pair}: write A=B, where A is one of: {', '.join(known)}")
-        names |= dict.fromkeys(meant, new)
     return names
