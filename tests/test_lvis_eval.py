@@ -411,8 +411,8 @@ def test_paths_loaded_json_and_arrays_give_the_same(tmp_path: Path) -> None:
 def test_table_prints_percent_and_a_dash_where_undefined() -> None:
     metrics = dict.fromkeys(METRICS, 0.25) | {"APr": -1.0, "AP": 0.0, "AR@300": 1.0}
     assert format_table({"CE": metrics, "baseline": metrics}).splitlines() == [
-        "| run      |   AP | AP50 | AP75 |  APr |  APc |  APf |   AR |",
-        "|:---------|-----:|-----:|-----:|-----:|-----:|-----:|-----:|",
-        "| CE       |  0.0 | 25.0 | 25.0 |    - | 25.0 | 25.0 | 100.0 |",
-        "| baseline |  0.0 | 25.0 | 25.0 |    - | 25.0 | 25.0 | 100.0 |",
+        "| run      |  AP | AP50 | AP75 | APr |  APc |  APf |    AR |",
+        "|:---------|----:|-----:|-----:|----:|-----:|-----:|------:|",
+        "| CE       | 0.0 | 25.0 | 25.0 |   - | 25.0 | 25.0 | 100.0 |",
+        "| baseline | 0.0 | 25.0 | 25.0 |   - | 25.0 | 25.0 | 100.0 |",
     ]
