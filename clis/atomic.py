@@ -94,13 +94,20 @@ def check_writable(path: str | Path) -> None:
     """Raise an error now if `atomic_write` could not write this file after the work for it.
 
     Raises:
+        IsADirectoryError: it is a folder.
         OSError: the folder cannot be made or written in.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.is_dir():
+        raise IsADirectoryError(f"{path}: is a folder; name a file")
     trial = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
-    trial.touch()
-    trial.unlink()
+    try:
+        with contextlib.suppress(FileExistsError):  # if that is no folder, the next line says so
+            path.parent.mkdir(parents=True)
+        trial.touch()
+        trial.unlink()
+    except OSError as error:
+        raise OSError(f"{path}: cannot be written ({error.strerror}); name another place") from error
 
 
 def remove_partial_files(folder: Path, is_own: Callable[[str], bool]) -> None:

@@ -52,11 +52,51 @@ def is_worker_death(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and "DataLoader worker" in str(error)
 
 
+_NO_SHARED_MEMORY = re.compile(r"creating shared memory segment|failed to extend /dev/shm")
+"""What nccl says when /dev/shm is full."""
+
+
+def is_shared_memory_full(error: BaseException) -> bool:
+    """Check for what torch raises in a collective when nccl finds no room in /dev/shm."""
+    return isinstance(error, RuntimeError) and _NO_SHARED_MEMORY.search(str(error)) is not None
+
+
+_LOST = re.compile(
+    r"Connection (closed|reset)|gloo.*([Tt]imed out|Broken pipe)|process group.*aborted|ncclRemoteError|"
+    r"NCCL communicator was aborted|NCCL timeout in|NCCL operation timed out|collective operation timeout"
+)
+"""What gloo, nccl and its watchdog say of another process; other errors of nccl are of this one."""
+
+
 def is_lost_process(error: BaseException) -> bool:
     """Check for what torch raises in a collective when another process of the group has ended."""
-    lost = r"Connection (closed|reset)|gloo.*(timed out|Broken pipe)|NCCL|process group.*aborted"
-    found = isinstance(error, RuntimeError) and re.search(lost, str(error), re.DOTALL) is not None
-    return found and "invalid usage" not in str(error)  # e.g. two processes on one GPU
+    return isinstance(error, RuntimeError) and _LOST.search(str(error)) is not None
+
+
+def explain(error: BaseException) -> str | None:
+    """Return one line for an error of torch or the system whose own text helps nobody; None for others."""
+    text = str(error).rstrip()
+    if is_worker_death(error):
+        return (
+            f"a loader process ended ({text}); out of memory? Fewer data.workers need less. The same command "
+            "resumes from the last checkpoint"
+        )
+    if is_shared_memory_full(error):
+        return (
+            f"nccl found no room in shared memory ({_line_with(_NO_SHARED_MEMORY, text)}): /dev/shm is full. "
+            "Give the container more (docker run --shm-size 8g)"
+        )
+    if is_lost_process(error):
+        return f"another process of this run has ended ({_line_with(_LOST, text)}); its own error says why"
+    if isinstance(error, OutOfMemory):
+        return text
+    if is_out_of_memory(error):
+        return f"out of memory: {(text.splitlines() or ['no more is known'])[0]}"
+    return None
+
+
+def _line_with(pattern: re.Pattern, text: str) -> str:
+    return next(line for line in text.splitlines() if pattern.search(line))
 
 
 def run_command(main: Callable[[], None]) -> None:
@@ -86,19 +126,12 @@ def run_command(main: Callable[[], None]) -> None:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still buffered
             _leave(141)
         let_rank_0_speak()
-        died, lost, full = is_worker_death(error), is_lost_process(error), is_out_of_memory(error)
-        known = died or lost or full
-        if os.environ.get("CLIS_DEBUG") == "1" or (isinstance(error, RuntimeError) and not known):
+        explained = explain(error)
+        unknown = isinstance(error, RuntimeError) and explained is None
+        if os.environ.get("CLIS_DEBUG") == "1" or unknown:
             _leave_with_traceback()
             raise
-        text = str(error).rstrip()
-        if full and not isinstance(error, OutOfMemory):
-            text = f"out of memory: {(text.splitlines() or ['no more is known'])[0]}"
-        if died:
-            text = f"a loader process ended ({text}); out of memory? Fewer data.workers need less. The same "
-            text += "command resumes from the last checkpoint"
-        if lost:
-            text = f"another process of this run has ended ({text.splitlines()[0]}); its own error says why"
+        text = explained or str(error).rstrip()
         if "Original Traceback" in text:  # from a loader process, whose traceback is in the message
             text = text.splitlines()[-1].partition(": ")[2]
         text = f"error: {text}\n(CLIS_DEBUG=1 shows the traceback)"

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import colorsys
+import itertools
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -13,6 +15,12 @@ from torch import Tensor
 
 SMALLEST, LARGEST = 720, 1600
 """Longest side of a drawn picture in pixels: smaller images are enlarged, so that labels can be read."""
+
+FONTS = (
+    "DejaVuSans.ttf", "NotoSans-Regular.ttf", "NotoSansCJK-Regular.ttc", "NotoSansCJKsc-Regular.otf",
+    "wqy-zenhei.ttc", "Arial Unicode.ttf", "PingFang.ttc", "arialuni.ttf", "msyh.ttc",
+)  # fmt: skip
+"""Common fonts of systems, for characters that Pillow's own font does not have."""
 
 Color = tuple[int, int, int]
 WHITE, BLACK, GRAY = (255, 255, 255), (0, 0, 0), (120, 120, 120)
@@ -65,19 +73,20 @@ def draw_marks(
     """
     canvas = ImageDraw.Draw(picture)
     longest = max(picture.size)
-    width, font = width or max(2, round(longest / 300)), font_of(text_size(longest))
+    width = width or max(2, round(longest / 300))
     places = [tuple(scale * side for side in mark.box) for mark in marks]
     for mark, place in reversed(list(zip(marks, places))):
         _draw_box(canvas, place, mark.color, width, mark.dashed)
     taken: list[tuple[float, float, float, float]] = []
     for mark, place in zip(marks, places):
         if mark.text:
+            font = font_of(text_size(longest), mark.text)
             _draw_label(canvas, picture.size, place, mark, font, width, taken)
 
 
 def draw_caption(picture: Image.Image, text: str, size: int, lines: int = 1) -> Image.Image:
     """Return the picture with N lines of text, of this size in pixels, on a white strip below it."""
-    font = font_of(size)
+    font = font_of(size, text)
     height = round(1.35 * font.size) * lines + 6
     framed = Image.new("RGB", (picture.width, picture.height + height), WHITE)
     framed.paste(picture)
@@ -104,8 +113,44 @@ def text_size(longest: float) -> int:
     return max(14, round(longest / 40))
 
 
-@lru_cache
-def font_of(size: int) -> ImageFont.FreeTypeFont:
+def font_of(size: int, text: str = "") -> ImageFont.FreeTypeFont:
+    """Return a font for a text in this size in pixels.
+
+    It is Pillow's own wherever that has the characters; else the first of `FONTS` that is on the machine and
+    has them; else Pillow's own after all, which draws boxes in their place.
+    """
+    return _font_with(size, frozenset(c for c in text if not (c.isascii() or c.isspace())))
+
+
+@cache
+def _font_with(size: int, characters: frozenset[str]) -> ImageFont.FreeTypeFont:
+    own = _own_font(size)
+    for font in itertools.chain([own], (_system_font(name, size) for name in FONTS)):
+        if font is not None and all(_has_glyph(font, character) for character in characters):
+            return font
+    warnings.warn(
+        "no font here has all characters of the labels, so some are drawn as empty boxes; install one that "
+        "has them, e.g. apt install fonts-noto-cjk",
+        stacklevel=1,
+    )
+    return own
+
+
+def _has_glyph(font: ImageFont.FreeTypeFont, character: str) -> bool:
+    """Check that a font draws something else than for U+10FFFF, which is no character."""
+    return bytes(font.getmask(character)) != bytes(font.getmask("\U0010ffff"))
+
+
+@cache
+def _system_font(name: str, size: int) -> ImageFont.FreeTypeFont | None:
+    try:
+        return ImageFont.truetype(name, size)
+    except OSError:
+        return None
+
+
+@cache
+def _own_font(size: int) -> ImageFont.FreeTypeFont:
     """Return Pillow's own font in this size in pixels."""
     try:
         font = ImageFont.load_default(size)

@@ -14,8 +14,11 @@ try:
     import matplotlib
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogFormatter
 except ImportError:
     raise ValueError('matplotlib is not installed: pip install -e ".[report]"') from None
+
+matplotlib.rcParams["text.parse_math"] = False  # names of runs and classes may hold a $
 
 METRIC_GROUPS = {"AP": "all", "APr": "rare", "APc": "common", "APf": "frequent"}
 FORMATS = ("png", "pdf", "svg")
@@ -38,6 +41,13 @@ def subplots(rows: int, columns: int, size: tuple[float, float], **options: Any)
     """Make a figure without a screen, and its axes [rows, columns], each of this size in inches."""
     figure = Figure(figsize=(size[0] * columns, size[1] * rows), layout="constrained")
     return figure, figure.subplots(rows, columns, squeeze=False, **options)
+
+
+def log_scale(ax: Axes) -> None:
+    """Make the x axis logarithmic, with plain numbers at its ticks: powers would be formulas."""
+    ax.set_xscale("log")
+    ax.xaxis.set_major_formatter(LogFormatter())
+    ax.xaxis.set_minor_formatter(LogFormatter(labelOnlyBase=False))
 
 
 def save(figure: Figure, path: Path) -> None:

@@ -65,9 +65,13 @@ class Progress:
     The log has plain lines in both cases.
 
     Use as a context manager and call `advance` as the work progresses; without a call it prints nothing.
+
+    Args:
+        at_most: the work may be done before the total is reached; what is done by then is said to be all.
     """
 
-    def __init__(self, label: str, total: int, start: int = 0) -> None:
+    def __init__(self, label: str, total: int, start: int = 0, *, at_most: bool = False) -> None:
+        self.at_most = at_most
         self.label, self.total, self.start, self.done = label, total, start, start
         self.began = self.last_line = time.time()
         self.text = ""
@@ -77,9 +81,14 @@ class Progress:
         return self
 
     def __exit__(self, kind: type | None, *_: object) -> None:
+        ended = kind is None and self.done > self.start
+        if ended and self.at_most:
+            self.total = self.done
         if self.bar is not None:
+            if ended:
+                self.bar.total, self.bar.bar_format = self.total, self._format()
             self.bar.close()
-        if kind is None and self.done > self.start:
+        if ended:
             self._say()
 
     def advance(self, count: int = 1, text: str = "") -> None:

@@ -9,7 +9,7 @@ import shutil
 import stat
 import textwrap
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TextIO
 
@@ -56,6 +56,27 @@ def counted(number: int, noun: str, plural: str | None = None) -> str:
 def shortened(names: Sequence[str], limit: int = 10) -> str:
     r"""List the first names, printable; bytes of a file name that are not UTF-8 become \udc80 and so on."""
     return printable(", ".join(names[:limit])) + (", ..." if len(names) > limit else "")
+
+
+def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]], *, padded: bool = True) -> str:
+    """Return a Markdown table, in which a ``|`` of a cell is escaped.
+
+    Args:
+        padded: align the columns for a terminal, the first to the left and the others to the right; a file
+            that is rendered needs it not.
+    """
+    lines = [[cell.replace("|", r"\|") for cell in row] for row in (head, *rows)]
+    if padded:
+        left, *right = (max(map(len, column)) for column in zip(*lines))
+        lines = [
+            [f"{first:<{left}}", *(f"{cell:>{width}}" for cell, width in zip(others, right))]
+            for first, *others in lines
+        ]
+        rules = [f":{'-' * (left + 1)}", *(f"{'-' * (width + 1)}:" for width in right)]
+    else:
+        rules = ["---"] * len(head)
+    first, *others = (f"| {' | '.join(line)} |" for line in lines)
+    return "\n".join([first, f"|{'|'.join(rules)}|", *others])
 
 
 def printable(name: str) -> str:

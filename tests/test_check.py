@@ -281,6 +281,24 @@ def test_settings_that_cannot_run(root, finished):
     assert any("belongs to another config: optim.lr: 0.04 != 0.5" in error for error in report.errors)
 
 
+def test_folders_and_weights_are_checked_before_the_benchmark_is_written(tmp_path):
+    """A file in the place of a folder stands for one that cannot be written."""
+    root, file = tmp_path / "data", tmp_path / "file"
+    file.touch()
+    generate = "data.generate=shapes"
+    report = checked(root, generate)
+    assert report.errors == []
+    assert "the embedded benchmark will be written" in report.notes[-1]
+    (error,) = checked(root, generate, f"output={file}/run").errors
+    assert error.startswith(f"{file}/run: nothing can be written there")
+    (error,) = checked(root, generate, f"data.root={file}/data").errors
+    assert error.startswith(f"{file}/data/shapes: nothing can be written there")
+    assert error.endswith("another data.root=")
+    report = checked(root, generate, "model.backbone={norm: folded, weights: resnet18.pth, name: resnet18}")
+    assert any("resnet18.pth: backbone weights are missing" in error for error in report.errors)
+    assert not root.exists()
+
+
 def test_what_training_refuses_is_found(root, finished):
     """A ground truth of negative size, a detector of other classes, a detector's backbone without weights."""
     state = torch.load(finished / "detector" / "checkpoints" / "last.pt")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -15,9 +16,11 @@ from runs import BASELINE, CONFIG, REPOSITORY
 
 import clis
 from clis.__main__ import main
-from clis.cli import is_lost_process
+from clis.cli import explain
 from clis.commands import run_verb
+from clis.commands.arguments import class_labels, split_overrides
 from clis.config_files import SHIPPED, find_config, load_config
+from clis.data.categories import Category
 from clis.engine.describe import schedule_warnings, speed_hints
 from clis.engine.run_folder import find_checkpoint
 
@@ -64,8 +67,46 @@ def test_ranks_above_0_wait_for_rank_0(monkeypatch):
     slow = "import time; time.sleep = lambda s: print('waited', s); raise ValueError('wrong')"
     assert b"waited" in program(slow, RANK="1").stdout
     assert b"waited" not in program(slow, RANK="0").stdout
-    assert is_lost_process(RuntimeError("[gloo/pair.cc:1] Connection closed by peer [::1]:5"))
-    assert not is_lost_process(RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
+
+
+NCCL = (
+    "NCCL error in: /pytorch/NCCLUtils.cpp:94, {}, NCCL version 2.27.5\n{}: A call failed.\nLast error:\n{}"
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("[gloo/pair.cc:1] Connection closed by peer [::1]:5", "another process.*peer"),
+        ("[gloo/unbound_buffer.cc:81] Timed out waiting 1800000ms for recv", "another process.*waiting"),
+        (
+            "[Rank 1] Watchdog caught collective operation timeout: WorkNCCL(SeqNum=5)",
+            "another process.*Work",
+        ),
+        ("NCCL communicator was aborted on rank 1.", "another process.*aborted on rank 1"),
+        (NCCL.format("remote process exited", "ncclRemoteError", "gone"), "another process.*ncclRemoteError"),
+        (
+            NCCL.format("unhandled", "ncclSystemError", "socketProgress: Connection closed by remote peer a"),
+            "another process.*socketProgress",
+        ),
+        (
+            NCCL.format(
+                "unhandled",
+                "ncclSystemError",
+                "Error while creating shared memory segment /dev/shm/nccl-1 (size 9), error: No space left",
+            ),
+            "no room in shared memory.*nccl-1.*No space left.*--shm-size",
+        ),
+        (NCCL.format("invalid usage", "ncclInvalidUsage", "Duplicate GPU detected"), None),
+        ("Distributed package doesn't have NCCL built in", None),
+        ("mat1 and mat2 shapes cannot be multiplied", None),
+    ],
+)
+def test_errors_of_collectives_say_whose_they_are(text, said):
+    """What is not of another process keeps its own text."""
+    line = explain(RuntimeError(text))
+    assert (line is None) == (said is None)
+    assert said is None or re.search(said, line)
 
 
 @pytest.mark.parametrize(
@@ -75,9 +116,10 @@ def test_ranks_above_0_wait_for_rank_0(monkeypatch):
         ([CONFIG, "--eval-only"], "evaluate.py RUN_FOLDER"),
         ([CONFIG, "--epochs", "12"], "train.steps=N"),
         (["--resume", "runs/x/last.pt"], "is a checkpoint, not a config; the same command resumes"),
-        ([CONFIG, "--seed"], "--seed needs a value"),
+        ([CONFIG, "--seed"], "--seed: expected one argument"),
         ([CONFIG, "train.steps", "100"], "'train.steps' is neither the config"),
         (["--config", CONFIG, BASELINE], "is neither the config"),
+        ([CONFIG, "x/train.steps=5"], "is neither the config"),
     ],
 )
 def test_arguments_of_other_programs_are_told_in_one_line(arguments, said, capsys):
@@ -104,6 +146,38 @@ def test_a_config_and_its_overrides_in_any_order(arguments, capsys, monkeypatch)
     said = capsys.readouterr().out
     assert "seed: 3" in said
     assert "images_per_step: 4" in said
+
+
+def test_paths_and_globs_may_hold_an_equals_sign(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("lr=0.1.yaml").write_text("train: {seed: 7}")
+    Path("a=b").mkdir()
+    files, overrides = (
+        ["lr=0.1.yaml", "a=b", "runs/s=4/*.jpg", "../x=1.jpg", "photo.jpg"],
+        ["a=c", "data.root=/x"],
+    )
+    assert split_overrides([*overrides, *files], "file") == (files, overrides)
+    for empty in (overrides, ["", "a=b"]):
+        with pytest.raises(ValueError, match="no file, or an empty one; name at least one before key=value"):
+            split_overrides(empty, "file")
+
+
+@pytest.mark.parametrize(
+    ("names", "labels"),
+    [
+        ("tench, Tinca tinca", [1]),
+        ("cat,tench,Tinca_tinca,tench", [2, 1, 0]),
+        ("tench,, cat,", [0, 2]),
+    ],
+)
+def test_names_of_classes_may_hold_commas(names, labels):
+    categories = [
+        Category(id=number, name=name, frequency="r", image_count=1)
+        for number, name in enumerate(("tench", "tench, Tinca tinca", "cat"))
+    ]
+    assert class_labels(names, categories) == labels
+    with pytest.raises(ValueError, match="no class 'Tinca cat'; did you mean"):
+        class_labels("tench, Tinca cat", categories)
 
 
 def test_versions_and_verbs(capsys):

@@ -68,6 +68,14 @@ def test_exhaustive_annotations_equal_pycocotools(seed: int, max_detections: int
     assert_equal_to_package(data, rows, max_detections, tmp_path)
 
 
+@pytest.mark.parametrize("seed", range(5))
+def test_without_negatives_the_other_list_excuses_nothing(seed: int, tmp_path: Path) -> None:
+    data, rows = random_case(np.random.default_rng(seed), federated=False)
+    for image in data["images"]:
+        image["not_exhaustive_category_ids"] = [category["id"] for category in data["categories"]]
+    assert_equal_to_package(data, rows, 300, tmp_path)
+
+
 @pytest.mark.parametrize("keep_boxes", [True, False])
 @pytest.mark.parametrize("seed", range(5))
 def test_masks_equal_pycocotools(seed: int, keep_boxes: bool, tmp_path: Path) -> None:
@@ -403,8 +411,8 @@ def test_paths_loaded_json_and_arrays_give_the_same(tmp_path: Path) -> None:
 def test_table_prints_percent_and_a_dash_where_undefined() -> None:
     metrics = dict.fromkeys(METRICS, 0.25) | {"APr": -1.0, "AP": 0.0, "AR@300": 1.0}
     assert format_table({"CE": metrics, "baseline": metrics}).splitlines() == [
-        "| run      |   AP | AP50 | AP75 |  APr |  APc |  APf |   AR |",
-        "|:---------|-----:|-----:|-----:|-----:|-----:|-----:|-----:|",
-        "| CE       |  0.0 | 25.0 | 25.0 |    - | 25.0 | 25.0 | 100.0 |",
-        "| baseline |  0.0 | 25.0 | 25.0 |    - | 25.0 | 25.0 | 100.0 |",
+        "| run      |  AP | AP50 | AP75 | APr |  APc |  APf |    AR |",
+        "|:---------|----:|-----:|-----:|----:|-----:|-----:|------:|",
+        "| CE       | 0.0 | 25.0 | 25.0 |   - | 25.0 | 25.0 | 100.0 |",
+        "| baseline | 0.0 | 25.0 | 25.0 |   - | 25.0 | 25.0 | 100.0 |",
     ]

@@ -215,6 +215,27 @@ def test_names_are_given_by_the_last_part_of_a_path_too():
     known = ["runs/clis", "runs/a=b", "w/o ILS"]
     given = ["clis=CLIS", "runs/a=b/=second", "w/o ILS=third"]
     assert read_names(given, known) == {"runs/clis": "CLIS", "runs/a=b": "second", "w/o ILS": "third"}
+    assert read_names(["clis=s=4, t=1", "a=b=c"], known) == {"runs/clis": "s=4, t=1", "runs/a=b": "c"}
+    for wrong in ("s=4", "clis=", "=x", "clis"):
+        with pytest.raises(ValueError, match="write A=B, where A is one of: runs/clis, "):
+            read_names([wrong], known)
+
+
+def test_any_name_is_in_the_legend_as_it_is(runs, annotations):
+    """Others leave out a leading _, and set what is between two $ as a formula; ticks are numbers."""
+    named = [run_with(runs[0], name=name) for name in ("_$a$", "b", "_$a$")]
+    study = {"rows": {"_$a$": ROWS["first"], "b": ROWS["more"]}, "classes": {"1-9": 8}}
+    for figure, names in (
+        (plot.training_curves(named), ["_$a$", "b"]),
+        (plot.ap_against_images(named, annotations), ["_$a$", "b"]),
+        (study_figure(study, "$x$"), ["_$a$ (n = 2)", "b (n = 3)"]),
+    ):
+        texts = figure.axes[0].get_legend().get_texts()
+        assert [text.get_text() for text in texts] == names
+        assert not texts[0].get_parse_math()
+        figure.draw_without_rendering()
+        ticks = [label.get_text() for ax in figure.axes for label in ax.get_xticklabels(which="both")]
+        assert not any("$" in tick for tick in ticks)
 
 
 def test_wide_images_leave_no_empty_rows(runs, tmp_path):
@@ -232,6 +253,13 @@ def test_a_point_a_class_over_its_training_images(runs, annotations):
     present = np.unique(annotations.labels)
     counts = np.array([annotations.categories[label].image_count for label in present])
     assert sorted(x.tolist()) == sorted(counts.clip(min=1).tolist())
+
+
+def test_a_place_that_cannot_be_written_is_known_before_the_work(finished, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(plot, "plot", None)
+    with pytest.raises(OSError, match=r"file/curves.png: cannot be written \(Not a directory\)"):
+        run_verb("plot", [str(finished), f"--out={tmp_path / 'file'}"])
 
 
 def test_runs_that_are_not_there_or_of_other_data(runs, tmp_path, data, finished):

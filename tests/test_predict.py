@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from clis.cli import run_command
 from clis.commands.predict import Selection
 from clis.commands.predict_files import ImageFile, find_annotated, find_images, picture_names
 from clis.data.categories import Category
-from clis.drawing import Mark, class_color, draw_marks, picture_of
+from clis.drawing import Mark, class_color, draw_marks, font_of, picture_of
 from clis.metric.detections import Detections
 from clis.models.roi import ImageDetections
 
@@ -122,8 +123,8 @@ def test_score_top_and_classes_select():
 
 
 def test_sources_are_files_folders_and_globs_each_file_once(photos, tmp_path):
-    def names(*sources, out=tmp_path):
-        files, others = find_images([str(source) for source in sources], out)
+    def names(*sources, written=()):
+        files, others = find_images([str(source) for source in sources], written)
         return [file.name for file in files], others
 
     every = ["b.jpg", "below/a.jpg", "damaged.jpg", "empty.png", "turned.png"]
@@ -132,7 +133,23 @@ def test_sources_are_files_folders_and_globs_each_file_once(photos, tmp_path):
     assert names(photos / "*.png") == (["empty.png", "turned.png"], 0)
     assert names(photos / "**" / "a.jpg") == (["a.jpg"], 0)
     assert names(photos / "notes.txt") == (["notes.txt"], 0)  # named: its bytes decide
-    assert names(photos, out=photos / "below") == ([name for name in every if "/" not in name], 1)
+    outside = [name for name in every if "/" not in name]
+    assert names(photos, written=[photos / "below", photos / "notes.txt"]) == (outside, 0)
+    assert names(photos / "**" / "*.jpg", written=[photos / "below"]) == (["b.jpg", "damaged.jpg"], 0)
+    with pytest.raises(FileNotFoundError, match=r"file found but in .*below, where this command writes"):
+        names(photos / "below" / "a.jpg", written=[photos / "below"])
+
+
+@pytest.mark.parametrize("out", [".", ".."])
+def test_the_photos_folder_may_be_the_output_folder(finished, photos, tmp_path, out):
+    """Run again, the command leaves out what it has written."""
+    (tmp_path / "in").mkdir()
+    shutil.copy(photos / "b.jpg", tmp_path / "in" / "b.jpg")
+    out = tmp_path / "in" / out
+    for _ in range(2):
+        main(["predict", str(finished), str(tmp_path), f"--out={out}"])
+        _, document = read(out)
+        assert [image["file_name"] for image in document["images"]] == ["in/b.jpg"]
 
 
 def test_linked_folders_are_looked_into_and_hidden_ones_are_not(photos, tmp_path):
@@ -142,7 +159,7 @@ def test_linked_folders_are_looked_into_and_hidden_ones_are_not(photos, tmp_path
     shutil.copy(photos / "b.jpg", tmp_path / "in" / "._b.jpg")
     (tmp_path / "in" / "linked").symlink_to(photos / "below")
     (tmp_path / "in" / "up").symlink_to(tmp_path / "in")
-    files, others = find_images([str(tmp_path / "in")], tmp_path / "out")
+    files, others = find_images([str(tmp_path / "in")], [])
     assert ([file.name for file in files], others) == (["linked/a.jpg"], 0)
 
 
@@ -174,6 +191,21 @@ def test_two_files_are_not_one_image(tmp_path):
     assert find_annotated(tmp_path / "val.json", files[:1], categories).ids() == [7]
     with pytest.raises(ValueError, match=r"b/x\.jpg and .*a/x\.jpg would both be image 7"):
         find_annotated(tmp_path / "val.json", files, categories)
+
+
+@pytest.mark.parametrize(
+    "name", ["ph\\caf\u00e9.jpg", "./ph/caf\u00e9.jpg", "cafe\u0301.jpg", "{tmp}/ph/caf\u00e9.jpg"]
+)
+@pytest.mark.parametrize("on_disk", ["caf\u00e9.jpg", "cafe\u0301.jpg"])
+def test_names_are_understood_as_by_training(tmp_path, name, on_disk):
+    image = {"id": 7, "file_name": name.replace("{tmp}", str(tmp_path)), "height": 5, "width": 5}
+    document = {"images": [image], "annotations": [], "categories": [{"id": 1, "name": "cat"}]}
+    (tmp_path / "val.json").write_text(json.dumps(document))
+    categories = [Category(id=1, name="cat", frequency="r", image_count=0)]
+    file = ImageFile(tmp_path / "ph" / on_disk, on_disk)
+    assert find_annotated(tmp_path / "val.json", [file], categories).ids() == [7]
+    with pytest.raises(ValueError, match=r"x\.jpg: is none of its images"):
+        find_annotated(tmp_path / "val.json", [ImageFile(tmp_path / "x.jpg", "x.jpg")], categories)
 
 
 def test_names_that_are_no_utf8_or_very_long(finished, photos, tmp_path, capsys):
@@ -216,6 +248,7 @@ def test_each_picture_has_a_name_of_its_own():
         (["{photos}/b.jpg", "--classes=,"], "--classes: name at least one class"),
         (["{photos}/b.jpg", "--score=30"], "--score 30.0: must be between 0 and 1"),
         (["{photos}/b.jpg", "--annotations={data}/shapes/val.json"], r"b.jpg: is none of its images \("),
+        (["{photos}/b.jpg", "--annotations={tmp}/gone.json"], "^--annotations .*gone.json: no such file$"),
         (["{photos}/empty.png"], "none of the 1 images could be read"),
     ],
 )
@@ -254,6 +287,15 @@ def test_labels_do_not_hide_each_other_and_stay_inside():
     pixels = np.asarray(picture).reshape(-1, 3).tolist()
     areas = [pixels.count(list(color)) for color in colors]
     assert min(areas) > 150  # each label's ground is seen
+
+
+def test_names_are_drawn_in_a_font_that_has_them(monkeypatch):
+    own = font_of(20, "plain_star 0.91")
+    dejavu = Path(pytest.importorskip("matplotlib").get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"
+    monkeypatch.setattr("clis.drawing.FONTS", ("none.ttf", str(dejavu)))
+    assert font_of(20, "слон").getname() == font_of(20, "éléphant слон").getname() == ("DejaVu Sans", "Book")
+    with pytest.warns(UserWarning, match="no font here has all characters of the labels"):
+        assert font_of(20, "象") is own
 
 
 def test_colors_of_classes_are_all_different():

@@ -501,7 +501,7 @@ class TestScan:
     def test_without_sizes_fractions_of_the_tests_are_tried(self, scanned, capsys):
         scanned("test.short_side=128", "test.max_size=256")
         said = capsys.readouterr().out
-        assert [f"| {size} |" in said for size in (32, 48, 64, 80, 96, 128, 160)] == [True] * 7
+        assert [f"| {size} " in said for size in (32, 48, 64, 80, 96, 128, 160)] == [True] * 7
         assert "IoU" not in said
 
     def test_what_cannot_be_scanned(self, scanned):
@@ -526,8 +526,8 @@ class TestScan:
         monkeypatch.setattr(Resizing, "rank_first", nothing)
         (tmp_path / "boxes.json").write_text(json.dumps({"cat/0.jpg": [0, 0, 300, 400]}))
         scanned(sizes=[64], boxes=tmp_path / "boxes.json")
-        assert "| 64 | 128 | 0.0000 |" in (said := capsys.readouterr().out)
-        assert "| 0.500 |" in said
+        row = next(line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("| 64 "))
+        assert (row[1:6:2], row[9]) == (["64", "128", "0.0000"], "0.500")
 
     @pytest.mark.parametrize(
         ("arguments", "message"),
@@ -546,8 +546,8 @@ class TestScan:
         detector = f"regions.detector={finished}/detector"
         main(["regions", CONFIG, *SHORT, f"data.root={data}", detector, "--scan", "24,48", "--images", "10"])
         assert "10 of 100 images" in (said := capsys.readouterr().out)
-        assert "| 24 |" in said
-        assert "| 48 |" in said
+        assert "| 24 " in said
+        assert "| 48 " in said
 
 
 def test_mean_scores_leave_out_what_the_rule_did_not_give():

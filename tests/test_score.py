@@ -125,6 +125,15 @@ def test_a_file_that_is_missing_is_named_first(files: Path) -> None:
         run(files, results="none.json")
 
 
+def test_a_place_that_cannot_be_written_is_known_before_the_work(files: Path) -> None:
+    (files / "none.json").write_text("read only after that")
+    with pytest.raises(IsADirectoryError, match=f"{files}: is a folder; name a file"):
+        run(files, "--out", str(files), results="none.json")
+    path = files / "gt.json" / "below" / "classes.csv"
+    with pytest.raises(OSError, match=rf"^{path}: cannot be written \(Not a directory\); name another"):
+        run(files, "--per-class", str(path), results="none.json")
+
+
 def test_protocols_have_their_own_names(files: Path, capsys: pytest.CaptureFixture) -> None:
     for protocol in ("fixed", "pooled"):
         run(files, "--protocol", protocol, "--out", str(files / "eval.json"))

@@ -390,6 +390,27 @@ def test_rows_that_are_not_there(tmp_path):
         run_study(path, tmp_path, rows=["CLIP"])
 
 
+@pytest.mark.parametrize("override", ["--seed=3", "--output=x", "regions={file: r.npy}"])
+def test_what_a_study_sets_itself_is_not_overridden(tmp_path, override):
+    path = write_study(tmp_path / "small.yaml", {"CLIS": {}})
+    with pytest.raises(ValueError, match=r"is not the command line's to set.* --seeds N .* --out FOLDER"):
+        run_verb("study", [str(path), "--out", str(tmp_path), override])
+
+
+def test_options_with_several_values_end_at_an_option_of_other_programs(tmp_path, monkeypatch):
+    path, given = write_study(tmp_path / "small.yaml", {"CLIS": {}}), {}
+    monkeypatch.setattr(
+        "clis.commands.study.run_study", lambda *_, **options: given.update(options) or tmp_path
+    )
+    (tmp_path / "table.md").touch()
+    run_verb(
+        "study",
+        [str(path), "--rows", "CLIS", "--steps", "5", "--seeds", "1", "2", "--lr=0.1", "data.workers=0"],
+    )
+    assert (given["rows"], given["seeds"]) == (["CLIS"], [1, 2])
+    assert given["overrides"] == ["data.workers=0", "train.steps=5", "optim.lr=0.1"]
+
+
 @pytest.mark.parametrize(
     "path",
     sorted(path.parent for path in RECORDED.rglob("study.json")),

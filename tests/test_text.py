@@ -16,7 +16,7 @@ from clis.data.categories import Category, check_same_categories
 from clis.data.image_classes import MemberLabels, _read_mapping, class_labels
 from clis.metric.detections import Detections
 from clis.metric.official import official_precision
-from clis.text import decode, read_text, wrapped
+from clis.text import decode, markdown_table, read_text, wrapped
 
 WORD = "r\u00e9glages"  # its second letter is one byte in Latin-1, two in UTF-8
 
@@ -147,3 +147,14 @@ def test_a_pipe_is_not_waited_for(tmp_path):
         load_config(tmp_path / "pipe.yaml")
     with pytest.raises(ValueError, match=r"pipe\.yaml: not a regular file, but a pipe"):
         Detections.load(tmp_path / "pipe.yaml")
+
+
+def test_a_bar_in_a_cell_ends_no_column():
+    table = markdown_table(["run", "AP"], [["a|b", "1.5"], ["c", "100.0"]])
+    assert table.splitlines() == [
+        "| run  |    AP |",
+        "|:-----|------:|",
+        r"| a\|b |   1.5 |",
+        "| c    | 100.0 |",
+    ]
+    assert markdown_table(["a", "b"], [["|", ""]], padded=False) == "| a | b |\n|---|---|\n| \\| |  |"

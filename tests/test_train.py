@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import math
@@ -246,6 +247,20 @@ class TestWhatARunSays:
         with Progress("nothing", total=0):
             pass
         assert capsys.readouterr().out == ""
+
+    @pytest.mark.parametrize("terminal", [True, False])
+    def test_of_work_that_ends_early(self, clock, monkeypatch, terminal):
+        """Of at most 6000 only 27 came: these are all, unless an error ended it."""
+        monkeypatch.setattr(sys, "stdout", screen := io.StringIO())
+        screen.isatty = lambda: terminal
+        with Progress("pictures", total=6000, at_most=True) as progress:
+            clock[0] += 10
+            progress.advance(27)
+        assert re.search(r"pictures 27/27  2\.70/s in 00:10$", screen.getvalue().strip())
+        with contextlib.suppress(KeyError), Progress("pictures", total=6000, at_most=True) as progress:
+            progress.advance(3)
+            raise KeyError
+        assert "3/3 " not in screen.getvalue()
 
     def test_in_json_that_others_can_read(self, tmp_path):
         """The gradient's norm of a step that was left out is no JSON number."""

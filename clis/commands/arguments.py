@@ -46,9 +46,15 @@ class VerbParser(argparse.ArgumentParser):
 
         Ends the program where an argument is unknown, missing or of another form.
         """
-        arguments = self.parse_intermixed_args(self._translated(argv))
-        if self._declares("config") and self._declares("overrides"):
-            self._take_config(arguments)
+        if self._declares("overrides"):
+            self._add_foreign()
+        arguments = self.parse_intermixed_args(
+            [re.sub(r"^(--[\w-]+=)?(~.*)", _at_home, each) for each in argv]
+        )
+        if self._declares("overrides"):
+            arguments.overrides = [*arguments.overrides, *arguments.short]
+            if self._declares("config"):
+                self._take_config(arguments)
         return arguments
 
     def error(self, message: str) -> NoReturn:
@@ -61,20 +67,16 @@ class VerbParser(argparse.ArgumentParser):
     def _declares(self, name: str) -> bool:
         return any(action.dest == name for action in self._actions)
 
-    def _translated(self, argv: Sequence[str]) -> list[str]:
-        """Expand ``~`` and turn options of `SHORT_FOR` into overrides, unless the verb has its own."""
-        rest, given = [re.sub(r"^(--[\w-]+=)?(~.*)", _at_home, each) for each in argv], []
-        while rest:
-            option, equals, value = rest.pop(0).partition("=")
-            name = option.replace("_", "-")
-            foreign = name not in self._option_string_actions and self._declares("overrides")
-            if foreign and name in SHORT_FOR:
-                if not equals and not rest:
-                    self.error(f"{option} needs a value")
-                given.append(f"{SHORT_FOR[name]}={value if equals else rest.pop(0)}")
-            elif not (foreign and name in NOT_NEEDED and not equals):
-                given.append(option + equals + value)
-        return given
+    def _add_foreign(self) -> None:
+        """Declare the options of `SHORT_FOR` that the verb does not have itself, and of `NOT_NEEDED`."""
+        for option, key in SHORT_FOR.items():
+            if option not in self._option_string_actions:
+                self.add_argument(
+                    *dict.fromkeys((option, "--" + option[2:].replace("-", "_"))), dest="short", default=[],
+                    action="append", type=f"{key}={{}}".format, metavar="VALUE", help=argparse.SUPPRESS,
+                )  # fmt: skip
+        for option in NOT_NEEDED:
+            self.add_argument(option, action="store_true", help=argparse.SUPPRESS)
 
     def _take_config(self, arguments: argparse.Namespace) -> None:
         """Move the config from among the overrides to its place."""
@@ -91,7 +93,8 @@ class VerbParser(argparse.ArgumentParser):
 
 
 def _is_override(text: str) -> bool:
-    return "=" in text and not (Path(text).suffix in (".yaml", ".yml") and Path(text).is_file())
+    """Tell ``key=value``, whose key has no slash, from a path or glob that holds a ``=``."""
+    return re.match(r"[\w.]+=", text) is not None and not os.path.exists(text)
 
 
 def _at_home(found: re.Match) -> str:
@@ -110,10 +113,19 @@ def add_config(parser: argparse.ArgumentParser) -> None:
     parser.epilog = f"Short for fields: {', '.join(f'{each} is {key}=' for each, key in SHORT_FOR.items())}."
 
 
-def split_overrides(texts: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Split arguments into those that name files, and those that are ``key=value`` and name none."""
-    overrides = [text for text in texts if "=" in text and not os.path.exists(text)]
-    return [text for text in texts if text not in overrides], overrides
+def split_overrides(texts: Sequence[str], what: str) -> tuple[list[str], list[str]]:
+    """Split arguments into those that name files, and those that are ``key=value`` and name none.
+
+    Args:
+        what: what the files are, for the error.
+
+    Raises:
+        ValueError: no file is named, or one by an empty text.
+    """
+    named = [text for text in texts if not _is_override(text)]
+    if not named or "" in named:  # as from a variable of the shell that is not set
+        raise ValueError(f"no {what}, or an empty one; name at least one before key=value")
+    return named, [text for text in texts if _is_override(text)]
 
 
 def positive(text: str) -> int:
@@ -128,7 +140,7 @@ def positive(text: str) -> int:
 
 
 def class_labels(names: str, categories: Sequence[Category]) -> list[int]:
-    """Return the labels of comma-separated class names.
+    """Return the labels of comma-separated class names, which may hold commas themselves.
 
     Raises:
         ValueError: no class has such a name, and the nearest ones are named; or there is none.
@@ -138,30 +150,47 @@ def class_labels(names: str, categories: Sequence[Category]) -> list[int]:
         label_of.setdefault(category.name, []).append(label)
     alike: dict[str, list[int]] = {}
     for name, labels in label_of.items():
-        alike.setdefault(name_key(name), []).extend(labels)
-    wanted = [name.strip() for name in names.split(",") if name.strip()]
-    for name in wanted:
-        if name not in label_of and name_key(name) not in alike:
+        alike.setdefault(_comma_key(name), []).extend(labels)
+    pieces = [piece for piece in names.split(",") if piece.strip()]
+    if not pieces:
+        raise ValueError("--classes: name at least one class")
+    wanted: list[int] = []
+    while pieces:  # the longest name first, so that a class `tench` does not hide `tench, Tinca tinca`
+        for count in range(len(pieces), 0, -1):
+            name = ",".join(pieces[:count]).strip()
+            if found := label_of.get(name) or alike.get(_comma_key(name)):
+                break
+        else:
             near = difflib.get_close_matches(name, label_of, n=3, cutoff=0.4)
             known = f"known: {', '.join([*label_of][:10])}, ..."
             meant = f"did you mean {' or '.join(near)}?" if near else known
             raise ValueError(f"--classes: there is no class {name!r}; {meant}")
-    if not wanted:
-        raise ValueError("--classes: name at least one class")
-    return [label for name in wanted for label in label_of.get(name) or alike[name_key(name)]]
+        wanted += found
+        del pieces[:count]
+    return wanted
+
+
+def _comma_key(name: str) -> str:
+    """Return `name_key`, in which spaces around commas do not matter either."""
+    return ",".join(map(name_key, name.split(",")))
 
 
 def read_names(pairs: Sequence[str], known: Sequence[str]) -> dict[str, str]:
     """Read A=B of ``--names``: new names B by the known ones, A; of a path, the last part is enough.
+
+    Both may hold ``=``: A is as long as there is something known of that name.
 
     Raises:
         ValueError: a pair is not of this form, or A is not known.
     """
     names: dict[str, str] = {}
     for pair in pairs:
-        old, _, new = pair.rpartition("=")
-        meant = [each for each in known if old and old.rstrip("/") in (each, Path(each).name)]
-        if not (new and meant):
+        for place in reversed([found.start() for found in re.finditer("=", pair)]):
+            old, new = pair[:place], pair[place + 1 :]
+            meant = [each for each in known if old and old.rstrip("/") in (each, Path(each).name)]
+            if new and meant:
+                names |= dict.fromkeys(meant, new)
+                break
+        else:
             raise ValueError(f"--names {pair}: write A=B, where A is one of: {', '.join(known)}")
-        names |= dict.fromkeys(meant, new)
     return names

@@ -17,10 +17,11 @@ from clis.commands.check_report import SHOWN, Report
 from clis.config import DETECTOR_RULES, Config, data_path
 from clis.config_files import load_config
 from clis.data.annotations import Annotations, checked_for_training
-from clis.data.categories import check_same_categories
+from clis.data.categories import Category, check_same_categories
 from clis.data.image_classes import GROUP_NAMES, coverage, describe_coverage
 from clis.data.image_level import ImageLevelIndex, is_intact
 from clis.data.sampling import class_repeat_factors
+from clis.data.shapes import ShapesSpec, category_entries
 from clis.data.streams import (
     make_image_level_sampler,
     make_index,
@@ -30,7 +31,14 @@ from clis.data.streams import (
 )
 from clis.engine.describe import schedule_warnings
 from clis.engine.optim import split_batch
-from clis.engine.preflight import check_folder, check_regions, check_space, describe_reuse, pending_runs
+from clis.engine.preflight import (
+    check_folder,
+    check_regions,
+    check_space,
+    check_writable_folder,
+    describe_reuse,
+    pending_runs,
+)
 from clis.engine.prerequisites import PlannedRun, plan_run
 from clis.engine.pretrain import SETTINGS as PRETRAINING
 from clis.engine.run_folder import RunFolder, regions_file
@@ -74,15 +82,14 @@ def check(
     report, data = Report(), config.data
     plan = _check_plan(config, overrides, report)
     if data.generate == "shapes" and not data_path(config, data.train).exists():
-        report.notes.append(
-            f"{data_path(config, 'shapes')}: the embedded benchmark will be written at the start"
-        )
+        _check_to_generate(config, report)
+        _check_models(plan, [Category(**entry) for entry in category_entries(ShapesSpec())], report)
         return report
     train, val = _check_annotations(config, report)
     index = None
     if train is not None:
         index = _check_image_level(plan, train, report)
-        _check_models(plan, train, report)
+        _check_models(plan, train.categories, report)
     images, costs = ImageCheck(data.max_pixels, workers, sample, report), {}
     if train is not None:
         stored = data_path(config, data.train_images)
@@ -95,13 +102,24 @@ def check(
     return report
 
 
-def _check_models(plan: PlannedRun, train: Annotations, report: Report) -> None:
+def _check_to_generate(config: Config, report: Report) -> None:
+    """Check that the embedded benchmark, which does not exist yet, can be written."""
+    folder = data_path(config, "shapes")
+    report.notes.append(f"{folder}: the embedded benchmark will be written at the start")
+    with report.catching():
+        try:
+            check_writable_folder(folder)
+        except OSError as error:
+            raise OSError(str(error).replace("output=", "data.root=")) from error
+
+
+def _check_models(plan: PlannedRun, categories: Sequence[Category], report: Report) -> None:
     """Build the detectors of all runs that are not finished; check their folders, and the disks' room."""
     needs = []
     for run in {id(each): each for each in (*pending_runs(plan), plan)}.values():
         with report.catching():
-            model = _check_model(run.config, train, report)
-            needs.append(check_folder(run, model, train.categories))
+            model = _check_model(run.config, categories, report)
+            needs.append(check_folder(run, model, categories))
     with report.catching():
         check_space(needs)
 
@@ -270,12 +288,12 @@ def _describe_regions(config: Config, report: Report) -> None:
         report.notes.append(f"{regions_file(config)}: will be made, by {made_by}")
 
 
-def _check_model(config: Config, train: Annotations, report: Report) -> CLISDetector:
+def _check_model(config: Config, categories: Sequence[Category], report: Report) -> CLISDetector:
     """Build the model, which reads the backbone's weights and tries the classification loss."""
     folder = RunFolder(config.output)
     has_weights = config.pretrain.epochs > 0 and folder.pretraining.backbone.exists()
     if has_weights or config.start.from_ is not None:
-        return build_model(config, train.categories, pretrained=starting_weights(config, folder))
+        return build_model(config, categories, pretrained=starting_weights(config, folder))
     backbone = config.model.backbone
     path = None if backbone.weights is None else data_path(config, backbone.weights)
     to_download = path is not None and backbone.download and not path.exists()
@@ -287,9 +305,9 @@ def _check_model(config: Config, train: Annotations, report: Report) -> CLISDete
         report.warnings += [warning] * (warning not in report.warnings)
     if config.pretrain.epochs > 0:
         report.notes.append(f"{folder.pretraining.backbone}: will be made, by pre-training")
-        build_classifier(config, train.categories, pretrained=not to_download)
+        build_classifier(config, categories, pretrained=not to_download)
     pretrained = config.pretrain.epochs == 0 and not to_download
-    return build_model(config, train.categories, pretrained=pretrained)
+    return build_model(config, categories, pretrained=pretrained)
 
 
 def _describe_step(costs: dict[str, tuple[float, float]], config: Config, report: Report) -> None:

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from clis.atomic import atomic_write, check_writable
+from clis.atomic import check_writable
 from clis.config import Config, scoped_keys
 from clis.config_files import config_differences
 from clis.config_scopes import Scope
@@ -73,8 +73,7 @@ def _write_detections(
     detections = detect_split(detector, config, annotations)
     if is_main():
         json_file = folder.detections.with_suffix(".json")
-        with atomic_write(folder.detections) as temporary:
-            detections.save(temporary)
+        detections.save(folder.detections)
         detections.to_json(json_file)
         say(f"{annotations.path}: has no annotations, so there are detections and no metric")
         say(

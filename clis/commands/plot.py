@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from clis.atomic import check_writable
 from clis.commands.arguments import read_names, split_overrides
 from clis.config import Config, data_path
 from clis.data.annotated_images import read_annotated
@@ -25,6 +26,7 @@ from clis.figures import (
     Axes,
     Figure,
     dot_plot,
+    log_scale,
     look,
     matplotlib,
     save,
@@ -76,14 +78,12 @@ def run(arguments: argparse.Namespace) -> None:
     """Draw the figures of runs, and one of each study, as files in one folder.
 
     Raises:
-        FileNotFoundError, ValueError: an argument is wrong; see `plot`.
+        OSError, ValueError: an argument is wrong; see `plot`.
     """
     if arguments.images < 0:
         raise ValueError(f"--images {arguments.images}: must be at least 0")
-    named, overrides = split_overrides(arguments.folders)
+    named, overrides = split_overrides(arguments.folders, "folder")
     folders = [Path(each) for each in named]
-    if not folders:
-        raise ValueError("no folder; name at least one before key=value")
     studies = {
         folder: read_record(folder / "study.json") for folder in folders if (folder / "study.json").is_file()
     }
@@ -96,8 +96,11 @@ def run(arguments: argparse.Namespace) -> None:
     names = read_names(arguments.names, [*map(str, runs), *rows])
     if arguments.rows and not studies:
         raise ValueError("--rows chooses rows of studies, and no folder with a study.json is named")
-    for folder, document in studies.items():
-        document = _chosen(document, arguments.rows, names, str(folder))
+    chosen = {
+        folder: _chosen(document, arguments.rows, names, str(folder)) for folder, document in studies.items()
+    }
+    check_writable(arguments.out / f"curves.{arguments.format}")  # before minutes of work
+    for folder, document in chosen.items():
         path = arguments.out / f"{folder.resolve().name}.{arguments.format}"
         save(study_figure(document, folder.resolve().name), path)
         say(str(path))
@@ -207,12 +210,14 @@ def training_curves(runs: Sequence[PlottedRun]) -> Figure:
     evaluated = any(len(run.state.every_evaluation) > 1 for run in runs)  # one alone is no curve
     figure, axes = subplots(1 + evaluated, 1, (7, 3.2), sharex=True)
     numbers = _numbers(runs)
+    handles: dict[str, matplotlib.lines.Line2D] = {}
     for run in runs:
-        kind, label = look(numbers[run.name]), _label_once(axes[0, 0], run.name)
+        kind = look(numbers[run.name])
         losses = [r for r in run.state.records if r.get("loss") is not None]
         steps, values = [r["step"] for r in losses], np.array([r["loss"] for r in losses], dtype=float)
         axes[0, 0].plot(steps, values, color=kind["color"], lw=0.6, alpha=0.3)
-        axes[0, 0].plot(steps, smoothed(values), color=kind["color"], ls=kind["linestyle"], label=label)
+        (line,) = axes[0, 0].plot(steps, smoothed(values), color=kind["color"], ls=kind["linestyle"])
+        handles.setdefault(run.name, line)
         if evaluated and run.state.metrics is not None:
             points, metrics = zip(*run.state.every_evaluation)
             axes[1, 0].plot(points, [100 * each["AP"] for each in metrics], ms=5, **kind)
@@ -221,7 +226,7 @@ def training_curves(runs: Sequence[PlottedRun]) -> Figure:
     axes[-1, 0].set_xlim(left=0)
     if evaluated:
         axes[1, 0].set(ylabel="AP")
-    axes[0, 0].legend(fontsize=8)
+    axes[0, 0].legend([*handles.values()], [*handles], fontsize=8)
     return figure
 
 
@@ -240,7 +245,8 @@ def frequency_dots(runs: Sequence[PlottedRun]) -> Figure:
 def ap_against_images(runs: Sequence[PlottedRun], annotations: Annotations) -> Figure:
     """Draw AP of every class over its number of training images, and means of bins of at least 3 classes."""
     figure, axes = subplots(1, 1, (7, 3.6))
-    ax, numbers, counted = axes[0, 0], _numbers(runs), False
+    ax, numbers = axes[0, 0], _numbers(runs)
+    handles: dict[str, matplotlib.lines.Line2D] = {}
     counts = np.array([category.image_count for category in annotations.categories])
     for run in runs:
         assert run.detections is not None
@@ -254,19 +260,17 @@ def ap_against_images(runs: Sequence[PlottedRun], annotations: Annotations) -> F
         )  # fmt: skip
         bins = merge_small_bins(ap_by_image_count(curves, annotations.categories))
         centers = [math.sqrt(max(first, 1) * max(last, 1)) for first, last, _, _ in bins]
-        label = _label_once(ax, run.name)
-        ax.plot(centers, [100 * ap for *_, ap in bins], ms=5, label=label, **kind)
-        if not counted:
+        (line,) = ax.plot(centers, [100 * ap for *_, ap in bins], ms=5, **kind)
+        if not handles:
             for center, (first, last, classes, _) in zip(centers, bins):
                 ax.annotate(
                     f"{first}-{last}\nn={classes}", (center, 1.01), xycoords=("data", "axes fraction"),
                     ha="center", fontsize=6,
                 )  # fmt: skip
-            counted = True
-    ax.set(
-        xscale="log", xlabel="training images of the class; above: bins of the lines, n classes", ylabel="AP"
-    )
-    ax.legend(fontsize=8)
+        handles.setdefault(run.name, line)
+    log_scale(ax)
+    ax.set(xlabel="training images of the class; above: bins of the lines, n classes", ylabel="AP")
+    ax.legend([*handles.values()], [*handles], fontsize=8)
     return figure
 
 
@@ -366,8 +370,3 @@ def _validation(config: Config) -> Annotations:
 def _numbers(runs: Sequence[PlottedRun]) -> dict[str, int]:
     """Return the number of each name in the order of the runs, for its look."""
     return {name: number for number, name in enumerate(dict.fromkeys(run.name for run in runs))}
-
-
-def _label_once(ax: Axes, name: str) -> str | None:
-    """Return the name as a label of the legend, unless an earlier line has it."""
-    return None if name in ax.get_legend_handles_labels()[1] else name

@@ -74,8 +74,10 @@ def run(arguments: argparse.Namespace) -> None:
     if not 0 <= arguments.score <= 1:
         raise ValueError(f"--score {arguments.score}: must be between 0 and 1")
     out, stored = arguments.out, arguments.annotations is not None
-    sources, overrides = split_overrides(arguments.sources)
-    files, others = find_images(sources, out)
+    if stored and not arguments.annotations.exists():
+        raise FileNotFoundError(f"--annotations {arguments.annotations}: no such file")
+    sources, overrides = split_overrides(arguments.sources, "source")
+    files, others = find_images(sources, [out / name for name in (PICTURES, PREDICTIONS, IMAGES, PAGE)])
     checkpoint = find_checkpoint(arguments.run)
     detector, config = load_for_inference(checkpoint, choose_device(arguments.device), overrides)
     labels = None

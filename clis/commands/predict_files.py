@@ -5,6 +5,8 @@ from __future__ import annotations
 import glob
 import itertools
 import os
+import posixpath
+import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,11 +31,14 @@ class ImageFile:
     """Relative to the folder that was named, else the file's own name."""
 
 
-def find_images(sources: Sequence[str], out: Path) -> tuple[list[ImageFile], int]:
+def find_images(sources: Sequence[str], written: Sequence[Path]) -> tuple[list[ImageFile], int]:
     """List the image files of the sources: files as they are named, folders and globs sorted.
 
-    Each file comes once. Links to folders are followed; hidden files and folders are left out. So is the
-    output folder, so that pictures are never taken for photos.
+    Each file comes once. Links to folders are followed; hidden files and folders are left out.
+
+    Args:
+        written: files and folders that the command writes, which are left out too: a picture is never taken
+            for a photo, and no photo is written over.
 
     Returns:
         The files, and how many other files are in the folders, by their names no images.
@@ -42,11 +47,7 @@ def find_images(sources: Sequence[str], out: Path) -> tuple[list[ImageFile], int
         FileNotFoundError: a source does not exist, a glob matches nothing, or no image is found.
     """
     found: dict[Path, ImageFile] = {}
-    num_others = 0
-
-    def add(path: Path, name: str) -> None:
-        found.setdefault(path.resolve(), ImageFile(path, name))
-
+    own, num_own, num_others = {path.resolve() for path in written}, 0, 0
     for source in sources:
         if Path(source).exists():
             matches = [source]
@@ -58,18 +59,19 @@ def find_images(sources: Sequence[str], out: Path) -> tuple[list[ImageFile], int
             what = "matches no file" if glob.has_magic(source) else "no such file or folder"
             raise FileNotFoundError(f"{source}: {what}; name images, folders or globs")
         for path in map(Path, matches):
-            if not path.is_dir():
-                add(path, path.name)
-                continue
-            for each in sorted(_files_below(path)):
-                if out.resolve() in each.resolve().parents:
-                    continue
-                if is_image(each.name):
-                    add(each, str(each.relative_to(path)))
-                else:
+            is_folder = path.is_dir()
+            for each in sorted(_files_below(path)) if is_folder else [path]:
+                full = each.resolve()
+                if not own.isdisjoint([full, *full.parents]):
+                    num_own += 1
+                elif is_folder and not is_image(each.name):
                     num_others += 1
+                else:
+                    name = str(each.relative_to(path)) if is_folder else each.name
+                    found.setdefault(full, ImageFile(each, name))
     if not found:
-        raise FileNotFoundError(f"{', '.join(sources)}: no {FORMATS} file found")
+        beside = f" but in {written[0]}, where this command writes; name another --out" if num_own else ""
+        raise FileNotFoundError(f"{', '.join(sources)}: no {FORMATS} file found{beside}")
     return list(found.values()), num_others
 
 
@@ -99,7 +101,8 @@ class Annotated:
 def find_annotated(path: Path, files: Sequence[ImageFile], categories: Sequence[Category]) -> Annotated:
     """Find image files in an annotation file, which need not have boxes, by the ends of their paths.
 
-    A path may be that of a link, or of what it links to.
+    A path may be that of a link, or of what it links to. Names are understood as by training: with
+    backslashes, a leading ``./``, and accents in either of Unicode's forms.
 
     Raises:
         ValueError: a file is not in it, two files would be one image, or a name is that of several images; or
@@ -108,16 +111,16 @@ def find_annotated(path: Path, files: Sequence[ImageFile], categories: Sequence[
     annotations = read_annotations(path, unlabeled=True)
     check_same_categories(categories, "the detector", annotations.categories, annotations.path)
     rows: dict[str, list[int]] = {}
-    names = [str(name) for name in annotations.file_names]
+    names = [_plain(name) for name in annotations.file_names]
     for row, name in enumerate(names):
-        rows.setdefault(Path(name).name, []).append(row)
+        rows.setdefault(os.path.basename(name), []).append(row)
     found: list[int] = []
     for file in files:
-        full = {Path(os.path.abspath(file.path)), file.path.resolve()}
+        full = {_plain(os.path.abspath(file.path)), _plain(file.path.resolve())}
         own = [
             row
-            for row in {row for path in full for row in rows.get(path.name, [])}
-            if any(path.as_posix().endswith("/" + names[row]) for path in full)
+            for row in {row for path in full for row in rows.get(os.path.basename(path), [])}
+            if any(path.endswith(names[row]) for path in full)
         ]
         if len(own) != 1:
             what = "is none of its images" if not own else f"may be any of {len(own)} of its images"
@@ -130,6 +133,12 @@ def find_annotated(path: Path, files: Sequence[ImageFile], categories: Sequence[
             )
         found.append(own[0])
     return Annotated(annotations, found)
+
+
+def _plain(path: object) -> str:
+    """Return a path in a form that is equal for all ways to write it, with one slash before every part."""
+    text = unicodedata.normalize("NFC", str(path).replace("\\", "/"))
+    return posixpath.normpath("/" + text.lstrip("/"))
 
 
 def picture_names(files: Sequence[ImageFile]) -> list[str]:

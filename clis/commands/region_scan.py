@@ -27,6 +27,7 @@ from clis.engine.region_search import (
 )
 from clis.models import CLISDetector
 from clis.progress import Progress, say
+from clis.text import markdown_table
 
 FRACTIONS = (0.25, 0.375, 0.5, 0.625, 0.75, 1.0, 1.25)
 """Of `test.short_side`: the sizes that are tried where none are named."""
@@ -79,10 +80,10 @@ def scan_sizes(
         if truth is not None:
             overlaps = _overlaps(found["box"], names, truth)
             cells += [f"{overlaps.mean():.3f}", f"{100 * (overlaps > 0.5).mean():.1f}"]
-        lines.append("| " + " | ".join(cells) + " |")
+        lines.append(cells)
     head = ["short_side", "max_size", "mean score", "images a second"]
     head += ["mean IoU", "% above 0.5"] if truth is not None else []
-    say("\n".join(["| " + " | ".join(head) + " |", "|" + "--:|" * len(head), *lines]))
+    say(markdown_table(head, lines))
     size, max_size = max(scores, key=scores.__getitem__)
     say(f"the mean score is highest with regions.short_side={size} regions.max_size={max_size}")
 

@@ -36,10 +36,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Write the page of some runs."""
-    named, overrides = split_overrides(arguments.runs)
+    named, overrides = split_overrides(arguments.runs, "run folder")
     folders = [Path(each) for each in named]
-    if not folders:
-        raise ValueError("no run folder; name at least one before key=value")
     for name in ("images", "regions"):
         if (getattr(arguments, name) or 0) < 0:
             raise ValueError(f"--{name} {getattr(arguments, name)}: must be at least 0")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from clis.atomic import atomic_write
+from clis.atomic import atomic_write, check_writable
 from clis.data.annotations import Annotations
 from clis.data.categories import check_same_categories
 from clis.data.streams import read_annotations
@@ -21,6 +21,7 @@ from clis.metric.lvis_eval import accumulate, summarize
 from clis.metric.masks import ground_truth_masks
 from clis.metric.matching import Matches, describe_uncounted, match
 from clis.progress import say
+from clis.text import markdown_table
 
 OUTSIDE = 0.2
 """Share of boxes beyond their images from which on they are probably of another form."""
@@ -92,7 +93,7 @@ def score_results(arguments: argparse.Namespace) -> dict[str, float]:
     say(f"{arguments.results}: {len(detections)} detections, {len(matches.rows)} of them judged")
     for line in describe_uncounted(annotations):
         say(f"WARNING: {line}")
-    say(_column_table({"figure": list(figures), "%": [_percent(value) for value in figures.values()]}))
+    say(markdown_table(["figure", "%"], [(name, _percent(value)) for name, value in figures.items()]))
     if arguments.out is not None:
         with atomic_write(arguments.out) as temporary:
             temporary.write_text(json.dumps(figures, indent=1) + "\n")
@@ -105,12 +106,11 @@ def score_results(arguments: argparse.Namespace) -> dict[str, float]:
         bins = analysis.ap_by_image_count(curves, categories)
         source = arguments.train_annotations or "image_count of --annotations; counted in it if it has none"
         say(f"\nAP against training images ({source})")
-        names = [f"{first}-{last}" if first < last else str(first) for first, last, _, _ in bins]
-        say(_column_table({
-            "images": names,
-            "classes": [str(row[2]) for row in bins],
-            "AP": [_percent(row[3]) for row in bins],
-        }))  # fmt: skip
+        rows = [
+            (f"{first}-{last}" if first < last else str(first), str(classes), _percent(ap))
+            for first, last, classes, ap in bins
+        ]
+        say(markdown_table(["images", "classes", "AP"], rows))
     if arguments.errors:
         _say_errors(annotations, detections, matches)
     if arguments.compare is not None:
@@ -139,7 +139,7 @@ def describe_boxes(annotations: Annotations, detections: Detections) -> Iterator
 
 
 def _check(arguments: argparse.Namespace) -> None:
-    """Refuse options that do not go together, and files that are not there, before anything is read."""
+    """Refuse options that do not go together, and files that are not there or cannot be written."""
     if arguments.errors and arguments.masks:
         raise ValueError("--errors looks at boxes; leave --masks out")
     if arguments.protocol != "standard":
@@ -158,6 +158,9 @@ def _check(arguments: argparse.Namespace) -> None:
         path = getattr(arguments, name)
         if path is not None and not path.exists():
             raise FileNotFoundError(f"--{name.replace('_', '-')} {path}: no such file")
+    for path in (arguments.out, arguments.per_class):
+        if path is not None:
+            check_writable(path)
 
 
 def _ground_truth(arguments: argparse.Namespace) -> tuple[Annotations, list | None]:
@@ -179,14 +182,14 @@ def _say_errors(annotations: Annotations, detections: Detections, matches: Match
     shares = analysis.error_shares(annotations, detections, matches, annotations.categories)
     say("\nAP50, and how much it would rise if one kind of error alone were corrected")
     rows = [
-        ("AP50", shares.ap50, ""),
-        *((name, shares.lost[name], shares.counts[name]) for name in shares.lost),
+        [
+            name,
+            *(_percent(values[group]) for group in analysis.ERROR_GROUPS),
+            str(shares.counts.get(name, "")),
+        ]
+        for name, values in {"AP50": shares.ap50, **shares.lost}.items()
     ]
-    say(_column_table({
-        "error": [name for name, _, _ in rows],
-        **{group: [_percent(values[group]) for _, values, _ in rows] for group in analysis.ERROR_GROUPS},
-        "number": [str(count) for _, _, count in rows],
-    }))  # fmt: skip
+    say(markdown_table(["error", *analysis.ERROR_GROUPS, "number"], rows))
     agnostic = analysis.class_agnostic(annotations, detections, matches)
     say("boxes alone, classes erased: " + "  ".join(f"{k} {_percent(v)}" for k, v in agnostic.items()))
 
@@ -228,11 +231,8 @@ def _say_official(
         say("\nrunning the published package ...")
         theirs, precision, recall = official_precision(arguments.annotations, results, iou_type, limit)
     curves = accumulate(matches)
-    say(_column_table({
-        "figure": list(theirs),
-        "ours": [f"{figures[name]:.10f}" for name in theirs],
-        "package": [f"{value:.10f}" for value in theirs.values()],
-    }))  # fmt: skip
+    rows = [(name, f"{figures[name]:.10f}", f"{value:.10f}") for name, value in theirs.items()]
+    say(markdown_table(["figure", "ours", "package"], rows))
     by_figure = max(abs(figures[name] - value) for name, value in theirs.items())
     by_curve = max(
         float(np.abs(curves.precision - precision).max()), float(np.abs(curves.recall - recall).max())
@@ -242,14 +242,3 @@ def _say_official(
 
 def _percent(value: float) -> str:
     return "-" if value < 0 else f"{100 * value:.1f}"
-
-
-def _column_table(columns: dict[str, list[str]]) -> str:
-    """Return a Markdown table: the first column to the left, the others to the right."""
-    widths = [max(map(len, [name, *values])) for name, values in columns.items()]
-    rows = [list(columns), ["-" * width for width in widths], *zip(*columns.values())]
-    lines = []
-    for row in rows:
-        first, *others = (f"{cell:>{width}}" for cell, width in zip(row, widths))
-        lines.append("| " + " | ".join([f"{first.strip():<{widths[0]}}", *others]) + " |")
-    return "\n".join(lines)

@@ -13,7 +13,7 @@ from clis.config_files import find_config, load_config
 from clis.data.streams import generate_data
 from clis.engine.run_folder import RunFolder
 from clis.progress import say
-from clis.study.file import Study
+from clis.study.file import Study, check_overrides
 from clis.study.jobs import Job, log_of, plan_row, work
 from clis.study.record import Record
 
@@ -73,9 +73,11 @@ def run_study(
         out/NAME.
 
     Raises:
-        ValueError: unknown rows or classification losses; or a run failed, after the others are done.
+        ValueError: unknown rows or classification losses, or an override of what the study sets itself; or a
+            run failed, after the others are done.
         Preempted: asked to stop; what was running has saved its state.
     """
+    check_overrides(overrides)
     study, out = Study.load(path), out.resolve()
     unknown = sorted(set(rows) - {row.name for row in study.rows})
     if unknown:

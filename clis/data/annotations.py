@@ -58,8 +58,8 @@ class Annotations:
     ignored: np.ndarray
     """bool [A], ``ignore``, by which the `lvis` package leaves a box uncounted; never in LVIS itself."""
     federated: bool
-    """True where the file has LVIS's neg_category_ids / not_exhaustive_category_ids; False means every image
-    is annotated exhaustively for every class."""
+    """True where the file has LVIS's neg_category_ids; False means every image is annotated exhaustively for
+    every class."""
     groups_counted: bool
     """Whether classes have no ``frequency`` in the file, so that their groups are those of its own counts."""
     renamed: int
@@ -67,7 +67,7 @@ class Annotations:
     negatives: tuple[np.ndarray, np.ndarray]
     """Labels known to be absent: (offsets int64 [N + 1], labels int64 [...]); empty where not federated."""
     not_exhaustive: tuple[np.ndarray, np.ndarray]
-    """Labels not exhaustively annotated, in the same form."""
+    """Labels not exhaustively annotated, in the same form; they mean nothing where not federated."""
 
     def __len__(self) -> int:
         """Return the number of images."""

@@ -80,7 +80,8 @@ def read_training_annotations(config: Config) -> tuple[Annotations, dict[str, in
 def _reading(path: str | Path) -> Iterator[Advance]:
     """Yield the progress function for the reader of a file; small and mapped files show no progress."""
     size = os.path.getsize(path) if os.path.isfile(path) else 0
-    with local_main_first(), Progress(f"reading {Path(path).name}, MiB", size >> 20) as progress:
+    label = f"reading {Path(path).name}, MiB"
+    with local_main_first(), Progress(label, size >> 20, at_most=True) as progress:  # parts are rounded down
         yield (lambda count: progress.advance(count >> 20)) if size >= CACHED_BYTES else (lambda count: None)
 
 

@@ -33,6 +33,7 @@ from clis.metric.matching import (
     T,
     match,
 )
+from clis.text import markdown_table
 
 RECALLS = np.linspace(0.0, 1.0, 101)
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "APr", "APc", "APf", "AR@300")
@@ -283,14 +284,9 @@ def format_table(rows: dict[str, dict[str, float]]) -> str:
     An undefined metric, or one that a row does not have, is `-`.
     """
     columns = ("AP", "AP50", "AP75", "APr", "APc", "APf", "AR")
-    width = max(map(len, ["run", *rows]))
-    lines = [
-        f"| {'run':<{width}} | " + " | ".join(f"{name:>4}" for name in columns) + " |",
-        f"|:{'-' * width}-|" + "-----:|" * len(columns),
-    ]
+    lines = []
     for run, metrics in rows.items():
         recall = next((name for name in metrics if name.startswith("AR@")), "AR")
         values = [metrics.get(recall if name == "AR" else name, -1) for name in columns]
-        cells = ("-" if value < 0 else f"{100 * value:.1f}" for value in values)
-        lines.append(f"| {run:<{width}} | " + " | ".join(f"{cell:>4}" for cell in cells) + " |")
-    return "\n".join(lines)
+        lines.append([run, *("-" if value < 0 else f"{100 * value:.1f}" for value in values)])
+    return markdown_table(["run", *columns], lines)

@@ -274,7 +274,7 @@ def _judged(
     order = order[np.argsort(labels[rows[order]].astype(_smallest(num_classes)), kind="stable")]
     rows, pair = rows[order], pair[order]
     starts = np.append(np.searchsorted(truth["key"], known), len(truth))
-    partial = np.isin(known, _pair_keys(annotations, annotations.not_exhaustive))
+    partial = np.isin(known, _pair_keys(annotations, annotations.not_exhaustive)) & annotations.federated
     return {
         "rows": rows,
         "labels": labels[rows],

@@ -104,9 +104,8 @@ def read_pictures(
     errors: list[str] = []
     used = 0
     by_count = room is None
-    with Progress(
-        "pictures" + ", kB" * (not by_count), len(rows) if room is None else room // 1000
-    ) as progress:
+    label, total = ("pictures", len(rows)) if room is None else ("pictures, kB", room // 1000)
+    with Progress(label, total, at_most=True) as progress:
         for row in rows:
             try:
                 picture = encode_small(open_annotated(annotations, folder, row, max_pixels), SIDE)
@@ -145,7 +144,7 @@ def region_payload(
     by_score = np.lexsort((scores, labels))
     bounds = np.searchsorted(labels[by_score], np.arange(len(categories) + 1))
     shown: list[dict[str, Any]] = []
-    with Progress("regions", count) as progress:
+    with Progress("regions", count, at_most=True) as progress:
         for label in order.tolist():
             own = by_score[bounds[label] : bounds[label + 1]]
             for row in dict.fromkeys(own[[0, len(own) // 2, -1]].tolist() if len(own) else []):

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from clis.figures import METRIC_GROUPS, Axes, Figure, defined, dot_plot, look, mean_line, subplots
+from clis.figures import METRIC_GROUPS, Axes, Figure, defined, dot_plot, log_scale, look, mean_line, subplots
 from clis.metric.analysis import merge_small_bins
 
 MOST_GAINS = 4
@@ -80,7 +80,7 @@ def _gains(rows: Mapping[str, Mapping[str, Any]], classes: Mapping[str, int], ti
     """Draw a line per row over the groups, and the gain over the first row by training images."""
     figure, axes = subplots(1, 2, (4.6, 3.4))
     left, right = axes[0]
-    first = next(iter(rows))
+    first, handles = next(iter(rows)), {}
     for number, (name, row) in enumerate(rows.items()):
         places = np.arange(len(METRIC_GROUPS)) + 0.12 * (number - (len(rows) - 1) / 2)
         kind = look(number)
@@ -88,7 +88,8 @@ def _gains(rows: Mapping[str, Mapping[str, Any]], classes: Mapping[str, int], ti
             runs = _values(row, key)
             left.plot(np.full(len(runs), place), runs, "o", ms=3.5, mfc="none", mec=kind["color"], alpha=0.6)
             left.plot(place, runs.mean(), kind["marker"], color=kind["color"], ms=6)
-        left.plot([], [], kind["marker"], color=kind["color"], label=f"{name} (n = {len(row['runs'])})")
+        label = f"{name} (n = {len(row['runs'])})"
+        (handles[label],) = left.plot([], [], kind["marker"], color=kind["color"], label=label)
         if number > 0:
             draw_gain(right, row["runs"], rows[first]["runs"], classes, number)
     left.set_xticks(
@@ -97,9 +98,10 @@ def _gains(rows: Mapping[str, Mapping[str, Any]], classes: Mapping[str, int], ti
     left.set(ylabel="AP")
     left.set_ylim(bottom=0)
     left.set_title(title, fontsize=9, loc="left")
-    left.legend(fontsize=7, framealpha=0.6)
+    left.legend([*handles.values()], [*handles], fontsize=7, framealpha=0.6)
     right.axhline(0, color="black", lw=0.6)
-    right.set(xscale="log", xlabel="training images of the class (n: classes)", ylabel=f"delta AP vs {first}")
+    log_scale(right)
+    right.set(xlabel="training images of the class (n: classes)", ylabel=f"delta AP vs {first}")
     for ax in axes[0]:
         ax.grid(axis="y", lw=0.4, color="0.85")
         ax.spines[["top", "right"]].set_visible(False)

@@ -15,6 +15,8 @@ from clis.study.runs import StudyRun
 
 SECTIONS = {field.name for field in dataclasses.fields(Config)}
 """Names of the sections of a config."""
+OWN = ("train.seed", "output", "regions.file")
+"""What a study sets itself, for each row and seed."""
 STUDY_KEYS = {"base", "seeds", "axis", "rows"}
 """Of a study file."""
 
@@ -75,6 +77,23 @@ class Study:
         return StudyRun.load(row.config or self.base, every)
 
 
+def check_overrides(overrides: Sequence[str]) -> None:
+    """Check that none of the overrides for all rows sets what the study itself sets.
+
+    Raises:
+        ValueError: one does.
+    """
+    if refused := _keys_among(overrides, OWN):
+        raise ValueError(
+            f"{refused[0]} is not the command line's to set: each row and seed has its own; choose seeds by "
+            "--seeds N ... and the folder of all studies by --out FOLDER"
+        )
+
+
+def _keys_among(overrides: Sequence[str], keys: Sequence[str]) -> list[str]:
+    return [key for key in flatten(merge_overrides({}, overrides)) if key in keys]
+
+
 def _read_keys(path: Path, below: tuple[Path, ...] = ()) -> dict[str, Any]:
     """Read the keys of a study file and of the one that it is like; paths become those of their files."""
     if path.resolve() in below:
@@ -105,11 +124,10 @@ def _read_row(name: str, values: Any, path: Path) -> Row:
     overrides, paper = values.get("overrides", []), values.get("paper")
     if not isinstance(overrides, list) or not all(isinstance(each, str) for each in overrides):
         raise ValueError(f"{where}: overrides is {overrides!r}; give a list of key=value")
-    for key in flatten(merge_overrides({}, overrides)):
-        if key in (*RESUMABLE, "regions.file", "train.seed"):
-            raise ValueError(
-                f"{where}: {key} is not a row's to set: it changes no result, or all rows share it"
-            )
+    if refused := _keys_among(overrides, (*RESUMABLE, *OWN)):
+        raise ValueError(
+            f"{where}: {refused[0]} is not a row's to set: it changes no result, or all rows share it"
+        )
     if paper is not None and not (isinstance(paper, list) and len(paper) == len(FIGURES)):
         raise ValueError(f"{where}: paper is {paper}; give {', '.join(FIGURES)}")
     paper, at = None if paper is None else tuple(paper), values.get("at")

@@ -21,6 +21,7 @@ from clis.metric.lvis_eval import accumulate
 from clis.metric.matching import match
 from clis.progress import say
 from clis.study.file import Row, Study
+from clis.text import markdown_table
 
 ABOUT = (
     "AP in percent, mean ± standard deviation over the seeds; seconds a step are of shared machines and do "
@@ -182,7 +183,7 @@ def table(rows: Mapping[str, Mapping[str, Any]]) -> str:
         "seconds a step",
         "paper's " + " / ".join(FIGURES),
     ]
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    lines = []
     first = next(iter(rows.values()))["runs"] if rows else {}
     for number, (name, row) in enumerate(rows.items()):
         runs = list(row["runs"].values())
@@ -195,8 +196,8 @@ def table(rows: Mapping[str, Mapping[str, Any]]) -> str:
         paper = "" if row["paper"] is None else " / ".join(f"{value:.1f}" for value in row["paper"])
         seconds = row.get("paper_seconds")
         cells.append(paper if seconds is None else f"{paper}; {seconds:.3f} s")
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+        lines.append(cells)
+    return markdown_table(head, lines, padded=False) + "\n"
 
 
 def table_by_images(rows: Mapping[str, Mapping[str, Any]]) -> str:
@@ -208,7 +209,7 @@ def table_by_images(rows: Mapping[str, Mapping[str, Any]]) -> str:
         {name for row in rows.values() for run in row["runs"].values() for name in run["by_images"]},
         key=lambda name: int(name.partition("-")[0]),
     )
-    lines = ["| AP by training images | " + " | ".join(bins) + " |", "|" + "---|" * (1 + len(bins))]
+    lines = []
     for name, row in rows.items():
         cells = [
             _mean_and_deviation(
@@ -216,8 +217,8 @@ def table_by_images(rows: Mapping[str, Mapping[str, Any]]) -> str:
             )
             for each in bins
         ]
-        lines.append("| " + " | ".join([name, *cells]) + " |")
-    return "\n".join(lines) + "\n"
+        lines.append([name, *cells])
+    return markdown_table(["AP by training images", *bins], lines, padded=False) + "\n"
 
 
 def _ap_by_images(folder: RunFolder) -> tuple[dict[str, float], dict[str, int]]:
