@@ -255,7 +255,7 @@ def _problems(
     found: list[str] = []
     block = 64 * THREADS
     began, done = time.monotonic(), 0
-    with ThreadPoolExecutor(THREADS) as pool, Progress(label, len(rows)) as progress:
+    with ThreadPoolExecutor(THREADS) as pool, Progress(label, len(rows), at_most=True) as progress:
         for start in range(0, len(rows), block):
             if time.monotonic() > until:
                 break
