@@ -24,8 +24,11 @@ PATIENCE = 5.0
 """Seconds within which torchrun stops the other processes when one has ended."""
 
 
-class Preempted(Exception):
-    """The run was asked to stop, has saved its state and can be resumed."""
+class Preempted(BaseException):
+    """The run was asked to stop, has saved its state and can be resumed.
+
+    Like KeyboardInterrupt it may be raised anywhere, and is no error that anything on the way should handle.
+    """
 
 
 class OutOfMemory(Exception):
@@ -74,7 +77,7 @@ def is_lost_process(error: BaseException) -> bool:
 
 
 def explain(error: BaseException) -> str | None:
-    """Return one line for an error of torch or the system whose own text helps nobody; None for others."""
+    """Return one line for an error of torch or the system whose own message is unhelpful; None for others."""
     text = str(error).rstrip()
     if is_worker_death(error):
         return (

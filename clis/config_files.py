@@ -53,6 +53,9 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     if any(key not in SAME_RECIPE for key in flatten(merge_overrides({}, overrides))):
         values.pop("paper", None)  # another recipe than the file's
     values = merge_overrides(values, overrides)
+    for name, key in PATHS_IN_FILES:  # in one spelling, since runs are known by them
+        if isinstance(section := values.get(name), dict) and isinstance(source := section.get(key), str):
+            section[key] = os.path.normpath(source)
     values.setdefault("output", str(Path("runs") / name_below(path, "configs")))
     return resolve_data_root(config_from_dict(values, source=str(path)))
 
@@ -106,7 +109,7 @@ def config_to_yaml(config: Config, folder: Path = Path()) -> str:
     values = config_to_dict(config)
     for name, key in PATHS_IN_FILES:
         source = values[name][key]
-        if source is not None and not os.path.isabs(source) and os.path.exists(source):
+        if source is not None and not os.path.isabs(source) and not _is_shipped(source):
             values[name][key] = os.path.relpath(source, folder)
     return yaml.safe_dump(values, sort_keys=False)
 
@@ -119,7 +122,8 @@ def read_full_config(path: Path) -> Config:
 def from_here(values: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Return the values of a config file in `folder` with its paths as they are seen from the working folder.
 
-    A name that is none of a file there but of a shipped config, or from the working folder, is left alone.
+    A name that is none of a file there is left alone where it is that of a shipped config, or of a file as
+    seen from the working folder (as earlier versions wrote them into run folders).
     """
     seen = dict(values)
     for name, key in PATHS_IN_FILES:
@@ -129,10 +133,14 @@ def from_here(values: dict[str, Any], folder: Path) -> dict[str, Any]:
         source = section.get(key)
         if not isinstance(source, str) or os.path.isabs(source):
             continue
-        elsewhere = any(each.exists() for each in (Path(source), Path("configs", source), SHIPPED / source))
-        if (folder / source).exists() or not elsewhere:
+        if (folder / source).exists() or not (_is_shipped(source) or os.path.exists(source)):
             seen[name] = section | {key: os.path.relpath(folder / source)}
     return seen
+
+
+def _is_shipped(name: str) -> bool:
+    """Return whether a name is that of a shipped config, and of no file as seen from the working folder."""
+    return not os.path.exists(name) and any(Path(folder, name).exists() for folder in ("configs", SHIPPED))
 
 
 def config_differences(a: Config, b: Config, within: Collection[str] | None = None) -> list[str]:

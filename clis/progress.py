@@ -67,7 +67,7 @@ class Progress:
     Use as a context manager and call `advance` as the work progresses; without a call it prints nothing.
 
     Args:
-        at_most: the work may be done before the total is reached; what is done by then is said to be all.
+        at_most: the work may end before the total is reached; what is done by then is reported as the total.
     """
 
     def __init__(self, label: str, total: int, start: int = 0, *, at_most: bool = False) -> None:

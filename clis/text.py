@@ -62,8 +62,8 @@ def markdown_table(head: Sequence[str], rows: Iterable[Sequence[str]], *, padded
     """Return a Markdown table, in which a ``|`` of a cell is escaped.
 
     Args:
-        padded: align the columns for a terminal, the first to the left and the others to the right; a file
-            that is rendered needs it not.
+        padded: align the columns for a terminal, the first to the left and the others to the right; not
+            needed in files that are rendered.
     """
     lines = [[cell.replace("|", r"\|") for cell in row] for row in (head, *rows)]
     if padded:

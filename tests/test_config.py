@@ -211,6 +211,22 @@ class TestFiles:
         config = load_config(write("child.yaml", "regions: {detector: shapes/baseline.yaml}"))
         assert config.regions.detector == "shapes/baseline.yaml"
 
+    @pytest.mark.parametrize("source", ["runs/base/", "./runs/base", "runs/gone", "shapes/baseline.yaml"])
+    def test_a_run_knows_its_sources_in_any_spelling(self, write, tmp_path, monkeypatch, source):
+        """Also one that is gone when the run is looked at again."""
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "runs" / "base").mkdir(parents=True)
+        path = write("mine.yaml", "train: {steps: 7}")
+        overrides = ["output=runs/next", f"start.from={source}", f"regions.detector={source}"]
+        config = load_config(path, overrides)
+        folder = RunFolder(config.output)
+        folder.claim(config)
+        folder.metrics.write_text("{}\n")  # from here on it belongs to the config
+        (tmp_path / "runs" / "base").rmdir()
+        for _ in range(2):
+            folder.claim(load_config(path, overrides))
+        assert load_config(folder.config) == folder.read_config() == config
+
     @pytest.mark.parametrize("overrides", [(), ("regions.detector=parents/detector.yaml",)])
     def test_the_config_of_a_run_can_be_loaded(self, write, tmp_path, monkeypatch, overrides):
         """Its file is in another folder than the one that its detector was named in."""

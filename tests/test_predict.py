@@ -136,7 +136,7 @@ def test_sources_are_files_folders_and_globs_each_file_once(photos, tmp_path):
     outside = [name for name in every if "/" not in name]
     assert names(photos, written=[photos / "below", photos / "notes.txt"]) == (outside, 0)
     assert names(photos / "**" / "*.jpg", written=[photos / "below"]) == (["b.jpg", "damaged.jpg"], 0)
-    with pytest.raises(FileNotFoundError, match=r"file found but in .*below, where this command writes"):
+    with pytest.raises(FileNotFoundError, match=r"the only images are in .*below, where this command writes"):
         names(photos / "below" / "a.jpg", written=[photos / "below"])
 
 
@@ -150,6 +150,17 @@ def test_the_photos_folder_may_be_the_output_folder(finished, photos, tmp_path, 
         main(["predict", str(finished), str(tmp_path), f"--out={out}"])
         _, document = read(out)
         assert [image["file_name"] for image in document["images"]] == ["in/b.jpg"]
+
+
+@pytest.mark.parametrize("name", ["images.json", "pictures/cat.jpg"])
+def test_what_somebody_else_has_in_the_output_folder_is_not_replaced(finished, photos, tmp_path, name):
+    own = tmp_path / "in" / name
+    own.parent.mkdir(parents=True)
+    own.write_bytes(b"mine")
+    shutil.copy(photos / "b.jpg", tmp_path / "in" / "cat.jpg")
+    with pytest.raises(ValueError, match=rf"{name.split('/')[0]}: was not written by predict"):
+        main(["predict", str(finished), str(tmp_path / "in"), f"--out={tmp_path / 'in'}"])
+    assert own.read_bytes() == b"mine"
 
 
 def test_linked_folders_are_looked_into_and_hidden_ones_are_not(photos, tmp_path):

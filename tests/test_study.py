@@ -369,13 +369,16 @@ def test_rows_may_have_seeds_of_their_own(tmp_path, monkeypatch):
         ({"base": CONFIG, "seeds": [0], "rows": {"a": {"paper": 3}}}, "row a: paper is 3"),
         (
             {"base": CONFIG, "seeds": [0], "rows": {"a": {"overrides": ["regions.file=x.npy"]}}},
-            "regions.file is",
+            "cannot override regions.file",
         ),
         (
             {"base": CONFIG, "seeds": [0], "rows": {"a": {"overrides": ["train={seed: 3}"]}}},
-            "train.seed is not",
+            "cannot override train.seed",
         ),
-        ({"base": CONFIG, "seeds": [0], "rows": {"a": {"overrides": ["data.root=x"]}}}, "data.root is not"),
+        (
+            {"base": CONFIG, "seeds": [0], "rows": {"a": {"overrides": ["data.root=x"]}}},
+            "cannot override data.root",
+        ),
     ],
 )
 def test_study_files_at_fault(tmp_path, values, message):
@@ -393,7 +396,9 @@ def test_rows_that_are_not_there(tmp_path):
 @pytest.mark.parametrize("override", ["--seed=3", "--output=x", "regions={file: r.npy}"])
 def test_what_a_study_sets_itself_is_not_overridden(tmp_path, override):
     path = write_study(tmp_path / "small.yaml", {"CLIS": {}})
-    with pytest.raises(ValueError, match=r"is not the command line's to set.* --seeds N .* --out FOLDER"):
+    with pytest.raises(
+        ValueError, match=r"cannot be overridden on the command line.* --seeds N .* --out FOLDER"
+    ):
         run_verb("study", [str(path), "--out", str(tmp_path), override])
 
 

@@ -8,7 +8,7 @@ import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from clis.cli import let_rank_0_speak
 from clis.data.categories import Category
@@ -39,7 +39,10 @@ INSTEAD = {
 
 
 class VerbParser(argparse.ArgumentParser):
-    """Parse the arguments of a verb and report errors in one line."""
+    """Parse the arguments of a verb and report errors in one line; options are not abbreviated."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options, allow_abbrev=False)
 
     def parse(self, argv: Sequence[str]) -> argparse.Namespace:
         """Parse arguments; overrides may follow options, and be options that other programs have.

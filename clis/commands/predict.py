@@ -86,7 +86,7 @@ def run(arguments: argparse.Namespace) -> None:
     selection = Selection(arguments.score, arguments.top, labels)
     known = find_annotated(arguments.annotations, files, detector.categories) if stored else None
     pictures = None if arguments.no_pictures else out / PICTURES
-    check_writable(out / PREDICTIONS)  # if this is impossible, say so before the work
+    claim_folder(out, {"checkpoint": str(checkpoint)})  # if this is impossible, say so before the work
     photos = predict(detector, config, files, selection, arguments.batch, known, pictures)
     written = write_results(out, photos, detector.categories, checkpoint, stored)
     if pictures is not None:
@@ -210,6 +210,31 @@ def draw_photo(pixels: Tensor, photo: Photo, categories: Sequence[Category], pat
         picture.save(temporary, quality=90)
 
 
+def claim_folder(out: Path, info: Mapping[str, str]) -> None:
+    """Note in a folder that its results are those of this command; nothing of somebody else is replaced.
+
+    Raises:
+        ValueError: files or pictures of these names are there, and `IMAGES` does not say whose they are.
+        OSError: it cannot be written.
+    """
+    check_writable(out / PREDICTIONS)
+    there = [path for name in (PICTURES, PREDICTIONS, IMAGES, PAGE) if (path := out / name).exists()]
+    try:
+        own = "checkpoint" in json.loads((out / IMAGES).read_bytes())["info"]
+    except (OSError, ValueError, KeyError, TypeError):
+        own = False
+    if there and not own:
+        raise ValueError(
+            f"{there[0]}: was not written by predict, which would replace it; name another --out"
+        )
+    _write_images(out, {"info": info, "images": []})
+
+
+def _write_images(out: Path, document: Mapping[str, Any]) -> None:
+    with atomic_write(out / IMAGES) as temporary:
+        temporary.write_text(json.dumps(document, indent=1) + "\n")
+
+
 def write_results(
     out: Path, photos: Sequence[Photo], categories: Sequence[Category], checkpoint: Path, stored: bool
 ) -> list[Path]:
@@ -233,8 +258,7 @@ def write_results(
         "images": [_image_record(photo) for photo in photos],
         "categories": [{"id": category.id, "name": category.name} for category in categories],
     }
-    with atomic_write(out / IMAGES) as temporary:
-        temporary.write_text(json.dumps(document, indent=1) + "\n")
+    _write_images(out, document)
     return [out / PREDICTIONS, out / IMAGES]
 
 

@@ -70,8 +70,9 @@ def find_images(sources: Sequence[str], written: Sequence[Path]) -> tuple[list[I
                     name = str(each.relative_to(path)) if is_folder else each.name
                     found.setdefault(full, ImageFile(each, name))
     if not found:
-        beside = f" but in {written[0]}, where this command writes; name another --out" if num_own else ""
-        raise FileNotFoundError(f"{', '.join(sources)}: no {FORMATS} file found{beside}")
+        only = f"the only images are in {written[0]}, where this command writes; name another --out"
+        what = only if num_own else f"no {FORMATS} file found"
+        raise FileNotFoundError(f"{', '.join(sources)}: {what}")
     return list(found.values()), num_others
 
 

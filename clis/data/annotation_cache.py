@@ -27,7 +27,7 @@ _INDEX = "index.json"
 _BLOCK = 1 << 20
 _ABANDONED = 3600.0
 """Seconds after which a temporary folder counts as abandoned."""
-_UNUSED = 7 * 86400.0
+_UNUSED = 30 * 86400.0
 """Seconds without use after which the cache of an earlier file of the name is removed."""
 
 

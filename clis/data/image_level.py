@@ -28,7 +28,7 @@ from clis.data.image_scan import (
     level_hint,
     list_images,
 )
-from clis.data.images import ImageError, read_bytes
+from clis.data.images import SHORTAGES, ImageError, read_bytes
 from clis.data.mapped import map_array
 from clis.progress import say
 from clis.text import name_key, printable, shortened
@@ -140,6 +140,8 @@ class ImageLevelIndex:
             tar = _open_tar(container.path, container.file_size).fileno()
             data = os.pread(tar, BLOCKSIZE + size, position - BLOCKSIZE)  # with the member's header
         except OSError as error:
+            if error.errno in SHORTAGES:
+                raise
             what = f"{error.strerror or error}; check data.image_level, or {_AGAIN} if it was moved"
             raise ImageError(f"{container.path}: {what}") from error
         if len(data) < BLOCKSIZE + size or not _is_header_of(data[:BLOCKSIZE], self._name(i), size):

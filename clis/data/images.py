@@ -50,8 +50,8 @@ _FORMATS: dict[bytes, type[ImageFile]] = {
 }
 """Readers of Pillow by the first bytes of an image."""
 
-_SHORT = (errno.ENOMEM, errno.EMFILE, errno.ENFILE)
-"""What the process or the machine is short of, whatever the file."""
+SHORTAGES = (errno.ENOMEM, errno.EMFILE, errno.ENFILE)
+"""Errors of the system that are not a file's fault: no memory, or no file handles."""
 
 _ORIENTATION = 0x0112
 """The EXIF tag of how an image is to be turned for display, 1 to 8."""
@@ -112,7 +112,7 @@ def read_bytes(path: str | Path) -> bytes:
         with open(path, "rb", buffering=0) as file:
             return file.read()
     except OSError as error:
-        if error.errno in _SHORT:
+        if error.errno in SHORTAGES:
             raise
         raise ImageError(f"{path}: {error.strerror or error}; check the image folder") from error
 
@@ -242,7 +242,7 @@ def _opened(data: bytes) -> ImageFile:
 def _pixels(image: Image.Image) -> Tensor:
     """Decode a Pillow image, the first frame of an animation: uint8 RGB [3,H,W], channels last in memory."""
     if image.mode == "F" or (image.mode == "I" and not isinstance(image, PngImageFile)):
-        raise ValueError("32-bit gray, of which nothing says what is white; save it with 8 or 16 bits")
+        raise ValueError("32-bit grayscale has no defined white level; save it with 8 or 16 bits")
     image.load()
     if image.mode == "I" or image.mode.startswith("I;16"):  # 16-bit gray, which `convert` would clip to 255
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))

@@ -73,7 +73,8 @@ class Feed(Generic[B]):
         began, bad = time.monotonic(), self.bad_images
         batches = bad.load(self.batches, self.micro_batches, self.device)
         counts = count_batches(batches, self.kind)
-        message = torch.tensor([bool(bad.new) or bad.gone is not None, stop, save, *counts])
+        is_bad = bool(bad.new) or bad.gone is not None
+        message = torch.tensor([is_bad, stop, save, *counts], dtype=torch.int64)
         bad_images, stopping, saving, *counts = all_reduce_sum(message).tolist()
         error = bad.verdict() if bad_images else None
         return StepInput(batches, counts, stopping > 0, saving > 0, error, time.monotonic() - began)

@@ -108,7 +108,7 @@ class Training(Generic[M]):
             and due_after(first, train).evaluation
             and on_main(lambda: not self.log.has_evaluation(first))
         ):
-            evaluate(first)  # the run was stopped after the checkpoint of this step
+            self._evaluate(first, request, evaluate)  # the run was stopped after this step's checkpoint
         for step in self.remaining:
             given = feed.take(request.received, self.clock.is_over())
             if given.error is not None:
@@ -126,9 +126,19 @@ class Training(Generic[M]):
             if due.checkpoint or given.save:
                 self.save(done)
             if due.evaluation and evaluate is not None:
-                evaluate(done)
+                self._evaluate(done, request, evaluate)
+        self._stop_if_asked(train.steps, request)
+
+    def _evaluate(self, step: int, request: StopRequest, evaluate: Callable[[int], None]) -> None:
+        """Evaluate after a step, which is saved: a stop need not wait for the evaluation."""
+        self._stop_if_asked(step, request)
+        with request.suspended():
+            evaluate(step)
+
+    def _stop_if_asked(self, step: int, request: StopRequest) -> None:
+        """Stop after a step, which is saved, if any process was asked to."""
         if any(from_all(request.received)):
-            raise stop(self.folder, train.steps)
+            raise stop(self.folder, step)
 
     def made(self, given: StepInput[B], norm: float, what: Callable[[], NotFinite]) -> None:
         """Note that a step was made, by the norm of its gradient; arguments and errors as `SkippedSteps`.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import signal
 import threading
 import time
@@ -36,6 +37,18 @@ class StopRequest:
     def __exit__(self, *_: object) -> None:
         self._restore()
 
+    @contextlib.contextmanager
+    def suspended(self) -> Iterator[None]:
+        """Let SIGTERM have its usual effect in the block: for long work with nothing to save."""
+        number = signal.SIGTERM
+        if number in self.previous:
+            signal.signal(number, self.previous[number])
+        try:
+            yield
+        finally:
+            if number in self.previous:
+                signal.signal(number, self._note)
+
     def _note(self, number: int, frame: FrameType | None) -> None:
         if not self.received:
             self.received, self.since = True, time.monotonic()
@@ -51,14 +64,17 @@ class StopRequest:
 
 @contextlib.contextmanager
 def stopping_at_once() -> Iterator[None]:
-    """Let the first SIGTERM end the block with `Preempted` wherever no `StopRequest` is entered.
+    """Let SIGTERM end the block with `Preempted` wherever no `StopRequest` is entered.
 
-    For work that has nothing to save, or saves as it goes. Further signals are ignored.
+    For work that has nothing to save, or saves as it goes.
     """
+    until = -math.inf
 
     def end(number: int, frame: FrameType | None) -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        raise Preempted("stopped on request; re-run the same command to resume")
+        nonlocal until
+        if time.monotonic() > until:
+            until = time.monotonic() + ECHO
+            raise Preempted("stopped on request; re-run the same command to resume")
 
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -73,5 +89,5 @@ def stopping_at_once() -> Iterator[None]:
 def stop(folder: RunFolder, step: int) -> Preempted:
     """Return the exception for the end of a run on request, with `step` saved, on all processes."""
     barrier()
-    saved = f"step {step} is saved" if folder.has_begun else "no step was made"
+    saved = f"step {step} is saved" if folder.has_begun else "no step was completed"
     return Preempted(f"{folder}: stopped on request; {saved}, re-run the same command to resume")

@@ -304,7 +304,7 @@ def _check_some_images(annotations: Annotations, config: Config) -> None:
     problems = [_missing(image_path(folder, str(annotations.file_names[row]))) for row in rows]
     if None not in problems:
         raise ValueError(
-            f"{annotations.path}: none of {len(rows)} training images that were looked for is there "
+            f"{annotations.path}: none of the {len(rows)} sampled training images exists "
             f"(data.train_images={config.data.train_images}): {problems[0]}"
         )
 

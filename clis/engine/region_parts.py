@@ -50,14 +50,15 @@ class RegionParts:
     @contextlib.contextmanager
     def writer(self, process: int) -> Iterator[Callable[[Sequence[int], np.ndarray], None]]:
         """Yield a function that appends rows of the index with their regions to this process's file."""
-        with naming(self._file(process)), self._file(process).open("ab") as file:
+        with self._file(process).open("ab") as file:
             file.truncate(file.tell() // PART_DTYPE.itemsize * PART_DTYPE.itemsize)
 
             def write(rows: Sequence[int], regions: np.ndarray) -> None:
                 records = np.empty(len(rows), dtype=PART_DTYPE)
                 records["row"], records["region"] = rows, regions
-                file.write(records.tobytes())
-                file.flush()
+                with naming(self._file(process)):
+                    file.write(records.tobytes())
+                    file.flush()
 
             yield write
             os.fsync(file.fileno())

@@ -378,8 +378,8 @@ def read_boxes(path: Path, index: LabeledImages) -> dict[str, Tensor]:
     name, most = images.most_common(1)[0]
     if most > 1:
         raise ValueError(
-            f"{path}: {most} images of data.image_level are called {printable(name)}, and the box is of only "
-            "one; rename the others or their folders"
+            f"{path}: {most} images of data.image_level are called {printable(name)}, so the box is "
+            "ambiguous; rename all but one of them, or their folders"
         )
     return boxes
 

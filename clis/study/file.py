@@ -85,8 +85,8 @@ def check_overrides(overrides: Sequence[str]) -> None:
     """
     if refused := _keys_among(overrides, OWN):
         raise ValueError(
-            f"{refused[0]} is not the command line's to set: each row and seed has its own; choose seeds by "
-            "--seeds N ... and the folder of all studies by --out FOLDER"
+            f"{refused[0]} cannot be overridden on the command line: each row and seed has its own; choose "
+            "seeds by --seeds N ... and the folder of all studies by --out FOLDER"
         )
 
 
@@ -126,7 +126,7 @@ def _read_row(name: str, values: Any, path: Path) -> Row:
         raise ValueError(f"{where}: overrides is {overrides!r}; give a list of key=value")
     if refused := _keys_among(overrides, (*RESUMABLE, *OWN)):
         raise ValueError(
-            f"{where}: {refused[0]} is not a row's to set: it changes no result, or all rows share it"
+            f"{where}: a row cannot override {refused[0]}: it changes no result, or all rows share it"
         )
     if paper is not None and not (isinstance(paper, list) and len(paper) == len(FIGURES)):
         raise ValueError(f"{where}: paper is {paper}; give {', '.join(FIGURES)}")
