@@ -154,7 +154,7 @@ def test_two_nodes_of_which_one_fails_leaves_and_comes_back(data, tmp_path):
     finally:
         for node in (first, second):
             node.kill()
-    saved = re.findall(r"stopped on request; step (\d+) saved", first.log.read_text())[-1]
+    saved = re.findall(r"stopped on request; step (\d+) is saved", first.log.read_text())[-1]
     assert first.says(f"going on from step {saved}\n") == 1
     assert [record["step"] for record in records(run)] == list(range(1, steps + 1))
     assert (run / "eval.json").exists()
