@@ -125,7 +125,7 @@ class TestBeforeTheDetectorIsTrained:
         refused("val.json: empty split: no annotations")
 
     def test_no_training_image(self, refused):
-        refused("none of 40 training images that were looked for is there", "data.train_images=elsewhere")
+        refused("none of the 40 sampled training images exists", "data.train_images=elsewhere")
 
     def test_too_little_room_for_the_checkpoints(self, refused, monkeypatch):
         """The detector and CLIS are on one disk."""
