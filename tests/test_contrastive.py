@@ -333,6 +333,7 @@ def retrieval(pasted_view):
     return similarities(f_i, f_d, contrastive.queue.mean_key())["contrast_retrieval"]
 
 
+@pytest.mark.slow
 def test_the_default_tells_instances_apart_and_an_online_positive_does_not(one_thread):
     assert CLISConfig().pasted_view == "symmetric"
     assert retrieval(CLISConfig().pasted_view) > 0.8

@@ -313,6 +313,7 @@ class TestStudies:
             run_study(Path("rows.yaml"), Path("out"), overrides=[*SHORT, f"data.root={data}"])
         assert not Path("out").exists()
 
+    @pytest.mark.slow
     def test_rows_share_the_run_that_they_start_from(self, second, data, capsys):
         rows = {"plain": {"config": BASELINE}, "second": {"config": str(second)}}
         Path("rows.yaml").write_text(yaml.safe_dump({"base": CONFIG, "seeds": [0], "rows": rows}))

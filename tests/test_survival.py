@@ -99,7 +99,7 @@ def reference(data, tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_asked_to_stop_it_finishes_the_step_and_goes_on(number, data, reference, tmp_path):
     """The whole group gets the signal, loader process included, as from a terminal or a batch system."""
     arguments = arguments_of(data, tmp_path, "data.workers=1")
@@ -140,6 +140,7 @@ def test_a_later_signal_ends_at_once(data, tmp_path):
     assert process.wait(timeout=50) == EXIT_CODE  # less than it is stuck for
 
 
+@pytest.mark.slow
 def test_under_torchrun_both_processes_stop_at_the_same_step(data, tmp_path):
     steps = 60  # passing it on takes a while
     arguments = arguments_of(data, tmp_path, f"train.steps={steps}")
@@ -215,7 +216,7 @@ def test_a_killed_loader_process_is_one_clear_error(data, tmp_path):
     assert "Traceback" not in output
 
 
-@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("workers", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_images_that_go_away_leave_a_checkpoint_to_go_on_from(workers, data, reference, tmp_path):
     """The folder of the training images is renamed in mid-run, as a disk is unmounted, and comes back."""
     root = tmp_path / "data"
