@@ -23,7 +23,7 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
     path = Path(path)
     temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
     try:
-        with naming(path):
+        with naming_file(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             yield temporary
             with open(temporary, "rb+") as file:
@@ -35,8 +35,8 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def naming(path: str | Path) -> Iterator[None]:
-    """Give the errors of the system that name no file, as that of a full disk, this one."""
+def naming_file(path: str | Path) -> Iterator[None]:
+    """Put this file's name into errors of the system that name none, such as that of a full disk."""
     try:
         yield
     except OSError as error:

@@ -8,7 +8,7 @@ import difflib
 import os
 import types
 import typing
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -53,9 +53,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     if any(key not in SAME_RECIPE for key in flatten(merge_overrides({}, overrides))):
         values.pop("paper", None)  # another recipe than the file's
     values = merge_overrides(values, overrides)
-    for name, key in PATHS_IN_FILES:  # in one spelling, since runs are known by them
-        if isinstance(section := values.get(name), dict) and isinstance(source := section.get(key), str):
-            section[key] = os.path.normpath(source)
+    values = _with_paths(values, os.path.normpath)  # in one spelling, since runs are known by them
     values.setdefault("output", str(Path("runs") / name_below(path, "configs")))
     return resolve_data_root(config_from_dict(values, source=str(path)))
 
@@ -106,16 +104,15 @@ def config_to_dict(config: Config) -> dict[str, Any]:
 
 def config_to_yaml(config: Config, folder: Path = Path()) -> str:
     """Return the whole configuration as YAML that `load_config` can read from a file in `folder`."""
-    values = config_to_dict(config)
-    for name, key in PATHS_IN_FILES:
-        source = values[name][key]
-        if source is not None and not os.path.isabs(source) and not _is_shipped(source):
-            values[name][key] = os.path.relpath(source, folder)
+    values = _with_paths(
+        config_to_dict(config),
+        lambda path: path if os.path.isabs(path) or _is_shipped(path) else os.path.relpath(path, folder),
+    )
     return yaml.safe_dump(values, sort_keys=False)
 
 
 def read_full_config(path: Path) -> Config:
-    """Read a file that `config_to_yaml` has written, as it was: without defaults from elsewhere."""
+    """Read a file that `config_to_yaml` has written: it inherits nothing, and `data.root` stays as it is."""
     return config_from_dict(from_here(read_yaml(path), path.parent), source=str(path))
 
 
@@ -125,17 +122,22 @@ def from_here(values: dict[str, Any], folder: Path) -> dict[str, Any]:
     A name that is none of a file there is left alone where it is that of a shipped config, or of a file as
     seen from the working folder (as earlier versions wrote them into run folders).
     """
-    seen = dict(values)
+
+    def seen(path: str) -> str:
+        elsewhere = not (folder / path).exists() and (_is_shipped(path) or os.path.exists(path))
+        return path if os.path.isabs(path) or elsewhere else os.path.relpath(folder / path)
+
+    return _with_paths(values, seen)
+
+
+def _with_paths(values: dict[str, Any], change: Callable[[str], str]) -> dict[str, Any]:
+    """Return nested values in which the paths of `PATHS_IN_FILES` that are given are changed."""
+    changed = dict(values)
     for name, key in PATHS_IN_FILES:
         section = values.get(name)
-        if not isinstance(section, dict):
-            continue
-        source = section.get(key)
-        if not isinstance(source, str) or os.path.isabs(source):
-            continue
-        if (folder / source).exists() or not (_is_shipped(source) or os.path.exists(source)):
-            seen[name] = section | {key: os.path.relpath(folder / source)}
-    return seen
+        if isinstance(section, dict) and isinstance(section.get(key), str):
+            changed[name] = section | {key: change(section[key])}
+    return changed
 
 
 def _is_shipped(name: str) -> bool:

@@ -168,15 +168,15 @@ def on_main(function: Callable[[], T]) -> T:
         try:
             outcome = function(), None
         except Exception as error:
-            own, outcome = error, (None, _travelling(error))
+            own, outcome = error, (None, _sendable(error))
     value, failure = from_main(outcome)
     if failure is not None:
         raise own or failure
     return value  # type: ignore[return-value]  # there is one, or there was an error
 
 
-def _travelling(error: Exception) -> Exception:
-    """Return the error, or one that says what it is, if it is of a type that other processes may not read."""
+def _sendable(error: Exception) -> Exception:
+    """Return the error if other processes can read it, else one that says what it was."""
     with contextlib.suppress(Exception):
         if isinstance(error, OSError | ValueError) and pickle.loads(pickle.dumps(error)) is not None:
             return error

@@ -15,6 +15,7 @@ from PIL import Image
 
 from clis.__main__ import main
 from clis.cli import run_command
+from clis.commands import predict as predict_command
 from clis.commands.predict import Selection
 from clis.commands.predict_files import ImageFile, find_annotated, find_images, picture_names
 from clis.data.categories import Category
@@ -161,6 +162,20 @@ def test_what_somebody_else_has_in_the_output_folder_is_not_replaced(finished, p
     with pytest.raises(ValueError, match=rf"{name.split('/')[0]}: was not written by predict"):
         main(["predict", str(finished), str(tmp_path / "in"), f"--out={tmp_path / 'in'}"])
     assert own.read_bytes() == b"mine"
+
+
+def test_an_interrupted_command_keeps_the_earlier_result(finished, photos, tmp_path, monkeypatch):
+    command = ["predict", str(finished), str(photos / "b.jpg"), f"--out={tmp_path}"]
+    main(command)
+    before = read(tmp_path)
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(predict_command, "predict", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        main(command)
+    assert read(tmp_path) == before
 
 
 def test_linked_folders_are_looked_into_and_hidden_ones_are_not(photos, tmp_path):

@@ -107,10 +107,7 @@ def _check_to_generate(config: Config, report: Report) -> None:
     folder = data_path(config, "shapes")
     report.notes.append(f"{folder}: the embedded benchmark will be written at the start")
     with report.catching():
-        try:
-            check_writable_folder(folder)
-        except OSError as error:
-            raise OSError(str(error).replace("output=", "data.root=")) from error
+        check_writable_folder(folder, "data.root")
 
 
 def _check_models(plan: PlannedRun, categories: Sequence[Category], report: Report) -> None:

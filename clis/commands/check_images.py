@@ -18,12 +18,11 @@ from clis.commands.check_report import SHOWN, Report
 from clis.data.annotated_images import check_size, image_path
 from clis.data.annotations import Annotations
 from clis.data.image_level import ImageLevelIndex
-from clis.data.images import EncodedImage, ImageError, open_image, read_bytes, unpacked
+from clis.data.images import ORIENTATION, EncodedImage, ImageError, open_image, read_bytes, unpacked
 from clis.data.loader import image_loader
 from clis.progress import Progress
 
 IMAGES_AT_ONCE = 32
-_ROTATION = 0x0112  # the EXIF tag
 _MIRRORED = (
     "have an EXIF orientation of 2 to 4 (mirrored or upside down), which is not applied: whether boxes were "
     "drawn on the displayed pixels does not show in the size; look at them with `python -m clis show`"
@@ -144,7 +143,7 @@ def _oddities(data: bytes) -> tuple[str, ...]:
             with Image.open(io.BytesIO(unpacked(data))) as image:
                 if image.mode != "RGB":
                     found.append(f"are {image.mode}, not RGB; they are converted")
-                rotation = 1 if image.format == "TIFF" else image.getexif().get(_ROTATION, 1)
+                rotation = 1 if image.format == "TIFF" else image.getexif().get(ORIENTATION, 1)
         except Exception:  # of many kinds, for data that was written by anybody
             return (*found, "have EXIF data that cannot be read; it is not used")
     if rotation != 1:

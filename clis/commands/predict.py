@@ -227,7 +227,8 @@ def claim_folder(out: Path, info: Mapping[str, str]) -> None:
         raise ValueError(
             f"{there[0]}: was not written by predict, which would replace it; name another --out"
         )
-    _write_images(out, {"info": info, "images": []})
+    if not own:  # an earlier result stays until the new one is whole
+        _write_images(out, {"info": info, "images": []})
 
 
 def _write_images(out: Path, document: Mapping[str, Any]) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from clis.data.annotation_cache import cached
-from clis.data.categories import Category, images_with_class
+from clis.data.categories import Category, image_class_pairs
 from clis.data.mapped import MappedFile
 from clis.data.records import Packed, document_parts, lists_of, pack_records
 
@@ -89,7 +89,7 @@ class Annotations:
 
     def images_per_class(self) -> np.ndarray:
         """Count the images with a box of each class, int64 [C]."""
-        _, held = images_with_class(self.rows_of_boxes, self.labels, self.num_classes)
+        _, held = image_class_pairs(self.rows_of_boxes, self.labels, self.num_classes)
         return np.bincount(held, minlength=self.num_classes)
 
     def boxes_of(self, image: int) -> np.ndarray:

@@ -52,7 +52,7 @@ def check_same_categories(
             )
 
 
-def images_with_class(
+def image_class_pairs(
     rows: np.ndarray, labels: np.ndarray, num_classes: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return each image with each class that it has a box of once: two arrays int64 [k], sorted by image.

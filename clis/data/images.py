@@ -53,7 +53,7 @@ _FORMATS: dict[bytes, type[ImageFile]] = {
 SHORTAGES = (errno.ENOMEM, errno.EMFILE, errno.ENFILE)
 """Errors of the system that are not a file's fault: no memory, or no file handles."""
 
-_ORIENTATION = 0x0112
+ORIENTATION = 0x0112
 """The EXIF tag of how an image is to be turned for display, 1 to 8."""
 
 # Training never uses EXIF data, so nobody needs to know that it is broken; the limit of pixels is ours.
@@ -252,7 +252,7 @@ def _pixels(image: Image.Image) -> Tensor:
 
 def _orientation(image: Image.Image) -> int:
     try:
-        orientation = image.getexif().get(_ORIENTATION, 1)
+        orientation = image.getexif().get(ORIENTATION, 1)
     except Exception:  # the pixels may be sound
         return 1
     return orientation if orientation in range(1, 9) else 1

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from clis.data.categories import frequency_group, images_with_class
+from clis.data.categories import frequency_group, image_class_pairs
 from clis.data.json_lists import NotJSON, read_lists
 
 Record = dict[str, Any]
@@ -341,7 +341,7 @@ def _category_fields(
     """Return LVIS's own counts where the file has them, else those of boxes and of images (rows) with any."""
     part = _Part(path, "category", records)
     names = part.column("name")
-    _, held = images_with_class(rows, labels, len(records))
+    _, held = image_class_pairs(rows, labels, len(records))
     counts = np.bincount(held, minlength=len(records)).tolist()
     instances = np.bincount(labels, minlength=len(records)).tolist()
     categories = []

@@ -11,7 +11,7 @@ from typing import Literal, Protocol, get_args
 
 import numpy as np
 
-from clis.data.categories import images_with_class
+from clis.data.categories import image_class_pairs
 
 Rounding = Literal["ceil", "stochastic", "none"]
 
@@ -98,7 +98,7 @@ def class_balanced_factors(offsets: np.ndarray, labels: np.ndarray, num_classes:
     """
     num_images = len(offsets) - 1
     rows = np.repeat(np.arange(num_images), np.diff(offsets))
-    held_by, held = images_with_class(rows, labels, num_classes)
+    held_by, held = image_class_pairs(rows, labels, num_classes)
     images_of = np.bincount(held, minlength=num_classes)
     shares = 1 / images_of[held]
     return np.bincount(held_by, shares, minlength=num_images) * num_images / max(1, (images_of > 0).sum())
@@ -134,7 +134,7 @@ def class_repeat_factors(
             "are these category ids instead of labels?"
         )
     num_images = len(offsets) - 1
-    _, held = images_with_class(np.repeat(np.arange(num_images), np.diff(offsets)), labels, num_classes)
+    _, held = image_class_pairs(np.repeat(np.arange(num_images), np.diff(offsets)), labels, num_classes)
     share = np.bincount(held, minlength=num_classes).clip(min=1) / max(num_images, 1)
     return np.sqrt(threshold / share).clip(min=1)
 

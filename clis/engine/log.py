@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping
 from pathlib import Path
 
-from clis.atomic import atomic_write, naming
+from clis.atomic import atomic_write, naming_file
 from clis.distributed import is_main
 
 TIME_FIELDS = ("data_time", "compute_time", "images_per_second", "peak_memory")
@@ -44,5 +44,5 @@ class MetricsLog:
         """Append a line; a number that is not finite (a skipped step's) becomes null: JSON has none."""
         if is_main():
             finite = {name: value if math.isfinite(value) else None for name, value in record.items()}
-            with naming(self.path), self.path.open("a") as file:
+            with naming_file(self.path), self.path.open("a") as file:
                 file.write(json.dumps(finite) + "\n")

@@ -161,7 +161,7 @@ def check_folder(run: PlannedRun, model: CLISDetector, categories: Sequence[Cate
     folder = RunFolder(run.config.output)
     check_given_start(run, model)
     check_same_files(folder, run.config)
-    check_writable_folder(folder.path)
+    check_writable_folder(folder.path, "output")
     return folder.path, checkpoint_bytes(model, run.config, categories, folder)
 
 
@@ -209,7 +209,7 @@ def check_regions(
         if index is not None:
             load_regions(path, index, config.regions, every_row=every_row)
         return
-    check_writable_folder(path.parent)
+    check_writable_folder(path.parent, "regions.file" if config.regions.file else "output")
     if config.regions.rule == "given":
         assert index is not None
         read_boxes(given_boxes(config), index)
@@ -312,8 +312,11 @@ def _check_some_images(annotations: Annotations, config: Config) -> None:
 # --- the place of the run ---------------------------------------------------------------------------------
 
 
-def check_writable_folder(folder: Path) -> None:
+def check_writable_folder(folder: Path, setting: str) -> None:
     """Check that files can be made in a folder, which may not exist yet; nothing is left behind.
+
+    Args:
+        setting: the config's key that says where the folder is, for the message.
 
     Raises:
         OSError: they cannot.
@@ -325,7 +328,7 @@ def check_writable_folder(folder: Path) -> None:
     except OSError as error:
         raise OSError(
             f"{folder}: nothing can be written there ({place}: {error.strerror}); allow writing, or pass "
-            "another output="
+            f"another {setting}="
         ) from error
 
 

@@ -216,9 +216,9 @@ def _claim_images(folder: RunFolder, index: ImageLevelIndex) -> None:
 
     def claimed() -> str:
         if not folder.has_begun:
-            with atomic_write(folder.images) as temporary:
+            with atomic_write(folder.index_digest) as temporary:
                 temporary.write_text(f"{index.digest}\n")
-        return folder.images.read_text().strip() if folder.images.exists() else index.digest
+        return folder.index_digest.read_text().strip() if folder.index_digest.exists() else index.digest
 
     if on_main(claimed) != index.digest:
         raise ValueError(

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from clis.atomic import naming
+from clis.atomic import naming_file
 from clis.data.image_level import ImageLevelIndex
 from clis.data.region_file import REGION_DTYPE, RegionSource
 
@@ -56,7 +56,7 @@ class RegionParts:
             def write(rows: Sequence[int], regions: np.ndarray) -> None:
                 records = np.empty(len(rows), dtype=PART_DTYPE)
                 records["row"], records["region"] = rows, regions
-                with naming(self._file(process)):
+                with naming_file(self._file(process)):
                     file.write(records.tobytes())
                     file.flush()
 
