@@ -43,11 +43,14 @@ def compressed(segmentation: Any, height: int, width: int, where: str) -> RLE:
         if isinstance(segmentation, list):
             return rle.merge(rle.frPyObjects(segmentation, height, width))
         size, counts = segmentation["size"], segmentation["counts"]
-        if list(size) == [height, width]:
-            if isinstance(counts, str | bytes):
-                return segmentation
+        if list(size) != [height, width]:
+            problem = f"of size {size}, the image is {[height, width]}"
+        elif isinstance(counts, str | bytes):
+            return segmentation
+        elif sum(counts) != height * width:  # pycocotools would compare it forever
+            problem = f"an RLE whose counts add up to {sum(counts)}, the image has {height * width} pixels"
+        else:
             return rle.frPyObjects({"size": size, "counts": counts}, height, width)
-        problem = f"of size {size}, the image is {[height, width]}"
     except Exception as error:  # pycocotools has one for every kind of mistake
         problem = f"no polygons and no RLE ({error!r})"
     raise ValueError(f"{where}: the segmentation is {problem}")
