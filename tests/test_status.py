@@ -17,7 +17,7 @@ from runs import BASELINE, REPOSITORY, SHORT
 import clis
 from clis.__main__ import main
 from clis.cli import Preempted
-from clis.commands import run_verb
+from clis.commands import run_verb, status
 from clis.commands.status import describe
 from clis.engine import provenance
 from clis.engine.at_work import QUIET, Process, at_work, last_sign
@@ -170,8 +170,25 @@ def test_runs_below_a_folder(tmp_path, finished, monkeypatch, capsys):
 
     assert said(str(runs)) == headings
     assert said(str(runs / "a")) == headings[:1]  # a run folder itself is that run alone
+    (runs / "loop").symlink_to(".")
+    (runs / "latest").symlink_to("b")  # each run is said once, by the first of its names
+    assert said(str(runs)) == headings
     monkeypatch.chdir(tmp_path)
     assert len(said()) == 3
+
+
+def test_a_reader_that_has_seen_enough_ends_the_list(folder, monkeypatch):
+    """As `clis status runs | head -1`: no error of the runs that follow."""
+    lines = []
+
+    def say(text: str) -> None:
+        lines.append(text)
+        raise BrokenPipeError
+
+    monkeypatch.setattr(status, "say", say)
+    with pytest.raises(BrokenPipeError):
+        run_verb("status", [str(folder), str(folder)])
+    assert len(lines) == 1
 
 
 def test_a_folder_without_a_run(tmp_path, finished, capsys):
