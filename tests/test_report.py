@@ -252,10 +252,28 @@ def test_settings_of_another_version_are_shown_and_named(root, tmp_path):
 
 
 def test_a_place_that_cannot_be_written_is_said_before_the_work(root, tmp_path, monkeypatch):
-    monkeypatch.setattr("clis.commands.report.write_report", lambda *args, **options: pytest.fail("too late"))
+    run = write_run(root, tmp_path / "run")
+    monkeypatch.setattr("clis.report.page.collect", lambda *args: pytest.fail("too late"))
     (tmp_path / "file").touch()
     with pytest.raises(OSError, match="file"):
-        main(["report", str(tmp_path), "--out", str(tmp_path / "file" / "report.html")])
+        main(["report", str(run), "--out", str(tmp_path / "file" / "report.html")])
+
+
+def test_a_folder_that_is_no_run_is_not_made(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"config\.yaml: no such file"):
+        main(["report", str(tmp_path / "runs" / "mistyped")])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_whose_name_is_not_utf_8(root, tmp_path):
+    """Latin-1's é is one byte, which Python keeps as a lone surrogate that no file of text can hold."""
+    folder = tmp_path / os.fsdecode(b"caf\xe9")
+    write_run(root, folder)
+    main(["report", str(folder)])
+    page = (folder / "report.html").read_text()
+    assert rf"<title>{tmp_path}/caf\udce9 - clis report</title>" in page
+    main(["plot", str(folder), "--images=1", f"--out={tmp_path / 'plots'}"])
+    assert (tmp_path / "plots" / "image_count.png").exists()
 
 
 def test_bad_input_is_one_line(root, tmp_path):

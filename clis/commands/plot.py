@@ -41,6 +41,7 @@ from clis.progress import Progress, say
 from clis.report.curves import smoothed
 from clis.study.figure import study_figure
 from clis.study.record import read_record
+from clis.text import printable
 
 LOOKS = {
     "right": ("#009E73", "-"),
@@ -151,7 +152,8 @@ class PlottedRun:
         found = state.evaluated
         if found is not None and not found.detections.exists():
             raise FileNotFoundError(f"{found.detections}: no such file; evaluate the checkpoint again")
-        return cls(name or str(path), state, None if found is None else Detections.load(found.detections))
+        detections = None if found is None else Detections.load(found.detections)
+        return cls(printable(name or str(path)), state, detections)
 
     @property
     def config(self) -> Config:
