@@ -248,6 +248,28 @@ def test_comparing_an_unfinished_run_and_the_papers_figures(evaluated, tmp_path,
     assert f"| {alone} " in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("text", ["[1]", '{"AP": null}', '{"pooled_AP": 0.2}', '{"AP": {"bbox": 0.2}}'])
+def test_an_eval_json_of_another_kind_is_named(folder, text):
+    """As `clis score --protocol pooled --out` writes it, or another program."""
+    folder.result.write_text(text)
+    for verb in ("compare", "status"):
+        with pytest.raises(ValueError, match=r"eval\.json: not the figures of the standard protocol"):
+            run_verb(verb, [str(folder)])
+
+
+def test_an_eval_json_with_fewer_figures_is_shown(folder, capsys):
+    folder.result.write_text('{"AP": 0.25}')
+    run_verb("status", [str(folder)])
+    assert "AP 25.0 APr - APc - APf -" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("line", ["5", "{}"])
+def test_a_line_of_metrics_that_is_no_record_is_named(folder, line):
+    folder.metrics.write_text(f'{{"step": 1, "loss": 3}}\n{line}\n')
+    with pytest.raises(ValueError, match=r"metrics\.jsonl: damaged \(a line is no record of a step\)"):
+        run_verb("status", [str(folder)])
+
+
 def test_results_and_checkpoints_say_where_they_come_from(evaluated, data, tmp_path):
     """The hashes are those of sha256sum; a baseline has no region file. The metrics themselves are apart."""
     record = json.loads((evaluated / "eval.json").read_text())["record"]
