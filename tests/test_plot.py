@@ -196,6 +196,13 @@ def test_boxes_are_drawn_by_the_verdicts_of_the_metric(runs, tmp_path, federated
     assert drawn(0.55) == ["right", "duplicate", "wrong class", "nothing there", "missed"]
 
 
+def test_a_box_of_a_class_that_the_data_set_does_not_have_is_drawn_with_a_question_mark(runs, tmp_path):
+    run = photo_run(runs[0], tmp_path, [[0, 0, 20, 20]], [77], [0.9])
+    with pytest.warns(UserWarning, match="1 detections have category ids"):
+        figure = plot.boxes_on_images([run], pack_annotations(document(False), "test.json"), 1, 0.5)
+    assert [text.get_text() for text in figure.axes[1].texts] == ["cat", "dog", "? 0.90"]
+
+
 def test_figures_and_rows_that_would_hide_each_other_are_refused(tmp_path):
     folders = [tmp_path / name / "components" for name in ("shapes", "groceries")]
     for folder in folders:

@@ -134,6 +134,13 @@ def test_a_place_that_cannot_be_written_is_known_before_the_work(files: Path) ->
         run(files, "--per-class", str(path), results="none.json")
 
 
+def test_of_two_results_that_of_another_split_is_named(files: Path) -> None:
+    other = [{"image_id": 9999, "category_id": 1, "bbox": [0, 0, 5, 5], "score": 0.5}]
+    (files / "other.json").write_text(json.dumps(other))
+    with pytest.raises(ValueError, match=r"/other\.json: 1 detections have image ids that .*row 0: 9999"):
+        run(files, "--compare", str(files / "other.json"))
+
+
 def test_no_file_is_written_over_one_that_is_read_or_another_one_that_is_written(files: Path) -> None:
     before = {path: path.read_bytes() for path in files.iterdir()}
     (files / "link.json").symlink_to("dt.json")

@@ -312,7 +312,8 @@ def boxes_on_images(
             missed = verdicts.missed(score)[of_image]
             kinds = [[*LOOKS][verdict] for verdict in verdicts.verdicts[own].tolist()]
             texts = [
-                f"{name_of[found.category_id[place]]} {found.score[place]:.2f}" for place in own.tolist()
+                f"{name_of.get(found.category_id[place], '?')} {found.score[place]:.2f}"
+                for place in own.tolist()
             ]
             texts = [name for name, gone in zip(names, missed) if gone] + texts[::-1]  # the best on top
             kinds = ["missed"] * int(missed.sum()) + kinds[::-1]

@@ -44,6 +44,8 @@ class Detections:
     """D segmentations as in the file (RLE or polygons), where masks are to be evaluated."""
     area: np.ndarray | None = None
     """float64 [D] in square pixels where it is not the box's own: of results that have masks and no boxes."""
+    source: str = "the results"
+    """The file that they are from, for messages."""
 
     def __post_init__(self) -> None:
         for name in COLUMNS:
@@ -115,8 +117,8 @@ class Detections:
             if path.suffix == ".npz":
                 if masks:
                     raise ValueError("an .npz file holds boxes alone; masks need an LVIS result file")
-                return cls(**_read_npz(path))
-            return cls(**_columns(_parts(path), masks))
+                return cls(**_read_npz(path), source=str(path))
+            return cls(**_columns(_parts(path), masks), source=str(path))
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
 
