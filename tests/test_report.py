@@ -24,7 +24,7 @@ from clis.data.categories import Category
 from clis.engine.run_folder import RunFolder
 from clis.metric.lvis_eval import Curves
 from clis.report.curves import MAX_POINTS, curves_of, smoothed
-from clis.report.judged import BOX_BYTES, TRUTH_BYTES, boxes_to_embed, count_bins, judge
+from clis.report.judged import BOX_BYTES, TRUTH_BYTES, boxes_to_embed, count_bins, image_payload, judge
 from clis.report.packed import pack_boxes, to_json, units_of
 from clis.report.pictures import worst_images
 from clis.report.runs import read_run
@@ -128,6 +128,16 @@ def test_every_image_keeps_its_best_boxes_judged_or_not(monkeypatch):
     ((rows,), limit) = boxes_to_embed([run], 3)
     assert limit == 1
     assert rows.tolist() == [3, 0, 4, 6]
+
+
+def test_the_id_of_an_image_keeps_its_digits():
+    """JavaScript's numbers are float64, in which 2**53 + 1 is 2**53."""
+    data = hand_made()
+    for record, key in [(data["images"][0], "id"), *((each, "image_id") for each in data["annotations"][:2])]:
+        record[key] = 2**53 + 1
+    annotations = annotations_of(data)
+    ids = image_payload(annotations, np.ones(5, bool))["ids"]
+    assert ids == ["9007199254740993", "20", "30"]
 
 
 def test_pictures_are_of_confident_mistakes_and_of_classes_that_fail():
@@ -423,6 +433,20 @@ def test_no_two_of_eight_runs_look_alike(browser, root, tmp_path):
     )
     looks = browser.execute_script(script)
     assert len(set(looks)) == 8
+    page.check()
+
+
+def test_recall_at_different_numbers_of_detections_has_a_column_each(browser, root, tmp_path):
+    runs = [write_run(root, tmp_path / name) for name in ("a", "b")]
+    figures = json.loads(runs[1].result.read_text())
+    figures["AR@20"] = figures.pop("AR@300")
+    runs[1].result.write_text(json.dumps(figures))
+    report(*runs, "--out", tmp_path / "page.html")
+    page = Page(browser)
+    page.open(tmp_path / "page.html")
+    assert page.all("#summary thead th")[-2:] == ["AR@300", "AR@20"]
+    cells = page.all("#summary tbody td")
+    assert (cells[9:11], cells[20:22]) == (["50.0", "\u2013"], ["\u2013", "50.0"])
     page.check()
 
 

@@ -369,8 +369,8 @@
 
   function summary() {
     const known = ["AP", "APr", "APc", "APf", "AP50", "AP75", "APs", "APm", "APl"];
-    const recall = runs.flatMap((run) => Object.keys(run.figures || {})).find((name) => name.startsWith("AR@"));
-    const columns = [...known, ...(recall ? [recall] : [])];
+    const recalls = runs.flatMap((run) => Object.keys(run.figures || {})).filter((name) => name.startsWith("AR@"));
+    const columns = [...known, ...new Set(recalls)];
     const rows = runs.flatMap((run, place) => [
       element("tr", {}, element("th", { scope: "row" }, runMark(place, false), ` ${run.name}${run.evaluatedStep == null ? "" : ` (step ${run.evaluatedStep})`}`),
         columns.map((name) => element("td", { class: "n" }, run.figures ? percent(run.figures[name]) : "–"))),
@@ -379,7 +379,7 @@
     ]).filter(Boolean);
     section("summary", "Summary",
       element("div", { class: "scroll" }, element("table", {}, element("thead", {}, element("tr", {}, element("th", {}, "run"), columns.map((name) => element("th", { class: "n" }, name)))), element("tbody", {}, rows))),
-      element("p", { class: "muted" }, "Percent; – is undefined. r, c, f: rare, common and frequent classes (1 to 10, 11 to 100, more training images); s, m, l: small, medium and large objects."));
+      element("p", { class: "muted" }, "Percent; – is undefined or not computed (AR@N: with N detections per image). r, c, f: rare, common and frequent classes (1 to 10, 11 to 100, more training images); s, m, l: small, medium and large objects."));
   }
 
   function curves() {
@@ -913,7 +913,7 @@
     };
     const pictureNote = withPictures === images.ids.length ? "" : ` The page has pictures of ${withPictures.toLocaleString("en")} of the ${plural(images.ids.length, "image")}, of the others the boxes alone (clis report --images N).`;
     section("images", "Images",
-      element("p", { class: "muted" }, `Each image with its ground truth and the boxes of every run, marked by verdict, not by class. The order is by the mistakes of the chosen run at the score above.${pictureNote} The page holds boxes with a score of at least ${data.floor}, at most ${data.boxesOfAnImage} of an image and run.`,
+      element("p", { class: "muted" }, `Each image with its ground truth and the boxes of every run, marked by verdict, not by class. The order is by the mistakes of the chosen run at the score above.${pictureNote} The page holds boxes with a score of at least ${data.floor}, of each image and run at most ${data.boxesOfAnImage} that are judged and as many that are not.`,
         data.federated ? " The annotation is federated: a box of a class that is not verified in its image is not judged, and not a mistake." : ""),
       element("div", { class: "controls" }, element("fieldset", {}, element("legend", {}, "verdicts (IoU 0.5)"), boxes),
         element("label", {}, "order", sort), withPictures && withPictures < images.ids.length ? element("label", {}, only, "only those with a picture") : null),
