@@ -42,7 +42,7 @@ def annotations(runs, finished):
 def test_the_command_writes_four_pictures(finished, tmp_path, capsys):
     main(["plot", str(finished), str(finished / "detector"), f"--out={tmp_path / 'new'}", "--images=2"])
     files = sorted((tmp_path / "new").iterdir())
-    assert [file.name for file in files] == ["curves.png", "frequency.png", "image_count.png", "images.png"]
+    assert [file.name for file in files] == [f"{name}.png" for name in plot.RUN_FIGURES]
     assert all(file.read_bytes().startswith(b"\x89PNG") and file.stat().st_size > 5000 for file in files)
     assert str(files[0]) in capsys.readouterr().out
     main(["plot", str(finished), f"--out={tmp_path / 'none'}", "--images=0"])
@@ -210,6 +210,9 @@ def test_figures_and_rows_that_would_hide_each_other_are_refused(tmp_path):
         (folder / "study.json").write_text(json.dumps({"rows": ROWS}))
     with pytest.raises(ValueError, match="named after the last part; plot them apart"):
         main(["plot", *map(str, folders), f"--out={tmp_path / 'out'}"])
+    study = shutil.copytree(folders[0], tmp_path / "curves")  # as one of the figures of runs
+    with pytest.raises(ValueError, match="curves and the runs: figures of studies are named after"):
+        main(["plot", str(study), str(tmp_path / "run"), f"--out={tmp_path / 'out'}"])
     with pytest.raises(ValueError, match="two rows would be called 'ours'"):
         main(["plot", str(folders[0]), "--names", "first=ours", "more=ours", f"--out={tmp_path / 'out'}"])
     (folders[0] / "study.json").write_text("{}")

@@ -43,6 +43,8 @@ from clis.study.figure import study_figure
 from clis.study.record import read_record
 from clis.text import printable
 
+RUN_FIGURES = ("curves", "frequency", "image_count", "images")
+"""Names of the figures of runs."""
 LOOKS = {
     "right": ("#009E73", "-"),
     "wrong class": ("#E69F00", "--"),
@@ -88,11 +90,13 @@ def run(arguments: argparse.Namespace) -> None:
     studies = {
         folder: read_record(folder / "study.json") for folder in folders if (folder / "study.json").is_file()
     }
-    by_name: dict[str, Path] = {}
-    for folder in studies:
-        if (other := by_name.setdefault(folder.resolve().name, folder)) != folder:
-            raise ValueError(f"{folder} and {other}: figures are named after the last part; plot them apart")
     runs = [folder for folder in folders if folder not in studies]
+    taken = dict.fromkeys(RUN_FIGURES if runs else (), Path("the runs"))
+    for folder in studies:
+        if (other := taken.setdefault(folder.resolve().name, folder)) != folder:
+            raise ValueError(
+                f"{folder} and {other}: figures of studies are named after the last part; plot them apart"
+            )
     rows = dict.fromkeys(row for document in studies.values() for row in document["rows"])
     names = read_names(arguments.names, [*map(str, runs), *rows])
     if arguments.rows and not studies:
