@@ -76,13 +76,15 @@ class Detections:
         """Write the columns to `path`, which must end in .npz; an interrupted save leaves no half file."""
         if Path(path).suffix != ".npz":
             raise ValueError(f"{path}: detections are saved as .npz; use to_json for an LVIS result file")
-        if self.masks is not None:
+        if self.masks is not None or self.area is not None:
             raise ValueError(f"{path}: an .npz file holds boxes alone; use to_json for masks")
         with atomic_write(path) as temporary:
             np.savez(temporary, **{name: getattr(self, name) for name in COLUMNS})
 
     def to_json(self, path: str | Path) -> None:
         """Write an LVIS result file: a list of image_id, category_id, bbox, score and any segmentation."""
+        if self.area is not None and self.masks is None:
+            raise ValueError(f"{path}: the areas are of masks, which are not here; load with masks=True")
         with atomic_write(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
             for start in range(0, max(len(self), 1), ROWS):
                 text = json.dumps(self._records(slice(start, start + ROWS)))
