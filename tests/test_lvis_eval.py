@@ -301,6 +301,16 @@ def test_masks_are_not_compared_with_detections_that_have_none() -> None:
         match(annotations_of(hand_made()), detections_of(HAND_MADE_DETECTIONS), truth_masks=[])
 
 
+@pytest.mark.parametrize("iou_type", ["bbox", "segm"])
+def test_paths_may_begin_at_home(iou_type: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    data, rows = random_case(np.random.default_rng(0), federated=True)
+    with_masks(data, rows, np.random.default_rng(0), keep_boxes=True)
+    (tmp_path / "annotations.json").write_text(json.dumps(data))
+    (tmp_path / "results.json").write_text(json.dumps(rows))
+    assert evaluate("~/annotations.json", "~/results.json", iou_type) == evaluate(data, rows, iou_type)
+
+
 @pytest.mark.parametrize("seed", range(10))
 def test_detections_of_unknown_classes_are_named_and_dropped_as_by_the_package(
     seed: int, tmp_path: Path

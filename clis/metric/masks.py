@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,8 @@ def ground_truth_masks(source: str | Path | Mapping[str, Any]) -> tuple[Annotati
     Raises:
         ValueError: as `load_annotations`, or a mask that pycocotools cannot read; the annotation is named.
     """
-    path = "ground truth" if isinstance(source, Mapping) else str(source)
-    document = source if isinstance(source, Mapping) else read_document(source)
+    path = "ground truth" if isinstance(source, Mapping) else os.path.expanduser(source)
+    document = source if isinstance(source, Mapping) else read_document(path)
     annotations = pack_annotations(document, path)
     records = {record["id"]: record for record in document["annotations"]}
     sizes = np.repeat(annotations.image_sizes, np.diff(annotations.offsets), axis=0).tolist()
