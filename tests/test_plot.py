@@ -78,6 +78,14 @@ def test_dots_are_means_with_single_runs_and_undefined_figures_are_left_out(runs
     assert dots(panels[2]) == []
 
 
+def test_figures_that_are_undefined_or_not_there_are_gaps(runs):
+    """AP is -1 where no ground truth counts; eval.json may have AP alone."""
+    run = run_with(runs[0], evaluations=[(2, {"AP": -1.0}), (4, {"AP": 0.2})], result={"AP": 0.25})
+    _, ap = plot.training_curves([run]).axes
+    np.testing.assert_equal(ap.lines[0].get_ydata(), [np.nan, 20, 25])
+    assert [dots(panel) for panel in plot.frequency_dots([run]).axes] == [[25], [], [], []]
+
+
 def test_curves_begin_with_the_first_record_and_end_with_the_last_evaluation(runs):
     """40 records of loss 0..39: the first and the last point are those values, the second is the mean of the
     first three. The raw values are there too. One evaluation alone is no curve."""

@@ -450,6 +450,22 @@ def test_recall_at_different_numbers_of_detections_has_a_column_each(browser, ro
     page.check()
 
 
+def test_a_run_with_ap_alone_leaves_the_bars_of_others(browser, root, tmp_path):
+    """The longest bar, APf 83.5 of the other run, has 70 % of the width; AP 25 has 21 %, and APr none."""
+    runs = [write_run(root, tmp_path / name) for name in ("few", "whole")]
+    runs[0].result.write_text('{"AP": 0.25}')
+    report(*runs, "--out", tmp_path / "page.html")
+    page = Page(browser)
+    page.open(tmp_path / "page.html")
+    script = (
+        "return [...document.querySelectorAll('#long-tail .bar i')].map(bar => parseFloat(bar.style.width))"
+    )
+    widths = browser.execute_script(script)
+    assert widths[::2] == [pytest.approx(70 * 0.25 / json.loads(runs[1].result.read_text())["APf"]), 0, 0, 0]
+    assert widths[-1] == pytest.approx(70)
+    page.check()
+
+
 def test_the_slider_decides_what_is_right_and_what_is_missed(page):
     """At 0.30 the dog of image 10 has a box of a cup with 0.8; at 0.85 only the cup's own box is left."""
     assert page.pane(10) == "A ✓ 2 right, ≠ 1 wrong class"

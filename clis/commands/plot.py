@@ -25,6 +25,7 @@ from clis.figures import (
     METRIC_GROUPS,
     Axes,
     Figure,
+    defined,
     dot_plot,
     log_scale,
     look,
@@ -226,7 +227,7 @@ def training_curves(runs: Sequence[PlottedRun]) -> Figure:
         handles.setdefault(run.name, line)
         if evaluated and run.state.metrics is not None:
             points, metrics = zip(*run.state.every_evaluation)
-            axes[1, 0].plot(points, [100 * each["AP"] for each in metrics], ms=5, **kind)
+            axes[1, 0].plot(points, [100 * defined(each, "AP") for each in metrics], ms=5, **kind)
     axes[0, 0].set(ylabel="total loss")
     axes[-1, 0].set(xlabel="step")
     axes[-1, 0].set_xlim(left=0)
@@ -242,9 +243,7 @@ def frequency_dots(runs: Sequence[PlottedRun]) -> Figure:
     for run in runs:
         assert run.state.metrics is not None
         _, metrics = run.state.metrics
-        rows.setdefault(run.name, []).append(
-            {key: 100 * metrics[key] if metrics[key] >= 0 else -1.0 for key in METRIC_GROUPS}
-        )
+        rows.setdefault(run.name, []).append({key: 100 * defined(metrics, key) for key in METRIC_GROUPS})
     return dot_plot(rows)
 
 
@@ -259,9 +258,9 @@ def ap_against_images(runs: Sequence[PlottedRun], annotations: Annotations) -> F
         kind = look(numbers[run.name])
         curves = accumulate(match(annotations, run.detections, run.config.test.detections))
         class_ap = curves.class_ap()
-        defined = class_ap >= 0
+        rated = class_ap >= 0
         ax.scatter(
-            counts[defined].clip(min=1), 100 * class_ap[defined], s=9, alpha=0.35, color=kind["color"],
+            counts[rated].clip(min=1), 100 * class_ap[rated], s=9, alpha=0.35, color=kind["color"],
             marker=kind["marker"], lw=0,
         )  # fmt: skip
         bins = merge_small_bins(ap_by_image_count(curves, annotations.categories))

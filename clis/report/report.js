@@ -411,12 +411,13 @@
     const judged = judgedRuns.filter((run) => runs[run].judged.bins.length);
     const withFigures = runs.map((_, run) => run).filter((run) => runs[run].figures);
     if (!withFigures.length) return;
-    const most = Math.max(...withFigures.flatMap((run) => ["AP", "APr", "APc", "APf"].map((name) => runs[run].figures[name])), 0.01);
+    const figure = (run, name) => runs[run].figures[name] ?? -1; // an eval.json may have AP alone
+    const most = Math.max(...withFigures.flatMap((run) => ["AP", "APr", "APc", "APf"].map((name) => figure(run, name))), 0.01);
     const bars = element("div", { class: "bars", role: "group", "aria-label": "AP by frequency" });
     for (const [name, title] of [["AP", "all"], ["APr", "rare"], ["APc", "common"], ["APf", "frequent"]]) {
       withFigures.forEach((run, place) => bars.append(
         element("span", { class: "group" }, place ? "" : title), element("span", {}, letter(run)),
-        element("span", { class: "bar" }, element("i", { style: `width:${Math.max(0, (70 * runs[run].figures[name]) / most)}%;background:${COLORS[run % 6]}` }), percent(runs[run].figures[name]))));
+        element("span", { class: "bar" }, element("i", { style: `width:${Math.max(0, (70 * figure(run, name)) / most)}%;background:${COLORS[run % 6]}` }), percent(figure(run, name)))));
       bars.append(element("span", { class: "group-gap" }));
     }
     const series = judged.map((run, place) => ({
