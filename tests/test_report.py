@@ -627,6 +627,20 @@ def test_curves_begin_at_step_zero_and_are_read_by_keys(page):
     assert page.text("#curves .chart .read").startswith("step 4: A 10")
 
 
+def test_an_axis_of_one_bin_has_ticks(page):
+    """Classes of 2, 20 and 200 images are one bin at sqrt(1 * 299) = 17.3; no power of ten is near."""
+    ticks = "#long-tail svg text[text-anchor=middle]"
+    assert page.all(ticks)[:3] == ["17.5", "18", "training images of the class"]
+
+
+def test_settings_that_differ_in_their_last_digits_differ_in_the_recipe(root, tmp_path):
+    runs = [
+        write_run(root, tmp_path / name, f"optim.lr={lr}") for name, lr in (("a", 0.01234567), ("b", 1e-5))
+    ]
+    found = report(*runs, "--out", tmp_path / "page.html")["runs"]
+    assert [run["recipe"]["optim.lr"] for run in found] == ["0.01234567", "1e-05"]
+
+
 def test_the_recipe_shows_where_the_runs_differ(page):
     rows = page.all("#recipe .recipe tr.differs th")
     assert "loss.alpha" in rows

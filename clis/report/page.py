@@ -180,7 +180,7 @@ def _text(value: Any) -> str:
         return f"[{', '.join(map(_text, value))}]"
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    return f"{value:.10g}" if isinstance(value, float) else str(value)
 
 
 def _annotations(run: ReportRun) -> tuple[Annotations | None, str | None]:

@@ -182,7 +182,8 @@
     if (log) {
       const ticks = [];
       for (let power = Math.floor(Math.log10(low)); 10 ** power <= high; power++) for (const part of [1, 3]) ticks.push(part * 10 ** power);
-      return ticks.filter((tick) => tick >= low * 0.999 && tick <= high * 1.001);
+      const inside = ticks.filter((tick) => tick >= low * 0.999 && tick <= high * 1.001);
+      if (inside.length > 1) return inside; // a shorter axis, as of a single bin, has ticks as others have
     }
     const rough = (high - low) / 4 || 1, unit = 10 ** Math.floor(Math.log10(rough));
     const step = [1, 2, 5, 10].map((each) => each * unit).find((each) => each >= rough);
