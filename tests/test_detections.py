@@ -216,6 +216,13 @@ def test_masks_survive_a_result_file(keep_boxes: bool, tmp_path: Path) -> None:
     np.testing.assert_array_equal(second.area, first.area)
     with pytest.raises(ValueError, match=r"an .npz file holds boxes alone; use to_json"):
         first.save(tmp_path / "detections.npz")
+    without = Detections.load(path)
+    if not keep_boxes:  # a file of it would have neither the masks nor their areas
+        with pytest.raises(ValueError, match="areas are of masks, which are not here; load with masks"):
+            without.to_json(tmp_path / "lost.json")
+        with pytest.raises(ValueError, match="holds boxes alone"):
+            without.save(tmp_path / "detections.npz")
+        assert [each.name for each in tmp_path.iterdir()] == ["results.json"]
 
 
 def test_a_mask_that_is_none_is_named(tmp_path: Path) -> None:

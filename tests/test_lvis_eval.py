@@ -301,6 +301,16 @@ def test_masks_are_not_compared_with_detections_that_have_none() -> None:
         match(annotations_of(hand_made()), detections_of(HAND_MADE_DETECTIONS), truth_masks=[])
 
 
+@pytest.mark.parametrize("iou_type", ["bbox", "segm"])
+def test_paths_may_begin_at_home(iou_type: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    data, rows = random_case(np.random.default_rng(0), federated=True)
+    with_masks(data, rows, np.random.default_rng(0), keep_boxes=True)
+    (tmp_path / "annotations.json").write_text(json.dumps(data))
+    (tmp_path / "results.json").write_text(json.dumps(rows))
+    assert evaluate("~/annotations.json", "~/results.json", iou_type) == evaluate(data, rows, iou_type)
+
+
 @pytest.mark.parametrize("seed", range(10))
 def test_detections_of_unknown_classes_are_named_and_dropped_as_by_the_package(
     seed: int, tmp_path: Path
@@ -360,6 +370,8 @@ def test_masks_need_masks_on_both_sides() -> None:
         (None, "no polygons and no RLE"),
         ({"size": [400, 400], "counts": 7}, "no polygons and no RLE"),
         ({"size": [40, 400], "counts": "0"}, r"of size \[40, 400\], the image is \[400, 400\]"),
+        # pycocotools looks for the missing pixels forever
+        ({"size": [400, 400], "counts": [10, 5]}, "an RLE whose counts add up to 15, .* has 160000 pixels"),
     ):
         rows = [{**row, "segmentation": bad} for row in HAND_MADE_DETECTIONS]
         with pytest.raises(ValueError, match=f"detection in row 0: the segmentation is {problem}"):

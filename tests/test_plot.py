@@ -42,7 +42,7 @@ def annotations(runs, finished):
 def test_the_command_writes_four_pictures(finished, tmp_path, capsys):
     main(["plot", str(finished), str(finished / "detector"), f"--out={tmp_path / 'new'}", "--images=2"])
     files = sorted((tmp_path / "new").iterdir())
-    assert [file.name for file in files] == ["curves.png", "frequency.png", "image_count.png", "images.png"]
+    assert [file.name for file in files] == [f"{name}.png" for name in plot.RUN_FIGURES]
     assert all(file.read_bytes().startswith(b"\x89PNG") and file.stat().st_size > 5000 for file in files)
     assert str(files[0]) in capsys.readouterr().out
     main(["plot", str(finished), f"--out={tmp_path / 'none'}", "--images=0"])
@@ -76,6 +76,14 @@ def test_dots_are_means_with_single_runs_and_undefined_figures_are_left_out(runs
     assert sorted(panels[0].lines[0].get_xdata()) == pytest.approx([25, 35])
     assert dots(panels[1]) == [50, 50]
     assert dots(panels[2]) == []
+
+
+def test_figures_that_are_undefined_or_not_there_are_gaps(runs):
+    """AP is -1 where no ground truth counts; eval.json may have AP alone."""
+    run = run_with(runs[0], evaluations=[(2, {"AP": -1.0}), (4, {"AP": 0.2})], result={"AP": 0.25})
+    _, ap = plot.training_curves([run]).axes
+    np.testing.assert_equal(ap.lines[0].get_ydata(), [np.nan, 20, 25])
+    assert [dots(panel) for panel in plot.frequency_dots([run]).axes] == [[25], [], [], []]
 
 
 def test_curves_begin_with_the_first_record_and_end_with_the_last_evaluation(runs):
@@ -196,6 +204,13 @@ def test_boxes_are_drawn_by_the_verdicts_of_the_metric(runs, tmp_path, federated
     assert drawn(0.55) == ["right", "duplicate", "wrong class", "nothing there", "missed"]
 
 
+def test_a_box_of_a_class_that_the_data_set_does_not_have_is_drawn_with_a_question_mark(runs, tmp_path):
+    run = photo_run(runs[0], tmp_path, [[0, 0, 20, 20]], [77], [0.9])
+    with pytest.warns(UserWarning, match="1 detections have category ids"):
+        figure = plot.boxes_on_images([run], pack_annotations(document(False), "test.json"), 1, 0.5)
+    assert [text.get_text() for text in figure.axes[1].texts] == ["cat", "dog", "? 0.90"]
+
+
 def test_figures_and_rows_that_would_hide_each_other_are_refused(tmp_path):
     folders = [tmp_path / name / "components" for name in ("shapes", "groceries")]
     for folder in folders:
@@ -203,6 +218,9 @@ def test_figures_and_rows_that_would_hide_each_other_are_refused(tmp_path):
         (folder / "study.json").write_text(json.dumps({"rows": ROWS}))
     with pytest.raises(ValueError, match="named after the last part; plot them apart"):
         main(["plot", *map(str, folders), f"--out={tmp_path / 'out'}"])
+    study = shutil.copytree(folders[0], tmp_path / "curves")  # as one of the figures of runs
+    with pytest.raises(ValueError, match="curves and the runs: figures of studies are named after"):
+        main(["plot", str(study), str(tmp_path / "run"), f"--out={tmp_path / 'out'}"])
     with pytest.raises(ValueError, match="two rows would be called 'ours'"):
         main(["plot", str(folders[0]), "--names", "first=ours", "more=ours", f"--out={tmp_path / 'out'}"])
     (folders[0] / "study.json").write_text("{}")

@@ -24,7 +24,7 @@ from clis.data.categories import Category
 from clis.engine.run_folder import RunFolder
 from clis.metric.lvis_eval import Curves
 from clis.report.curves import MAX_POINTS, curves_of, smoothed
-from clis.report.judged import BOX_BYTES, TRUTH_BYTES, boxes_to_embed, count_bins, judge
+from clis.report.judged import BOX_BYTES, TRUTH_BYTES, boxes_to_embed, count_bins, image_payload, judge
 from clis.report.packed import pack_boxes, to_json, units_of
 from clis.report.pictures import worst_images
 from clis.report.runs import read_run
@@ -128,6 +128,16 @@ def test_every_image_keeps_its_best_boxes_judged_or_not(monkeypatch):
     ((rows,), limit) = boxes_to_embed([run], 3)
     assert limit == 1
     assert rows.tolist() == [3, 0, 4, 6]
+
+
+def test_the_id_of_an_image_keeps_its_digits():
+    """JavaScript's numbers are float64, in which 2**53 + 1 is 2**53."""
+    data = hand_made()
+    for record, key in [(data["images"][0], "id"), *((each, "image_id") for each in data["annotations"][:2])]:
+        record[key] = 2**53 + 1
+    annotations = annotations_of(data)
+    ids = image_payload(annotations, np.ones(5, bool))["ids"]
+    assert ids == ["9007199254740993", "20", "30"]
 
 
 def test_pictures_are_of_confident_mistakes_and_of_classes_that_fail():
@@ -252,10 +262,28 @@ def test_settings_of_another_version_are_shown_and_named(root, tmp_path):
 
 
 def test_a_place_that_cannot_be_written_is_said_before_the_work(root, tmp_path, monkeypatch):
-    monkeypatch.setattr("clis.commands.report.write_report", lambda *args, **options: pytest.fail("too late"))
+    run = write_run(root, tmp_path / "run")
+    monkeypatch.setattr("clis.report.page.collect", lambda *args: pytest.fail("too late"))
     (tmp_path / "file").touch()
     with pytest.raises(OSError, match="file"):
-        main(["report", str(tmp_path), "--out", str(tmp_path / "file" / "report.html")])
+        main(["report", str(run), "--out", str(tmp_path / "file" / "report.html")])
+
+
+def test_a_folder_that_is_no_run_is_not_made(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"config\.yaml: no such file"):
+        main(["report", str(tmp_path / "runs" / "mistyped")])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_whose_name_is_not_utf_8(root, tmp_path):
+    """Latin-1's é is one byte, which Python keeps as a lone surrogate that no file of text can hold."""
+    folder = tmp_path / os.fsdecode(b"caf\xe9")
+    write_run(root, folder)
+    main(["report", str(folder)])
+    page = (folder / "report.html").read_text()
+    assert rf"<title>{tmp_path}/caf\udce9 - clis report</title>" in page
+    main(["plot", str(folder), "--images=1", f"--out={tmp_path / 'plots'}"])
+    assert (tmp_path / "plots" / "image_count.png").exists()
 
 
 def test_bad_input_is_one_line(root, tmp_path):
@@ -405,6 +433,36 @@ def test_no_two_of_eight_runs_look_alike(browser, root, tmp_path):
     )
     looks = browser.execute_script(script)
     assert len(set(looks)) == 8
+    page.check()
+
+
+def test_recall_at_different_numbers_of_detections_has_a_column_each(browser, root, tmp_path):
+    runs = [write_run(root, tmp_path / name) for name in ("a", "b")]
+    figures = json.loads(runs[1].result.read_text())
+    figures["AR@20"] = figures.pop("AR@300")
+    runs[1].result.write_text(json.dumps(figures))
+    report(*runs, "--out", tmp_path / "page.html")
+    page = Page(browser)
+    page.open(tmp_path / "page.html")
+    assert page.all("#summary thead th")[-2:] == ["AR@300", "AR@20"]
+    cells = page.all("#summary tbody td")
+    assert (cells[9:11], cells[20:22]) == (["50.0", "\u2013"], ["\u2013", "50.0"])
+    page.check()
+
+
+def test_a_run_with_ap_alone_leaves_the_bars_of_others(browser, root, tmp_path):
+    """The longest bar, APf 83.5 of the other run, has 70 % of the width; AP 25 has 21 %, and APr none."""
+    runs = [write_run(root, tmp_path / name) for name in ("few", "whole")]
+    runs[0].result.write_text('{"AP": 0.25}')
+    report(*runs, "--out", tmp_path / "page.html")
+    page = Page(browser)
+    page.open(tmp_path / "page.html")
+    script = (
+        "return [...document.querySelectorAll('#long-tail .bar i')].map(bar => parseFloat(bar.style.width))"
+    )
+    widths = browser.execute_script(script)
+    assert widths[::2] == [pytest.approx(70 * 0.25 / json.loads(runs[1].result.read_text())["APf"]), 0, 0, 0]
+    assert widths[-1] == pytest.approx(70)
     page.check()
 
 
@@ -567,6 +625,20 @@ def test_curves_begin_at_step_zero_and_are_read_by_keys(page):
     assert {"0", "40"} <= set(ticks)
     page.find(chart).send_keys(Keys.HOME)  # loss 10 at step 4
     assert page.text("#curves .chart .read").startswith("step 4: A 10")
+
+
+def test_an_axis_of_one_bin_has_ticks(page):
+    """Classes of 2, 20 and 200 images are one bin at sqrt(1 * 299) = 17.3; no power of ten is near."""
+    ticks = "#long-tail svg text[text-anchor=middle]"
+    assert page.all(ticks)[:3] == ["17.5", "18", "training images of the class"]
+
+
+def test_settings_that_differ_in_their_last_digits_differ_in_the_recipe(root, tmp_path):
+    runs = [
+        write_run(root, tmp_path / name, f"optim.lr={lr}") for name, lr in (("a", 0.01234567), ("b", 1e-5))
+    ]
+    found = report(*runs, "--out", tmp_path / "page.html")["runs"]
+    assert [run["recipe"]["optim.lr"] for run in found] == ["0.01234567", "1e-05"]
 
 
 def test_the_recipe_shows_where_the_runs_differ(page):

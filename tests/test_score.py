@@ -134,6 +134,27 @@ def test_a_place_that_cannot_be_written_is_known_before_the_work(files: Path) ->
         run(files, "--per-class", str(path), results="none.json")
 
 
+def test_of_two_results_that_of_another_split_is_named(files: Path) -> None:
+    other = [{"image_id": 9999, "category_id": 1, "bbox": [0, 0, 5, 5], "score": 0.5}]
+    (files / "other.json").write_text(json.dumps(other))
+    with pytest.raises(ValueError, match=r"/other\.json: 1 detections have image ids that .*row 0: 9999"):
+        run(files, "--compare", str(files / "other.json"))
+
+
+def test_no_file_is_written_over_one_that_is_read_or_another_one_that_is_written(files: Path) -> None:
+    before = {path: path.read_bytes() for path in files.iterdir()}
+    (files / "link.json").symlink_to("dt.json")
+    for options, message in (
+        (["--out", str(files / "link.json")], "--out .*link.json: would replace the file of --results"),
+        (["--per-class", str(files / "gt.json")], "--per-class .*: would replace the file of --annotations"),
+        (["--out", str(files / "new"), "--per-class", str(files / "new")], "replace the file of --out; name"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            run(files, *options)
+    (files / "link.json").unlink()
+    assert {path: path.read_bytes() for path in files.iterdir()} == before
+
+
 def test_protocols_have_their_own_names(files: Path, capsys: pytest.CaptureFixture) -> None:
     for protocol in ("fixed", "pooled"):
         run(files, "--protocol", protocol, "--out", str(files / "eval.json"))

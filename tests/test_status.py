@@ -17,7 +17,7 @@ from runs import BASELINE, REPOSITORY, SHORT
 import clis
 from clis.__main__ import main
 from clis.cli import Preempted
-from clis.commands import run_verb
+from clis.commands import run_verb, status
 from clis.commands.status import describe
 from clis.engine import provenance
 from clis.engine.at_work import QUIET, Process, at_work, last_sign
@@ -170,8 +170,25 @@ def test_runs_below_a_folder(tmp_path, finished, monkeypatch, capsys):
 
     assert said(str(runs)) == headings
     assert said(str(runs / "a")) == headings[:1]  # a run folder itself is that run alone
+    (runs / "loop").symlink_to(".")
+    (runs / "latest").symlink_to("b")  # each run is said once, by the first of its names
+    assert said(str(runs)) == headings
     monkeypatch.chdir(tmp_path)
     assert len(said()) == 3
+
+
+def test_a_reader_that_has_seen_enough_ends_the_list(folder, monkeypatch):
+    """As `clis status runs | head -1`: no error of the runs that follow."""
+    lines = []
+
+    def say(text: str) -> None:
+        lines.append(text)
+        raise BrokenPipeError
+
+    monkeypatch.setattr(status, "say", say)
+    with pytest.raises(BrokenPipeError):
+        run_verb("status", [str(folder), str(folder)])
+    assert len(lines) == 1
 
 
 def test_a_folder_without_a_run(tmp_path, finished, capsys):
@@ -229,6 +246,28 @@ def test_comparing_an_unfinished_run_and_the_papers_figures(evaluated, tmp_path,
     shutil.copy(evaluated / "eval.json", alone)
     main(["compare", str(alone)])
     assert f"| {alone} " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("text", ["[1]", '{"AP": null}', '{"pooled_AP": 0.2}', '{"AP": {"bbox": 0.2}}'])
+def test_an_eval_json_of_another_kind_is_named(folder, text):
+    """As `clis score --protocol pooled --out` writes it, or another program."""
+    folder.result.write_text(text)
+    for verb in ("compare", "status"):
+        with pytest.raises(ValueError, match=r"eval\.json: not the figures of the standard protocol"):
+            run_verb(verb, [str(folder)])
+
+
+def test_an_eval_json_with_fewer_figures_is_shown(folder, capsys):
+    folder.result.write_text('{"AP": 0.25}')
+    run_verb("status", [str(folder)])
+    assert "AP 25.0 APr - APc - APf -" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("line", ["5", "{}"])
+def test_a_line_of_metrics_that_is_no_record_is_named(folder, line):
+    folder.metrics.write_text(f'{{"step": 1, "loss": 3}}\n{line}\n')
+    with pytest.raises(ValueError, match=r"metrics\.jsonl: damaged \(a line is no record of a step\)"):
+        run_verb("status", [str(folder)])
 
 
 def test_results_and_checkpoints_say_where_they_come_from(evaluated, data, tmp_path):

@@ -299,6 +299,9 @@ class TestWhatARunSays:
         path.write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "loss": 1.5}\n')
         assert file.update() == 2
         assert scalars("loss/total") == [(1, 2.0), (2, 1.5)]
+        path.write_text('{"step": 1, "los\n')
+        with pytest.raises(ValueError, match=r"metrics\.jsonl: damaged"):
+            file.update()
 
 
 def batches_of(share: list[list[dict]]) -> list[Batch]:

@@ -91,6 +91,26 @@ def test_of_two_boxes_on_two_objects_the_better_score_chooses_first():
     assert verdicts.found.tolist() == [0.4, 0.9]
 
 
+def test_what_takes_the_annotation_with_id_0_does_not_free_it_for_another():
+    """Both packages count the box on annotation 0 as false, though it takes it; the next one gets the other.
+
+    That box of 100 x 90 fits annotation 0 better (IoU 0.9) than the other one (70 / 90 = 0.78).
+    """
+    data = hand_made()
+    data["annotations"] = [
+        {"id": 0, "image_id": 10, "category_id": CUP, "bbox": [0, 0, 100, 100], "area": 10000},
+        {"id": 1, "image_id": 10, "category_id": CUP, "bbox": [0, 0, 100, 70], "area": 7000},
+    ]
+    rows = [
+        {"image_id": 10, "category_id": CUP, "bbox": [0, 0, 100, 100], "score": 0.9},
+        {"image_id": 10, "category_id": CUP, "bbox": [0, 0, 100, 90], "score": 0.8},
+    ]
+    verdicts, _ = judged(data, rows)
+    assert [VERDICTS[verdict] for verdict in verdicts.verdicts] == ["duplicate", "right"]
+    assert verdicts.truths.tolist() == [0, 1]
+    assert verdicts.found.tolist() == [-1, 0.8]
+
+
 @pytest.mark.parametrize("seed", range(20))
 @pytest.mark.parametrize("federated", [True, False])
 def test_verdicts_agree_with_the_matches(seed, federated):

@@ -69,10 +69,14 @@ def run(arguments: argparse.Namespace) -> None:
 def _write_detections(
     detector: CLISDetector, config: Config, annotations: Annotations, folder: RunFolder
 ) -> None:
-    """Write what a detector finds in a split that cannot be judged, also as an LVIS result file."""
+    """Write what a detector finds in a split that cannot be judged, also as an LVIS result file.
+
+    Metrics of an earlier split are removed: they would be beside detections that are not theirs.
+    """
     detections = detect_split(detector, config, annotations)
     if is_main():
         json_file = folder.detections.with_suffix(".json")
+        folder.result.unlink(missing_ok=True)
         detections.save(folder.detections)
         detections.to_json(json_file)
         say(f"{annotations.path}: has no annotations, so there are detections and no metric")

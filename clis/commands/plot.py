@@ -25,6 +25,7 @@ from clis.figures import (
     METRIC_GROUPS,
     Axes,
     Figure,
+    defined,
     dot_plot,
     log_scale,
     look,
@@ -41,7 +42,10 @@ from clis.progress import Progress, say
 from clis.report.curves import smoothed
 from clis.study.figure import study_figure
 from clis.study.record import read_record
+from clis.text import printable
 
+RUN_FIGURES = ("curves", "frequency", "image_count", "images")
+"""Names of the figures of runs."""
 LOOKS = {
     "right": ("#009E73", "-"),
     "wrong class": ("#E69F00", "--"),
@@ -87,11 +91,13 @@ def run(arguments: argparse.Namespace) -> None:
     studies = {
         folder: read_record(folder / "study.json") for folder in folders if (folder / "study.json").is_file()
     }
-    by_name: dict[str, Path] = {}
-    for folder in studies:
-        if (other := by_name.setdefault(folder.resolve().name, folder)) != folder:
-            raise ValueError(f"{folder} and {other}: figures are named after the last part; plot them apart")
     runs = [folder for folder in folders if folder not in studies]
+    taken = dict.fromkeys(RUN_FIGURES if runs else (), Path("the runs"))
+    for folder in studies:
+        if (other := taken.setdefault(folder.resolve().name, folder)) != folder:
+            raise ValueError(
+                f"{folder} and {other}: figures of studies are named after the last part; plot them apart"
+            )
     rows = dict.fromkeys(row for document in studies.values() for row in document["rows"])
     names = read_names(arguments.names, [*map(str, runs), *rows])
     if arguments.rows and not studies:
@@ -151,7 +157,8 @@ class PlottedRun:
         found = state.evaluated
         if found is not None and not found.detections.exists():
             raise FileNotFoundError(f"{found.detections}: no such file; evaluate the checkpoint again")
-        return cls(name or str(path), state, None if found is None else Detections.load(found.detections))
+        detections = None if found is None else Detections.load(found.detections)
+        return cls(printable(name or str(path)), state, detections)
 
     @property
     def config(self) -> Config:
@@ -220,7 +227,7 @@ def training_curves(runs: Sequence[PlottedRun]) -> Figure:
         handles.setdefault(run.name, line)
         if evaluated and run.state.metrics is not None:
             points, metrics = zip(*run.state.every_evaluation)
-            axes[1, 0].plot(points, [100 * each["AP"] for each in metrics], ms=5, **kind)
+            axes[1, 0].plot(points, [100 * defined(each, "AP") for each in metrics], ms=5, **kind)
     axes[0, 0].set(ylabel="total loss")
     axes[-1, 0].set(xlabel="step")
     axes[-1, 0].set_xlim(left=0)
@@ -236,9 +243,7 @@ def frequency_dots(runs: Sequence[PlottedRun]) -> Figure:
     for run in runs:
         assert run.state.metrics is not None
         _, metrics = run.state.metrics
-        rows.setdefault(run.name, []).append(
-            {key: 100 * metrics[key] if metrics[key] >= 0 else -1.0 for key in METRIC_GROUPS}
-        )
+        rows.setdefault(run.name, []).append({key: 100 * defined(metrics, key) for key in METRIC_GROUPS})
     return dot_plot(rows)
 
 
@@ -253,9 +258,9 @@ def ap_against_images(runs: Sequence[PlottedRun], annotations: Annotations) -> F
         kind = look(numbers[run.name])
         curves = accumulate(match(annotations, run.detections, run.config.test.detections))
         class_ap = curves.class_ap()
-        defined = class_ap >= 0
+        rated = class_ap >= 0
         ax.scatter(
-            counts[defined].clip(min=1), 100 * class_ap[defined], s=9, alpha=0.35, color=kind["color"],
+            counts[rated].clip(min=1), 100 * class_ap[rated], s=9, alpha=0.35, color=kind["color"],
             marker=kind["marker"], lw=0,
         )  # fmt: skip
         bins = merge_small_bins(ap_by_image_count(curves, annotations.categories))
@@ -310,7 +315,8 @@ def boxes_on_images(
             missed = verdicts.missed(score)[of_image]
             kinds = [[*LOOKS][verdict] for verdict in verdicts.verdicts[own].tolist()]
             texts = [
-                f"{name_of[found.category_id[place]]} {found.score[place]:.2f}" for place in own.tolist()
+                f"{name_of.get(found.category_id[place], '?')} {found.score[place]:.2f}"
+                for place in own.tolist()
             ]
             texts = [name for name, gone in zip(names, missed) if gone] + texts[::-1]  # the best on top
             kinds = ["missed"] * int(missed.sum()) + kinds[::-1]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from clis.atomic import check_writable
 from clis.commands.arguments import read_names, split_overrides
 from clis.report.page import write_report
 
@@ -42,11 +41,9 @@ def run(arguments: argparse.Namespace) -> None:
         if (getattr(arguments, name) or 0) < 0:
             raise ValueError(f"--{name} {getattr(arguments, name)}: must be at least 0")
     names = read_names(arguments.names, [str(folder) for folder in folders])
-    out = arguments.out or folders[0] / "report.html"
-    check_writable(out)  # before minutes of work
     write_report(
         folders,
-        out,
+        arguments.out or folders[0] / "report.html",
         names=[names.get(str(folder), str(folder)) for folder in folders],
         overrides=overrides,
         images=arguments.images,

@@ -154,12 +154,18 @@ def _check(arguments: argparse.Namespace) -> None:
         raise ValueError("--official takes the groups of --annotations; leave --train-annotations out")
     if arguments.samples < 1:
         raise ValueError(f"--samples {arguments.samples}: at least 1")
+    used: dict[Path, str] = {}
     for name in ("annotations", "results", "compare", "train_annotations"):
-        path = getattr(arguments, name)
-        if path is not None and not path.exists():
-            raise FileNotFoundError(f"--{name.replace('_', '-')} {path}: no such file")
-    for path in (arguments.out, arguments.per_class):
+        path, option = getattr(arguments, name), f"--{name.replace('_', '-')}"
         if path is not None:
+            if not path.exists():
+                raise FileNotFoundError(f"{option} {path}: no such file")
+            used[path.resolve()] = option
+    for path, option in ((arguments.out, "--out"), (arguments.per_class, "--per-class")):
+        if path is not None:
+            if other := used.get(path.resolve()):
+                raise ValueError(f"{option} {path}: would replace the file of {other}; name another file")
+            used[path.resolve()] = option
             check_writable(path)
 
 

@@ -33,9 +33,11 @@ def run(arguments: argparse.Namespace) -> None:
     errors = []
     for folder in (run for path in arguments.folders for run in _runs_in(path)):
         try:
-            say(describe(RunState.read(folder)))
+            text = describe(RunState.read(folder))
         except (OSError, ValueError) as error:
             errors.append(error)
+        else:
+            say(text)  # not above: a closed pipe is no error of a run
     if errors:
         raise errors[0] if len(errors) == 1 else ValueError("\n".join(map(str, errors)))
 
@@ -47,13 +49,17 @@ def _runs_in(path: Path) -> list[RunFolder]:
 
 
 def _runs_below(path: Path) -> Iterator[RunFolder]:
+    """List the run folders below a folder, also in linked folders, each once."""
+    seen = {os.path.realpath(path)}
     for place, folders, files in os.walk(path, followlinks=True):
-        folders.sort()
         if "config.yaml" in files:
             run = RunFolder(place)
             yield run
             needed = (run.detector.path, run.start.path)
             folders[:] = [name for name in folders if Path(place, name) in needed]
+        inside = {os.path.realpath(os.path.join(place, name)): name for name in sorted(folders, reverse=True)}
+        folders[:] = sorted(name for real, name in inside.items() if real not in seen)
+        seen.update(inside)
 
 
 def describe(state: RunState) -> str:

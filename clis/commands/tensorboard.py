@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from clis.config import LossConfig
 from clis.engine.run_folder import RunFolder
@@ -41,30 +40,31 @@ class EventFile:
         Raises:
             FileNotFoundError: the folder has no metrics.jsonl.
         """
-        run = RunFolder(folder)
-        self.metrics, self.folder = run.metrics, run.tensorboard
-        if not self.metrics.exists():
-            raise FileNotFoundError(f"{self.metrics}: no such file; name run folders, e.g. runs/shapes/clis")
+        self.run = RunFolder(folder)
+        self.folder = self.run.tensorboard
+        if not self.run.metrics.exists():
+            raise FileNotFoundError(
+                f"{self.run.metrics}: no such file; name run folders, e.g. runs/shapes/clis"
+            )
         self.writer: SummaryWriter | None = None
-        self.written: list[str] = []
+        self.written: list[dict[str, Any]] = []
 
     def update(self) -> int:
         """Write the new records, or all again where a resumed run has taken some back; return their number.
 
         Raises:
-            ValueError: TensorBoard is not installed.
+            ValueError: TensorBoard is not installed, or metrics.jsonl is damaged.
         """
-        lines = self.metrics.read_text().split("\n")[:-1]  # what follows the last newline is incomplete
-        if self.writer is None or lines[: len(self.written)] != self.written:
+        records = self.run.read_metrics()
+        if self.writer is None or records[: len(self.written)] != self.written:
             self.writer, self.written = self._start_over(), []
-        new = lines[len(self.written) :]
-        for record in map(json.loads, new):
-            step = record.pop("step")
+        new = records[len(self.written) :]
+        for record in new:
             for name, value in record.items():
-                if value is not None:
-                    self.writer.add_scalar(_tag(name), value, step)
+                if name != "step" and value is not None:
+                    self.writer.add_scalar(_tag(name), value, record["step"])
         self.writer.flush()
-        self.written = lines
+        self.written = records
         return len(new)
 
     def _start_over(self) -> SummaryWriter:

@@ -246,7 +246,7 @@ def format_losses(record: dict[str, float]) -> str:
 def format_metrics(metrics: Mapping[str, float]) -> str:
     """Return AP of all, rare, common and frequent classes in percent; an undefined one is ``-``."""
     return " ".join(
-        f"{name} {100 * metrics[name]:.1f}" if metrics[name] >= 0 else f"{name} -" for name in FIGURES
+        f"{name} {100 * metrics[name]:.1f}" if metrics.get(name, -1) >= 0 else f"{name} -" for name in FIGURES
     )
 
 

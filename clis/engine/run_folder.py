@@ -143,7 +143,7 @@ class RunFolder:
 
         Raises:
             FileNotFoundError: the run is not finished.
-            ValueError: the file is damaged.
+            ValueError: the file is damaged, or of another kind.
         """
         return self._result().get(RECORD, {})
 
@@ -151,21 +151,30 @@ class RunFolder:
         if not self.result.exists():
             raise FileNotFoundError(f"{self.result}: no such file; name folders of finished runs")
         try:
-            return json.loads(self.result.read_text())
+            result = json.loads(self.result.read_text())
         except ValueError as error:
             raise ValueError(f"{self.result}: damaged ({error}); evaluate the checkpoint again") from None
+        if not _is_result(result):
+            raise ValueError(
+                f"{self.result}: not the figures of the standard protocol (AP and others, each a number); "
+                "evaluate the checkpoint again"
+            )
+        return result
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """Read the records of metrics.jsonl, none where it is missing; a number that was not finite is None.
 
         Raises:
-            ValueError: a line is not JSON.
+            ValueError: a line is not JSON, or no record.
         """
         if not self.metrics.exists():
             return []
         whole = self.metrics.read_text().split("\n")[:-1]  # a running process may be writing the last line
         try:
-            return [json.loads(line) for line in whole]
+            records = [json.loads(line) for line in whole]
+            if not all(isinstance(record, dict) and "step" in record for record in records):
+                raise ValueError("a line is no record of a step")
+            return records
         except ValueError as error:
             raise ValueError(f"{self.metrics}: damaged ({error}); a resumed run repairs it") from None
 
@@ -249,6 +258,13 @@ class RunFolder:
         """Remove that note on rank 0: the run is resumed."""
         if is_main():
             self.preempted.unlink(missing_ok=True)
+
+
+def _is_result(document: object) -> bool:
+    """Check that what an eval.json holds has an AP, and a number for every figure."""
+    if not isinstance(document, dict) or "AP" not in document:
+        return False
+    return all(isinstance(value, int | float) for name, value in document.items() if name != RECORD)
 
 
 def find_checkpoint(source: str | Path) -> Path:

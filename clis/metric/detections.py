@@ -44,6 +44,8 @@ class Detections:
     """D segmentations as in the file (RLE or polygons), where masks are to be evaluated."""
     area: np.ndarray | None = None
     """float64 [D] in square pixels where it is not the box's own: of results that have masks and no boxes."""
+    source: str = "the results"
+    """The file that they are from, for messages."""
 
     def __post_init__(self) -> None:
         for name in COLUMNS:
@@ -74,13 +76,15 @@ class Detections:
         """Write the columns to `path`, which must end in .npz; an interrupted save leaves no half file."""
         if Path(path).suffix != ".npz":
             raise ValueError(f"{path}: detections are saved as .npz; use to_json for an LVIS result file")
-        if self.masks is not None:
+        if self.masks is not None or self.area is not None:
             raise ValueError(f"{path}: an .npz file holds boxes alone; use to_json for masks")
         with atomic_write(path) as temporary:
             np.savez(temporary, **{name: getattr(self, name) for name in COLUMNS})
 
     def to_json(self, path: str | Path) -> None:
         """Write an LVIS result file: a list of image_id, category_id, bbox, score and any segmentation."""
+        if self.area is not None and self.masks is None:
+            raise ValueError(f"{path}: the areas are of masks, which are not here; load with masks=True")
         with atomic_write(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
             for start in range(0, max(len(self), 1), ROWS):
                 text = json.dumps(self._records(slice(start, start + ROWS)))
@@ -115,8 +119,8 @@ class Detections:
             if path.suffix == ".npz":
                 if masks:
                     raise ValueError("an .npz file holds boxes alone; masks need an LVIS result file")
-                return cls(**_read_npz(path))
-            return cls(**_columns(_parts(path), masks))
+                return cls(**_read_npz(path), source=str(path))
+            return cls(**_columns(_parts(path), masks), source=str(path))
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,8 @@ def ground_truth_masks(source: str | Path | Mapping[str, Any]) -> tuple[Annotati
     Raises:
         ValueError: as `load_annotations`, or a mask that pycocotools cannot read; the annotation is named.
     """
-    path = "ground truth" if isinstance(source, Mapping) else str(source)
-    document = source if isinstance(source, Mapping) else read_document(source)
+    path = "ground truth" if isinstance(source, Mapping) else os.path.expanduser(source)
+    document = source if isinstance(source, Mapping) else read_document(path)
     annotations = pack_annotations(document, path)
     records = {record["id"]: record for record in document["annotations"]}
     sizes = np.repeat(annotations.image_sizes, np.diff(annotations.offsets), axis=0).tolist()
@@ -43,11 +44,14 @@ def compressed(segmentation: Any, height: int, width: int, where: str) -> RLE:
         if isinstance(segmentation, list):
             return rle.merge(rle.frPyObjects(segmentation, height, width))
         size, counts = segmentation["size"], segmentation["counts"]
-        if list(size) == [height, width]:
-            if isinstance(counts, str | bytes):
-                return segmentation
+        if list(size) != [height, width]:
+            problem = f"of size {size}, the image is {[height, width]}"
+        elif isinstance(counts, str | bytes):
+            return segmentation
+        elif sum(counts) != height * width:  # pycocotools would compare it forever
+            problem = f"an RLE whose counts add up to {sum(counts)}, the image has {height * width} pixels"
+        else:
             return rle.frPyObjects({"size": size, "counts": counts}, height, width)
-        problem = f"of size {size}, the image is {[height, width]}"
     except Exception as error:  # pycocotools has one for every kind of mistake
         problem = f"no polygons and no RLE ({error!r})"
     raise ValueError(f"{where}: the segmentation is {problem}")

@@ -238,15 +238,15 @@ def _judged(
     images = _places(detections.image_id, np.sort(annotations.image_ids))
     if (images < 0).any():
         raise ValueError(
-            f"{_unknown(images, detections.image_id, 'image', annotations.path)}; evaluate on the split that "
-            "the detector ran over"
+            f"{_unknown(images, 'image', detections, annotations)}; evaluate on the split that the detector "
+            "ran over"
         )
     labels = _places(detections.category_id, category_ids)
     kept = _within_limit(images, labels, detections.score, max_detections, annotations.federated)
     if (labels < 0).any():
         warnings.warn(
-            f"{_unknown(labels, detections.category_id, 'category', annotations.path)}; they are dropped "
-            "once the limit has been applied, as the lvis package does",
+            f"{_unknown(labels, 'category', detections, annotations)}; they are dropped once the limit has "
+            "been applied, as the lvis package does",
             stacklevel=2,
         )
         kept &= labels >= 0
@@ -314,11 +314,11 @@ def _places(ids: np.ndarray, known: np.ndarray) -> np.ndarray:
     return places
 
 
-def _unknown(places: np.ndarray, ids: np.ndarray, what: str, path: str) -> str:
+def _unknown(places: np.ndarray, what: str, detections: Detections, annotations: Annotations) -> str:
     row = int((places < 0).argmax())
     return (
-        f"{(places < 0).sum()} detections have {what} ids that {path} does not hold, the first in row {row}: "
-        f"{ids[row]}"
+        f"{detections.source}: {(places < 0).sum()} detections have {what} ids that {annotations.path} does "
+        f"not hold, the first in row {row}: {getattr(detections, f'{what}_id')[row]}"
     )
 
 

@@ -90,12 +90,13 @@ def _taken_truths(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return the true positives at IoU 0.5, and the ground truth that each takes, as places in the matches.
 
-    Only they take ground truth that counts, so the choice of `match` can be repeated with them alone: the
-    higher score first, then the higher IoU, then the later ground truth.
+    Only they take ground truth that counts and has an id other than 0, so the choice of `match` can be
+    repeated with these alone: the higher score first, then the higher IoU, then the later ground truth.
     """
     hits = np.flatnonzero(matches.true_positive & 1)
     num_classes = matches.num_classes
-    counted = np.flatnonzero(matches.truth_counts[:, 0])
+    has_id = annotations.annotation_ids[matches.truth_places] != 0
+    counted = np.flatnonzero(matches.truth_counts[:, 0] & has_id)
     keys = matches.truth_images[counted] * num_classes + matches.truth_labels[counted]
     counted, keys = counted[np.argsort(keys, kind="stable")], np.sort(keys)
     wanted = matches.images[hits].astype(np.int64) * num_classes + matches.labels[hits]

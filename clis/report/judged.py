@@ -153,7 +153,7 @@ def image_payload(annotations: Annotations, required: np.ndarray) -> dict[str, A
     """Return the images and ground truth for the page's script; `required` as in `Verdicts`."""
     sizes = annotations.image_sizes
     return {
-        "ids": annotations.image_ids.tolist(),
+        "ids": list(map(str, annotations.image_ids.tolist())),  # JavaScript would round those above 2**53
         "files": [str(name) for name in annotations.file_names],
         "sizes": pack(sizes.clip(max=NONE), "u2"),
         "offsets": pack(annotations.offsets, "u4"),

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from clis.atomic import atomic_write
+from clis.atomic import atomic_write, check_writable
 from clis.config import Config, data_path
 from clis.config_files import config_to_dict, flatten
 from clis.data.annotations import Annotations
@@ -46,6 +46,7 @@ from clis.report.pictures import (
     worst_images,
 )
 from clis.report.runs import ReportRun, read_run
+from clis.text import printable
 
 HERE = Path(__file__).parent
 MAX_BYTES = 30_000_000
@@ -72,9 +73,11 @@ def write_report(
 
     Raises:
         FileNotFoundError, ValueError: a folder is no run, or the runs are of different data.
+        OSError: the page cannot be written; known before minutes of work.
     """
     runs = [read_run(folder, name, overrides) for folder, name in zip(folders, names)]
     check_same_data([run.state for run in runs], "make a report for each")
+    check_writable(out)
     payload = collect(runs, images, regions)
     text = render_page(payload)
     with atomic_write(out) as temporary:
@@ -155,7 +158,7 @@ def _run_head(run: ReportRun) -> dict[str, Any]:
     defaults = flatten(config_to_dict(Config()))
     return {
         "name": run.name,
-        "folder": str(state.folder),
+        "folder": printable(str(state.folder)),
         "finished": state.result is not None,
         "step": state.step if state.result is None else state.steps,
         "steps": state.steps,
@@ -177,7 +180,7 @@ def _text(value: Any) -> str:
         return f"[{', '.join(map(_text, value))}]"
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    return f"{value:.10g}" if isinstance(value, float) else str(value)
 
 
 def _annotations(run: ReportRun) -> tuple[Annotations | None, str | None]:

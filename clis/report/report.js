@@ -182,7 +182,8 @@
     if (log) {
       const ticks = [];
       for (let power = Math.floor(Math.log10(low)); 10 ** power <= high; power++) for (const part of [1, 3]) ticks.push(part * 10 ** power);
-      return ticks.filter((tick) => tick >= low * 0.999 && tick <= high * 1.001);
+      const inside = ticks.filter((tick) => tick >= low * 0.999 && tick <= high * 1.001);
+      if (inside.length > 1) return inside; // a shorter axis, as of a single bin, has ticks as others have
     }
     const rough = (high - low) / 4 || 1, unit = 10 ** Math.floor(Math.log10(rough));
     const step = [1, 2, 5, 10].map((each) => each * unit).find((each) => each >= rough);
@@ -369,8 +370,8 @@
 
   function summary() {
     const known = ["AP", "APr", "APc", "APf", "AP50", "AP75", "APs", "APm", "APl"];
-    const recall = runs.flatMap((run) => Object.keys(run.figures || {})).find((name) => name.startsWith("AR@"));
-    const columns = [...known, ...(recall ? [recall] : [])];
+    const recalls = runs.flatMap((run) => Object.keys(run.figures || {})).filter((name) => name.startsWith("AR@"));
+    const columns = [...known, ...new Set(recalls)];
     const rows = runs.flatMap((run, place) => [
       element("tr", {}, element("th", { scope: "row" }, runMark(place, false), ` ${run.name}${run.evaluatedStep == null ? "" : ` (step ${run.evaluatedStep})`}`),
         columns.map((name) => element("td", { class: "n" }, run.figures ? percent(run.figures[name]) : "–"))),
@@ -379,7 +380,7 @@
     ]).filter(Boolean);
     section("summary", "Summary",
       element("div", { class: "scroll" }, element("table", {}, element("thead", {}, element("tr", {}, element("th", {}, "run"), columns.map((name) => element("th", { class: "n" }, name)))), element("tbody", {}, rows))),
-      element("p", { class: "muted" }, "Percent; – is undefined. r, c, f: rare, common and frequent classes (1 to 10, 11 to 100, more training images); s, m, l: small, medium and large objects."));
+      element("p", { class: "muted" }, "Percent; – is undefined or not computed (AR@N: with N detections per image). r, c, f: rare, common and frequent classes (1 to 10, 11 to 100, more training images); s, m, l: small, medium and large objects."));
   }
 
   function curves() {
@@ -411,12 +412,13 @@
     const judged = judgedRuns.filter((run) => runs[run].judged.bins.length);
     const withFigures = runs.map((_, run) => run).filter((run) => runs[run].figures);
     if (!withFigures.length) return;
-    const most = Math.max(...withFigures.flatMap((run) => ["AP", "APr", "APc", "APf"].map((name) => runs[run].figures[name])), 0.01);
+    const figure = (run, name) => runs[run].figures[name] ?? -1; // an eval.json may have AP alone
+    const most = Math.max(...withFigures.flatMap((run) => ["AP", "APr", "APc", "APf"].map((name) => figure(run, name))), 0.01);
     const bars = element("div", { class: "bars", role: "group", "aria-label": "AP by frequency" });
     for (const [name, title] of [["AP", "all"], ["APr", "rare"], ["APc", "common"], ["APf", "frequent"]]) {
       withFigures.forEach((run, place) => bars.append(
         element("span", { class: "group" }, place ? "" : title), element("span", {}, letter(run)),
-        element("span", { class: "bar" }, element("i", { style: `width:${Math.max(0, (70 * runs[run].figures[name]) / most)}%;background:${COLORS[run % 6]}` }), percent(runs[run].figures[name]))));
+        element("span", { class: "bar" }, element("i", { style: `width:${Math.max(0, (70 * figure(run, name)) / most)}%;background:${COLORS[run % 6]}` }), percent(figure(run, name)))));
       bars.append(element("span", { class: "group-gap" }));
     }
     const series = judged.map((run, place) => ({
@@ -913,7 +915,7 @@
     };
     const pictureNote = withPictures === images.ids.length ? "" : ` The page has pictures of ${withPictures.toLocaleString("en")} of the ${plural(images.ids.length, "image")}, of the others the boxes alone (clis report --images N).`;
     section("images", "Images",
-      element("p", { class: "muted" }, `Each image with its ground truth and the boxes of every run, marked by verdict, not by class. The order is by the mistakes of the chosen run at the score above.${pictureNote} The page holds boxes with a score of at least ${data.floor}, at most ${data.boxesOfAnImage} of an image and run.`,
+      element("p", { class: "muted" }, `Each image with its ground truth and the boxes of every run, marked by verdict, not by class. The order is by the mistakes of the chosen run at the score above.${pictureNote} The page holds boxes with a score of at least ${data.floor}, of each image and run at most ${data.boxesOfAnImage} that are judged and as many that are not.`,
         data.federated ? " The annotation is federated: a box of a class that is not verified in its image is not judged, and not a mistake." : ""),
       element("div", { class: "controls" }, element("fieldset", {}, element("legend", {}, "verdicts (IoU 0.5)"), boxes),
         element("label", {}, "order", sort), withPictures && withPictures < images.ids.length ? element("label", {}, only, "only those with a picture") : null),

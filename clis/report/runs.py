@@ -9,6 +9,7 @@ from pathlib import Path
 from clis.engine.run_folder import RunFolder
 from clis.engine.run_state import RunState
 from clis.metric.detections import Detections
+from clis.text import printable
 
 
 @dataclass(frozen=True)
@@ -44,4 +45,4 @@ def read_run(folder: Path, name: str, overrides: Sequence[str]) -> ReportRun:
     elif state.result is None:
         step, _ = state.metrics
         missing.append(f"The run is not finished: figures and pictures are of the evaluation at step {step}.")
-    return ReportRun(name, state, missing)
+    return ReportRun(printable(name), state, missing)
