@@ -178,10 +178,10 @@ def merge_overrides(values: Mapping[str, Any], overrides: Sequence[str]) -> dict
     Raises:
         ValueError: an override of another form, or one that leads through a value.
     """
-    merged = copy.deepcopy(dict(values))
+    merged = dict(values)
     for override in overrides:
-        _apply_override(merged, override)
-    return merged
+        merged = _merge(merged, _read_override(override, merged))
+    return copy.deepcopy(merged)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -217,14 +217,16 @@ def _describe_yaml(path: Path, error: yaml.MarkedYAMLError) -> str:
 class _StrictLoader(yaml.SafeLoader):
     """Reject a key that occurs twice, of which YAML readers silently keep the last."""
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        """Read a mapping as it is written: merge keys (``<<``) add to it later what they may replace."""
+        node = super().compose_mapping_node(anchor)
         seen = set()
         for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
             if key.value in seen:
                 problem = f"{key.value} is there twice; join them"
                 raise yaml.constructor.ConstructorError(problem=problem, problem_mark=key.start_mark)
             seen.add(key.value)
-        return super().construct_mapping(node, deep)
+        return node
 
 
 def _read_with_parents(path: Path, children: tuple[Path, ...]) -> dict[str, Any]:
@@ -261,16 +263,20 @@ def _merge(parent: dict[str, Any], child: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def _apply_override(values: dict[str, Any], override: str) -> None:
+def _read_override(override: str, values: dict[str, Any]) -> dict[str, Any]:
+    """Return what an override says as nested values; `values` are those that it will change."""
     key, equals, text = override.partition("=")
-    *sections, name = key.strip().split(".")
-    if not (equals and all(sections) and name):
+    names = key.strip().split(".")
+    if not (equals and all(names)):
         raise ValueError(f"override {override!r}: write it as key.path=value, e.g. train.steps=100")
-    for section in sections:
-        values = values.setdefault(section, {})
+    for section in names[:-1]:
+        values = values.get(section, {})
         if not isinstance(values, dict):
             raise ValueError(f"override {override!r}: {section} is a value, not a section")
-    values.update(_merge(values, {name: _at_home(_read_value(text, _KINDS.get(key.strip())))}))
+    value = _at_home(_read_value(text, _KINDS.get(key.strip())))
+    for name in reversed(names):
+        value = {name: value}
+    return value
 
 
 def _at_home(value: Any) -> Any:
@@ -289,7 +295,7 @@ def _read_value(text: str, kind: str | None) -> Any:
     Quotes, `null` and, in fields of several texts, `[a, b]` keep their meaning.
     """
     try:
-        value = yaml.safe_load(text)
+        value = yaml.load(text, Loader=_StrictLoader)
     except (yaml.YAMLError, ValueError):  # what looks like a date, or a number, and is none
         return text
     plain = text.strip()
@@ -385,7 +391,7 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
     if hint is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
         try:  # YAML 1.1 reads 1e-4 as a string
             return float(value)
-        except ValueError:
+        except (ValueError, OverflowError):
             pass
     elif hint is int and isinstance(value, int) and not -LARGEST <= value <= LARGEST:
         raise ValueError(f"{where}: {value} is beyond 2^48")
