@@ -97,18 +97,23 @@ def config_from_dict(values: Mapping[str, Any], source: str = "config") -> Confi
         raise ValueError(f"{source}: {error}") from None
 
 
-def config_to_dict(config: Config) -> dict[str, Any]:
-    """Return the whole configuration as nested plain dicts, lists and scalars."""
-    return _plain(dataclasses.asdict(config))
+def config_to_dict(config: Config, folder: Path = Path()) -> dict[str, Any]:
+    """Return the whole configuration as nested plain dicts, lists and scalars.
+
+    Args:
+        folder: that paths are relative to, as in a config file there; by default the working folder.
+    """
+
+    def seen(path: str) -> str:
+        as_it_is = folder == Path() or os.path.isabs(path) or _is_shipped(path)
+        return path if as_it_is else os.path.relpath(path, folder)
+
+    return _with_paths(_plain(dataclasses.asdict(config)), seen)
 
 
 def config_to_yaml(config: Config, folder: Path = Path()) -> str:
     """Return the whole configuration as YAML that `load_config` can read from a file in `folder`."""
-    values = _with_paths(
-        config_to_dict(config),
-        lambda path: path if os.path.isabs(path) or _is_shipped(path) else os.path.relpath(path, folder),
-    )
-    return yaml.safe_dump(values, sort_keys=False)
+    return yaml.safe_dump(config_to_dict(config, folder), sort_keys=False)
 
 
 def read_full_config(path: Path) -> Config:
@@ -117,7 +122,7 @@ def read_full_config(path: Path) -> Config:
 
 
 def from_here(values: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Return the values of a config file in `folder` with its paths as they are seen from the working folder.
+    """Return the values of a config in `folder` with its paths as they are seen from the working folder.
 
     A name that is none of a file there is left alone where it is that of a shipped config, or of a file as
     seen from the working folder (as earlier versions wrote them into run folders).

@@ -12,7 +12,13 @@ import torch
 from clis.atomic import atomic_write, link
 from clis.cli import is_worker_death
 from clis.config import Config
-from clis.config_files import config_from_dict, config_to_dict, merge_overrides, resolve_data_root
+from clis.config_files import (
+    config_from_dict,
+    config_to_dict,
+    from_here,
+    merge_overrides,
+    resolve_data_root,
+)
 from clis.data.categories import Category, check_same_categories
 from clis.distributed import on_main, rank
 from clis.engine.provenance import changed_files, provenance, training_files
@@ -64,6 +70,7 @@ def save_checkpoint(
     """
     path = folder.checkpoint(step)
     state = detector_state(model, config, step, record) | {
+        "config": config_to_dict(config, folder.path),  # a run may be resumed from another working folder
         "optimizer": optimizer.state_dict(),
         "scaler": scaler.state_dict(),
         "skipped": skipped,
@@ -209,7 +216,7 @@ def resume(
             f"{path}: rank 0 reads step {step}, rank {rank()} step {state['step']}; its file system shows "
             "old files: re-run the same command"
         )
-    trained = config_from_dict(state["config"], source=str(path))
+    trained = config_from_dict(from_here(state["config"], folder.path), source=str(path))
     differences = differences_after(trained, config, state["step"], within)
     if differences:
         raise ValueError(f"{path} is of another config: {'; '.join(differences[:5])}; remove it")
