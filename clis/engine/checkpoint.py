@@ -113,7 +113,8 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
             raise ValueError(f"{path}: a config; name a checkpoint, or a run folder") from None
         reason = str(error).removeprefix(f"{path}: ")
         raise ValueError(f"{path}: not a readable checkpoint (truncated or foreign?): {reason}") from None
-    if not isinstance(state, dict) or state.get("format") != FORMAT:
+    parts = {"step", "config", "categories", "model"}
+    if not isinstance(state, dict) or state.get("format") != FORMAT or not state.keys() >= parts:
         holds = f"it holds {first_names(state)}" if isinstance(state, dict) else f"a {type(state).__name__}"
         raise ValueError(
             f"{path}: not a checkpoint of clis, format {FORMAT}: {holds}; `python -m clis convert` makes "
