@@ -179,6 +179,8 @@ class TestLongerTraining:
             (["optim.decay_steps=[6]"], ["optim.decay_steps=[12]"], 5, True),
             (["optim.decay_steps=[6]"], ["optim.decay_steps=[12]"], 7, False),  # step 6 had the lower rate
             (["optim.decay_steps=[2,6]"], ["optim.decay_steps=[2,12]"], 6, True),
+            (["optim.decay_steps=[6]"], ["optim.decay_steps=[6,6]"], 6, True),
+            (["optim.decay_steps=[6]"], ["optim.decay_steps=[6,6]"], 7, False),  # twice at one step: 0.01
             (["train.steps=9"], ["train.steps=20", "optim.lr=1"], 9, False),
             (["train.steps=9"], ["train.steps=20"], 0, False),  # nothing is made: nothing is resumed
         ],
