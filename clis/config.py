@@ -103,8 +103,8 @@ class RPNConfig:
     def __post_init__(self) -> None:
         rules = Rules("model.rpn", self)
         rules.at_least(1, "samples", "proposals")
-        above_zero = len(self.anchor_ratios) > 0 and min(self.anchor_ratios) > 0
-        rules.require("anchor_ratios", above_zero, "must be at least one ratio, all above 0")
+        usable = len(self.anchor_ratios) > 0 and all(0 < ratio < math.inf for ratio in self.anchor_ratios)
+        rules.require("anchor_ratios", usable, "must be at least one ratio, all above 0 and finite")
         rules.between(0, 1, "positive_iou", "negative_iou", "positive_fraction", "nms_iou", "shrink_limit")
         below = self.negative_iou <= self.positive_iou
         rules.require("negative_iou", below, f"must be at most model.rpn.positive_iou={self.positive_iou}")
@@ -424,7 +424,8 @@ class OptimConfig:
         rules.positive("lr")
         rules.positive("clip_norm", or_null=True)
         rules.at_least(1, "lr_images")
-        rules.at_least(0, "weight_decay", "decay_factor")
+        rules.at_least(0, "weight_decay", "decay_factor", "warmup_steps")
+        rules.require("decay_steps", min(self.decay_steps, default=0) >= 0, "must all be at least 0")
         rules.between(0, 1, "momentum", "warmup_factor")
 
 

@@ -97,18 +97,23 @@ def config_from_dict(values: Mapping[str, Any], source: str = "config") -> Confi
         raise ValueError(f"{source}: {error}") from None
 
 
-def config_to_dict(config: Config) -> dict[str, Any]:
-    """Return the whole configuration as nested plain dicts, lists and scalars."""
-    return _plain(dataclasses.asdict(config))
+def config_to_dict(config: Config, folder: Path = Path()) -> dict[str, Any]:
+    """Return the whole configuration as nested plain dicts, lists and scalars.
+
+    Args:
+        folder: that paths are relative to, as in a config file there; by default the working folder.
+    """
+
+    def seen(path: str) -> str:
+        as_it_is = folder == Path() or os.path.isabs(path) or _is_shipped(path)
+        return path if as_it_is else os.path.relpath(path, folder)
+
+    return _with_paths(_plain(dataclasses.asdict(config)), seen)
 
 
 def config_to_yaml(config: Config, folder: Path = Path()) -> str:
     """Return the whole configuration as YAML that `load_config` can read from a file in `folder`."""
-    values = _with_paths(
-        config_to_dict(config),
-        lambda path: path if os.path.isabs(path) or _is_shipped(path) else os.path.relpath(path, folder),
-    )
-    return yaml.safe_dump(values, sort_keys=False)
+    return yaml.safe_dump(config_to_dict(config, folder), sort_keys=False)
 
 
 def read_full_config(path: Path) -> Config:
@@ -117,7 +122,7 @@ def read_full_config(path: Path) -> Config:
 
 
 def from_here(values: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Return the values of a config file in `folder` with its paths as they are seen from the working folder.
+    """Return the values of a config in `folder` with its paths as they are seen from the working folder.
 
     A name that is none of a file there is left alone where it is that of a shipped config, or of a file as
     seen from the working folder (as earlier versions wrote them into run folders).
@@ -178,10 +183,10 @@ def merge_overrides(values: Mapping[str, Any], overrides: Sequence[str]) -> dict
     Raises:
         ValueError: an override of another form, or one that leads through a value.
     """
-    merged = copy.deepcopy(dict(values))
+    merged = dict(values)
     for override in overrides:
-        _apply_override(merged, override)
-    return merged
+        merged = _merge(merged, _read_override(override, merged))
+    return copy.deepcopy(merged)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -217,14 +222,16 @@ def _describe_yaml(path: Path, error: yaml.MarkedYAMLError) -> str:
 class _StrictLoader(yaml.SafeLoader):
     """Reject a key that occurs twice, of which YAML readers silently keep the last."""
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        """Read a mapping as it is written: merge keys (``<<``) add to it later what they may replace."""
+        node = super().compose_mapping_node(anchor)
         seen = set()
         for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
             if key.value in seen:
                 problem = f"{key.value} is there twice; join them"
                 raise yaml.constructor.ConstructorError(problem=problem, problem_mark=key.start_mark)
             seen.add(key.value)
-        return super().construct_mapping(node, deep)
+        return node
 
 
 def _read_with_parents(path: Path, children: tuple[Path, ...]) -> dict[str, Any]:
@@ -261,16 +268,20 @@ def _merge(parent: dict[str, Any], child: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def _apply_override(values: dict[str, Any], override: str) -> None:
+def _read_override(override: str, values: dict[str, Any]) -> dict[str, Any]:
+    """Return what an override says as nested values; `values` are those that it will change."""
     key, equals, text = override.partition("=")
-    *sections, name = key.strip().split(".")
-    if not (equals and all(sections) and name):
+    names = key.strip().split(".")
+    if not (equals and all(names)):
         raise ValueError(f"override {override!r}: write it as key.path=value, e.g. train.steps=100")
-    for section in sections:
-        values = values.setdefault(section, {})
+    for section in names[:-1]:
+        values = values.get(section, {})
         if not isinstance(values, dict):
             raise ValueError(f"override {override!r}: {section} is a value, not a section")
-    values.update(_merge(values, {name: _at_home(_read_value(text, _KINDS.get(key.strip())))}))
+    value = _at_home(_read_value(text, _KINDS.get(key.strip())))
+    for name in reversed(names):
+        value = {name: value}
+    return value
 
 
 def _at_home(value: Any) -> Any:
@@ -289,7 +300,7 @@ def _read_value(text: str, kind: str | None) -> Any:
     Quotes, `null` and, in fields of several texts, `[a, b]` keep their meaning.
     """
     try:
-        value = yaml.safe_load(text)
+        value = yaml.load(text, Loader=_StrictLoader)
     except (yaml.YAMLError, ValueError):  # what looks like a date, or a number, and is none
         return text
     plain = text.strip()
@@ -385,7 +396,7 @@ def _convert(value: Any, hint: Any, where: str) -> Any:
     if hint is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
         try:  # YAML 1.1 reads 1e-4 as a string
             return float(value)
-        except ValueError:
+        except (ValueError, OverflowError):
             pass
     elif hint is int and isinstance(value, int) and not -LARGEST <= value <= LARGEST:
         raise ValueError(f"{where}: {value} is beyond 2^48")

@@ -50,11 +50,11 @@ class Rules:
 
     def ranges(self, *names: str, most: float = math.inf) -> None:
         """Check values that are ranges themselves: a lower bound above 0 and an upper one up to `most`."""
-        limit = "" if math.isinf(most) else f" of at most {most}"
+        upper = "a finite upper bound" if math.isinf(most) else f"an upper bound of at most {most}"
         for name in names:
             low, high = getattr(self.section, name)
-            rule = f"must be a lower bound above 0, then an upper bound{limit}"
-            self.require(name, 0 < low <= high <= most, rule)
+            rule = f"must be a lower bound above 0, then {upper}"
+            self.require(name, 0 < low <= high <= most and high < math.inf, rule)
 
 
 def _shown(value: Any) -> str:

@@ -44,13 +44,17 @@ def choose_device(name: str) -> torch.device:
     """Return the device of this name; `auto` is this process's CUDA device where there is one, else the CPU.
 
     Raises:
-        ValueError: the name is not a device's, or the machine has no CUDA device.
+        ValueError: the name is not a device's, or the machine does not have the device.
     """
     if name != "auto" and not name.startswith("cuda"):
         try:
-            return torch.device(name)
-        except RuntimeError:
-            raise ValueError(f"train.device={name}: use auto, cpu, cuda or cuda:0") from None
+            device = torch.device(name)
+            torch.zeros(1, device=device).item()  # a name may be known, and the device not be there
+        except Exception:  # torch's modules have errors of many kinds
+            raise ValueError(
+                f"train.device={name}: cannot be used here; use auto, cpu, cuda or cuda:0"
+            ) from None
+        return device
     if not torch.cuda.is_available():
         if name == "auto":
             return torch.device("cpu")

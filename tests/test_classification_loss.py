@@ -25,15 +25,24 @@ from clis.losses import CrossEntropy, build_classification_loss, find_classifica
 from clis.models import build_model
 
 SOUND = """
+from __future__ import annotations
+from typing import TYPE_CHECKING
 import torch
 from torch import nn
 from clis.losses import CrossEntropy
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from typing import Any
 
 class Weighted(CrossEntropy):
     def __init__(self, categories, *, gamma: float = 2.0, hard: bool = False):
         super().__init__(categories)
         self.gamma, self.hard = gamma, hard
         self.register_buffer("counts", torch.tensor([float(each.image_count) for each in categories]))
+
+class Positional(Weighted):
+    def __init__(self, categories: Sequence[Any], gamma: float = 3.0, *arguments, **more):
+        super().__init__(categories, gamma=gamma)
 """
 
 LACKING = """
@@ -64,6 +73,8 @@ class Number(CrossEntropy):
     def forward(self, logits, labels, normalizer, rows): return 0.0
 class WithBackground(CrossEntropy):
     def scores(self, logits): return logits.softmax(dim=1)
+class Detached(CrossEntropy):
+    def forward(self, *arguments): return super().forward(*arguments).detach()
 class Uncounted(CrossEntropy):
     def statistics(self, logits, labels, rows): return None
 def function(categories): return CrossEntropy(categories)
@@ -79,6 +90,7 @@ def modules(tmp_path, monkeypatch) -> Path:
         "broken_loss": "import not_installed_anywhere",
         "typo_loss": "class Focal(:\n",
         "failing_loss": "raise RuntimeError('no license')",
+        "script_loss": "raise SystemExit(2)",
     }.items():
         (tmp_path / f"{name}.py").write_text(text)
     monkeypatch.chdir(tmp_path)
@@ -121,6 +133,7 @@ def test_the_loss_is_given_the_categories_with_their_training_images(modules):
         ),
         ("typo_loss:Focal", r"importing typo_loss fails with SyntaxError: .*typo_loss\.py, line 1"),
         ("failing_loss:Focal", r"importing failing_loss fails with RuntimeError: no license"),
+        ("script_loss:Focal", r"importing script_loss fails with SystemExit: 2"),
         ("sound_loss:Weigthed", r"FOLDER/sound_loss\.py has no class Weigthed; did you mean Weighted\?"),
         ("broken:X", r"there is no module broken"),
         ("lacking_loss:function", r"function in FOLDER/lacking_loss\.py is not a loss; it needs num_logits"),
@@ -141,6 +154,7 @@ def test_the_loss_is_given_the_categories_with_their_training_images(modules):
             "lacking_loss:PerRow",
             r"forward gives .* for a few rows, and .* where `normalizer` is twice as large; divide a sum",
         ),
+        ("lacking_loss:Detached", r"forward gives a number without a gradient, so nothing would be learned"),
         ("lacking_loss:Rows", r"it gives \[\], \[\] for no rows"),
         ("lacking_loss:Uncounted", r"fails with AttributeError: 'NoneType' object has no attribute 'dtype'"),
         ("lacking_loss:Number", r"fails with AttributeError: 'float' object has no attribute 'shape'"),
@@ -169,6 +183,18 @@ def test_options_are_given_as_in_a_call(modules, call, expected):
     loss = build_classification_loss(f"sound_loss:Weighted{call}", CATEGORIES)
     assert (loss.gamma, loss.hard) == expected
     assert isinstance(loss.gamma, float)
+
+
+def test_options_may_be_positional_and_annotated_for_type_checkers_alone(modules):
+    loss = build_classification_loss("sound_loss:Positional(gamma=4.0)", CATEGORIES)
+    assert loss.gamma == 4.0
+    with pytest.raises(ValueError, match=r"it has no option gama; did you mean gamma\?"):
+        find_classification_loss("sound_loss:Positional(gama=4.0)")
+
+
+def test_a_loss_is_built_without_gradients_too(modules):
+    with torch.inference_mode():
+        build_classification_loss("sound_loss:Weighted", CATEGORIES)
 
 
 @pytest.mark.parametrize(

@@ -281,6 +281,17 @@ class TestFiles:
         with pytest.raises(ValueError, match=rf"wrong\.yaml{message}"):
             load_config(write("wrong.yaml", text))
 
+    def test_merge_keys_add_what_a_mapping_does_not_have(self, write):
+        """Merged into another mapping before it is read itself, it still has each of its keys once."""
+        text = (
+            "model:\n  backbone: &own\n    <<: {width: 32, fpn_channels: 64}\n    width: 48\n"
+            "paper:\n  <<: *own\n  AP: 1\n"
+        )
+        with pytest.raises(ValueError, match=r"a\.yaml: unknown key paper\.(width|fpn_channels)"):
+            load_config(write("a.yaml", text))
+        backbone = load_config(write("a.yaml", text.partition("paper")[0])).model.backbone
+        assert (backbone.width, backbone.fpn_channels) == (48, 64)
+
     def test_a_base_by_the_name_of_a_shipped_config(self, write, monkeypatch, tmp_path):
         monkeypatch.chdir(tmp_path)
         inherited = load_config(write("mine.yaml", "base: groceries/clis")).data
@@ -392,6 +403,7 @@ class TestTypes:
             ("train.steps=null", "train.steps: a whole number is needed, not None"),
             ("optim.lr=fast", "optim.lr: a number is needed, not 'fast'"),
             ("optim.lr=true", "optim.lr: a number is needed, not True"),
+            (f"optim.lr=1{'0' * 400}", "optim.lr: a number is needed, not 1000"),  # beyond float64
             ("clis.siamese=1", "clis.siamese: true or false is needed, not 1"),
             ("data={train: 5}", "data.train: a text is needed, not 5"),
             ("data.short_sides={a: 1}", "data.short_sides: a list is needed"),
@@ -441,6 +453,18 @@ class TestOverrides:
     def test_texts_are_taken_as_they_are(self, override, value):
         ((section, found),) = merge_overrides({}, [override]).items()
         assert (found if section == "output" else next(iter(found.values()))) == value
+
+    def test_of_a_part_of_clis_leave_clis_off_as_it_is(self, write):
+        """What one load sets after `clis=off`, the next load must not find in every `clis: off`."""
+        path = write("a.yaml", "clis: off")
+        assert load_config(path, ["clis=off", "clis.task_specialized=true"]).clis.task_specialized
+        merge_overrides({}, ["clis=off", "clis.objectness=true"])
+        found = load_config(path).clis
+        assert (found.task_specialized, found.objectness) == (False, False)
+
+    def test_a_key_twice_in_a_mapping_is_an_error(self, write):
+        with pytest.raises(ValueError, match=r"train: a section of keys is needed, not '\{steps: 4"):
+            load_config(write("a.yaml"), ["train={steps: 4, steps: 5}"])
 
     def test_leave_the_given_values_as_they_are(self):
         values = {"train": {"steps": 5}}
@@ -501,6 +525,10 @@ class TestContradictions:
             (["model.roi.fc_cls_std=-1"], "model.roi.fc_cls_std=-1.0: must be at least 0"),
             (["model.roi.fc_cls_std=.inf"], "model.roi.fc_cls_std=inf: must be at least 0 and finite"),
             (["train.steps=0"], "train.steps=0: must be at least 1"),
+            (["optim.decay_steps=[480, -1]"], r"optim.decay_steps=\[480, -1\]: must all be at least 0"),
+            (["optim.warmup_steps=-1"], "optim.warmup_steps=-1: must be at least 0"),
+            (["data.paste_size=[1, .inf]"], "data.paste_size=.*: must be a lower bound .*, then a finite"),
+            (["model.rpn.anchor_ratios=[1, .nan]"], "anchor_ratios=.*: must be .*, all above 0 and finite"),
             (["train.save_every=0"], "train.save_every=0: must be at least 1"),
             (["train.seed=-1"], "train.seed=-1: must be between 0 and"),
             (["optim.lr=0"], "optim.lr=0.0: must be above 0"),

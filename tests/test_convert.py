@@ -391,6 +391,14 @@ def test_outputs_that_are_category_ids(tmp_path, capsys):
         converted_state(tmp_path, weights, [1, 2, 4, 7, 9])
 
 
+def test_an_average_of_torchvisions_references(tmp_path):
+    """--model-ema of its training script: DDP's prefix, and a counter beside the model."""
+    state = baseline(4)
+    weights = {f"module.{name}": x for name, x in published("torchvision", "resnet50", state).items()}
+    weights["n_averaged"] = torch.tensor(7)
+    assert_same_parameters(converted_state(tmp_path, weights, [1, 2, 3, 4])["model"], state)
+
+
 def test_a_mask_head_is_left_out_and_said_so(tmp_path, capsys):
     state = baseline(4)
     weights = published("mmdetection", "resnet50", state)

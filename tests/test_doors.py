@@ -21,7 +21,7 @@ from clis.commands import run_verb
 from clis.commands.arguments import class_labels, split_overrides
 from clis.config_files import SHIPPED, find_config, load_config
 from clis.data.categories import Category
-from clis.engine.describe import schedule_warnings, speed_hints
+from clis.engine.describe import pretraining_warnings, schedule_warnings, speed_hints
 from clis.engine.run_folder import find_checkpoint
 
 
@@ -268,6 +268,11 @@ def test_schedules_beyond_the_end_are_said():
     assert (
         schedule_warnings(tiny_config("train.steps=100", "optim.warmup_steps=99", "optim.decay_steps=[99]"))
         == []
+    )
+    (late,) = pretraining_warnings(tiny_config("pretrain.epochs=60"))
+    assert "pretrain.decay_epochs: 60, 90 are not before the end, pretrain.epochs=60" in late
+    assert (
+        pretraining_warnings(tiny_config()) == pretraining_warnings(tiny_config("pretrain.epochs=100")) == []
     )
 
 

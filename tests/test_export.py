@@ -62,7 +62,7 @@ def test_it_gives_the_detectors_detections(checkpoint, program):
 
 @pytest.fixture(scope="module")
 def any_size(checkpoint, tmp_path_factory):
-    out = tmp_path_factory.mktemp("any") / "detector.pt2"
+    out = tmp_path_factory.mktemp("any") / 'my "own" detector.pt2'
     main(["export", str(checkpoint), str(out), "--candidates", "3000"])
     return out
 
@@ -87,7 +87,7 @@ def test_a_program_takes_images_of_any_size(checkpoint, any_size):
 def test_the_script_beside_it_needs_no_code_of_ours(any_size, tmp_path):
     """It is run where `clis` cannot be imported, for an image that its EXIF tag turns; with the threshold
     lowered, since this detector is hardly trained."""
-    script = any_size.with_name("detector_run.py")
+    script = any_size.with_name('my "own" detector_run.py')
     assert len(script.read_text().splitlines()) <= 20
     for source in (any_size, script):
         (tmp_path / source.name).write_bytes(source.read_bytes())
@@ -100,7 +100,7 @@ def test_the_script_beside_it_needs_no_code_of_ours(any_size, tmp_path):
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     done = subprocess.run(
         [sys.executable, "-c", "import sys; sys.modules['clis'] = None; import runpy; "
-         f"sys.argv = ['', 'noise.jpg']; runpy.run_path('{script.name}')"],
+         f"sys.argv = ['', 'noise.jpg']; runpy.run_path({script.name!r})"],
         cwd=tmp_path, env=environment, capture_output=True, text=True, check=True,
     )  # fmt: skip
     lines = done.stdout.splitlines()
@@ -206,6 +206,7 @@ def test_one_turn_where_nothing_counts():
         (["CHECKPOINT", "out.pth"], r"ends in \.pt2 or \.onnx"),
         (["CHECKPOINT", "out.onnx", "--batch", "2"], "ONNX is for the CPU and single images"),
         (["CHECKPOINT", "out.pt2", "clis.s=8"], "only the section test can change"),
+        (["CHECKPOINT", "out.pt2", "test={detections: 3}", "train={seed: 3}"], "^train.seed: only the sec"),
         (["CHECKPOINT", "out.pt2", "--size", "0", "8"], "above 0"),
         (["CHECKPOINT", "out.pt2", "--candidates", "3"], "raise --candidates 3"),
         (["CHECKPOINT", "out.pt2", "--candidates", "0"], "--candidates 0: must be at least 1"),

@@ -275,6 +275,7 @@ def test_each_picture_has_a_name_of_its_own():
         (["{photos}/b.jpg", "--score=30"], "--score 30.0: must be between 0 and 1"),
         (["{photos}/b.jpg", "--annotations={data}/shapes/val.json"], r"b.jpg: is none of its images \("),
         (["{photos}/b.jpg", "--annotations={tmp}/gone.json"], "^--annotations .*gone.json: no such file$"),
+        (["{photos}/b.jpg", "model.rpn.anchor_scale=2"], "was trained with other settings: model.rpn.anc"),
         (["{photos}/empty.png"], "none of the 1 images could be read"),
     ],
 )

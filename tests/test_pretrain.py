@@ -605,7 +605,16 @@ class TestBadInput:
         shutil.copytree(pretrained, tmp_path / "pretrain")
         with pytest.raises(ValueError, match=r"belongs to another config: pretrain\.lr: 0\.01 != 0\.5"):
             main(arguments_of(data, tmp_path, "pretrain.lr=0.5"))
+        with pytest.raises(ValueError, match=r"pass output=ANOTHER_FOLDER, or remove it"):  # no start.from
+            main(arguments_of(data, tmp_path, "pretrain.lr=0.5"))
         main(arguments_of(data, tmp_path, "optim.lr=0.5", "model.backbone.trainable_layers=3"))
+
+    def test_it_is_told_before_the_regions_are_searched(self, data, pretrained, tmp_path):
+        shutil.copytree(pretrained, tmp_path / "pretrain")
+        recipe = ["--config", CONFIG, *SHORT, *PRETRAINING, f"data.root={data}", f"output={tmp_path}"]
+        with pytest.raises(ValueError, match=r"pretrain belongs to another config: pretrain\.lr"):
+            run_verb("train", [*recipe, "pretrain.lr=0.5", "regions={rule: center, detector: null}"])
+        assert not (tmp_path / "regions.npy").exists()
 
     @pytest.mark.parametrize("change", ["more", "fewer", "another"])
     def test_a_checkpoint_of_other_images(self, data, pretrained, tmp_path, change):

@@ -149,6 +149,16 @@ class TestLongerTraining:
         state = RunState.read(RunFolder(tmp_path / "a"))
         assert state.every_evaluation == [(2, first), (4, RunFolder(tmp_path / "b").read_result())]
 
+    def test_from_another_working_folder(self, data, tmp_path, monkeypatch):
+        """Relative paths, here of `regions.detector`, are those of the run folder, in its checkpoints too."""
+        folder = tmp_path / "runs" / "a"
+        run_verb("train", arguments_of(data, folder, "train.steps=2"))
+        (tmp_path / "elsewhere").mkdir()
+        monkeypatch.chdir(tmp_path / "elsewhere")
+        assert not Path(load_config(BASELINE).regions.detector).is_absolute()
+        run_verb("train", arguments_of(data, folder, "train.steps=3"))
+        assert RunFolder(folder).is_finished(load_config(BASELINE, ["train.steps=3"]))
+
     def test_another_schedule_says_how_to_start_from_the_weights(self, data, tmp_path):
         run_verb("train", arguments_of(data, tmp_path / "a", "train.steps=2"))
         match = (
@@ -169,6 +179,8 @@ class TestLongerTraining:
             (["optim.decay_steps=[6]"], ["optim.decay_steps=[12]"], 5, True),
             (["optim.decay_steps=[6]"], ["optim.decay_steps=[12]"], 7, False),  # step 6 had the lower rate
             (["optim.decay_steps=[2,6]"], ["optim.decay_steps=[2,12]"], 6, True),
+            (["optim.decay_steps=[6]"], ["optim.decay_steps=[6,6]"], 6, True),
+            (["optim.decay_steps=[6]"], ["optim.decay_steps=[6,6]"], 7, False),  # twice at one step: 0.01
             (["train.steps=9"], ["train.steps=20", "optim.lr=1"], 9, False),
             (["train.steps=9"], ["train.steps=20"], 0, False),  # nothing is made: nothing is resumed
         ],

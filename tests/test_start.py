@@ -146,6 +146,8 @@ class TestWeights:
         assert not any("momentum" in name or "fc_box" in name for name in trained)
         with pytest.raises(ValueError, match=r"start\.train: clasification matches no parameter"):
             train_only(model, ["clasification"])
+        with pytest.raises(ValueError, match=r"start\.train: contrastive\.momentum.* is frozen anyway"):
+            train_only(model, ["contrastive.momentum_sub_network"])
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ from clis.commands import run_verb
 from clis.commands.study import draw_again, run_study
 from clis.config import data_path
 from clis.config_files import load_config
-from clis.study.file import Study
+from clis.study.file import Row, Study, overruled
 from clis.study.jobs import Job, plan_row, work
 from clis.study.record import ABOUT, Record, table, table_by_images
 from clis.study.runs import run_key
@@ -223,6 +223,28 @@ def test_runs_of_a_row_that_was_edited_are_dropped(tmp_path):
     assert [len(row["runs"]) for row in rows.values()] == [1, 0]
 
 
+def test_processes_of_one_study_keep_what_the_other_has_recorded(tmp_path):
+    """Both read the file at their start; each records a row. Places and speed may differ, results not."""
+    path = write_study(tmp_path / "small.yaml", {"a": {}, "b": {"overrides": ["loss.alpha=0.1"]}})
+    study, folder = Study.load(path), tmp_path / "small"
+    run = {"AP": 1.0, "APr": 1.0, "APc": 1.0, "APf": 1.0, "step_seconds": 1.0, "by_images": {"1-2": 1.0}}
+    records = Record(study, folder, []), Record(study, folder, ["data.workers=0"])
+    for record, row in zip(records, study.rows):
+        record.rows[row.name] = {"0": run | {"key": study.run(row, 0, []).key}}
+        record.write()
+    records[0].write()
+    rows = json.loads((folder / "study.json").read_text())["rows"]
+    assert {name: list(row["runs"]) for name, row in rows.items()} == {"a": ["0"], "b": ["0"]}
+    assert sorted(each.name for each in folder.iterdir()) == ["study.json", "table.md"]
+    with pytest.raises(ValueError, match="was made with the overrides"):
+        Record(study, folder, ["data.workers=0", "optim.lr=1"])
+
+
+def test_overrides_that_rows_set_themselves_are_named():
+    rows = [Row("a", ("train.steps=9",), None), Row("b", ("train={steps: 4}",), None), Row("c", (), None)]
+    assert overruled(rows, ["train.steps=4", "optim.lr=1"]) == {"train.steps": ["a"]}
+
+
 def test_a_renamed_row_keeps_its_runs_and_a_removed_one_is_named(tmp_path):
     """A run is known by its settings. Drawing again refuses to drop one; running the study says so."""
     rows = {"a": {}, "b": {"overrides": ["loss.alpha=0.1"]}, "c": {"overrides": ["loss.alpha=0.2"]}}
@@ -367,6 +389,8 @@ def test_rows_may_have_seeds_of_their_own(tmp_path, monkeypatch):
         ({"base": CONFIG, "seeds": [0], "rows": ["a"]}, "give a mapping of names to rows"),
         ({"base": CONFIG, "seeds": [0], "rows": {"a": {"overrides": None}}}, "row a: overrides is None"),
         ({"base": CONFIG, "seeds": [0], "rows": {"a": {"paper": 3}}}, "row a: paper is 3"),
+        ({"base": CONFIG, "seeds": [0], "rows": {"a": {"paper": [1, None, 3, 4]}}}, r"paper is \[1, None"),
+        ({"base": CONFIG, "seeds": [0], "rows": {"a": {"paper_seconds": "1 s"}}}, "give a number"),
         (
             {"base": CONFIG, "seeds": [0], "rows": {"a": {"overrides": ["regions.file=x.npy"]}}},
             "cannot override regions.file",
@@ -523,9 +547,11 @@ def test_drawing_again_runs_nothing_and_keeps_what_is_recorded(tmp_path, monkeyp
     with pytest.raises(ValueError, match=r"data or rows than the study has now: 0\.1, seed 0;"):
         run_verb("study", [config, "--draw", f"--out={tmp_path}"])
     assert json.loads((tmp_path / "beta" / "study.json").read_text()) == recorded  # nothing is thrown away
-    (tmp_path / "beta" / "study.json").write_text('{"rows": {"a": {}}}')
-    with pytest.raises(ValueError, match=r"study\.json: no record of a study, or damaged"):
-        run_verb("study", [config, "--draw", f"--out={tmp_path}"])
+    del recorded["rows"]["0.1"]["runs"]["0"]["by_images"]
+    for damaged in ('{"rows": {"a": {}}}', json.dumps(recorded), '{"overrides": [1], "rows": {}}'):
+        (tmp_path / "beta" / "study.json").write_text(damaged)
+        with pytest.raises(ValueError, match=r"study\.json: no record of a study, or damaged"):
+            run_verb("study", [config, "--draw", f"--out={tmp_path}"])
     with pytest.raises(SystemExit):
         run_verb("study", [config, "--jobs=0"])
     with pytest.raises(FileNotFoundError, match="--out is the folder above the study's own"):

@@ -664,6 +664,15 @@ def test_an_evaluation_that_was_cut_off_is_made_again(killed, data, reference, t
     assert not list((tmp_path / "checkpoints").glob(".*"))
 
 
+@pytest.mark.parametrize("name", ["xpu", "meta", "0", "gpu"])
+def test_a_device_that_is_not_there_is_refused(name):
+    """torch knows the names of some, and fails with the first tensor."""
+    if name == "xpu" and torch.xpu.is_available():
+        pytest.skip("it is there")
+    with pytest.raises(ValueError, match=rf"train\.device={name}: cannot be used here; use auto, cpu, cuda"):
+        choose_device(name)
+
+
 def test_each_process_has_a_device_of_its_own(monkeypatch):
     """Of the devices that it sees; some launchers show each process its own alone."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

@@ -591,6 +591,9 @@ class TestBadInput:
         torch.save({"weights": torch.zeros(3)}, foreign)
         with pytest.raises(ValueError, match=r"foreign\.pt: not a checkpoint of clis"):
             load_detector(foreign)
+        torch.save({"format": 1, "model": {}}, foreign)
+        with pytest.raises(ValueError, match=r"foreign\.pt: not a checkpoint of clis"):
+            load_detector(foreign)
         with pytest.raises(FileNotFoundError, match="no such checkpoint"):
             load_detector(tmp_path / "none.pt")
 

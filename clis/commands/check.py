@@ -29,7 +29,7 @@ from clis.data.streams import (
     read_annotations,
     read_index,
 )
-from clis.engine.describe import schedule_warnings
+from clis.engine.describe import pretraining_warnings, schedule_warnings
 from clis.engine.optim import split_batch
 from clis.engine.preflight import (
     check_folder,
@@ -140,7 +140,7 @@ def _check_plan(config: Config, overrides: Sequence[str], report: Report) -> Pla
         split_batch(config.train, 1)
     except ValueError as error:
         report.warnings.append(str(error))
-    report.notes += schedule_warnings(config)
+    report.notes += schedule_warnings(config) + pretraining_warnings(config)
     return plan
 
 

@@ -89,7 +89,7 @@ TORCHVISION = Source(
         (r"^roi_heads\.box_predictor\.cls_score\.", f"{FC_CLS}."),
         (r"^roi_heads\.box_predictor\.bbox_pred\.", f"{FC_BOX}."),
     ),
-    left_out=r"num_batches_tracked$|^roi_heads\.(mask|keypoint)_",
+    left_out=r"num_batches_tracked$|^n_averaged$|^roi_heads\.(mask|keypoint)_",  # n_averaged: --model-ema
     background_first=True,
     settings=(
         "model.backbone.norm_eps=0",  # as torchvision sets it for its COCO weights

@@ -4,24 +4,18 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
 
 from clis.atomic import check_writable
-from clis.config import Config, scoped_keys
-from clis.config_files import config_differences
-from clis.config_scopes import Scope
+from clis.config import Config
 from clis.data.annotations import Annotations
 from clis.distributed import choose_device, is_main, on_main, process_group
-from clis.engine.checkpoint import load_checkpoint, load_model, saved_config
-from clis.engine.evaluate import detect_split, evaluate_detector, load_validation
+from clis.engine.checkpoint import load_checkpoint, load_model
+from clis.engine.evaluate import detect_split, evaluate_detector, inference_config, load_validation
 from clis.engine.run_folder import RunFolder, find_checkpoint
 from clis.metric.lvis_eval import format_table
 from clis.metric.matching import describe_uncounted
 from clis.models import CLISDetector
 from clis.progress import say
-
-INFERENCE = scoped_keys(Scope.INFERENCE)
-"""Model fields that may be overridden at evaluation."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -44,8 +38,7 @@ def run(arguments: argparse.Namespace) -> None:
     state = load_checkpoint(arguments.checkpoint)
     bare = arguments.checkpoint.with_suffix("")
     output = bare if bare != arguments.checkpoint else bare.with_name(f"{bare.name}_evaluation")
-    config = saved_config(state, str(arguments.checkpoint), arguments.overrides, output=str(output))
-    _check_same_model(config, state, arguments.checkpoint)
+    config = inference_config(state, arguments.checkpoint, arguments.overrides, output=str(output))
     folder = RunFolder(config.output)
     if folder.config.exists():
         raise ValueError(
@@ -83,19 +76,4 @@ def _write_detections(
         say(
             f"{folder.detections}, {json_file.name}: {len(detections)} detections in {len(annotations)} "
             "images"
-        )
-
-
-def _check_same_model(config: Config, state: dict[str, Any], checkpoint: Path) -> None:
-    """Raise `ValueError` for an override of a field that the training has fixed."""
-    trained = saved_config(state, str(checkpoint))
-    differences = [
-        difference
-        for difference in config_differences(trained, config, ("model", "clis", "loss"))
-        if difference.split(":")[0] not in INFERENCE
-    ]
-    if differences:
-        raise ValueError(
-            f"{checkpoint} was trained with other settings: {'; '.join(differences[:5])}; of model, clis and "
-            f"loss only {', '.join(INFERENCE)} can change after the training"
         )

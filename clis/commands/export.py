@@ -15,6 +15,7 @@ from torch import Tensor
 from clis.atomic import atomic_write, check_writable
 from clis.commands.arguments import positive
 from clis.commands.export_program import Program, letterbox, nms_of_best
+from clis.config_files import flatten, merge_overrides
 from clis.distributed import choose_device
 from clis.engine.evaluate import load_for_inference
 from clis.models import CLISDetector
@@ -45,7 +46,7 @@ import torch
 from torchvision.io import ImageReadMode, decode_image
 
 files = {{"categories.json": ""}}
-program = torch.export.load(Path(__file__).with_name("{program}"), extra_files=files).module()
+program = torch.export.load(Path(__file__).with_name({program!r}), extra_files=files).module()
 names = [category["name"] for category in json.loads(files["categories.json"])]
 for path in sys.argv[1:]:
     image = decode_image(path, ImageReadMode.RGB, apply_exif_orientation=True)  # uint8 RGB [3,H,W]
@@ -180,7 +181,8 @@ def _check_arguments(
         raise ValueError(f"--size {size[0]} {size[1]}: height and width are above 0")
     if candidates < 1:
         raise ValueError(f"--candidates {candidates}: must be at least 1")
-    if wrong := [each for each in overrides if not each.startswith(("test.", "data.root="))]:
+    changed = flatten(merge_overrides({}, overrides))
+    if wrong := [key for key in changed if not key.startswith("test.") and key != "data.root"]:
         raise ValueError(
             f"{wrong[0]}: only the section test can change, e.g. test.detections=100, and data.root"
         )

@@ -13,7 +13,7 @@ from clis.config_files import find_config, load_config
 from clis.data.streams import generate_data
 from clis.engine.run_folder import RunFolder
 from clis.progress import say
-from clis.study.file import Study, check_overrides
+from clis.study.file import Study, check_overrides, overruled
 from clis.study.jobs import Job, log_of, plan_row, work
 from clis.study.record import Record
 
@@ -21,7 +21,10 @@ from clis.study.record import Record
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `clis study`."""
     parser.add_argument("file", type=find_config, help="a study, e.g. studies/components")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="change a field in every row")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value",
+        help="change a field in every row that does not set it itself",
+    )  # fmt: skip
     parser.add_argument("--rows", nargs="+", default=(), metavar="NAME", help="run only these rows")
     parser.add_argument("--seeds", nargs="+", type=int, default=(), help="run only these seeds, of every row")
     parser.add_argument("--jobs", type=positive, default=2, help="runs at once, which share the CPUs")
@@ -67,7 +70,7 @@ def run_study(
     Args:
         rows, seeds: only these; default all of the file. Seeds that are named hold for every row.
         jobs: processes at once, which share the CPUs.
-        overrides: for every row, e.g. the number of steps in a trial.
+        overrides: for every row, e.g. the number of steps in a trial; what a row sets itself stays.
 
     Returns:
         out/NAME.
@@ -93,6 +96,8 @@ def run_study(
         if not record.has(row, seed) and not record.take(row, seed):
             plan_row(study, row, seed, out, overrides, plan)
     say(f"{study.name}: {len(study.rows)} rows; {len(plan)} jobs to do, {jobs} at once")
+    for key, names in overruled(chosen, overrides).items():
+        say(f"WARNING: {key} stays as it is in rows that set it themselves: {', '.join(names)}")
     if record.outdated:
         say(f"recorded of other settings, data or rows, and left out: {'; '.join(record.outdated)}")
     base = load_config(study.base, overrides)

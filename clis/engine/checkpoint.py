@@ -12,7 +12,13 @@ import torch
 from clis.atomic import atomic_write, link
 from clis.cli import is_worker_death
 from clis.config import Config
-from clis.config_files import config_from_dict, config_to_dict, merge_overrides, resolve_data_root
+from clis.config_files import (
+    config_from_dict,
+    config_to_dict,
+    from_here,
+    merge_overrides,
+    resolve_data_root,
+)
 from clis.data.categories import Category, check_same_categories
 from clis.distributed import on_main, rank
 from clis.engine.provenance import changed_files, provenance, training_files
@@ -64,6 +70,7 @@ def save_checkpoint(
     """
     path = folder.checkpoint(step)
     state = detector_state(model, config, step, record) | {
+        "config": config_to_dict(config, folder.path),  # a run may be resumed from another working folder
         "optimizer": optimizer.state_dict(),
         "scaler": scaler.state_dict(),
         "skipped": skipped,
@@ -106,7 +113,8 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
             raise ValueError(f"{path}: a config; name a checkpoint, or a run folder") from None
         reason = str(error).removeprefix(f"{path}: ")
         raise ValueError(f"{path}: not a readable checkpoint (truncated or foreign?): {reason}") from None
-    if not isinstance(state, dict) or state.get("format") != FORMAT:
+    parts = {"step", "config", "categories", "model"}
+    if not isinstance(state, dict) or state.get("format") != FORMAT or not state.keys() >= parts:
         holds = f"it holds {first_names(state)}" if isinstance(state, dict) else f"a {type(state).__name__}"
         raise ValueError(
             f"{path}: not a checkpoint of clis, format {FORMAT}: {holds}; `python -m clis convert` makes "
@@ -209,7 +217,7 @@ def resume(
             f"{path}: rank 0 reads step {step}, rank {rank()} step {state['step']}; its file system shows "
             "old files: re-run the same command"
         )
-    trained = config_from_dict(state["config"], source=str(path))
+    trained = config_from_dict(from_here(state["config"], folder.path), source=str(path))
     differences = differences_after(trained, config, state["step"], within)
     if differences:
         raise ValueError(f"{path} is of another config: {'; '.join(differences[:5])}; remove it")

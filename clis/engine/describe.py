@@ -93,12 +93,25 @@ def schedule_warnings(config: Config) -> list[str]:
             f"optim.warmup_steps={optim.warmup_steps} is not over at the end, train.steps={steps}: the run "
             "never has its full learning rate"
         )
-    if late := [step for step in optim.decay_steps if step >= steps]:
-        found.append(
-            f"optim.decay_steps: {', '.join(map(str, late))} are not before the end, train.steps={steps}: "
-            "the learning rate does not decay there"
-        )
-    return found
+    return found + _late_decays("optim.decay_steps", optim.decay_steps, "train.steps", steps)
+
+
+def pretraining_warnings(config: Config) -> list[str]:
+    """List the decays that a run's pre-training, if it has one, never reaches."""
+    pretrain = config.pretrain
+    if pretrain.epochs == 0:
+        return []
+    return _late_decays("pretrain.decay_epochs", pretrain.decay_epochs, "pretrain.epochs", pretrain.epochs)
+
+
+def _late_decays(field: str, decays: Sequence[int], length: str, end: int) -> list[str]:
+    late = [str(decay) for decay in decays if decay >= end]
+    if not late:
+        return []
+    return [
+        f"{field}: {', '.join(late)} are not before the end, {length}={end}: the learning rate does not "
+        "decay there"
+    ]
 
 
 def speed_hints(config: Config, accumulation: int, device: torch.device) -> list[str]:
@@ -140,6 +153,7 @@ def describe_pretraining(
         f"{config.model.backbone.name}, {parameters / 1e6:.1f} M parameters, from "
         f"{config.model.backbone.weights or 'random weights'}",
     ]
+    lines += [f"WARNING: {each}" for each in pretraining_warnings(config)]
     return "\n".join(f"  {line}" for line in lines)
 
 

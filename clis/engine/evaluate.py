@@ -14,7 +14,9 @@ import torch
 from torch import Tensor
 
 from clis.atomic import atomic_write
-from clis.config import Config, data_path
+from clis.config import Config, data_path, scoped_keys
+from clis.config_files import config_differences
+from clis.config_scopes import Scope
 from clis.data.annotated_images import read_annotated
 from clis.data.annotations import Annotations
 from clis.data.categories import Category, check_same_categories
@@ -31,6 +33,9 @@ from clis.metric.lvis_eval import METRICS, evaluate
 from clis.models import CLISDetector
 from clis.progress import Progress
 from clis.resize import image_size
+
+INFERENCE = scoped_keys(Scope.INFERENCE)
+"""Model fields that may change after the training."""
 
 
 def evaluate_detector(
@@ -110,12 +115,40 @@ def measure_calibration(detector: CLISDetector, config: Config) -> None:
     calibration.to(device)
 
 
+def inference_config(
+    state: dict[str, Any], checkpoint: Path, overrides: Sequence[str] = (), **values: Any
+) -> Config:
+    """Return the config of a checkpoint for inference; arguments as of `saved_config`.
+
+    Raises:
+        ValueError: as `saved_config`; or an override is of a field that the training has fixed, some of which
+            would fit the same weights and give other detections in silence.
+    """
+    trained = saved_config(state, str(checkpoint))
+    config = saved_config(state, str(checkpoint), overrides, **values)
+    differences = [
+        difference
+        for difference in config_differences(trained, config, ("model", "clis", "loss"))
+        if difference.split(":")[0] not in INFERENCE
+    ]
+    if differences:
+        raise ValueError(
+            f"{checkpoint} was trained with other settings: {'; '.join(differences[:5])}; of model, clis and "
+            f"loss only {', '.join(INFERENCE)} can change after the training"
+        )
+    return config
+
+
 def load_for_inference(
     checkpoint: Path, device: torch.device, overrides: Sequence[str] = ()
 ) -> tuple[CLISDetector, Config]:
-    """Load a detector ready for `detect`, and its config, with ``key=value`` overrides."""
+    """Load a detector ready for `detect`, and its config, with ``key=value`` overrides.
+
+    Raises:
+        FileNotFoundError, ValueError: as `load_checkpoint`, `inference_config` and `load_model`.
+    """
     state = load_checkpoint(checkpoint)
-    config = saved_config(state, str(checkpoint), overrides)
+    config = inference_config(state, checkpoint, overrides)
     detector = load_model(state, config, str(checkpoint)).to(device).eval()
     measure_calibration(detector, config)
     return detector, config

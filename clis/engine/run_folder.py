@@ -207,7 +207,8 @@ class RunFolder:
             return
         differences = differences_after(self.read_config(), config, self.steps_done, within)
         if differences:
-            start = f" (with start.from={self} to start from its weights)" * self.last.exists()
+            has_detector = within is None and self.last.exists()
+            start = f" (with start.from={self} to start from its weights)" * has_detector
             raise ValueError(
                 f"{self} belongs to another config: {'; '.join(differences[:5])}; "
                 f"pass output=ANOTHER_FOLDER{start}, or remove it"

@@ -47,7 +47,8 @@ def differences_after(
     """
     differences = config_differences(before, now, within)
     keys = {difference.partition(":")[0] for difference in differences}
-    moved = set(before.optim.decay_steps) ^ set(now.optim.decay_steps)
+    earlier, later = before.optim.decay_steps, now.optim.decay_steps
+    moved = [step for step in (*earlier, *later) if earlier.count(step) != later.count(step)]
     by_share = "pcb" in now.loss.classification or ":" in now.loss.classification  # ":": a user's own loss
     longer = within is None and keys <= {"train.steps", "optim.decay_steps"} and not by_share
     longer = longer and now.train.steps >= done > 0

@@ -157,13 +157,18 @@ def train_only(model: nn.Module, prefixes: Sequence[str]) -> None:
     A parameter of a shared module has several names. What is frozen already stays so.
 
     Raises:
-        ValueError: a prefix matches no parameter.
+        ValueError: a prefix matches no parameter, or nothing is left to train.
     """
     parameters = list(model.named_parameters(remove_duplicate=False))
     _check_prefixes("start.train", prefixes, [name for name, _ in parameters])
     trained = {id(parameter) for name, parameter in parameters if _matches(name, prefixes)}
     for _, parameter in parameters:
         parameter.requires_grad_(parameter.requires_grad and id(parameter) in trained)
+    if not any(parameter.requires_grad for _, parameter in parameters):
+        raise ValueError(
+            f"start.train: {', '.join(prefixes)} is frozen anyway, and nothing would be trained; name other "
+            "parts, or raise model.backbone.trainable_layers"
+        )
 
 
 _ANY_CLASSES = [

@@ -39,6 +39,7 @@ from clis.engine.optim import gradient_step, learning_rate, split_batch
 from clis.engine.preemption import stopping_at_once
 from clis.engine.preflight import check_files, needed_runs
 from clis.engine.prerequisites import PlannedRun, plan_run
+from clis.engine.pretrain import SETTINGS as PRETRAINING
 from clis.engine.pretrain import pretrain
 from clis.engine.region_search import find_regions
 from clis.engine.run_folder import RunFolder, regions_file
@@ -88,6 +89,8 @@ def _claimed(plan: PlannedRun, trained: Sequence[Config]) -> Iterator[None]:
             folder = RunFolder(config.output)
             folder.check(config)
             if not on_main(functools.partial(folder.is_finished, config)):
+                if config.pretrain.epochs > 0:
+                    folder.pretraining.check(config, PRETRAINING)
                 stack.enter_context(only_process(folder))
         generate_data(plan.config)
         check_files(plan)

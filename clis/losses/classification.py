@@ -12,6 +12,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from clis.losses.acsl import ACSL
 from clis.losses.bags import BAGS
@@ -117,7 +118,13 @@ def build_classification_loss(text: str, categories: Sequence[Any]) -> Classific
         raise ValueError(
             f"{where}: tried on a few rows, it fails with {type(error).__name__}: {error}"
         ) from error
-    for name, one, other in zip(("forward", "image_level"), whole, half):
+    for name, value, other_value in zip(("forward", "image_level"), whole, half):
+        if torch.is_grad_enabled() and not value.requires_grad:
+            raise ValueError(
+                f"{where}: {name} gives a number without a gradient, so nothing would be learned; compute it "
+                "from the logits without detach(), item() or torch.no_grad()"
+            )
+        one, other = value.item(), other_value.item()
         if not math.isclose(one, 2 * other, rel_tol=1e-3, abs_tol=1e-6):
             raise ValueError(
                 f"{where}: {name} gives {one:g} for a few rows, and {other:g} where `normalizer` is twice as "
@@ -126,16 +133,17 @@ def build_classification_loss(text: str, categories: Sequence[Any]) -> Classific
     return loss
 
 
-def _trial(loss: ClassificationLoss, normalizer: float) -> tuple[float, float]:
+def _trial(loss: ClassificationLoss, normalizer: float) -> tuple[Tensor, Tensor]:
     """Return the loss of a few rows, of which one is background, and that of regions of the other classes."""
     logits, rows = torch.linspace(-1, 1, 4 * loss.num_logits).view(4, -1), Rows.of_one_image(4, normalizer)
+    logits.requires_grad_(torch.is_grad_enabled())
     labels = torch.arange(4) % max(1, loss.num_classes)
     with_background = torch.cat([labels[:3], torch.tensor([loss.num_classes])])
     with torch.random.fork_rng(devices=[]):  # a loss may be random, and the training is to be as without this
         torch.manual_seed(0)
         boxes = loss(logits, with_background, normalizer, rows)
         regions = loss.image_level(logits, labels, normalizer, rows)
-    return boxes.item(), regions.item()
+    return boxes, regions
 
 
 def _find_in_module(name: str, where: str) -> type[ClassificationLoss]:
@@ -171,7 +179,7 @@ def _import(name: str, where: str) -> ModuleType:
         sys.path.insert(0, folder)
     try:
         return importlib.import_module(name)
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # SystemExit: of a script that is no module
         problem = f"importing {name} fails with {type(error).__name__}: {error}"
         if isinstance(error, ModuleNotFoundError) and f"{name}.".startswith(f"{error.name}."):
             problem = (

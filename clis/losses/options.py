@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import difflib
 import inspect
 import typing
@@ -34,17 +35,21 @@ def read_call(text: str, where: str) -> tuple[str, dict[str, Any]]:
 
 
 def check_options(options: dict[str, Any], built: type, where: str) -> None:
-    """Check names and types of options against the keyword-only parameters of a constructor.
+    """Check names and types of options against the parameters of a constructor after the categories.
 
-    Whole numbers become floats and lists tuples, in place, where these are expected.
+    Whole numbers become floats and lists tuples, in place, where these are expected. Annotations that name
+    what is imported for type checkers alone are not looked at.
 
     Raises:
         ValueError: an unknown option, which names the nearest, or a value of another type.
     """
     constructor = inspect.getattr_static(built, "__init__")
-    parameters = inspect.signature(constructor).parameters.values()
-    known = [each.name for each in parameters if each.kind is inspect.Parameter.KEYWORD_ONLY]
-    hints = typing.get_type_hints(constructor) if options else {}
+    parameters = list(inspect.signature(constructor).parameters.values())[2:]  # after self and categories
+    by_name = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    known = [each.name for each in parameters if each.kind in by_name]
+    hints: dict[str, Any] = {}
+    with contextlib.suppress(NameError):
+        hints = typing.get_type_hints(constructor) if options else {}
     for name, value in options.items():
         if name not in known:
             raise ValueError(f"{where}: it has no option {name}; {nearest(name, known)}")

@@ -72,7 +72,7 @@ class Study:
         return cls(name_below(path, "studies").as_posix(), values["base"], seeds, rows, axis)
 
     def run(self, row: Row, seed: int, overrides: Sequence[str]) -> StudyRun:
-        """Load the run of a row and seed, with `overrides` that hold for all rows."""
+        """Load the run of a row and seed, with `overrides` that hold for all rows; a row's own come last."""
         every = [*overrides, *row.overrides, f"train.seed={seed}"]
         return StudyRun.load(row.config or self.base, every)
 
@@ -88,6 +88,17 @@ def check_overrides(overrides: Sequence[str]) -> None:
             f"{refused[0]} cannot be overridden on the command line: each row and seed has its own; choose "
             "seeds by --seeds N ... and the folder of all studies by --out FOLDER"
         )
+
+
+def overruled(rows: Sequence[Row], overrides: Sequence[str]) -> dict[str, list[str]]:
+    """Return which keys of the overrides for all rows have another value in some, with these rows' names."""
+    wanted = flatten(merge_overrides({}, overrides))
+    found: dict[str, list[str]] = {}
+    for row in rows:
+        own = flatten(merge_overrides({}, row.overrides))
+        for key in (key for key in wanted if key in own and own[key] != wanted[key]):
+            found.setdefault(key, []).append(row.name)
+    return found
 
 
 def _keys_among(overrides: Sequence[str], keys: Sequence[str]) -> list[str]:
@@ -128,12 +139,27 @@ def _read_row(name: str, values: Any, path: Path) -> Row:
         raise ValueError(
             f"{where}: a row cannot override {refused[0]}: it changes no result, or all rows share it"
         )
-    if paper is not None and not (isinstance(paper, list) and len(paper) == len(FIGURES)):
-        raise ValueError(f"{where}: paper is {paper}; give {', '.join(FIGURES)}")
-    paper, at = None if paper is None else tuple(paper), values.get("at")
-    if at is not None and (isinstance(at, bool) or not isinstance(at, (int, float))):
-        raise ValueError(f"{where}: at is {at!r}; give a number")
-    return Row(name, tuple(overrides), paper, values.get("paper_seconds"), seeds, values.get("config"), at)
+    if paper is not None:
+        numbers = isinstance(paper, list) and all(map(_is_number, paper))
+        if not numbers or len(paper) != len(FIGURES):
+            raise ValueError(f"{where}: paper is {paper}; give {', '.join(FIGURES)}")
+        paper = tuple(paper)
+    for key in ("at", "paper_seconds"):
+        if values.get(key) is not None and not _is_number(values[key]):
+            raise ValueError(f"{where}: {key} is {values[key]!r}; give a number")
+    return Row(
+        name,
+        tuple(overrides),
+        paper,
+        values.get("paper_seconds"),
+        seeds,
+        values.get("config"),
+        values.get("at"),
+    )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _beside(path: Path, name: Any) -> Path:

@@ -9,8 +9,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from clis.atomic import atomic_write
-from clis.config import FIGURES, data_path
+from clis.atomic import atomic_write, exclusive
+from clis.config import FIGURES, RESUMABLE, data_path
+from clis.config_files import flatten, merge_overrides
 from clis.data.streams import read_annotations
 from clis.engine.describe import format_metrics
 from clis.engine.evaluate import load_validation
@@ -28,6 +29,8 @@ ABOUT = (
     "not compare. The paper's figures are of LVIS.\n"
 )
 """The first line of table.md."""
+OF_A_RUN = (*FIGURES, "key", "by_images")
+"""What study.json has of every run, beside the seconds per step."""
 
 
 class Record:
@@ -37,34 +40,15 @@ class Record:
         """Read what an earlier call has recorded; runs of other settings than the row's are dropped.
 
         Raises:
-            ValueError: the existing file was made with other overrides.
+            ValueError: the existing file is damaged, or was made with other overrides.
         """
         self.study, self.path = study, folder / "study.json"
         self.overrides = list(overrides)
         self.rows: dict[str, dict[str, dict[str, Any]]] = {}
-        self.outdated: list[str] = []
-        """Recorded runs that are of no row with its present settings, and so left out."""
         self.classes: dict[str, int] = {}
         """Classes by the bins of training images; empty where no run has said it."""
-        if self.path.exists():
-            kept = read_record(self.path)
-            if kept["overrides"] != self.overrides:
-                raise ValueError(
-                    f"{self.path} was made with the overrides {kept['overrides']}, now they are "
-                    f"{self.overrides}; name another --out"
-                )
-            self.classes = kept.get("classes", {})
-            self._keep({name: row["runs"] for name, row in kept["rows"].items()})
-
-    def _keep(self, recorded: Mapping[str, Mapping[str, dict[str, Any]]]) -> None:
-        """Keep recorded runs, by row and seed, that are a row's now; it may have another name since."""
-        by_key = {run["key"]: run for runs in recorded.values() for run in runs.values()}
-        for row in self.study.rows:
-            for seed in sorted({seed for runs in recorded.values() for seed in runs}, key=int):
-                key, own = self._key(row, int(seed)), recorded.get(row.name, {}).get(seed)
-                run = own if own is not None and own["key"] == key else by_key.get(key)
-                if run is not None:
-                    self.rows.setdefault(row.name, {})[seed] = run
+        self._keys: dict[tuple[str, int], str] = {}
+        recorded = self._read()
         kept = {run["key"] for runs in self.rows.values() for run in runs.values()}
         self.outdated = [
             f"{name}, seed {seed}"
@@ -72,6 +56,31 @@ class Record:
             for seed, run in runs.items()
             if run["key"] not in kept
         ]
+        """Recorded runs that are of no row with its present settings, and so left out."""
+
+    def _read(self) -> Mapping[str, Mapping[str, dict[str, Any]]]:
+        """Add what the file has and this record lacks; return all runs of the file, by row and seed.
+
+        Kept are runs that are a row's now; it may have another name since.
+        """
+        if not self.path.exists():
+            return {}
+        document = read_record(self.path)
+        if _changing_results(document["overrides"]) != _changing_results(self.overrides):
+            raise ValueError(
+                f"{self.path} was made with the overrides {document['overrides']}, now they are "
+                f"{self.overrides}; name another --out"
+            )
+        self.classes = self.classes or document.get("classes", {})
+        recorded = {name: row["runs"] for name, row in document["rows"].items()}
+        by_key = {run["key"]: run for runs in recorded.values() for run in runs.values()}
+        for row in self.study.rows:
+            for seed in sorted({seed for runs in recorded.values() for seed in runs}, key=int):
+                key, own = self._key(row, int(seed)), recorded.get(row.name, {}).get(seed)
+                run = own if own is not None and own["key"] == key else by_key.get(key)
+                if run is not None:
+                    self.rows.setdefault(row.name, {}).setdefault(seed, run)
+        return recorded
 
     def has(self, row: Row, seed: int) -> bool:
         """Return whether this run is recorded."""
@@ -91,12 +100,12 @@ class Record:
     @functools.cached_property
     def _others(self) -> dict[str, tuple[dict[str, Any], dict[str, int]]]:
         """Return the runs of the other studies in this folder, by their key, each with its `classes`."""
-        wanted, runs = (*FIGURES, "key", "by_images"), {}
+        runs = {}
         for path in sorted(self.path.parent.parent.glob("*/study.json")):
             try:
                 document = read_record(path)
                 for run in (run for row in document["rows"].values() for run in row["runs"].values()):
-                    runs[run["key"]] = {name: run[name] for name in wanted}, document.get("classes", {})
+                    runs[run["key"]] = {name: run[name] for name in OF_A_RUN}, document.get("classes", {})
             except (ValueError, KeyError, TypeError) as error:
                 say(f"{path}: left aside, no record of a study ({error})")
         return runs
@@ -115,7 +124,15 @@ class Record:
         return format_metrics(metrics)
 
     def write(self) -> None:
-        """Write ``study.json`` and ``table.md``, with the rows in the order of the study file."""
+        """Write ``study.json`` and ``table.md``, with the rows in the order of the study file.
+
+        What another process has recorded there since is kept.
+        """
+        with exclusive(self.path.with_name("study.lock")):
+            self._read()
+            self._write()
+
+    def _write(self) -> None:
         rows = {
             row.name: {
                 "overrides": list(row.overrides),
@@ -151,7 +168,9 @@ class Record:
         return path
 
     def _key(self, row: Row, seed: int) -> str:
-        return self.study.run(row, seed, self.overrides).key
+        if (row.name, seed) not in self._keys:
+            self._keys[row.name, seed] = self.study.run(row, seed, self.overrides).key
+        return self._keys[row.name, seed]
 
 
 def read_record(path: Path) -> dict[str, Any]:
@@ -162,11 +181,23 @@ def read_record(path: Path) -> dict[str, Any]:
     """
     try:
         document = json.loads(path.read_text())
-        if not all(isinstance(row["runs"], dict) for row in document["rows"].values()):
-            raise ValueError("a row has no runs")
+        _changing_results(document["overrides"])
+        runs = [each for row in document["rows"].values() for each in row["runs"].items()]
+        if not all(seed.isdecimal() and run.keys() >= set(OF_A_RUN) for seed, run in runs):
+            raise ValueError(f"a run without its seed, or one of {', '.join(OF_A_RUN)}")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path}: no record of a study, or damaged ({error}); run the study again") from None
+        what = f"{error} is missing" if isinstance(error, KeyError) else error
+        raise ValueError(
+            f"{path}: no record of a study, or damaged ({what}); remove it and run the study again, which "
+            "records the finished runs beside it without repeating them"
+        ) from None
     return document
+
+
+def _changing_results(overrides: Sequence[str]) -> dict[str, Any]:
+    """Return what overrides set, by key, but for places, speed and the like."""
+    values = flatten(merge_overrides({}, overrides))
+    return {key: value for key, value in values.items() if key not in RESUMABLE}
 
 
 def table(rows: Mapping[str, Mapping[str, Any]]) -> str:
