@@ -306,7 +306,8 @@ def _list_folder(path: Path) -> Listing:
         # Not os.walk, which does not say what is a regular file; to ask for each takes long.
         with os.scandir(folder) as entries:
             found = [entry for entry in entries if not is_hidden(entry.name)]
-        for entry in found:
+        # By name, so that of two links to one folder all machines follow the same.
+        for entry in sorted(found, key=lambda entry: entry.name):
             name = prefix + entry.name
             if entry.is_dir():
                 real = os.path.realpath(entry.path) if entry.is_symlink() else ""
