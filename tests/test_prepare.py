@@ -864,6 +864,19 @@ def test_strict_labels(tmp_path, shards):
         prepared(tmp_path, shards, labels=labels_file(tmp_path, complete + "gone.jpg\tdog\n"), strict=True)
 
 
+def test_an_index_survives_a_prepare_that_fails(tmp_path, shards):
+    """What is wrong may show when all tars are listed: runs that use the index must not suffer."""
+    labels = labels_file(tmp_path, "".join(f"{name}\tbird\n" for name in ALL))
+    prepared(tmp_path, shards, labels=labels, strict=True)
+    before = contents(tmp_path / "index")
+    write_tar(shards / "shard_3.tar", "new.jpg")
+    with pytest.raises(ValueError, match="1 members of the tars have no label"):
+        prepared(tmp_path, shards, labels=labels, strict=True)
+    after = contents(tmp_path / "index")
+    assert {name: after[name] for name in before} == before
+    assert len(open_index(tmp_path / "index", CATEGORIES)) == len(ALL)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
