@@ -897,6 +897,17 @@ def test_bad_label_files(tmp_path, shards, text, message):
         prepared(tmp_path, shards, labels=labels_file(tmp_path, text))
 
 
+def test_mixed_tars_one_level_below(tmp_path, shards):
+    """Tars below a folder of the root are no images of that folder: there is none to name."""
+    shards.rename(tmp_path / "part")
+    (tmp_path / "root").mkdir()
+    (tmp_path / "part").rename(tmp_path / "root" / "part")
+    for shard in (tmp_path / "root" / "part").glob("shard_2/*"):
+        shard.unlink()
+    with pytest.raises(ValueError, match=r"root/part: no \.jpg, .* in it, or in any other folder or tar"):
+        prepared(tmp_path, tmp_path / "root", labels=labels_file(tmp_path, LABELS))
+
+
 def test_a_label_of_two_members_is_refused(tmp_path, shards):
     labels = labels_file(tmp_path, LABELS)
     write_tar(shards / "shard_3.tar", "new.jpg", "9.jpg")

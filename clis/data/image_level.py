@@ -465,7 +465,8 @@ def _columns(labeled: Iterable[tuple[int | np.ndarray, Listing]]) -> Iterator[di
 def _refuse_empty(images: int, containers: Sequence[Container]) -> None:
     if not images:
         raise ValueError(
-            f"{containers[0].path}: no {', '.join(IMAGE_SUFFIXES)} file in it or any other class that counts"
+            f"{containers[0].path}: no {', '.join(IMAGE_SUFFIXES)} file in it, or in any other folder or tar "
+            "that counts"
         )
 
 
