@@ -376,6 +376,8 @@ class RegionsConfig:
 
     def __post_init__(self) -> None:
         rules = Rules("regions", self)
+        named = self.file is None or Path(self.file).suffix == ".npy"
+        rules.require("file", named, "must end with .npy (a .json of the same name is written beside it)")
         usable = len(self.short_side) > 0 and min(self.short_side) >= 1
         rules.require("short_side", usable, "must be at least one size, all above 0")
         largest = max(self.short_side)

@@ -518,6 +518,8 @@ class TestContradictions:
                 ["data.image_level_share=0.5", "data.shuffle_block=9"],
                 "image_level_share=0.5: draws single images",
             ),
+            (["regions.file=runs/mine.json"], r"regions.file=runs/mine.json: must end with .npy"),
+            (["regions.file=runs/v1.0"], r"regions.file=runs/v1.0: must end with .npy"),
             (["regions.short_side=[]"], r"regions.short_side=\[\]: must be at least one size"),
             (["regions.max_size=300"], "regions.max_size=300: must be at least the largest .*, 400"),
             (["regions.rule=given"], "regions.rule=given: requires a file of boxes; set regions.boxes"),

@@ -265,6 +265,14 @@ def test_damaged_regions(regions):
         load_regions(path, index, CENTER)
 
 
+def test_regions_without_their_sidecar(regions):
+    """Copied without the .json, which says which images they are of."""
+    path, index, _ = regions
+    path.with_suffix(".json").unlink()
+    with pytest.raises(ValueError, match=r"regions\.npy: regions\.json is missing, .*; copy both files"):
+        load_regions(path, index, CENTER)
+
+
 def test_regions_of_another_rule(regions):
     path, index, _ = regions
     with pytest.raises(ValueError, match=r"regions\.npy: made with regions\.rule=center, this run has full"):
