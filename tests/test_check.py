@@ -328,6 +328,14 @@ def test_the_detectors_run_folder_is_the_one_that_the_run_would_use(root, finish
     ]
 
 
+def test_class_folders_are_scanned_once(root, capsys):
+    """With wrong labels too, and what the scan leaves out is said once."""
+    (root / "shapes" / "image_level" / "notes.txt").touch()
+    for noise in (0, 0.5):
+        assert checked(root, f"data.label_noise={noise}").errors == []
+        assert capsys.readouterr().out.count("left out: notes.txt") == 1
+
+
 def test_a_sample_is_spread_over_the_stream(root):
     """Of 40 images the first, the last and two between."""
     for place in (0, 13, 26, 39):

@@ -23,8 +23,8 @@ from clis.data.image_level import ImageLevelIndex, is_intact
 from clis.data.sampling import class_repeat_factors
 from clis.data.shapes import ShapesSpec, category_entries
 from clis.data.streams import (
+    add_label_noise,
     make_image_level_sampler,
-    make_index,
     make_instance_sampler,
     read_annotations,
     read_index,
@@ -172,7 +172,7 @@ def _check_image_level(plan: PlannedRun, train: Annotations, report: Report) -> 
         report.notes.append(describe_coverage(coverage(train.categories, index.image_counts)))
         if index.folder is not None and not is_intact(index):
             report.errors.append(f"{index.folder}: damaged; remove it and prepare it again")
-        index = make_index(config, train)
+        index = add_label_noise(config, index)
         make_image_level_sampler(config, index)
         if config.clis.s > 0:
             check_regions(plan, index, train, every_row=True)
