@@ -105,14 +105,18 @@ def test_images_that_cannot_be_used(root):
     photo(root, "val").unlink()
     report = checked(root)
     train, image_level, val = report.errors
-    assert "train.json: 3 of 40 images cannot be used (data.max_bad_images allows 0)" in train
+    assert "train.json: 3 of 40 images cannot be used (data.max_bad_images allows 0 in all)" in train
     assert "30 x 20 pixels, but the annotations say 48 x 48" in train
     assert f"{missing}: No such file or directory" in train
     assert "image-level: 1 of 100 images" in image_level
-    assert "val.json: 1 of 20 images" in val
+    assert "val.json: 1 of 20 images cannot be used (validation needs all)" in val
     assert len(report.listing) == 5
     assert any(line.startswith("image-level\t") and broken.name in line for line in report.listing)
-    report = checked(root, "data.max_bad_images=3")
+    # a run counts 3 + 1 in all; a baseline 3 in its training and 1 in its pre-training
+    assert len(checked(root, "data.max_bad_images=3").errors) == 3
+    baseline = ("clis.s=0", "clis.t=0", "clis.contrastive=false", "pretrain.epochs=1")
+    assert len(checked(root, "data.max_bad_images=3", *baseline).errors) == 1
+    report = checked(root, "data.max_bad_images=4")
     assert len(report.warnings) == 2
     assert [error.split(": ")[0].endswith("val.json") for error in report.errors] == [True]  # never replaced
 
@@ -342,6 +346,22 @@ def test_a_sample_is_spread_over_the_stream(root):
         photo(root, place=place).unlink()
     report = checked(root, sample=4)
     assert "4 of 4 images cannot be used" in report.errors[0]
+
+
+def test_a_sample_is_enough_for_what_training_refuses_at_its_start(root, tmp_path):
+    """Outside of the sample, a validation image and a folder of the prepared index are missing."""
+    photo(root, "val", place=7).unlink()
+    classes = root / "shapes" / "image_level"
+    prepare_image_level([classes], root / "shapes" / "train.json", tmp_path / "index")
+    moved = sorted(classes.iterdir())[7]
+    moved.rename(tmp_path / moved.name)
+    overrides = (f"data.image_level=[{tmp_path / 'index'}]", "data.max_bad_images=100")
+    folders, val = checked(root, *overrides, sample=2).errors
+    assert (
+        f"1 of 50 folders and tars that it was prepared from have moved or changed, the first is {moved}"
+        in folders
+    )
+    assert "val.json: 1 of 20 images cannot be used" in val
 
 
 def test_the_command_says_it_by_its_exit_code(root, tmp_path, capsys):
