@@ -378,6 +378,16 @@ def test_the_command_says_it_by_its_exit_code(root, tmp_path, capsys):
     assert photo(root).name in (tmp_path / "bad.txt").read_text()
 
 
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [("--sample=0", "'0' is not a number above 0"), ("--workers=-1", "'-1' is not a number of at least 0")],
+)
+def test_wrong_numbers_are_told_before_anything_is_read(option, message, capsys):
+    with pytest.raises(SystemExit):
+        main(["check", CONFIG, option])
+    assert message in capsys.readouterr().err
+
+
 def test_gzip_in_a_tar_is_looked_into(root):
     """As in ImageNet-22k: the image inside is judged, not its wrapping."""
     folder = sorted((root / "shapes" / "image_level").iterdir())[0]
