@@ -364,7 +364,7 @@ def test_a_sample_is_enough_for_what_training_refuses_at_its_start(root, tmp_pat
     assert "val.json: 1 of 20 images cannot be used" in val
 
 
-def test_the_command_says_it_by_its_exit_code(root, tmp_path, capsys):
+def test_the_command_says_it_by_its_exit_code(root, tmp_path, capsys, monkeypatch):
     arguments = ["check", CONFIG, *SHORT, f"data.root={root}", f"output={tmp_path / 'run'}"]
     with pytest.raises(SystemExit) as stop:
         main([*arguments, "--workers=0"])
@@ -376,6 +376,11 @@ def test_the_command_says_it_by_its_exit_code(root, tmp_path, capsys):
     assert stop.value.code == 1
     assert "The run cannot start; fix the errors above." in capsys.readouterr().out
     assert photo(root).name in (tmp_path / "bad.txt").read_text()
+    change(root, "train", lambda document: document["images"][0].update(file_name="\udcff.jpg"))
+    monkeypatch.setattr(Report, "say", lambda self: None)  # pytest's output takes UTF-8 only
+    with pytest.raises(SystemExit):
+        main([*arguments, "--workers=0", f"--list={tmp_path / 'bytes.txt'}"])
+    assert "shapes/\\udcff.jpg: No such file" in (tmp_path / "bytes.txt").read_text()
 
 
 @pytest.mark.parametrize(

@@ -66,7 +66,8 @@ def run(arguments: argparse.Namespace) -> None:
     report.say()
     if arguments.list is not None:
         with atomic_write(arguments.list) as temporary:
-            temporary.write_text("".join(f"{line}\n" for line in report.listing))
+            text = "".join(f"{line}\n" for line in report.listing)
+            temporary.write_text(text, encoding="utf-8", errors="backslashreplace")  # names of any bytes
     sys.exit(bool(report.errors))
 
 
