@@ -382,6 +382,18 @@ def test_linked_folders_are_read_once(tmp_path, monkeypatch):
         assert [index.location(row) for row in range(len(index))] == ["bird/1.jpg", "bird/again/1.jpg"]
 
 
+def test_roots_that_are_named_twice_or_not_at_all(tmp_path):
+    """Also a tar beside the folder that it is in; two folders of one class are no mistake."""
+    write_tar(tmp_path / "a" / "bird.tar", "1.jpg")
+    write_folder(tmp_path / "b" / "bird", "1.jpg")
+    assert len(build_index([tmp_path / "a", tmp_path / "b"], CATEGORIES)) == 2
+    for again in (tmp_path / "a", tmp_path / "a" / "bird.tar", tmp_path / "b" / ".." / "a"):
+        with pytest.raises(ValueError, match=r"a/bird\.tar: is there twice, .* once in data\.image_level"):
+            build_index([tmp_path / "a", again], CATEGORIES)
+    with pytest.raises(ValueError, match=r"data\.image_level is empty; name the folders"):
+        build_index([], CATEGORIES)
+
+
 def test_what_is_left_out_is_said(tmp_path, capsys):
     """Files of other suffixes, files beside the class folders, and links to nothing."""
     write_folder(
