@@ -341,6 +341,8 @@ class DataConfig:
         rules.ranges("cutout_size", most=1)
         rules.at_least(1, "mosaic_surroundings", "shuffle_block", or_null=True)
         rules.positive("min_region")
+        fits = self.min_region <= self.mosaic_size // 2
+        rules.require("min_region", fits, "must be at most half of data.mosaic_size, else no region is left")
         share = self.image_level_share
         rules.require("image_level_share", 0 < share <= 1, "must be above 0 and at most 1")
         single = share == 1 or self.shuffle_block is None

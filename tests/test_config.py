@@ -518,6 +518,7 @@ class TestContradictions:
                 ["data.image_level_share=0.5", "data.shuffle_block=9"],
                 "image_level_share=0.5: draws single images",
             ),
+            (["data.mosaic_size=30"], r"data.min_region=[0-9.]+: must be at most half of data.mosaic_size"),
             (["regions.file=runs/mine.json"], r"regions.file=runs/mine.json: must end with .npy"),
             (["regions.file=runs/v1.0"], r"regions.file=runs/v1.0: must end with .npy"),
             (["regions.short_side=[]"], r"regions.short_side=\[\]: must be at least one size"),

@@ -224,8 +224,8 @@ class TestMarks:
         assert num_pairs > 24  # of at most 48
 
     def test_pairs_only_come_from_kept_regions(self, root):
-        """No region is as wide as the canvas, so none is kept and none may be pasted."""
-        dataset = make_dataset(root, f"data.min_region={MOSAIC}")
+        """No region fills its tile where its image just fits, so none is kept and none may be pasted."""
+        dataset = make_dataset(root, f"data.min_region={MOSAIC // 2}", "data.mosaic_scale=[0.5,1]")
         for item in items(4):
             sample = dataset[item]
             assert len(sample.mosaics) == 2
