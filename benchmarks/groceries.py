@@ -127,10 +127,11 @@ def find_files(clone: Path, photos: Sequence[Photo]) -> tuple[dict[str, Path], d
         raise FileNotFoundError(f"{clone}: no such folder; make it by `git clone {REPOSITORY} {clone}`")
     found: dict[str, dict[str, Path]] = {".png": {}, ".xml": {}}
     final = (clone / "dataset" / "train", clone / "dataset" / "val")
+    wanted = {photo.stem for photo in photos}
     paths = sorted(clone.rglob("*"), key=lambda path: (not any(map(path.is_relative_to, final)), path))
     for path in paths:
         files = found.get(path.suffix.lower())
-        if files is None:
+        if files is None or path.stem.lower() not in wanted:
             continue
         other = files.setdefault(path.stem.lower(), path)
         if other is path or any(map(other.is_relative_to, final)):

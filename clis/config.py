@@ -341,6 +341,8 @@ class DataConfig:
         rules.ranges("cutout_size", most=1)
         rules.at_least(1, "mosaic_surroundings", "shuffle_block", or_null=True)
         rules.positive("min_region")
+        fits = self.min_region <= self.mosaic_size // 2
+        rules.require("min_region", fits, "must be at most half of data.mosaic_size, else no region is left")
         share = self.image_level_share
         rules.require("image_level_share", 0 < share <= 1, "must be above 0 and at most 1")
         single = share == 1 or self.shuffle_block is None
@@ -376,6 +378,8 @@ class RegionsConfig:
 
     def __post_init__(self) -> None:
         rules = Rules("regions", self)
+        named = self.file is None or Path(self.file).suffix == ".npy"
+        rules.require("file", named, "must end with .npy (a .json of the same name is written beside it)")
         usable = len(self.short_side) > 0 and min(self.short_side) >= 1
         rules.require("short_side", usable, "must be at least one size, all above 0")
         largest = max(self.short_side)

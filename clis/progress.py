@@ -52,7 +52,11 @@ def note(text: str) -> None:
     if not _logs or not is_main():
         return
     stamp = time.strftime("%Y-%m-%d %H:%M:%S  ")
-    with contextlib.suppress(OSError), _logs[-1].open("a", encoding="utf-8") as file:
+    log = _logs[-1]
+    with (
+        contextlib.suppress(OSError),
+        log.open("a", encoding="utf-8", errors="backslashreplace") as file,  # names of files may be any bytes
+    ):
         file.write(stamp + text.replace("\n", "\n" + " " * len(stamp)) + "\n")
     for outer in _logs[:-1]:
         with contextlib.suppress(OSError):

@@ -126,6 +126,15 @@ def test_image_file_name(record, expected):
     assert image_file_name(record) == expected
 
 
+def test_a_file_name_of_null_is_none(load):
+    """As in LVIS v1, which has none: the address names the file, and counts as no changed name."""
+    content = document()
+    content["images"][0] |= {"file_name": None, "coco_url": "http://images.cocodataset.org/val2017/1.jpg"}
+    annotations = load(content)
+    assert annotations.file_names[0] == "val2017/1.jpg"
+    assert annotations.renamed == 0
+
+
 @pytest.mark.parametrize("sample", SAMPLES)
 def test_packing_equals_plain_loops(sample):
     if not (SHARED / sample).exists():

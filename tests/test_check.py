@@ -105,14 +105,18 @@ def test_images_that_cannot_be_used(root):
     photo(root, "val").unlink()
     report = checked(root)
     train, image_level, val = report.errors
-    assert "train.json: 3 of 40 images cannot be used (data.max_bad_images allows 0)" in train
+    assert "train.json: 3 of 40 images cannot be used (data.max_bad_images allows 0 in all)" in train
     assert "30 x 20 pixels, but the annotations say 48 x 48" in train
     assert f"{missing}: No such file or directory" in train
     assert "image-level: 1 of 100 images" in image_level
-    assert "val.json: 1 of 20 images" in val
+    assert "val.json: 1 of 20 images cannot be used (validation needs all)" in val
     assert len(report.listing) == 5
     assert any(line.startswith("image-level\t") and broken.name in line for line in report.listing)
-    report = checked(root, "data.max_bad_images=3")
+    # a run counts 3 + 1 in all; a baseline 3 in its training and 1 in its pre-training
+    assert len(checked(root, "data.max_bad_images=3").errors) == 3
+    baseline = ("clis.s=0", "clis.t=0", "clis.contrastive=false", "pretrain.epochs=1")
+    assert len(checked(root, "data.max_bad_images=3", *baseline).errors) == 1
+    report = checked(root, "data.max_bad_images=4")
     assert len(report.warnings) == 2
     assert [error.split(": ")[0].endswith("val.json") for error in report.errors] == [True]  # never replaced
 
@@ -328,6 +332,14 @@ def test_the_detectors_run_folder_is_the_one_that_the_run_would_use(root, finish
     ]
 
 
+def test_class_folders_are_scanned_once(root, capsys):
+    """With wrong labels too, and what the scan leaves out is said once."""
+    (root / "shapes" / "image_level" / "notes.txt").touch()
+    for noise in (0, 0.5):
+        assert checked(root, f"data.label_noise={noise}").errors == []
+        assert capsys.readouterr().out.count("left out: notes.txt") == 1
+
+
 def test_a_sample_is_spread_over_the_stream(root):
     """Of 40 images the first, the last and two between."""
     for place in (0, 13, 26, 39):
@@ -336,7 +348,23 @@ def test_a_sample_is_spread_over_the_stream(root):
     assert "4 of 4 images cannot be used" in report.errors[0]
 
 
-def test_the_command_says_it_by_its_exit_code(root, tmp_path, capsys):
+def test_a_sample_is_enough_for_what_training_refuses_at_its_start(root, tmp_path):
+    """Outside of the sample, a validation image and a folder of the prepared index are missing."""
+    photo(root, "val", place=7).unlink()
+    classes = root / "shapes" / "image_level"
+    prepare_image_level([classes], root / "shapes" / "train.json", tmp_path / "index")
+    moved = sorted(classes.iterdir())[7]
+    moved.rename(tmp_path / moved.name)
+    overrides = (f"data.image_level=[{tmp_path / 'index'}]", "data.max_bad_images=100")
+    folders, val = checked(root, *overrides, sample=2).errors
+    assert (
+        f"1 of 50 folders and tars that it was prepared from have moved or changed, the first is {moved}"
+        in folders
+    )
+    assert "val.json: 1 of 20 images cannot be used" in val
+
+
+def test_the_command_says_it_by_its_exit_code(root, tmp_path, capsys, monkeypatch):
     arguments = ["check", CONFIG, *SHORT, f"data.root={root}", f"output={tmp_path / 'run'}"]
     with pytest.raises(SystemExit) as stop:
         main([*arguments, "--workers=0"])
@@ -348,6 +376,21 @@ def test_the_command_says_it_by_its_exit_code(root, tmp_path, capsys):
     assert stop.value.code == 1
     assert "The run cannot start; fix the errors above." in capsys.readouterr().out
     assert photo(root).name in (tmp_path / "bad.txt").read_text()
+    change(root, "train", lambda document: document["images"][0].update(file_name="\udcff.jpg"))
+    monkeypatch.setattr(Report, "say", lambda self: None)  # pytest's output takes UTF-8 only
+    with pytest.raises(SystemExit):
+        main([*arguments, "--workers=0", f"--list={tmp_path / 'bytes.txt'}"])
+    assert "shapes/\\udcff.jpg: No such file" in (tmp_path / "bytes.txt").read_text()
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [("--sample=0", "'0' is not a number above 0"), ("--workers=-1", "'-1' is not a number of at least 0")],
+)
+def test_wrong_numbers_are_told_before_anything_is_read(option, message, capsys):
+    with pytest.raises(SystemExit):
+        main(["check", CONFIG, option])
+    assert message in capsys.readouterr().err
 
 
 def test_gzip_in_a_tar_is_looked_into(root):

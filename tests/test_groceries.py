@@ -150,6 +150,10 @@ def test_two_different_photographs_of_one_name_are_refused(clone, tmp_path):
     groceries.build(
         folder, tmp_path / "again", photos
     )  # an earlier version beside dataset/train counts for nothing
+    for place in ("docs", "app"):  # no photographs of ours
+        (folder / place).mkdir()
+        (folder / place / "logo.png").write_text(f"of {place}")
+    groceries.build(folder, tmp_path / "beside_others", photos)
     (folder / "dataset" / "train").rename(folder / "dataset" / "other")
     with pytest.raises(ValueError, match=r"JAM0001\.png and .*JAM0001\.png differ"):
         groceries.build(folder, tmp_path / "third", photos)

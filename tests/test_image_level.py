@@ -1,7 +1,9 @@
 """The image-level index: which class is which category, where the bytes lie, and what ties regions to it."""
 
+import contextlib
 import dataclasses
 import json
+import os
 import pickle
 import shutil
 import tarfile
@@ -263,6 +265,14 @@ def test_damaged_regions(regions):
         load_regions(path, index, CENTER)
 
 
+def test_regions_without_their_sidecar(regions):
+    """Copied without the .json, which says which images they are of."""
+    path, index, _ = regions
+    path.with_suffix(".json").unlink()
+    with pytest.raises(ValueError, match=r"regions\.npy: regions\.json is missing, .*; copy both files"):
+        load_regions(path, index, CENTER)
+
+
 def test_regions_of_another_rule(regions):
     path, index, _ = regions
     with pytest.raises(ValueError, match=r"regions\.npy: made with regions\.rule=center, this run has full"):
@@ -350,7 +360,7 @@ def test_tools_own_folders_are_no_images(tmp_path):
     assert len(build_index([tmp_path / "tars"], CATEGORIES)) == 2
 
 
-def test_linked_folders_are_read_once(tmp_path):
+def test_linked_folders_are_read_once(tmp_path, monkeypatch):
     """Also where a link leads back to a folder above, or two links to the same folder."""
     bird, elsewhere = tmp_path / "root" / "bird", tmp_path / "elsewhere"
     for folder in (bird, elsewhere):
@@ -359,7 +369,29 @@ def test_linked_folders_are_read_once(tmp_path):
     (bird / "more").symlink_to(elsewhere)
     (bird / "again").symlink_to(elsewhere)
     (elsewhere / "loop").symlink_to(bird)
-    assert len(build_index([tmp_path / "root"], CATEGORIES)) == 2
+    listed = os.scandir
+    for backwards in (False, True):  # a disk lists in any order, and the digest has to be the same on all
+
+        @contextlib.contextmanager
+        def scandir(folder, backwards=backwards):
+            with listed(folder) as entries:
+                yield sorted(entries, key=lambda entry: entry.name, reverse=backwards)
+
+        monkeypatch.setattr(os, "scandir", scandir)
+        index = build_index([tmp_path / "root"], CATEGORIES)
+        assert [index.location(row) for row in range(len(index))] == ["bird/1.jpg", "bird/again/1.jpg"]
+
+
+def test_roots_that_are_named_twice_or_not_at_all(tmp_path):
+    """Also a tar beside the folder that it is in; two folders of one class are no mistake."""
+    write_tar(tmp_path / "a" / "bird.tar", "1.jpg")
+    write_folder(tmp_path / "b" / "bird", "1.jpg")
+    assert len(build_index([tmp_path / "a", tmp_path / "b"], CATEGORIES)) == 2
+    for again in (tmp_path / "a", tmp_path / "a" / "bird.tar", tmp_path / "b" / ".." / "a"):
+        with pytest.raises(ValueError, match=r"a/bird\.tar: is there twice, .* once in data\.image_level"):
+            build_index([tmp_path / "a", again], CATEGORIES)
+    with pytest.raises(ValueError, match=r"data\.image_level is empty; name the folders"):
+        build_index([], CATEGORIES)
 
 
 def test_what_is_left_out_is_said(tmp_path, capsys):

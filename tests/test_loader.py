@@ -25,7 +25,13 @@ from clis.data.annotations import checked_for_training, load_annotations
 from clis.data.batch import Batch, Sample, collate
 from clis.data.image_level import build_index, open_index
 from clis.data.images import ImageError, decode_image, read_image
-from clis.data.loader import MAX_REPLACEMENTS, MicroBatches, TwoStreamDataset, train_loader
+from clis.data.loader import (
+    MAX_REPLACEMENTS,
+    MicroBatches,
+    TwoStreamDataset,
+    first_readable,
+    train_loader,
+)
 from clis.data.mapped import map_array
 from clis.data.region_file import REGION_DTYPE, RegionSource
 from clis.data.sampling import BlockSampler, JointSampler, UniformSampler, WorkItem
@@ -218,8 +224,8 @@ class TestMarks:
         assert num_pairs > 24  # of at most 48
 
     def test_pairs_only_come_from_kept_regions(self, root):
-        """No region is as wide as the canvas, so none is kept and none may be pasted."""
-        dataset = make_dataset(root, f"data.min_region={MOSAIC}")
+        """No region fills its tile where its image just fits, so none is kept and none may be pasted."""
+        dataset = make_dataset(root, f"data.min_region={MOSAIC // 2}", "data.mosaic_scale=[0.5,1]")
         for item in items(4):
             sample = dataset[item]
             assert len(sample.mosaics) == 2
@@ -526,15 +532,25 @@ class TestBadImages:
         assert "(image 100 of " in message
 
     @pytest.mark.parametrize("workers", [0, 1])
-    @pytest.mark.parametrize("stream", ["train", "folders"])
-    def test_a_stream_that_is_gone_is_an_error(self, data, stream, workers):
+    @pytest.mark.parametrize(("stream", "images"), [("train", 3), ("folders", 6)])
+    def test_a_stream_that_is_gone_is_an_error(self, data, stream, images, workers):
         dataset = make_dataset(data)  # indexed while the images were there
         for path in (data / stream).rglob("*.png"):
             path.unlink()
         sampler = JointSampler(UniformSampler(3, 1), UniformSampler(6, 2), images_per_step=2, s=8, seed=3)
         loader = train_loader(dataset, MicroBatches(sampler, range(1), 0, 1, 2), workers, pin=False)
-        with pytest.raises(ImageError, match=rf"{MAX_REPLACEMENTS} images in a row .*{stream}.*\.png"):
+        with pytest.raises(ImageError, match=rf"(^|: ){images} images in a row .*{stream}.*\.png"):
             next(iter(loader))
+
+    @pytest.mark.parametrize(("images", "tried"), [(1, "1 image"), (1000, f"{MAX_REPLACEMENTS} images")])
+    def test_each_image_is_tried_once(self, images, tried):
+        def read(image: int) -> None:
+            raise ImageError(f"{image}.png: gone")
+
+        unreadable: list[str] = []
+        with pytest.raises(ImageError, match=f"^{tried} in a row could not be read; the last: "):
+            first_readable(read, images - 1, images, unreadable)
+        assert len(set(unreadable)) == len(unreadable) == min(images, MAX_REPLACEMENTS)
 
 
 class TestShards:

@@ -864,6 +864,19 @@ def test_strict_labels(tmp_path, shards):
         prepared(tmp_path, shards, labels=labels_file(tmp_path, complete + "gone.jpg\tdog\n"), strict=True)
 
 
+def test_an_index_survives_a_prepare_that_fails(tmp_path, shards):
+    """What is wrong may show when all tars are listed: runs that use the index must not suffer."""
+    labels = labels_file(tmp_path, "".join(f"{name}\tbird\n" for name in ALL))
+    prepared(tmp_path, shards, labels=labels, strict=True)
+    before = contents(tmp_path / "index")
+    write_tar(shards / "shard_3.tar", "new.jpg")
+    with pytest.raises(ValueError, match="1 members of the tars have no label"):
+        prepared(tmp_path, shards, labels=labels, strict=True)
+    after = contents(tmp_path / "index")
+    assert {name: after[name] for name in before} == before
+    assert len(open_index(tmp_path / "index", CATEGORIES)) == len(ALL)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -882,6 +895,17 @@ def test_strict_labels(tmp_path, shards):
 def test_bad_label_files(tmp_path, shards, text, message):
     with pytest.raises(ValueError, match=message):
         prepared(tmp_path, shards, labels=labels_file(tmp_path, text))
+
+
+def test_mixed_tars_one_level_below(tmp_path, shards):
+    """Tars below a folder of the root are no images of that folder: there is none to name."""
+    shards.rename(tmp_path / "part")
+    (tmp_path / "root").mkdir()
+    (tmp_path / "part").rename(tmp_path / "root" / "part")
+    for shard in (tmp_path / "root" / "part").glob("shard_2/*"):
+        shard.unlink()
+    with pytest.raises(ValueError, match=r"root/part: no \.jpg, .* in it, or in any other folder or tar"):
+        prepared(tmp_path, tmp_path / "root", labels=labels_file(tmp_path, LABELS))
 
 
 def test_a_label_of_two_members_is_refused(tmp_path, shards):

@@ -529,6 +529,23 @@ class TestScan:
         row = next(line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("| 64 "))
         assert (row[1:6:2], row[9]) == (["64", "128", "0.0000"], "0.500")
 
+    def test_images_that_cannot_be_read_are_left_out(self, scanned, tmp_path, capsys):
+        """At 64 the score is 0, elsewhere below: an image that counted as 0 would raise the mean of -32."""
+        (tmp_path / "images" / "cat" / "0.jpg").write_bytes(b"no image")
+        with pytest.raises(
+            ImageError, match=r"unreadable image-level images: 1, and data.max_bad_images allows 0"
+        ):
+            scanned(sizes=[64, 96])
+        capsys.readouterr()
+        boxes = {f"cat/{n}.jpg": [0, 0, 200, 300] if n % 2 else [0, 0, 150, 400] for n in range(8)}
+        (tmp_path / "boxes.json").write_text(json.dumps(boxes))
+        scanned("data.max_bad_images=1", sizes=[64, 96], boxes=tmp_path / "boxes.json")
+        said = capsys.readouterr().out
+        assert said.count("left out: cat/0.jpg: ") == 1
+        rows = [line.split() for line in said.splitlines() if line.startswith(("| 64 ", "| 96 "))]
+        assert [row[5] for row in rows] == ["0.0000", "-32.0000"]
+        assert float(rows[1][9]) == 0.5
+
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [

@@ -132,7 +132,7 @@ def test_cutouts_are_drawn_around_gray_pixels(data, finished, marks):
 
 def test_left_out_regions_and_fallbacks_say_so(data, finished, marks):
     """With min_region at the tile's side none is kept; one row is made a fallback by hand."""
-    seen = seen_of(data, f"output={finished}", "data.min_region=33")
+    seen = seen_of(data, f"output={finished}", "data.min_region=32", "data.mosaic_scale=[0.5,0.9]")
     (item,) = seen.items(1)
     explained = seen.dataset.explain(item)
     row = int(explained.source_rows[0])

@@ -154,6 +154,13 @@ def test_the_innermost_log_has_what_is_said(tmp_path, capsys):
     assert "three" not in out
 
 
+def test_a_log_takes_file_names_of_any_bytes(tmp_path):
+    """The byte 0xff is no UTF-8, and Python has it as a lone surrogate."""
+    with logged(tmp_path / "log.txt"):
+        note(f"replaced: {os.fsdecode(b'bird/' + bytes([255]) + b'.jpg')}")
+    assert (tmp_path / "log.txt").read_text()[21:] == "replaced: bird/\\udcff.jpg\n"
+
+
 def test_runs_below_a_folder(tmp_path, finished, monkeypatch, capsys):
     """As `clis status runs`, and `clis status` alone in the folder above."""
     (tmp_path / "runs").mkdir()

@@ -131,6 +131,17 @@ def split_overrides(texts: Sequence[str], what: str) -> tuple[list[str], list[st
     return named, [text for text in texts if _is_override(text)]
 
 
+def whole(text: str) -> int:
+    """Read a whole number of at least 0.
+
+    Raises:
+        argparse.ArgumentTypeError: the text is not one.
+    """
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 0")
+    return int(text)
+
+
 def positive(text: str) -> int:
     """Read a whole number above 0.
 

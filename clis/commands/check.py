@@ -11,20 +11,20 @@ from pathlib import Path
 import numpy as np
 
 from clis.atomic import atomic_write, check_writable
-from clis.commands.arguments import add_config
-from clis.commands.check_images import ImageCheck
+from clis.commands.arguments import add_config, positive, whole
+from clis.commands.check_images import ImageCheck, Stream
 from clis.commands.check_report import SHOWN, Report
 from clis.config import DETECTOR_RULES, Config, data_path
 from clis.config_files import load_config
 from clis.data.annotations import Annotations, checked_for_training
 from clis.data.categories import Category, check_same_categories
 from clis.data.image_classes import GROUP_NAMES, coverage, describe_coverage
-from clis.data.image_level import ImageLevelIndex, is_intact
+from clis.data.image_level import ImageLevelIndex, check_containers, is_intact
 from clis.data.sampling import class_repeat_factors
 from clis.data.shapes import ShapesSpec, category_entries
 from clis.data.streams import (
+    add_label_noise,
     make_image_level_sampler,
-    make_index,
     make_instance_sampler,
     read_annotations,
     read_index,
@@ -33,6 +33,7 @@ from clis.engine.describe import pretraining_warnings, schedule_warnings
 from clis.engine.optim import split_batch
 from clis.engine.preflight import (
     check_folder,
+    check_images,
     check_regions,
     check_space,
     check_writable_folder,
@@ -51,8 +52,8 @@ from clis.text import name_key, shortened
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `clis check`."""
     add_config(parser)
-    parser.add_argument("--sample", type=int, metavar="N", help="read only N images of each stream")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes that read images")
+    parser.add_argument("--sample", type=positive, metavar="N", help="read only N images of each stream")
+    parser.add_argument("--workers", type=whole, default=os.cpu_count(), help="processes that read images")
     parser.add_argument("--list", type=Path, metavar="FILE", help="write every image that cannot be used")
 
 
@@ -65,7 +66,8 @@ def run(arguments: argparse.Namespace) -> None:
     report.say()
     if arguments.list is not None:
         with atomic_write(arguments.list) as temporary:
-            temporary.write_text("".join(f"{line}\n" for line in report.listing))
+            text = "".join(f"{line}\n" for line in report.listing)
+            temporary.write_text(text, encoding="utf-8", errors="backslashreplace")  # names of any bytes
     sys.exit(bool(report.errors))
 
 
@@ -90,15 +92,18 @@ def check(
     if train is not None:
         index = _check_image_level(plan, train, report)
         _check_models(plan, train.categories, report)
-    images, costs = ImageCheck(data.max_pixels, workers, sample, report), {}
+    images, streams = ImageCheck(data.max_pixels, workers, sample, report), {}
     if train is not None:
-        stored = data_path(config, data.train_images)
-        costs["instance-level"] = images.annotated(train, stored, data.max_bad_images)
+        streams["instance-level"] = images.annotated(train, data_path(config, data.train_images))
     if index is not None:
-        costs["image-level"] = images.image_level(index, data.max_bad_images)
+        streams["image-level"] = images.image_level(index)
+    stages = [list(streams.values())] if config.clis.s > 0 else [[stream] for stream in streams.values()]
+    for stage in stages:  # a baseline and its pre-training count for themselves
+        limit = f"data.max_bad_images allows {data.max_bad_images}" + " in all" * (len(stage) > 1)
+        images.judge(stage, data.max_bad_images, limit)
     if val is not None:
-        images.annotated(val, data_path(config, data.val_images), 0)
-    _describe_step(costs, config, report)
+        _check_validation_images(val, images, config, report)
+    _describe_step(streams, config, report)
     return report
 
 
@@ -170,9 +175,11 @@ def _check_image_level(plan: PlannedRun, train: Annotations, report: Report) -> 
     with report.catching():
         index = read_index(config, train)
         report.notes.append(describe_coverage(coverage(train.categories, index.image_counts)))
-        if index.folder is not None and not is_intact(index):
-            report.errors.append(f"{index.folder}: damaged; remove it and prepare it again")
-        index = make_index(config, train)
+        if index.folder is not None:
+            if not is_intact(index):
+                report.errors.append(f"{index.folder}: damaged; remove it and prepare it again")
+            check_containers(index)
+        index = add_label_noise(config, index)
         make_image_level_sampler(config, index)
         if config.clis.s > 0:
             check_regions(plan, index, train, every_row=True)
@@ -307,15 +314,24 @@ def _check_model(config: Config, categories: Sequence[Category], report: Report)
     return build_model(config, categories, pretrained=pretrained)
 
 
-def _describe_step(costs: dict[str, tuple[float, float]], config: Config, report: Report) -> None:
+def _check_validation_images(val: Annotations, images: ImageCheck, config: Config, report: Report) -> None:
+    """Read the validation images, none of which is ever replaced; look for all where only some are read."""
+    folder = data_path(config, config.data.val_images)
+    images.judge([images.annotated(val, folder)], 0, "validation needs all")
+    if images.sample is not None:
+        with report.catching():
+            check_images(val, folder, config.data.max_pixels)
+
+
+def _describe_step(streams: dict[str, Stream], config: Config, report: Report) -> None:
     """Note what the loaders have to do for one step, by what reading took just now."""
     images = {"instance-level": config.train.images_per_step}
     images["image-level"] = config.train.images_per_step * config.clis.s
-    costs = {name: cost for name, cost in costs.items() if images[name] > 0}
-    seconds = sum(images[name] * mean for name, (mean, _) in costs.items())
-    megabytes = sum(images[name] * mean for name, (_, mean) in costs.items()) / 1e6
-    counts = " + ".join(f"{images[name]} {name}" for name in costs)
-    if costs:
+    streams = {name: stream for name, stream in streams.items() if images[name] > 0}
+    seconds = sum(images[name] * stream.seconds for name, stream in streams.items())
+    megabytes = sum(images[name] * stream.num_bytes for name, stream in streams.items()) / 1e6
+    counts = " + ".join(f"{images[name]} {name}" for name in streams)
+    if streams:
         report.notes.append(
             f"a step reads {counts} images: {megabytes:.1f} MB, {seconds:.2f} s of one core for reading and "
             "decoding at full size, before augmentation; all loader processes together share it"

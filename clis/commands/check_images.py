@@ -45,6 +45,19 @@ class Examined:
 
 
 @dataclass(frozen=True)
+class Stream:
+    """The images of a stream that were read."""
+
+    name: str
+    images: int
+    problems: list[str]
+    """Of each that cannot be used: why, naming it."""
+    seconds: float
+    """Of reading and decoding one, on average."""
+    num_bytes: float
+
+
+@dataclass(frozen=True)
 class ImageCheck:
     """Reads images as the run would, and adds what it finds to a report."""
 
@@ -56,24 +69,33 @@ class ImageCheck:
     """Images of each stream that are read, spread evenly; None reads all."""
     report: Report
 
-    def annotated(self, annotations: Annotations, folder: Path, allowed: int) -> tuple[float, float]:
-        """Check a split in its folder, as `_examine`; the sizes must be those of the annotations."""
+    def annotated(self, annotations: Annotations, folder: Path) -> Stream:
+        """Read a split in its folder, as `_examine`; the sizes must be those of the annotations."""
         read = functools.partial(_examine_annotated_image, annotations, folder, self.max_pixels)
-        return self._examine(annotations.path, read, len(annotations), allowed)
+        return self._examine(annotations.path, read, len(annotations))
 
-    def image_level(self, index: ImageLevelIndex, allowed: int) -> tuple[float, float]:
-        """Check the image-level stream, as `_examine`."""
+    def image_level(self, index: ImageLevelIndex) -> Stream:
+        """Read the image-level stream, as `_examine`."""
         read = functools.partial(_examine_image_level, index, self.max_pixels)
-        return self._examine("image-level", read, len(index), allowed)
+        return self._examine("image-level", read, len(index))
 
-    def _examine(
-        self, name: str, read: Callable[[int], Examined], length: int, allowed: int
-    ) -> tuple[float, float]:
-        """Read the images of a stream; return the mean seconds and bytes per image.
+    def judge(self, streams: Sequence[Stream], allowed: int, limit: str) -> None:
+        """Report the images that cannot be used: as errors where all streams together have more than allowed.
 
         Args:
-            allowed: images that the run may leave out, as `data.max_bad_images`.
+            allowed: images that the run may leave out, of these streams together.
+            limit: says so in words.
         """
+        bad = sum(len(stream.problems) for stream in streams)
+        found = self.report.errors if bad > allowed else self.report.warnings
+        for stream in streams:
+            if stream.problems:
+                first = "; ".join(stream.problems[:SHOWN]) + "; ..." * (len(stream.problems) > SHOWN)
+                count = f"{len(stream.problems)} of {stream.images} images"
+                found.append(f"{stream.name}: {count} cannot be used ({limit}): {first}")
+
+    def _examine(self, name: str, read: Callable[[int], Examined], length: int) -> Stream:
+        """Read the images of a stream; report what is odd about them, and list those that cannot be used."""
         rows: Sequence[int] = range(length)
         if self.sample is not None and self.sample < length:
             rows = np.linspace(0, length - 1, self.sample).astype(int).tolist()
@@ -90,15 +112,9 @@ class ImageCheck:
                     seconds, num_bytes = seconds + result.seconds, num_bytes + result.num_bytes
                 progress.advance(len(results))
         self.report.listing += [f"{name}\t{problem}" for problem in problems]
-        if problems:
-            found = self.report.errors if len(problems) > allowed else self.report.warnings
-            found.append(
-                f"{name}: {len(problems)} of {len(rows)} images cannot be used (data.max_bad_images allows "
-                f"{allowed}): {'; '.join(problems[:SHOWN])}{'; ...' * (len(problems) > SHOWN)}"
-            )
         for kinds, said in ((oddities, self.report.notes), (doubts, self.report.warnings)):
             said += [f"{name}: {count} images {what}" for what, count in sorted(kinds.items())]
-        return seconds / max(len(rows), 1), num_bytes / max(len(rows), 1)
+        return Stream(name, len(rows), problems, seconds / max(len(rows), 1), num_bytes / max(len(rows), 1))
 
 
 def _examine_annotated_image(annotations: Annotations, folder: Path, max_pixels: int, row: int) -> Examined:

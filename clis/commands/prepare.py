@@ -304,7 +304,7 @@ def _labeled(
     report["others"] = dict(others)
     if members is not None:
         report |= members.report()
-        if not members.any_used:
+        if members.without_label and not members.any_used:
             raise ValueError(
                 f"{members.path}: none of its members is in the tars, whose images are "
                 f"{shortened(members.without_label_names, 3)}; name them as there, without the tar's name"

@@ -15,8 +15,9 @@ from torchvision.ops import box_iou
 from clis.config import DETECTOR_RULES, Config, data_path
 from clis.data.image_level import ImageLevelIndex
 from clis.data.images import ImageError
-from clis.data.region_file import REGION_DTYPE
+from clis.data.region_file import REGION_DTYPE, RegionSource
 from clis.data.streams import make_index, read_annotations
+from clis.engine.bad_images import check_bad_images
 from clis.engine.region_search import (
     image_key,
     load_searcher,
@@ -55,15 +56,14 @@ def scan_sizes(
 
     Raises:
         FileNotFoundError, ValueError: the detector or a file is missing or wrong; the rule needs no detector.
-        ImageError: an image cannot be read.
+        ImageError: more images than `data.max_bad_images` cannot be read.
     """
     if config.regions.rule not in DETECTOR_RULES:
         raise ValueError(f"regions.rule={config.regions.rule} needs no detector, so there is no size to find")
     index = make_index(config, read_annotations(data_path(config, config.data.train)))
     rows = np.unique(np.linspace(0, len(index) - 1, min(images, len(index))).astype(int)).tolist()
     truth = None if boxes is None else read_boxes(boxes, index)
-    names = [image_key(index.location(row)) for row in rows]
-    if truth is not None and not any(name in truth for name in names):
+    if truth is not None and not any(image_key(index.location(row)) in truth for row in rows):
         raise ValueError(f"{boxes}: no box of the {len(rows)} images that are looked at; raise --images")
     model = load_searcher(config, device, detector)
     sizes = sorted(sizes) or [round(fraction * config.test.short_side) for fraction in FRACTIONS]
@@ -73,12 +73,12 @@ def scan_sizes(
         max_size = round(size * config.regions.max_size / max(config.regions.short_side))
         section = dataclasses.replace(config.regions, short_side=(size,), max_size=max_size)
         began = time.monotonic()
-        found = _search(dataclasses.replace(config, regions=section), index, rows, model)
+        rows, found = _search(dataclasses.replace(config, regions=section), index, rows, model)
         rate = len(rows) / (time.monotonic() - began)
         scores[size, max_size] = float(found["score"].mean())
         cells = [str(size), str(max_size), f"{found['score'].mean():.4f}", f"{rate:.1f}"]
         if truth is not None:
-            overlaps = _overlaps(found["box"], names, truth)
+            overlaps = _overlaps(found["box"], [image_key(index.location(row)) for row in rows], truth)
             cells += [f"{overlaps.mean():.3f}", f"{100 * (overlaps > 0.5).mean():.1f}"]
         lines.append(cells)
     head = ["short_side", "max_size", "mean score", "images a second"]
@@ -90,21 +90,30 @@ def scan_sizes(
 
 def _search(
     config: Config, index: ImageLevelIndex, rows: Sequence[int], detector: CLISDetector
-) -> np.ndarray:
+) -> tuple[list[int], np.ndarray]:
     """Find the regions of the rows, `REGION_DTYPE` [n], as the search of the config makes them.
 
+    Returns:
+        The rows whose images can be read, in order, and their regions.
+
     Raises:
-        ImageError: an image cannot be read.
+        ImageError: more images than `data.max_bad_images` cannot be read, or all.
     """
     place = {row: number for number, row in enumerate(rows)}
     found, rule = np.zeros(len(rows), dtype=REGION_DTYPE), region_rule(config, index, detector)
+    unreadable: list[str] = []
     with Progress(f"short side {config.regions.short_side[0]}", len(rows)) as progress:
         for some, images in search_batches(config, index, rows, detector):
-            if isinstance(images[0], str):
-                raise ImageError(images[0])
+            unreadable += [image for image in images if isinstance(image, str)]
+            check_bad_images(unreadable, config.data.max_bad_images)
             found[[place[row] for row in some]] = regions_of(some, images, rule)
             progress.advance(len(some))
-    return found
+    for message in unreadable:
+        say(f"left out: {message}")
+    if len(unreadable) == len(rows):
+        raise ImageError(f"none of the {len(rows)} images can be read; the last: {unreadable[-1]}")
+    read = np.flatnonzero(found["source"] != RegionSource.UNREADABLE)
+    return [rows[number] for number in read.tolist()], found[read]
 
 
 def _overlaps(boxes: np.ndarray, names: Sequence[str], truth: Mapping[str, Tensor]) -> np.ndarray:

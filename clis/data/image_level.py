@@ -307,6 +307,8 @@ def write_index(
 ) -> None:
     """Write an index that `open_index` opens: one ``.npy`` file per array, in pieces, and `HEADER` last.
 
+    After an error an earlier index in the folder is as it was.
+
     Args:
         labeled: the images of each container, and one label for all or one for each (int32 [k]).
         mixed: see `ImageLevelIndex`.
@@ -316,7 +318,6 @@ def write_index(
     Raises:
         ValueError: there is no image.
     """
-    mark_unfinished(folder)
     counts = np.zeros(len(categories), dtype=np.int64)
     with contextlib.ExitStack() as stack:
         append = {
@@ -329,6 +330,7 @@ def write_index(
             for name, array in chunk.items():
                 append[name](array)
         _refuse_empty(counts.sum(), containers)
+        mark_unfinished(folder)  # now the arrays replace those of an earlier index
     arrays = {name: map_array(folder / f"{name}.npy") for name in _COLUMNS}
     header = {
         "format": FORMAT,
@@ -463,7 +465,8 @@ def _columns(labeled: Iterable[tuple[int | np.ndarray, Listing]]) -> Iterator[di
 def _refuse_empty(images: int, containers: Sequence[Container]) -> None:
     if not images:
         raise ValueError(
-            f"{containers[0].path}: no {', '.join(IMAGE_SUFFIXES)} file in it or any other class that counts"
+            f"{containers[0].path}: no {', '.join(IMAGE_SUFFIXES)} file in it, or in any other folder or tar "
+            "that counts"
         )
 
 

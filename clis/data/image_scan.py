@@ -123,14 +123,26 @@ def find_containers(
         say: called with a message before slow work.
 
     Raises:
-        ValueError: a root is missing, or a tar is compressed, or a tar of tars is malformed.
+        ValueError: there is no root, one is missing, a tar is compressed, a tar of tars is malformed, or
+            something is named twice.
     """
-    return [
+    if not roots:
+        raise ValueError(
+            "data.image_level is empty; name the folders of the image-level images, or set clis.s=0"
+        )
+    containers = [
         container
         for place, root in enumerate(roots)
         for path in _entries(Path(root), say)
         for container in _expand(_container(place, path), is_class, parts, say)
     ]
+    counts = Counter((container.path, container.inner, container.start) for container in containers)
+    if repeated := [":".join(filter(None, place[:2])) for place, count in counts.items() if count > 1]:
+        raise ValueError(
+            f"{repeated[0]}: is there twice, so that its images would be drawn twice as often; name it or "
+            "its folder once in data.image_level"
+        )
+    return containers
 
 
 def level_hint(containers: Sequence[Container], label_of: Callable[[str], object]) -> str:
@@ -306,7 +318,8 @@ def _list_folder(path: Path) -> Listing:
         # Not os.walk, which does not say what is a regular file; to ask for each takes long.
         with os.scandir(folder) as entries:
             found = [entry for entry in entries if not is_hidden(entry.name)]
-        for entry in found:
+        # By name, so that of two links to one folder all machines follow the same.
+        for entry in sorted(found, key=lambda entry: entry.name):
             name = prefix + entry.name
             if entry.is_dir():
                 real = os.path.realpath(entry.path) if entry.is_symlink() else ""

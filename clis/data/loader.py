@@ -25,6 +25,7 @@ from clis.data.plan import Plan, plan_sample
 from clis.data.sampling import ImageItem, JointSampler, SingleSampler, WorkItem
 from clis.data.sealed import SealedLoader
 from clis.data.transforms import FILL
+from clis.text import counted
 
 MAX_REPLACEMENTS = 100
 """Unreadable images in a row after which a stream counts as unavailable."""
@@ -41,14 +42,15 @@ def first_readable(read: Callable[[int], T], index: int, length: int, unreadable
     The errors of the images before it are appended to `unreadable`.
 
     Raises:
-        ImageError: none of `MAX_REPLACEMENTS` images can be read.
+        ImageError: none of `MAX_REPLACEMENTS` images can be read, or none of a shorter stream.
     """
-    for candidate in range(index, index + MAX_REPLACEMENTS):
+    tried = min(MAX_REPLACEMENTS, length)
+    for candidate in range(index, index + tried):
         try:
             return candidate % length, read(candidate % length)
         except ImageError as error:
             unreadable.append(str(error))
-    raise ImageError(f"{MAX_REPLACEMENTS} images in a row could not be read; the last: {unreadable[-1]}")
+    raise ImageError(f"{counted(tried, 'image')} in a row could not be read; the last: {unreadable[-1]}")
 
 
 class ReadAhead:

@@ -262,7 +262,7 @@ def _image_columns(part: _Part) -> dict[str, np.ndarray]:
             raise part.fault(place, f"its file name is longer than {MAX_NAME} characters; shorten it")
     columns["file_name"] = np.array([image_file_name(image) for image in part.records])
     columns["renamed"] = np.array(
-        [image.get("file_name", file).rpartition("/")[2] != file.rpartition("/")[2]
+        [(image.get("file_name") or file).rpartition("/")[2] != file.rpartition("/")[2]
          for image, file in zip(part.records, columns["file_name"].tolist())]
     )  # fmt: skip
     columns["federated"] = np.array(["neg_category_ids" in image for image in part.records])

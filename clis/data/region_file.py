@@ -64,12 +64,18 @@ def load_regions(
         every_row: also check the rows of a file whose sidecar says that it was completed.
 
     Raises:
-        ValueError: the file was made for another index, by another rule or at other sizes, is unfinished, or
-            has a region without area.
+        ValueError: the file was made for another index, by another rule or at other sizes, is unfinished, has
+            a region without area, or lacks its sidecar.
     """
     path = Path(path)
+    sidecar = path.with_suffix(".json")
+    if path.exists() and not sidecar.exists():
+        raise ValueError(
+            f"{path}: {sidecar.name} is missing, which says what it was made for; copy both files, or remove "
+            "it to have it made again"
+        )
     try:
-        made = {"index": None} | json.loads(path.with_suffix(".json").read_text())
+        made = {"index": None} | json.loads(sidecar.read_text())
         regions = map_array(path)
     except (ValueError, TypeError, EOFError) as error:
         raise ValueError(f"{path}: damaged ({error}); remove it to have it made again") from error

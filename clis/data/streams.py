@@ -134,7 +134,11 @@ def make_index(config: Config, annotations: Annotations) -> ImageLevelIndex:
     Raises:
         ValueError: a prepared index is damaged, of other categories or not alone; or as `build_index`.
     """
-    index = read_index(config, annotations)
+    return add_label_noise(config, read_index(config, annotations))
+
+
+def add_label_noise(config: Config, index: ImageLevelIndex) -> ImageLevelIndex:
+    """Return the index with as many wrong labels as `data.label_noise` says; itself where that is 0."""
     noise = config.data.label_noise
     return with_wrong_labels(index, noise, config.train.seed) if noise > 0 else index
 
