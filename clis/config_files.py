@@ -33,8 +33,8 @@ SAME_RECIPE = (*RESUMABLE, "train.seed", "data.image_level", "regions.file")
 """What an override may change without leaving the recipe that the paper's figures in a file are of."""
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
-    """Read a YAML config with its parents and apply `key.path=value` overrides.
+def load_config(path: str | Path, overrides: Sequence[str] | str = ()) -> Config:
+    """Read a YAML config with its parents and apply `key.path=value` overrides, one or a list.
 
     A relative `base`, `regions.detector` or `start.from` in a file is relative to that file, or the name of a
     shipped config; in an override it is relative to the working folder, as is `data.root` everywhere.
@@ -49,6 +49,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
             contradict each other.
     """
     path = find_config(path)
+    overrides = [overrides] if isinstance(overrides, str) else overrides
     values = _read_with_parents(path, ())
     if any(key not in SAME_RECIPE for key in flatten(merge_overrides({}, overrides))):
         values.pop("paper", None)  # another recipe than the file's

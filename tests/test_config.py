@@ -424,6 +424,7 @@ class TestOverrides:
         path = write("a.yaml", "train: {steps: 5, seed: 3}")
         config = load_config(path, ["train.steps=6", "model.backbone.width=32", "train.steps=7"])
         assert (config.train.steps, config.train.seed, config.model.backbone.width) == (7, 3, 32)
+        assert load_config(path, "train.steps=6") == load_config(path, ["train.steps=6"])
 
     def test_a_mapping_leaves_the_other_keys_of_its_section(self, write):
         path = write("a.yaml", "clis: {s: 4, t: 1, momentum: 0.5}")

@@ -215,7 +215,7 @@ def test_figures_and_rows_that_would_hide_each_other_are_refused(tmp_path):
     folders = [tmp_path / name / "components" for name in ("shapes", "groceries")]
     for folder in folders:
         folder.mkdir(parents=True)
-        (folder / "study.json").write_text(json.dumps({"rows": ROWS}))
+        (folder / "study.json").write_text(json.dumps({"overrides": [], "rows": ROWS}))
     with pytest.raises(ValueError, match="named after the last part; plot them apart"):
         main(["plot", *map(str, folders), f"--out={tmp_path / 'out'}"])
     study = shutil.copytree(folders[0], tmp_path / "curves")  # as one of the figures of runs
@@ -316,7 +316,7 @@ def test_an_unfinished_run_is_drawn_as_far_as_it_is(finished, tmp_path, capsys):
 
 def figures_of(ap: float, rare: float) -> dict:
     bins = {"1-9": rare, "10-99": ap, "100-400": ap + 6}
-    return {"AP": ap, "APr": rare, "APc": 3.0, "APf": -100.0, "by_images": bins}
+    return {"key": "", "AP": ap, "APr": rare, "APc": 3.0, "APf": -100.0, "by_images": bins}
 
 
 ROWS = {
@@ -368,7 +368,7 @@ def test_many_rows_are_a_dot_plot_and_none_is_said():
 def test_a_study_by_the_command_with_chosen_rows_and_names(tmp_path, capsys):
     folder = tmp_path / "small"
     folder.mkdir()
-    (folder / "study.json").write_text(json.dumps({"rows": ROWS}))
+    (folder / "study.json").write_text(json.dumps({"overrides": [], "rows": ROWS}))
     out = f"--out={tmp_path / 'out'}"
     main(["plot", str(folder), out, "--format=svg", "--rows", "more", "first", "--names", "more=CLIS"])
     text = (tmp_path / "out" / "small.svg").read_text()

@@ -380,6 +380,7 @@ def test_rows_may_have_seeds_of_their_own(tmp_path, monkeypatch):
     ("values", "message"),
     [
         ({"base": CONFIG, "seeds": [0], "rows": {"a": {"seeds": 3}}}, "row a: seeds is 3; give a list"),
+        ({"base": CONFIG, "seeds": [], "rows": {"a": {}}}, r"seeds is \[\]; give a list of .*, at least one"),
         ({"base": CONFIG, "seeds": [0]}, "rows is missing"),
         ({"base": CONFIG, "seeds": [0], "rows": {}, "sedes": 1}, "unknown key sedes"),
         ({"base": CONFIG, "seeds": [0], "rows": {"a": {"override": []}}}, "row a: unknown key override"),

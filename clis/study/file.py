@@ -170,8 +170,8 @@ def _beside(path: Path, name: Any) -> Path:
 
 
 def _read_seeds(seeds: Any, where: str) -> tuple[int, ...]:
-    if not isinstance(seeds, list) or not all(isinstance(seed, int) for seed in seeds):
-        raise ValueError(f"{where}: seeds is {seeds!r}; give a list of whole numbers")
+    if not isinstance(seeds, list) or not seeds or not all(isinstance(seed, int) for seed in seeds):
+        raise ValueError(f"{where}: seeds is {seeds!r}; give a list of whole numbers, at least one")
     return tuple(seeds)
 
 

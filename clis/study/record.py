@@ -188,8 +188,8 @@ def read_record(path: Path) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         what = f"{error} is missing" if isinstance(error, KeyError) else error
         raise ValueError(
-            f"{path}: no record of a study, or damaged ({what}); remove it and run the study again, which "
-            "records the finished runs beside it without repeating them"
+            f"{path}: no record of a study, or damaged ({what}); restore it, or remove it and run the "
+            "study again, which records the finished runs beside it without repeating them"
         ) from None
     return document
 
