@@ -443,6 +443,7 @@ def read_slowly(rank: int, folder: Path) -> None:
         read_annotations(folder / "none.json")
 
 
+@pytest.mark.slow
 def test_one_process_of_a_machine_reads_for_all(path, tmp_path):
     spawn(tmp_path, read_slowly, tmp_path)
     assert [file.name for file in tmp_path.glob("read_by_*")] == ["read_by_0"]

@@ -316,6 +316,7 @@ class TestStudies:
         assert not Path("out").exists()
 
     @pytest.mark.slow
+    @pytest.mark.slow
     def test_rows_share_the_run_that_they_start_from(self, second, data, capsys):
         rows = {"plain": {"config": BASELINE}, "second": {"config": str(second)}}
         Path("rows.yaml").write_text(yaml.safe_dump({"base": CONFIG, "seeds": [0], "rows": rows}))

@@ -291,7 +291,7 @@ def test_runs_that_another_study_has_are_not_run_again(tmp_path, capsys):
     assert "9.00" not in (folder / "table.md").read_text()  # seconds of another day
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_asked_to_stop_it_asks_what_runs(tmp_path, number):
     """A job that saves at its first signal and dies of the second, as a training; the study's whole group is
     signalled, as by Ctrl-C in a terminal. The study ends behind the job, and begins no other."""

@@ -119,6 +119,7 @@ def test_asked_to_stop_it_finishes_the_step_and_goes_on(number, data, reference,
     assert_same_training(tmp_path, reference)
 
 
+@pytest.mark.slow
 def test_a_later_signal_ends_at_once(data, tmp_path):
     """While a process is stuck in a step, the first changes nothing, nor does its echo: batch systems ask all
     processes, and torchrun asks its own again."""
@@ -216,7 +217,8 @@ def test_a_killed_loader_process_is_one_clear_error(data, tmp_path):
     assert "Traceback" not in output
 
 
-@pytest.mark.parametrize("workers", [pytest.param(0, marks=pytest.mark.slow), 1])
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [0, 1])
 def test_images_that_go_away_leave_a_checkpoint_to_go_on_from(workers, data, reference, tmp_path):
     """The folder of the training images is renamed in mid-run, as a disk is unmounted, and comes back."""
     root = tmp_path / "data"
