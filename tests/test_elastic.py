@@ -188,6 +188,7 @@ def test_processes_never_see_what_those_before_them_left_in_the_store():
     assert before[2].get("address") == b"of a process that is gone"
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("one_thread")
 def test_evaluation_on_two_processes_has_each_image_once(finished, data, tmp_path):
     """19 images, which two processes cannot halve: the same detections as by one, bit for bit."""

@@ -325,6 +325,7 @@ class TestCheckpoints:
         assert not (tmp_path / "harm").exists()
 
 
+@pytest.mark.slow
 def test_evaluations_on_the_way_leave_the_training_alone(data, reference, tmp_path):
     process = start(arguments_of(data, tmp_path, "data.workers=1", "train.eval_every=10"))
     output, _ = process.communicate(timeout=300)
