@@ -388,9 +388,9 @@ def test_roots_that_are_named_twice_or_not_at_all(tmp_path):
     write_folder(tmp_path / "b" / "bird", "1.jpg")
     assert len(build_index([tmp_path / "a", tmp_path / "b"], CATEGORIES)) == 2
     for again in (tmp_path / "a", tmp_path / "a" / "bird.tar", tmp_path / "b" / ".." / "a"):
-        with pytest.raises(ValueError, match=r"a/bird\.tar: is there twice, .* once in data\.image_level"):
+        with pytest.raises(ValueError, match=r"a/bird\.tar: is named twice, .* name it, or the folder"):
             build_index([tmp_path / "a", again], CATEGORIES)
-    with pytest.raises(ValueError, match=r"data\.image_level is empty; name the folders"):
+    with pytest.raises(ValueError, match=r"no folder .* is named; set data\.image_level, or clis\.s=0"):
         build_index([], CATEGORIES)
 
 

@@ -47,8 +47,9 @@ def test_the_command_writes_four_pictures(finished, tmp_path, capsys):
     assert str(files[0]) in capsys.readouterr().out
     main(["plot", str(finished), f"--out={tmp_path / 'none'}", "--images=0"])
     assert not (tmp_path / "none" / "images.png").exists()
-    with pytest.raises(ValueError, match="--images -1: must be at least 0"):
+    with pytest.raises(SystemExit):
         main(["plot", str(finished), "--images=-1"])
+    assert "--images: '-1' is not a number of at least 0" in capsys.readouterr().err
 
 
 def run_with(run: PlottedRun, *, name: str | None = None, **changed) -> PlottedRun:

@@ -286,15 +286,17 @@ def test_a_folder_whose_name_is_not_utf_8(root, tmp_path):
     assert (tmp_path / "plots" / "image_count.png").exists()
 
 
-def test_bad_input_is_one_line(root, tmp_path):
+def test_bad_input_is_one_line(root, tmp_path, capsys):
     run = write_run(root, tmp_path / "run")
     out = ("--out", str(tmp_path / "page.html"))
     with pytest.raises(FileNotFoundError, match=r"config\.yaml: no such file; name run folders"):
         main(["report", str(tmp_path / "nothing"), *out])
     with pytest.raises(ValueError, match=r"--names x=y: write A=B, where A is one of: .*run$"):
         main(["report", str(run), *out, "--names", "x=y"])
-    with pytest.raises(ValueError, match="--images -1: must be at least 0"):
-        main(["report", str(run), *out, "--images=-1"])
+    for option in ("--images=-1", "--regions=-1"):
+        with pytest.raises(SystemExit):
+            main(["report", str(run), *out, option])
+        assert "'-1' is not a number of at least 0" in capsys.readouterr().err
     with pytest.raises(ValueError, match="no run folder"):
         main(["report", "data.root=x", *out])
     other = write_run(root, tmp_path / "other", "data.val=train.json")

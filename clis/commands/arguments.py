@@ -131,7 +131,7 @@ def split_overrides(texts: Sequence[str], what: str) -> tuple[list[str], list[st
     return named, [text for text in texts if _is_override(text)]
 
 
-def whole(text: str) -> int:
+def non_negative(text: str) -> int:
     """Read a whole number of at least 0.
 
     Raises:

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from clis.atomic import atomic_write, check_writable
-from clis.commands.arguments import add_config, positive, whole
+from clis.commands.arguments import add_config, non_negative, positive
 from clis.commands.check_images import ImageCheck, Stream
 from clis.commands.check_report import SHOWN, Report
 from clis.config import DETECTOR_RULES, Config, data_path
@@ -53,7 +53,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `clis check`."""
     add_config(parser)
     parser.add_argument("--sample", type=positive, metavar="N", help="read only N images of each stream")
-    parser.add_argument("--workers", type=whole, default=os.cpu_count(), help="processes that read images")
+    parser.add_argument(
+        "--workers", type=non_negative, default=os.cpu_count(), help="processes that read images"
+    )
     parser.add_argument("--list", type=Path, metavar="FILE", help="write every image that cannot be used")
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from clis.atomic import check_writable
-from clis.commands.arguments import read_names, split_overrides
+from clis.commands.arguments import non_negative, read_names, split_overrides
 from clis.config import Config, data_path
 from clis.data.annotated_images import read_annotated
 from clis.data.annotations import Annotations
@@ -74,7 +74,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="call the run folder, or a study's row, A by the name B; runs of one name are drawn together",
     )  # fmt: skip
     parser.add_argument("--rows", nargs="+", default=(), metavar="NAME", help="only these rows of a study")
-    parser.add_argument("--images", type=int, default=6, help="validation images with boxes")
+    parser.add_argument("--images", type=non_negative, default=6, help="validation images with boxes")
     parser.add_argument("--score", type=float, default=0.3, help="minimum score of boxes to draw")
 
 
@@ -84,17 +84,15 @@ def run(arguments: argparse.Namespace) -> None:
     Raises:
         OSError, ValueError: an argument is wrong; see `plot`.
     """
-    if arguments.images < 0:
-        raise ValueError(f"--images {arguments.images}: must be at least 0")
     named, overrides = split_overrides(arguments.folders, "folder")
     folders = [Path(each) for each in named]
     studies = {
         folder: read_record(folder / "study.json") for folder in folders if (folder / "study.json").is_file()
     }
     runs = [folder for folder in folders if folder not in studies]
-    taken = dict.fromkeys(RUN_FIGURES if runs else (), Path("the runs"))
+    taken = dict.fromkeys(RUN_FIGURES if runs else (), "the runs")
     for folder in studies:
-        if (other := taken.setdefault(folder.resolve().name, folder)) != folder:
+        if (other := taken.setdefault(folder.resolve().name, str(folder))) != str(folder):
             raise ValueError(
                 f"{folder} and {other}: figures of studies are named after the last part; plot them apart"
             )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from clis.commands.arguments import read_names, split_overrides
+from clis.commands.arguments import non_negative, read_names, split_overrides
 from clis.report.page import write_report
 
 
@@ -24,12 +24,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--images",
-        type=int,
+        type=non_negative,
         metavar="N",
         help="validation images with a picture (default: as many as 6 MB hold, about 450 photographs)",
     )
     parser.add_argument(
-        "--regions", type=int, default=90, metavar="N", help="regions with a picture (default 90)"
+        "--regions", type=non_negative, default=90, metavar="N", help="regions with a picture (default 90)"
     )
 
 
@@ -37,9 +37,6 @@ def run(arguments: argparse.Namespace) -> None:
     """Write the page of some runs."""
     named, overrides = split_overrides(arguments.runs, "run folder")
     folders = [Path(each) for each in named]
-    for name in ("images", "regions"):
-        if (getattr(arguments, name) or 0) < 0:
-            raise ValueError(f"--{name} {getattr(arguments, name)}: must be at least 0")
     names = read_names(arguments.names, [str(folder) for folder in folders])
     write_report(
         folders,

@@ -128,7 +128,7 @@ def find_containers(
     """
     if not roots:
         raise ValueError(
-            "data.image_level is empty; name the folders of the image-level images, or set clis.s=0"
+            "no folder of image-level images is named; set data.image_level, or clis.s=0 for none"
         )
     containers = [
         container
@@ -139,8 +139,8 @@ def find_containers(
     counts = Counter((container.path, container.inner, container.start) for container in containers)
     if repeated := [":".join(filter(None, place[:2])) for place, count in counts.items() if count > 1]:
         raise ValueError(
-            f"{repeated[0]}: is there twice, so that its images would be drawn twice as often; name it or "
-            "its folder once in data.image_level"
+            f"{repeated[0]}: is named twice, so that its images would be drawn twice as often; name it, or "
+            "the folder that it is in, once"
         )
     return containers
 

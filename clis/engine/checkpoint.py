@@ -37,16 +37,18 @@ def detector_state(
     config: Config,
     step: int = 0,
     record: Mapping[str, Any] | None = None,
+    folder: Path = Path(),
 ) -> dict[str, Any]:
     """Return the part of a checkpoint that evaluation, `load_detector` and the region search read.
 
     Args:
+        folder: that the config's paths are relative to; a run may be resumed from another working folder.
         record: of the training (see `provenance`); None is one without data.
     """
     return {
         "format": FORMAT,
         "step": step,
-        "config": config_to_dict(config),
+        "config": config_to_dict(config, folder),
         "categories": [asdict(category) for category in model.categories],
         "model": model.state_dict(),
         "record": dict(record or provenance({})),
@@ -69,8 +71,7 @@ def save_checkpoint(
         OSError: it could not be written (a full disk, a read-only folder); the earlier checkpoints are whole.
     """
     path = folder.checkpoint(step)
-    state = detector_state(model, config, step, record) | {
-        "config": config_to_dict(config, folder.path),  # a run may be resumed from another working folder
+    state = detector_state(model, config, step, record, folder.path) | {
         "optimizer": optimizer.state_dict(),
         "scaler": scaler.state_dict(),
         "skipped": skipped,

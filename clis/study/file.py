@@ -148,14 +148,9 @@ def _read_row(name: str, values: Any, path: Path) -> Row:
         if values.get(key) is not None and not _is_number(values[key]):
             raise ValueError(f"{where}: {key} is {values[key]!r}; give a number")
     return Row(
-        name,
-        tuple(overrides),
-        paper,
-        values.get("paper_seconds"),
-        seeds,
-        values.get("config"),
-        values.get("at"),
-    )
+        name, tuple(overrides), paper, paper_seconds=values.get("paper_seconds"), seeds=seeds,
+        config=values.get("config"), at=values.get("at"),
+    )  # fmt: skip
 
 
 def _is_number(value: Any) -> bool:

@@ -29,7 +29,7 @@ ABOUT = (
     "not compare. The paper's figures are of LVIS.\n"
 )
 """The first line of table.md."""
-OF_A_RUN = (*FIGURES, "key", "by_images")
+RUN_FIELDS = (*FIGURES, "key", "by_images")
 """What study.json has of every run, beside the seconds per step."""
 
 
@@ -105,8 +105,8 @@ class Record:
             try:
                 document = read_record(path)
                 for run in (run for row in document["rows"].values() for run in row["runs"].values()):
-                    runs[run["key"]] = {name: run[name] for name in OF_A_RUN}, document.get("classes", {})
-            except (ValueError, KeyError, TypeError) as error:
+                    runs[run["key"]] = {name: run[name] for name in RUN_FIELDS}, document.get("classes", {})
+            except ValueError as error:
                 say(f"{path}: left aside, no record of a study ({error})")
         return runs
 
@@ -181,10 +181,10 @@ def read_record(path: Path) -> dict[str, Any]:
     """
     try:
         document = json.loads(path.read_text())
-        _changing_results(document["overrides"])
+        _changing_results(document["overrides"])  # fails where they are none
         runs = [each for row in document["rows"].values() for each in row["runs"].items()]
-        if not all(seed.isdecimal() and run.keys() >= set(OF_A_RUN) for seed, run in runs):
-            raise ValueError(f"a run without its seed, or one of {', '.join(OF_A_RUN)}")
+        if not all(seed.isdecimal() and run.keys() >= set(RUN_FIELDS) for seed, run in runs):
+            raise ValueError(f"a run without its seed, or one of {', '.join(RUN_FIELDS)}")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         what = f"{error} is missing" if isinstance(error, KeyError) else error
         raise ValueError(
