@@ -671,6 +671,7 @@ def search_damaged_share(rank: int, folder: Path) -> None:
         make_regions(config_of("data.max_bad_images=1"), index, Detector(), folder / "regions.npy")
 
 
+@pytest.mark.slow
 def test_unreadable_images_of_all_processes_count(index, root, tmp_path):
     """One bad image for each of two processes, where one is allowed in all."""
     for name in map(index.name, (0, 7)):  # processes take rows in turns

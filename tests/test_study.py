@@ -88,6 +88,7 @@ def test_a_run_that_fails_is_named_and_the_others_are_done(data, tmp_path):
     assert "is not a whole number of micro-batches" in log.read_text()
 
 
+@pytest.mark.slow
 def test_a_run_whose_detector_failed_was_not_run(data, tmp_path, capsys):
     path = write_study(tmp_path / "small.yaml", {"CLIS": {}})
     overrides = [*SHORT, f"data.root={data}", "train.steps=1", "train.images_per_process=3"]
