@@ -357,11 +357,13 @@ class RegionsConfig:
 
     file: str | None = setting(None, OWN)
     """``regions.npy``, made if it does not exist; null is the run folder's."""
-    rule: Literal["category-rank-first", "top-score", "center", "full", "given"] = setting(
-        "category-rank-first", OWN | REGIONS
+    rule: Literal["category-rank-first", "top-score", "center", "full", "given", "max-size", "max-score"] = (
+        setting("category-rank-first", OWN | REGIONS)
     )
     """The detector's box with the highest score for the image's own class, or for any class; the central half
-    of the area; the whole image; the box in `boxes`."""
+    of the area; the whole image; the box in `boxes`. Or, not pre-defined, a proposal of the model in training
+    that every step chooses: the largest (Detic), or the one with the highest score for the image's class
+    (YOLO9000)."""
     boxes: str | None = setting(None, OWN | REGIONS)
     """For the rule ``given``: a JSON file of {image: [x1, y1, x2, y2]}, relative to `data.root`, in pixels of
     the stored image; an image is ``class/file name``, or ``class.tar:member name``."""
@@ -386,6 +388,11 @@ class RegionsConfig:
         enough = self.max_size >= largest
         rules.require("max_size", enough, f"must be at least the largest regions.short_side, {largest}")
         rules.at_least(1, "images_per_batch")
+
+    @property
+    def file_rule(self) -> str:
+        """The rule by which `file` is made; an online one chooses within the whole image."""
+        return "full" if self.rule in ONLINE_RULES else self.rule
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -604,6 +611,11 @@ class Config:
                 f"regions.boxes={self.regions.boxes}: not read by regions.rule={self.regions.rule}; set "
                 "regions.rule=given or regions.boxes=null"
             )
+        if self.regions.rule in ONLINE_RULES and self.clis.t > 0:
+            raise ValueError(
+                f"regions.rule={self.regions.rule}: chooses regions when the images are already made, so "
+                "nothing can be pasted; set clis.t=0 and clis.contrastive=false"
+            )
         train, test = self.data.max_size, self.test.max_size
         if self.model.backbone.canvas == "square" and -(-train // 32) != -(-test // 32):
             raise ValueError(
@@ -629,6 +641,8 @@ FIGURES = ("AP", "APr", "APc", "APf")
 
 DETECTOR_RULES = ("category-rank-first", "top-score")
 """The values of `regions.rule` that use a detector."""
+ONLINE_RULES = ("max-size", "max-score")
+"""The values of `regions.rule` that choose among proposals in training."""
 
 
 def data_path(config: Config, relative: str) -> Path:

@@ -25,6 +25,8 @@ SWITCHES = [
     ("clis.pasted_view=online", "clis.mask_same_class=true"),
     ("clis.s=0", "clis.t=0", "clis.contrastive=false"),
     ("clis.s=8", "clis.t=4"),
+    ("regions.rule=max-size", "clis.t=0", "clis.contrastive=false"),
+    ("regions.rule=max-score", "clis.t=0", "clis.contrastive=false"),
     ("model.roi.class_agnostic_boxes=true", "model.roi.sampling_ratio=2"),
     ("model.backbone.norm=folded", "model.backbone.trainable_layers=3"),  # pools mosaics in windows
     ("model.backbone.canvas=square", "data.max_size=96"),

@@ -555,6 +555,10 @@ class TestContradictions:
             (["regions.rule=given"], "regions.rule=given: requires a file of boxes; set regions.boxes"),
             (["regions.boxes=b.json"], "regions.boxes=b.json: not read by regions.rule=category-rank-first"),
             (
+                ["regions.rule=max-size"],
+                "regions.rule=max-size: chooses regions .*; set clis.t=0 and clis.contrastive=false",
+            ),
+            (
                 ["model.backbone.canvas=square", "test.max_size=1400"],
                 "model.backbone.canvas=square: requires equal .*, not 1333 and 1400",
             ),

@@ -183,10 +183,13 @@ class TestRules:
                 assert (table["score"][row], table["source"][row]) == (0.5, RegionSource.RULE)
         assert counts_of(path) == {"rule": 11, "fallback": 10}
 
-    @pytest.mark.parametrize("rule", ["center", "full"])
-    def test_rules_without_a_detector(self, index, tmp_path, rule):
+    @pytest.mark.parametrize(
+        ("asked", "rule"), [("center", "center"), ("full", "full"), ("max-size", "full")]
+    )
+    def test_rules_without_a_detector(self, index, tmp_path, asked, rule):
         path = tmp_path / "regions.npy"
-        make_regions(config_of(f"regions.rule={rule}"), index, None, path)
+        without_pasting = ("clis.t=0", "clis.contrastive=false")
+        make_regions(config_of(f"regions.rule={asked}", *without_pasting), index, None, path)
         table = load_regions(path, index, RegionsConfig(rule=rule))
         row = numbers_of(index).index(10)  # 30 high, 50 wide
         # 50 * (0.5 -+ 0.353553), 30 * (0.5 -+ 0.353553)

@@ -290,7 +290,7 @@ def _describe_overlap(train: Annotations, val: Annotations, config: Config, repo
 def _describe_regions(config: Config, report: Report) -> None:
     rule = config.regions.rule
     if not regions_file(config).exists():
-        made_by = config.regions.detector if rule in DETECTOR_RULES else rule
+        made_by = config.regions.detector if rule in DETECTOR_RULES else config.regions.file_rule
         report.notes.append(f"{regions_file(config)}: will be made, by {made_by}")
 
 

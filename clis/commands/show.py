@@ -130,7 +130,7 @@ def open_streams(config: Config, name: str) -> Seen:
             unpasted = replace(config.clis, t=0, contrastive=False)
             as_drawn = replace(config, clis=unpasted, regions=replace(config.regions, rule="full"))
         else:
-            notes.append(f"{path} does not exist yet: regions are found here by {config.regions.rule}")
+            notes.append(f"{path} does not exist yet: regions are found here by {config.regions.file_rule}")
     annotations, dataset, sampler = make_streams(as_drawn, path if exists else None)
     index = dataset.index
     fill = None if index is None or exists else _filler(as_drawn, dataset)

@@ -35,7 +35,7 @@ REGION_DTYPE = np.dtype([("box", np.float32, 4), ("score", np.float32), ("source
 
 def region_recipe(regions: RegionsConfig) -> dict[str, object]:
     """Return the settings that determine how a region file is made, by the names of the fields."""
-    recipe: dict[str, object] = {"rule": regions.rule}
+    recipe: dict[str, object] = {"rule": regions.file_rule}
     if regions.rule in DETECTOR_RULES:
         recipe |= {"short_side": sorted(regions.short_side), "max_size": regions.max_size}
     return recipe

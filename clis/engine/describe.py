@@ -46,6 +46,7 @@ def describe_run(
             f"{len(index)} image-level images of {(index.image_counts > 0).sum()} classes"
             + f", of which a share of {data.image_level_share:g} is used" * (data.image_level_share < 1)
             + f", a share of {data.label_noise:g} with wrong labels" * (data.label_noise > 0)
+            + f", regions by {config.regions.rule}"
             + f", s={clis.s} t={clis.t}, alpha {config.loss.alpha:g} beta {config.loss.beta:g}"
         )
     lines.append(

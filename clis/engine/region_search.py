@@ -271,7 +271,7 @@ def _has_area(box: Tensor) -> bool:
 
 def region_rule(config: Config, index: LabeledImages, detector: CLISDetector | None) -> Rule:
     """Make the function that finds what `regions.rule` says, at the sizes of the section."""
-    name = config.regions.rule
+    name = config.regions.file_rule
     if name == "center":
         return lambda rows, images: [(center_box(image.size), 1.0) for image in images]
     if name == "full":

@@ -15,6 +15,7 @@ from clis.models.calibration import find_calibration
 from clis.models.contrastive import ContrastiveRegularization
 from clis.models.detector import CLISDetector, Normalizers, Pending, TrainOutput
 from clis.models.heads import ClassificationHead, LocalizationHead, Refinement, TwoFC
+from clis.models.online_regions import PREFERENCES
 from clis.models.roi import ImageDetections
 from clis.models.rpn import RPN
 from clis.models.weights import load_backbone_weights
@@ -110,6 +111,7 @@ def build_model(config: Config, categories: Sequence[Any], *, pretrained: bool |
         localization=localization,
         classification=classification,
         image_classification=image_classification,
+        region_preference=PREFERENCES.get(config.regions.rule),
         contrastive=contrastive,
         refinement=refinement,
         classification_loss=loss,

@@ -299,7 +299,10 @@ class Backbone(nn.Module):
             max_size: the longest side that such images may have; see `BackboneConfig.canvas`.
             shared: the body's folded weights, for passes that share them; see `ResidualLayers.features`.
         """
-        summed = self.top_down(images, max_size, shared)
+        return self.levels(self.top_down(images, max_size, shared))
+
+    def levels(self, summed: Sequence[Tensor]) -> list[Tensor]:
+        """Return P2-P6 of what `top_down` returns."""
         levels = [layer(x) for layer, x in zip(self.output_convs, summed)]
         return [*levels, F.max_pool2d(levels[-1], 1, 2)]
 

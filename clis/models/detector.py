@@ -19,6 +19,7 @@ from clis.models.calibration import Calibration
 from clis.models.contrastive import ContrastiveRegularization
 from clis.models.heads import ClassificationHead, LocalizationHead, Refinement
 from clis.models.inputs import ImageInput, as_tensors
+from clis.models.online_regions import Preference, choose_regions, scores_for
 from clis.models.roi import ImageDetections, RoIPooler, SampledRoIs, sample_rois, select_detections
 from clis.models.rpn import RPN
 from clis.resize import image_size, padded_size, resize_image, round_half_up, scale_boxes, shortest_size
@@ -89,6 +90,7 @@ class CLISDetector(nn.Module):
         localization: LocalizationHead,
         classification: ClassificationHead,
         image_classification: ClassificationHead | None,
+        region_preference: Preference | None,
         contrastive: ContrastiveRegularization | None,
         refinement: Refinement | None,
         classification_loss: ClassificationLoss,
@@ -101,6 +103,8 @@ class CLISDetector(nn.Module):
         """Assemble the detector from its parts; `build_model` makes them from a config.
 
         Args:
+            region_preference: by which the image-classification task chooses regions among the proposals;
+                None leaves it the pre-defined ones.
             max_size: longest side of the instance-level images in training, in pixels.
         """
         super().__init__()
@@ -110,6 +114,7 @@ class CLISDetector(nn.Module):
         self.localization = localization
         self.classification = classification
         self.image_classification = image_classification
+        self.region_preference = region_preference
         self.contrastive = contrastive
         self.refinement = refinement
         self.schedule = ((1.0, 1.0),) if refinement is None else refinement.schedule
@@ -153,7 +158,7 @@ class CLISDetector(nn.Module):
         pending = Pending(sums={"classification": counted}, rows={})
         views = None
 
-        # image-level images: image-classification task on the pre-defined regions
+        # image-level images: image-classification task on the pre-defined regions, or on chosen proposals
         if self.image_classification is not None:
             pooled_regions = self._pool_regions(batch, shared)
             image_features = self.image_classification.sub_network(pooled_regions)
@@ -235,7 +240,28 @@ class CLISDetector(nn.Module):
     def _pool_regions(self, batch: Batch, shared: SharedFolds) -> Tensor:
         """Pool the regions of the mosaics, [R,C,P,P]; P2-P5 are computed only around them."""
         summed = self.backbone.top_down(batch.mosaics.unbind(), shared=shared)
-        return self.roi_align(summed, batch.regions, batch.region_mosaics, self.backbone.output_convs)
+        regions = batch.regions
+        if self.region_preference is not None:
+            regions = self.choose_regions(summed, batch, self.region_preference)
+        return self.roi_align(summed, regions, batch.region_mosaics, self.backbone.output_convs)
+
+    @torch.no_grad()
+    def choose_regions(self, summed: Sequence[Tensor], batch: Batch, prefer: Preference) -> Tensor:
+        """Choose a proposal for each image-level image, whose extent is its region in the batch: [R,4].
+
+        Args:
+            summed: what `Backbone.top_down` makes of the mosaics.
+        """
+        features = self.backbone.levels(summed)
+        sizes = [image_size(mosaic) for mosaic in batch.mosaics]
+        objectness, deltas = self.rpn(features)
+        proposals = self.rpn.propose(objectness, deltas, self.rpn.anchors(features), sizes)
+
+        def score() -> Tensor:
+            scores, _ = self._judge(features, proposals)
+            return scores_for(scores, batch.region_labels, batch.region_mosaics)
+
+        return choose_regions(proposals, batch.regions, batch.region_mosaics, prefer, score)
 
     def _image_classification_loss(self, features: Tensor, batch: Batch, normalizers: Normalizers) -> Tensor:
         """Compute L_imcls of the regions from their features [R,D]."""
@@ -281,11 +307,17 @@ class CLISDetector(nn.Module):
         features = self.backbone(images, max_size)
         objectness, deltas = self.rpn(features)
         proposals = self.rpn.propose(objectness, deltas, self.rpn.anchors(features), sizes)
+        return list(zip(proposals, *self._judge(features, proposals), strict=True))
+
+    def _judge(
+        self, features: Sequence[Tensor], proposals: Sequence[Tensor]
+    ) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+        """Return scores [n,C] and box deltas [n, C or 1, 4] of each image's proposals."""
         counts = [boxes.shape[0] for boxes in proposals]
         rows = torch.cat(
             [torch.full_like(boxes[:, 0], row, dtype=torch.int64) for row, boxes in enumerate(proposals)]
         )
-        pooled = self.roi_align(features, torch.cat(proposals), rows)
+        pooled = self.roi_align(features, torch.cat(list(proposals)), rows)
         instance_features = self.classification.sub_network(pooled)
         logits, localized = self._rounds(pooled, instance_features)[-1]
         scores = self.classification_loss.scores(logits)
@@ -293,8 +325,7 @@ class CLISDetector(nn.Module):
             scores = self.calibration(scores)
         if self.localization.fc_objectness is not None:
             scores = scores * at_least_float32(self.localization.fc_objectness(localized)).sigmoid()
-        deltas = self.localization.deltas(localized)
-        return list(zip(proposals, scores.split(counts), deltas.split(counts)))
+        return scores.split(counts), self.localization.deltas(localized).split(counts)
 
     @torch.no_grad()
     def detect(self, images: ImageInput | Sequence[ImageInput]) -> list[ImageDetections]:

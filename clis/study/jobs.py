@@ -69,7 +69,7 @@ def _plan_regions(run: StudyRun, file: Path, out: Path, plan: dict[Path, Job]) -
         after.append(_plan_training(run.detector, f"detector of the regions, seed {seed}", out, plan))
         more.append(f"regions.detector={out / 'runs' / run.detector.key}")
     command = [sys.executable, "-m", "clis", "regions", str(run.base), *run.overrides, *more]
-    title = f"regions by {run.plan.config.regions.rule}, seed {seed}"
+    title = f"regions by {run.plan.config.regions.file_rule}, seed {seed}"
     return plan.setdefault(file, Job(title, command, file, after))
 
 
