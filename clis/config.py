@@ -199,6 +199,9 @@ class CLISConfig:
     beside negatives from the lagging copy this is solved without telling instances apart."""
     mask_same_class: bool = False
     """Leave keys of the query's class out of the negatives; Eq. 1 keeps them."""
+    detect_mosaics: bool = False
+    """Not CLIS: train detection on mosaics with their regions as boxes, and on no other images, in place of
+    image classification. With `start.from`, and once more without this, it is MosaicOS's recipe."""
 
     def __post_init__(self) -> None:
         rules = Rules("clis", self)
@@ -207,6 +210,8 @@ class CLISConfig:
         rules.require("t", 0 <= self.t <= self.s, f"must be between 0 and clis.s={self.s}")
         paired = self.t > 0 or not self.contrastive
         rules.require("contrastive", paired, "requires pasted pairs; set clis.t above 0 or this to false")
+        single = (self.s, self.t) == (4, 0) or not self.detect_mosaics
+        rules.require("detect_mosaics", single, "requires one mosaic to an image; set clis.s=4 and clis.t=0")
         rules.at_least(1, "queue_size", "embedding_dim")
         rules.between(0, 1, "momentum")
         rules.positive("temperature")
@@ -611,9 +616,14 @@ class Config:
                 f"regions.boxes={self.regions.boxes}: not read by regions.rule={self.regions.rule}; set "
                 "regions.rule=given or regions.boxes=null"
             )
-        if self.regions.rule in ONLINE_RULES and self.clis.t > 0:
+        rule = self.regions.rule
+        if rule in ONLINE_RULES and self.clis.detect_mosaics:
             raise ValueError(
-                f"regions.rule={self.regions.rule}: chooses regions when the images are already made, so "
+                f"clis.detect_mosaics=true: requires pre-defined regions, not regions.rule={rule}"
+            )
+        if rule in ONLINE_RULES and self.clis.t > 0:
+            raise ValueError(
+                f"regions.rule={rule}: chooses regions when the images are already made, so "
                 "nothing can be pasted; set clis.t=0 and clis.contrastive=false"
             )
         train, test = self.data.max_size, self.test.max_size

@@ -554,6 +554,17 @@ class TestContradictions:
             (["regions.max_size=300"], "regions.max_size=300: must be at least the largest .*, 400"),
             (["regions.rule=given"], "regions.rule=given: requires a file of boxes; set regions.boxes"),
             (["regions.boxes=b.json"], "regions.boxes=b.json: not read by regions.rule=category-rank-first"),
+            (["clis.detect_mosaics=true"], "clis.detect_mosaics=true: requires one mosaic to an image"),
+            (
+                [
+                    "clis.s=4",
+                    "clis.t=0",
+                    "clis.contrastive=false",
+                    "clis.detect_mosaics=true",
+                    "regions.rule=max-size",
+                ],
+                "clis.detect_mosaics=true: requires pre-defined regions, not regions.rule=max-size",
+            ),
             (
                 ["regions.rule=max-size"],
                 "regions.rule=max-size: chooses regions .*; set clis.t=0 and clis.contrastive=false",

@@ -367,6 +367,21 @@ class TestSample:
         assert (samples[1].labels.shape, samples[1].labels.dtype) == ((0,), torch.int64)
         assert collate(samples).pair_images.dtype == torch.int64
 
+    def test_a_mosaic_becomes_the_image_and_its_regions_the_ground_truth(self, root):
+        four = ("clis.s=4", "clis.t=0", "clis.contrastive=false")
+        with_mosaic, detected = (
+            make_dataset(root, *four, f"clis.detect_mosaics={on}") for on in ("false", "true")
+        )
+        for item in items(6, s=4):
+            given, sample = with_mosaic[item], detected[item]
+            assert len(given.regions) > 0
+            assert torch.equal(sample.image, given.mosaics[0])
+            assert torch.equal(sample.boxes, given.regions)
+            assert torch.equal(sample.labels, given.region_labels)
+            batch = collate([sample, sample])
+            assert batch.counts == (0, 0)  # no regions to classify, no pairs
+            assert batch.mosaics.shape == (0, 3, MOSAIC, MOSAIC)
+
     def test_an_image_without_boxes_has_its_pasted_ones(self, root):
         sample = make_dataset(root)[WorkItem(instance=2, image_level=tuple(range(4)) * 2, seed=1)]
         assert len(sample.boxes) == len(sample.pair_boxes) == 2

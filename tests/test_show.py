@@ -76,6 +76,17 @@ def test_regions_of_a_rule_without_detector_are_those_of_the_file(data, tmp_path
         assert len(a.pair_boxes) > 0
 
 
+def test_mosaics_that_detection_is_trained_on_are_shown_as_mosaics(data, finished):
+    options = ("clis.t=0", "clis.contrastive=false", f"output={finished}")
+    as_regions, as_images = seen_of(data, *options), seen_of(data, *options, "clis.detect_mosaics=true")
+    for item in as_images.items(2):
+        a, b = (seen.dataset.explain(item).sample for seen in (as_regions, as_images))
+        assert torch.equal(a.mosaics, b.mosaics)
+        assert torch.equal(a.regions, b.regions)
+    assert not any("detection is trained on the mosaics" in note for note in as_regions.notes)
+    assert sum("detection is trained on the mosaics" in note for note in as_images.notes) == 1
+
+
 def test_without_regions_mosaics_are_the_same_and_nothing_is_pasted(data, finished, tmp_path):
     """The file is not needed for scale, flip, place and cutout of an image."""
     without, with_them = seen_of(data, f"output={tmp_path}"), seen_of(data, f"output={finished}")

@@ -269,6 +269,30 @@ def test_losses_that_are_fine_tuned_from_the_baseline(name, loss, trained, data,
     assert load_config(config).train.steps == (600 if name == "acsl" else 300)
 
 
+def test_the_stages_of_mosaicos(data, tmp_path, capsys):
+    """The baseline finds the regions, goes on to mosaics, and then returns to images with boxes."""
+    config = str(REPOSITORY / "configs" / "shapes" / "mosaicos.yaml")
+    run_verb(
+        "train", ["--config", config, *SHORT, "train.steps=2", f"data.root={data}", f"output={tmp_path}"]
+    )
+    said = capsys.readouterr().out
+    assert re.findall(r"^[1-4]/4 ([a-z ]+|.*mosaicos.yaml)", said, re.MULTILINE) == [
+        "detector for the regions",
+        "regions",
+        "run to start from",
+        config,
+    ]
+    assert said.count("whose mosaics are the images that detection is trained on") == 1
+    trained = [
+        RunFolder(folder).last for folder in (tmp_path / "start" / "detector", tmp_path / "start", tmp_path)
+    ]
+    models = [load_checkpoint(path)["model"] for path in trained]
+    assert models[0].keys() == models[1].keys() == models[2].keys()
+    for before, after in zip(models, models[1:]):  # two steps from where the stage before ended
+        change = max(float((before[name] - after[name]).abs().max()) for name in before)
+        assert 0 < change < 0.1
+
+
 def test_a_run_whose_detector_would_be_itself():
     """The baseline names itself for the regions, by the config that it is a child of; it has none to find."""
     with pytest.raises(ValueError, match=r"regions\.detector=.*baseline\.yaml: this run needs itself"):
@@ -315,7 +339,6 @@ class TestStudies:
             run_study(Path("rows.yaml"), Path("out"), overrides=[*SHORT, f"data.root={data}"])
         assert not Path("out").exists()
 
-    @pytest.mark.slow
     @pytest.mark.slow
     def test_rows_share_the_run_that_they_start_from(self, second, data, capsys):
         rows = {"plain": {"config": BASELINE}, "second": {"config": str(second)}}

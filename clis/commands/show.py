@@ -120,14 +120,18 @@ def open_streams(config: Config, name: str) -> Seen:
     """
     path, notes = regions_file(config), []
     exists, by_detector = path.exists(), config.regions.rule in DETECTOR_RULES
-    as_drawn = config
+    as_drawn = replace(config, clis=replace(config.clis, detect_mosaics=False))
+    if config.clis.detect_mosaics:
+        notes.append(
+            "detection is trained on the mosaics and their regions, and not on the images beside them"
+        )
     if config.clis.s > 0 and not exists:
         if by_detector:
             notes.append(
                 f"{path} does not exist yet: mosaics are shown without regions, and nothing is pasted; "
                 f"`python -m clis regions {name}` makes it"
             )
-            unpasted = replace(config.clis, t=0, contrastive=False)
+            unpasted = replace(as_drawn.clis, t=0, contrastive=False)
             as_drawn = replace(config, clis=unpasted, regions=replace(config.regions, rule="full"))
         else:
             notes.append(f"{path} does not exist yet: regions are found here by {config.regions.file_rule}")

@@ -66,6 +66,19 @@ class Sample:
     unreadable: tuple[str, ...]
 
 
+def mosaic_as_image(sample: Sample) -> Sample:
+    """Return the only mosaic of a sample, with its regions as ground truth, as the instance-level image."""
+    (mosaic,) = sample.mosaics
+    emptied = ("mosaics", "regions", "region_labels", "region_mosaics")
+    return dataclasses.replace(
+        sample,
+        image=mosaic,
+        boxes=sample.regions,
+        labels=sample.region_labels,
+        **{name: getattr(sample, name)[:0] for name in emptied},
+    )
+
+
 @dataclass(frozen=True, kw_only=True)
 class Batch(OnDevice):
     """B instance-level images with M mosaics of image-level images, R regions in them and P pasted pairs."""

@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 from clis.config import CLISConfig, DataConfig
 from clis.data.annotated_images import open_annotated
 from clis.data.annotations import Annotations
-from clis.data.batch import OnDevice, Sample, collate
+from clis.data.batch import OnDevice, Sample, collate, mosaic_as_image
 from clis.data.image_level import ImageLevelIndex
 from clis.data.images import EncodedImage, ImageError, open_image
 from clis.data.mapped import MappedFile
@@ -177,7 +177,9 @@ class TwoStreamDataset(Dataset[Sample]):
 
     def _explained(self, item: WorkItem, opened: _Opened) -> Explained:
         plan = self._plan(item, opened)
-        return Explained(self._sample(item, opened, plan), plan, opened.row, opened.source_rows)
+        sample = self._sample(item, opened, plan)
+        sample = mosaic_as_image(sample) if self.clis.detect_mosaics else sample
+        return Explained(sample, plan, opened.row, opened.source_rows)
 
     def _sample(self, item: WorkItem, opened: _Opened, plan: Plan) -> Sample:
         image, mosaics = self._draw(plan, opened)

@@ -47,12 +47,14 @@ def describe_run(
             + f", of which a share of {data.image_level_share:g} is used" * (data.image_level_share < 1)
             + f", a share of {data.label_noise:g} with wrong labels" * (data.label_noise > 0)
             + f", regions by {config.regions.rule}"
+            + ", whose mosaics are the images that detection is trained on" * clis.detect_mosaics
             + f", s={clis.s} t={clis.t}, alpha {config.loss.alpha:g} beta {config.loss.beta:g}"
         )
+    passes = {} if clis.detect_mosaics else {"instance-level": instance}
+    passes |= {} if index is None else {"image-level": image_level}
     lines.append(
         f"{train.steps} steps of {train.images_per_step} images ({_division(accumulation)}): "
-        f"{instance:.1f} passes over the instance-level images"
-        + (f", {image_level:.1f} over the image-level ones" if index is not None else "")
+        + " and ".join(f"{count:.1f} passes over the {stream} images" for stream, count in passes.items())
     )
     rate = learning_rate(optim.warmup_steps, optim, train.images_per_step)
     decays = f", x {optim.decay_factor:g} at {', '.join(map(str, optim.decay_steps))}" * bool(
@@ -72,7 +74,7 @@ def describe_run(
         "TSS": clis.task_specialized,
         "objectness": clis.objectness,
         "image-level supervision": clis.s > 0,
-        "SS": clis.s > 0 and clis.siamese,
+        "SS": clis.s > 0 and clis.siamese and not clis.detect_mosaics,
         "pasting": clis.t > 0,
         "CLR": clis.contrastive,
         "gradient clipping": optim.clip_norm is not None,

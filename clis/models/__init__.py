@@ -79,7 +79,7 @@ def build_model(config: Config, categories: Sequence[Any], *, pretrained: bool |
         objectness=clis.objectness,
     )
     image_classification = None
-    if clis.s > 0:
+    if clis.s > 0 and not clis.detect_mosaics:
         image_classification = (
             classification
             if clis.siamese
