@@ -417,6 +417,23 @@ def test_rows_that_are_not_there(tmp_path):
     path = write_study(tmp_path / "small.yaml", {"CLIS": {}})
     with pytest.raises(ValueError, match=r"has no row CLIP; it has CLIS"):
         run_study(path, tmp_path, rows=["CLIP"])
+    with pytest.raises(
+        ValueError, match=r"no row train.steps=9; .*; put key=value before --rows and --seeds"
+    ):
+        run_study(path, tmp_path, rows=["CLIS", "train.steps=9"])
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("-1", "'-1' is not a seed; python -m"),
+        ("train.steps=9", "'train.steps=9' is not a seed; put key=value before --rows and --seeds"),
+    ],
+)
+def test_seeds_that_are_none(given, message, capsys):
+    with pytest.raises(SystemExit):
+        run_verb("study", ["studies/alpha", "--seeds", "0", given])
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("override", ["--seed=3", "--output=x", "regions={file: r.npy}"])

@@ -17,6 +17,8 @@ from clis.study.file import Study, check_overrides, overruled
 from clis.study.jobs import Job, log_of, plan_row, work
 from clis.study.record import Record
 
+_BEFORE = "; put key=value before --rows and --seeds"
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `clis study`."""
@@ -26,7 +28,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="change a field in every row that does not set it itself",
     )  # fmt: skip
     parser.add_argument("--rows", nargs="+", default=(), metavar="NAME", help="run only these rows")
-    parser.add_argument("--seeds", nargs="+", type=int, default=(), help="run only these seeds, of every row")
+    parser.add_argument(
+        "--seeds", nargs="+", type=_seed, default=(), help="run only these seeds, of every row"
+    )
     parser.add_argument("--jobs", type=positive, default=2, help="runs at once, which share the CPUs")
     parser.add_argument(
         "--out", type=Path, default=Path("runs/studies"), metavar="FOLDER",
@@ -35,6 +39,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--draw", action="store_true", help="run nothing; write table and figure of what is recorded"
     )
+
+
+def _seed(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a seed" + _BEFORE * ("=" in text))
+    return int(text)
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -86,6 +96,7 @@ def run_study(
     if unknown:
         raise ValueError(
             f"{path} has no row {', '.join(unknown)}; it has {', '.join(r.name for r in study.rows)}"
+            + _BEFORE * any("=" in name for name in unknown)
         )
     folder = out / study.name
     record = Record(study, folder, overrides)
