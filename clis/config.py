@@ -201,7 +201,7 @@ class CLISConfig:
     """Leave keys of the query's class out of the negatives; Eq. 1 keeps them."""
     detect_mosaics: bool = False
     """Not CLIS: train detection on mosaics with their regions as boxes, and on no other images, in place of
-    image classification. With `start.from`, and once more without this, it is MosaicOS's recipe."""
+    image classification; `loss.alpha` and `siamese` have no effect then. It is MosaicOS's middle stage."""
 
     def __post_init__(self) -> None:
         rules = Rules("clis", self)
@@ -211,7 +211,7 @@ class CLISConfig:
         paired = self.t > 0 or not self.contrastive
         rules.require("contrastive", paired, "requires pasted pairs; set clis.t above 0 or this to false")
         single = (self.s, self.t) == (4, 0) or not self.detect_mosaics
-        rules.require("detect_mosaics", single, "requires one mosaic to an image; set clis.s=4 and clis.t=0")
+        rules.require("detect_mosaics", single, "requires clis.s=4 and clis.t=0, and clis.contrastive=false")
         rules.at_least(1, "queue_size", "embedding_dim")
         rules.between(0, 1, "momentum")
         rules.positive("temperature")
@@ -320,7 +320,8 @@ class DataConfig:
     cutout_size: tuple[float, float] = setting((0.1, 0.4), IMAGE_LEVEL)
     """Sides of the cutout rectangle, relative to the image's."""
     min_region: float = setting(16.0, IMAGE_LEVEL)
-    """A region whose clipped sides are under this many pixels of the mosaic is dropped."""
+    """A region whose clipped sides are under this many pixels of the mosaic is dropped. With a `regions.rule`
+    that chooses in training, this is about the whole image, and the chosen part may be smaller."""
     paste_size: tuple[float, float] = setting((32.0, 256.0), IMAGE_LEVEL)
     """Range of sqrt(area) of a pasted crop, in pixels of the instance-level image."""
     paste_max_cover: float = setting(0.5, IMAGE_LEVEL)
@@ -625,6 +626,11 @@ class Config:
             raise ValueError(
                 f"regions.rule={rule}: chooses regions when the images are already made, so "
                 "nothing can be pasted; set clis.t=0 and clis.contrastive=false"
+            )
+        if rule in ONLINE_RULES and self.clis.s > 0 and self.data.mosaic_surroundings is not None:
+            raise ValueError(
+                f"regions.rule={rule}: chooses regions when the mosaics are already made; set "
+                "data.mosaic_surroundings=null, which places whole images in them"
             )
         train, test = self.data.max_size, self.test.max_size
         if self.model.backbone.canvas == "square" and -(-train // 32) != -(-test // 32):

@@ -22,6 +22,7 @@ SHIPPED = Path(__file__).with_name("configs")
 """The configs that come with the package."""
 CLIS_OFF = {
     "task_specialized": False, "objectness": False, "s": 0, "t": 0, "siamese": False, "contrastive": False,
+    "detect_mosaics": False,
 }  # fmt: skip
 """What `clis: off` (also `clis=off`) sets: plain Faster R-CNN. Other fields of the section are left alone."""
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from runs import BASELINE, CONFIG, SHORT
+from runs import BASELINE, CONFIG, REPOSITORY, SHORT
 
 from clis.__main__ import main
 from clis.commands.check import check
@@ -283,6 +283,27 @@ def test_settings_that_cannot_run(root, finished):
         shutil.copy(finished / name, root.parent / "run")
     report = checked(root, "optim.lr=0.5")
     assert any("belongs to another config: optim.lr: 0.04 != 0.5" in error for error in report.errors)
+
+
+def test_image_level_images_of_a_run_that_is_needed_first(root):
+    """MosaicOS's own last stage has none, its middle one has."""
+
+    def report_of() -> Report:
+        given = [*SHORT, f"data.root={root}", f"output={root.parent / 'run'}"]
+        return check(
+            load_config(REPOSITORY / "configs" / "shapes" / "mosaicos.yaml", given), given, workers=0
+        )
+
+    report = report_of()
+    assert report.errors == []
+    assert any("regions.npy: will be made, by" in note for note in report.notes)
+    broken = sorted((root / "shapes" / "image_level").rglob("*.jpg"))[0]
+    broken.write_bytes(b"no image at all")
+    (error,) = report_of().errors
+    assert "image-level: 1 of 100 images cannot be used (data.max_bad_images allows 0 in all)" in error
+    shutil.rmtree(root / "shapes" / "image_level")
+    (error,) = report_of().errors
+    assert "image_level: no such folder or tar" in error
 
 
 def test_folders_and_weights_are_checked_before_the_benchmark_is_written(tmp_path):

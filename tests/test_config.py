@@ -79,6 +79,7 @@ class TestShipped:
     def test_loads_and_its_detector_does_too(self, path):
         config = load_config(path)
         assert config.output == str(Path("runs", shipped_name(path)).with_suffix(""))
+        assert load_config(path, ["clis=off"]).clis == dataclasses.replace(config.clis, **CLIS_OFF)
         if config.clis.s > 0 and config.regions.detector is not None:
             detector = load_config(config.regions.detector)
             assert (detector.clis.s, detector.clis.t) == (0, 0)
@@ -554,7 +555,7 @@ class TestContradictions:
             (["regions.max_size=300"], "regions.max_size=300: must be at least the largest .*, 400"),
             (["regions.rule=given"], "regions.rule=given: requires a file of boxes; set regions.boxes"),
             (["regions.boxes=b.json"], "regions.boxes=b.json: not read by regions.rule=category-rank-first"),
-            (["clis.detect_mosaics=true"], "clis.detect_mosaics=true: requires one mosaic to an image"),
+            (["clis.detect_mosaics=true"], "clis.detect_mosaics=true: requires clis.s=4 and clis.t=0, and"),
             (
                 [
                     "clis.s=4",
@@ -564,6 +565,15 @@ class TestContradictions:
                     "regions.rule=max-size",
                 ],
                 "clis.detect_mosaics=true: requires pre-defined regions, not regions.rule=max-size",
+            ),
+            (
+                [
+                    "clis.t=0",
+                    "clis.contrastive=false",
+                    "regions.rule=max-score",
+                    "data.mosaic_surroundings=2",
+                ],
+                "regions.rule=max-score: chooses .*; set data.mosaic_surroundings=null",
             ),
             (
                 ["regions.rule=max-size"],

@@ -126,12 +126,23 @@ def test_the_image_classification_loss_is_that_of_the_chosen_boxes(overrides):
 
 
 def test_weights_that_the_choice_uses_first_still_train_in_bfloat16():
-    """Autocast keeps the weights that it has cast; cast without a gradient, they would train no more."""
+    """Autocast keeps the weights that it has cast; cast without a gradient, they would no longer train."""
     model, batch = make_model(*SCORE).float(), quarters(make_batch(2, pairs=0))
     with torch.autocast("cpu", torch.bfloat16):
         losses = model(batch, normalizers_of(batch)).losses
     losses["image_cls"].backward()
     assert all(p.grad.any() for p in model.classification.parameters())
+
+
+def test_calibration_at_test_has_no_part_in_training():
+    """NorCal prefers other regions for a rare class; FRACAL is not even measured before an evaluation."""
+    batch, found = quarters(make_batch(2, pairs=0)), []
+    for calibration in ("null", "norcal(gamma=5)", "fracal"):
+        model = make_model(*SCORE, f"test.calibration={calibration}")
+        torch.nn.init.normal_(model.classification.fc_cls.weight)
+        found.append(chosen(model, batch))
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
 
 
 def test_a_batch_without_regions():

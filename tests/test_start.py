@@ -16,7 +16,7 @@ from runs import BASELINE, CONFIG, REPOSITORY, SHORT, assert_same_training, reco
 
 from clis.commands import check, run_verb
 from clis.commands.study import run_study
-from clis.config import StartConfig
+from clis.config import Config, StartConfig
 from clis.config_files import config_to_dict, load_config
 from clis.engine import train
 from clis.engine.checkpoint import detector_state, load_checkpoint
@@ -25,6 +25,7 @@ from clis.engine.run_folder import RunFolder
 from clis.engine.start import load_start, train_only
 from clis.models import build_model
 from clis.study.file import Study
+from clis.study.runs import StudyRun
 
 PLAIN = "clis=off"
 NEW_PARTS = (
@@ -282,7 +283,7 @@ def test_the_stages_of_mosaicos(data, tmp_path, capsys):
         "run to start from",
         config,
     ]
-    assert said.count("whose mosaics are the images that detection is trained on") == 1
+    assert said.count("detection is trained on their mosaics, and on no other images") == 1
     trained = [
         RunFolder(folder).last for folder in (tmp_path / "start" / "detector", tmp_path / "start", tmp_path)
     ]
@@ -291,6 +292,30 @@ def test_the_stages_of_mosaicos(data, tmp_path, capsys):
     for before, after in zip(models, models[1:]):  # two steps from where the stage before ended
         change = max(float((before[name] - after[name]).abs().max()) for name in before)
         assert 0 < change < 0.1
+
+
+def test_overrides_of_image_level_settings_reach_the_stage_that_has_such_images():
+    """Also where the run itself has none; those of a run that has some are its own."""
+    given = [
+        "data.image_level_share=0.5",
+        "regions.rule=center",
+        "data.label_noise=0.1",
+        "data.mosaic_size=96",
+    ]
+
+    def start_of(config: Path) -> Config:
+        start = plan_run(load_config(config, given), str(config), given).start
+        assert start is not None
+        return start.config
+
+    shapes = REPOSITORY / "configs" / "shapes"
+    mosaics = start_of(shapes / "mosaicos.yaml")
+    assert (mosaics.data.image_level_share, mosaics.data.mosaic_size) == (0.5, 96)
+    assert (mosaics.data.label_noise, mosaics.regions.rule) == (0.1, "center")
+    baseline = start_of(shapes / "mosaicos_mosaics.yaml")
+    assert (baseline.data.image_level_share, baseline.regions.rule) == (1.0, "category-rank-first")
+    key = StudyRun.load(shapes / "mosaicos.yaml", []).key
+    assert StudyRun.load(shapes / "mosaicos.yaml", given[:1]).key != key
 
 
 def test_a_run_whose_detector_would_be_itself():

@@ -195,6 +195,17 @@ def test_keys_tell_where_the_regions_come_from(tmp_path):
     assert len(set(keys(tmp_path, without, [*without, "regions.rule=center"]))) == 1
 
 
+def test_keys_tell_what_is_chosen_in_training(tmp_path):
+    """These rules share the file of whole images, and are other runs."""
+    rows = [
+        [f"regions.rule={rule}", "clis.t=0", "clis.contrastive=false"]
+        for rule in ("full", "max-size", "max-score")
+    ]
+    assert len(set(keys(tmp_path, *rows))) == 3
+    study = Study.load(tmp_path / "keys.yaml")
+    assert len({study.run(row, 0, ()).regions for row in study.rows}) == 1
+
+
 def test_keys_tell_the_boxes_that_are_given(data, tmp_path):
     """By what is in their file, as annotations are known."""
     path = tmp_path / "boxes.json"

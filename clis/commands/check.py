@@ -85,21 +85,24 @@ def check(
     """
     report, data = Report(), config.data
     plan = _check_plan(config, overrides, report)
+    runs = list({id(each): each for each in (*pending_runs(plan), plan)}.values())
     if data.generate == "shapes" and not data_path(config, data.train).exists():
         _check_to_generate(config, report)
-        _check_models(plan, [Category(**entry) for entry in category_entries(ShapesSpec())], report)
+        _check_models(runs, [Category(**entry) for entry in category_entries(ShapesSpec())], report)
         return report
     train, val = _check_annotations(config, report)
     index = None
     if train is not None:
-        index = _check_image_level(plan, train, report)
-        _check_models(plan, train.categories, report)
+        for each in runs:
+            index = _check_image_level(each, train, report) or index
+        _check_models(runs, train.categories, report)
     images, streams = ImageCheck(data.max_pixels, workers, sample, report), {}
     if train is not None:
         streams["instance-level"] = images.annotated(train, data_path(config, data.train_images))
     if index is not None:
         streams["image-level"] = images.image_level(index)
-    stages = [list(streams.values())] if config.clis.s > 0 else [[stream] for stream in streams.values()]
+    joint = any(each.config.clis.s > 0 for each in runs)
+    stages = [list(streams.values())] if joint else [[stream] for stream in streams.values()]
     for stage in stages:  # a baseline and its pre-training count for themselves
         limit = f"data.max_bad_images allows {data.max_bad_images}" + " in all" * (len(stage) > 1)
         images.judge(stage, data.max_bad_images, limit)
@@ -117,10 +120,10 @@ def _check_to_generate(config: Config, report: Report) -> None:
         check_writable_folder(folder, "data.root")
 
 
-def _check_models(plan: PlannedRun, categories: Sequence[Category], report: Report) -> None:
-    """Build the detectors of all runs that are not finished; check their folders, and the disks' room."""
+def _check_models(runs: Sequence[PlannedRun], categories: Sequence[Category], report: Report) -> None:
+    """Build the detectors of the runs; check their folders, and the disks' room."""
     needs = []
-    for run in {id(each): each for each in (*pending_runs(plan), plan)}.values():
+    for run in runs:
         with report.catching():
             model = _check_model(run.config, categories, report)
             needs.append(check_folder(run, model, categories))

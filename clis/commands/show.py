@@ -21,7 +21,7 @@ from clis.commands.show_pictures import (
     draw_mosaics,
     format_score,
 )
-from clis.config import DETECTOR_RULES, Config
+from clis.config import DETECTOR_RULES, ONLINE_RULES, Config
 from clis.config_files import find_config, load_config, name_below
 from clis.data.annotations import Annotations
 from clis.data.image_classes import GROUP_NAMES, coverage
@@ -125,6 +125,9 @@ def open_streams(config: Config, name: str) -> Seen:
         notes.append(
             "detection is trained on the mosaics and their regions, and not on the images beside them"
         )
+    if config.clis.s > 0 and config.regions.rule in ONLINE_RULES:
+        rule = config.regions.rule
+        notes.append(f"regions.rule={rule} chooses a part of each image in training; all of it is shown here")
     if config.clis.s > 0 and not exists:
         if by_detector:
             notes.append(

@@ -221,8 +221,11 @@ class TwoStreamDataset(Dataset[Sample]):
 
     def _draw(self, plan: Plan, opened: _Opened) -> tuple[Tensor, Tensor]:
         """Draw the image with its pasted regions, uint8 [3,H,W], and the mosaics, uint8 [s/4,3,S,S]."""
-        image = opened.instance.decode_resized(plan.size)
-        image = image.flip(-1) if plan.flipped else image
+        if self.clis.detect_mosaics:
+            image = torch.zeros(3, 0, 0, dtype=torch.uint8)  # a mosaic takes its place
+        else:
+            image = opened.instance.decode_resized(plan.size)
+            image = image.flip(-1) if plan.flipped else image
         # Crops are whole pixels of the stored image, so these are needed at full size.
         whole = {place: opened.sources[place].decode() for place, _ in plan.pastes}
         for place, paste in plan.pastes:

@@ -47,8 +47,11 @@ def describe_run(
             + f", of which a share of {data.image_level_share:g} is used" * (data.image_level_share < 1)
             + f", a share of {data.label_noise:g} with wrong labels" * (data.label_noise > 0)
             + f", regions by {config.regions.rule}"
-            + ", whose mosaics are the images that detection is trained on" * clis.detect_mosaics
-            + f", s={clis.s} t={clis.t}, alpha {config.loss.alpha:g} beta {config.loss.beta:g}"
+            + (
+                "; detection is trained on their mosaics, and on no other images"
+                if clis.detect_mosaics
+                else f", s={clis.s} t={clis.t}, alpha {config.loss.alpha:g} beta {config.loss.beta:g}"
+            )
         )
     passes = {} if clis.detect_mosaics else {"instance-level": instance}
     passes |= {} if index is None else {"image-level": image_level}

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from clis.config import DETECTOR_RULES, Config, scoped_keys
+from clis.config import DETECTOR_RULES, SCOPES, Config
 from clis.config_files import flatten, load_config, merge_overrides
 from clis.config_scopes import Scope
 from clis.engine.run_folder import RunFolder, find_checkpoint
@@ -38,7 +38,7 @@ def plan_run(
     """Plan a run and its prerequisites, and theirs.
 
     Args:
-        overrides: of the config; those of shared fields hold for the prerequisites too.
+        overrides: of the config; some hold for the prerequisites too (`passed_overrides`).
         outer: config files of the runs that need this one.
 
     Raises:
@@ -51,7 +51,7 @@ def plan_run(
         path = Path(source).resolve()
         if path in outer or each.output == config.output:
             raise ValueError(f"{key}={source}: this run needs itself; name another config, or a checkpoint")
-        passed = _passed(overrides, RunFolder(each.output))
+        passed = _passed(overrides, config, each, RunFolder(each.output))
         return plan_run(each, f"{role}: {source}", passed, [*outer, path])
 
     return PlannedRun(
@@ -74,26 +74,32 @@ def start_config(config: Config, overrides: Sequence[str] = ()) -> Config | None
     """
     folder = RunFolder(config.output)
     same = config.start.from_ == config.regions.detector and detector_config(config, overrides) is not None
-    return _config_of(config.start.from_, folder.detector if same else folder.start, overrides)
+    own = folder.detector if same else folder.start
+    return _config_of(config.start.from_, config, own, overrides)
 
 
 def detector_config(config: Config, overrides: Sequence[str] = ()) -> Config | None:
     """Load the config of the detector that finds the regions, if the config names one by its config.
 
-    Overrides of shared fields hold for it too. With ``output=FOLDER`` its run folder is FOLDER/detector.
+    Overrides hold for it as `passed_overrides` says; with ``output=FOLDER`` its folder is FOLDER/detector.
     """
     if config.clis.s == 0 or config.regions.rule not in DETECTOR_RULES:
         return None
-    return _config_of(config.regions.detector, RunFolder(config.output).detector, overrides)
+    return _config_of(config.regions.detector, config, RunFolder(config.output).detector, overrides)
 
 
-def shared_overrides(overrides: Sequence[str]) -> list[str]:
-    """Select from a run's overrides those that hold for its prerequisites too: of shared fields."""
-    shared = scoped_keys(Scope.SHARED)
+def passed_overrides(overrides: Sequence[str], config: Config, needed: Config) -> list[str]:
+    """Select from the overrides of a config's run those that hold for a run that it needs.
+
+    They are of shared fields, and where only the needed run has image-level images, of the fields of these.
+    """
+    passed = Scope.SHARED
+    if config.clis.s == 0 and needed.clis.s > 0:
+        passed |= Scope.IMAGE_LEVEL | Scope.REGIONS
     return [
         f"{key}={json.dumps(value, ensure_ascii=False)}"
         for key, value in flatten(merge_overrides({}, overrides)).items()
-        if key in shared
+        if SCOPES.get(key, Scope.OWN) & passed
     ]
 
 
@@ -109,13 +115,15 @@ def checkpoint_of(source: str, trained: Config | None) -> Path:
     return find_checkpoint(source) if trained is None else RunFolder(trained.output).last
 
 
-def _config_of(source: str | None, folder: RunFolder, overrides: Sequence[str]) -> Config | None:
+def _config_of(
+    source: str | None, config: Config, folder: RunFolder, overrides: Sequence[str]
+) -> Config | None:
     if source is None or Path(source).suffix not in (".yaml", ".yml"):
         return None
-    return load_config(source, _passed(overrides, folder))
+    return load_config(source, _passed(overrides, config, load_config(source), folder))
 
 
-def _passed(overrides: Sequence[str], folder: RunFolder) -> list[str]:
-    """Return the overrides of a prerequisite; `folder` is its own if the run's was named."""
-    passed = shared_overrides(overrides)
+def _passed(overrides: Sequence[str], config: Config, needed: Config, folder: RunFolder) -> list[str]:
+    """Return the overrides of a needed run; `folder` is its own if that of the config's run was named."""
+    passed = passed_overrides(overrides, config, needed)
     return [*passed, f"output={folder}"] if "output" in merge_overrides({}, overrides) else passed

@@ -258,7 +258,7 @@ class CLISDetector(nn.Module):
         proposals = self.rpn.propose(objectness, deltas, self.rpn.anchors(features), sizes)
 
         def score() -> Tensor:
-            scores, _ = self._judge(features, proposals)
+            scores, _ = self._judge(features, proposals, None)  # calibration compares classes
             return scores_for(scores, batch.region_labels, batch.region_mosaics)
 
         return choose_regions(proposals, batch.regions, batch.region_mosaics, prefer, score)
@@ -307,10 +307,10 @@ class CLISDetector(nn.Module):
         features = self.backbone(images, max_size)
         objectness, deltas = self.rpn(features)
         proposals = self.rpn.propose(objectness, deltas, self.rpn.anchors(features), sizes)
-        return list(zip(proposals, *self._judge(features, proposals), strict=True))
+        return list(zip(proposals, *self._judge(features, proposals, self.calibration), strict=True))
 
     def _judge(
-        self, features: Sequence[Tensor], proposals: Sequence[Tensor]
+        self, features: Sequence[Tensor], proposals: Sequence[Tensor], calibration: Calibration | None
     ) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
         """Return scores [n,C] and box deltas [n, C or 1, 4] of each image's proposals."""
         counts = [boxes.shape[0] for boxes in proposals]
@@ -321,8 +321,8 @@ class CLISDetector(nn.Module):
         instance_features = self.classification.sub_network(pooled)
         logits, localized = self._rounds(pooled, instance_features)[-1]
         scores = self.classification_loss.scores(logits)
-        if self.calibration is not None:
-            scores = self.calibration(scores)
+        if calibration is not None:
+            scores = calibration(scores)
         if self.localization.fc_objectness is not None:
             scores = scores * at_least_float32(self.localization.fc_objectness(localized)).sigmoid()
         return scores.split(counts), self.localization.deltas(localized).split(counts)

@@ -10,14 +10,17 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 MOST_PROPOSALS = 128
-"""Proposals of an image-level image that are considered, the best by objectness (Detic's number)."""
+"""Proposals of an image-level image that are considered, the best by objectness (Detic's number).
+
+The four images of a mosaic share its proposals, `model.rpn.proposals`, so there may be fewer.
+"""
 LEAST_INSIDE = 0.5
 """Share of a proposal's area that lies inside its image; in a mosaic, others belong to the neighbors."""
 
 Score = Callable[[], Tensor]
 """Computes the score [R,P] of every proposal for the label of every image."""
 Preference = Callable[[Tensor, Score], Tensor]
-"""What a rule goes by: from the areas [R,P] of the proposals and their scores to values [R,P]."""
+"""The criterion of a rule: from the areas [R,P] of the proposals and their scores to values [R,P]."""
 
 
 def by_size(areas: Tensor, score: Score) -> Tensor:
@@ -28,7 +31,8 @@ def by_size(areas: Tensor, score: Score) -> Tensor:
 def by_score(areas: Tensor, score: Score) -> Tensor:
     """Prefer the proposal that the detector scores highest for the image's label, as YOLO9000 does.
 
-    With one label an image, this is also how we read DLWL's linear program, of which no code is public.
+    With one label per image, our reading of DLWL's linear program, of which no code is public, has the same
+    box if it may choose a single one; its losses are others.
     """
     return score()
 
@@ -46,7 +50,7 @@ def choose_regions(
 
     Args:
         proposals: of each of the M mosaics, [n,4], the best first.
-        images: [R,4], where each image lies on its mosaic.
+        images: [R,4], the extent of each image in its mosaic.
         mosaics: int64 [R], the mosaic of each image.
         prefer: a value of `PREFERENCES`.
         score: of proposals that are padded to the longest of `proposals`, P.
@@ -57,7 +61,9 @@ def choose_regions(
     areas = _areas(inside)
     mine = (areas > 0) & (areas >= LEAST_INSIDE * _areas(boxes))
     mine &= mine.cumsum(dim=1) <= MOST_PROPOSALS
-    mine = torch.cat([mine, ~mine.any(dim=1, keepdim=True)], dim=1)  # the whole image, for want of a proposal
+    mine = torch.cat(
+        [mine, ~mine.any(dim=1, keepdim=True)], dim=1
+    )  # the whole image, if there is no proposal
     values = F.pad(prefer(areas, score), (0, 1)).masked_fill(~mine, -torch.inf)
     best = values.argmax(dim=1, keepdim=True)
     return torch.cat([inside, images[:, None]], dim=1).take_along_dim(best[..., None], dim=1)[:, 0]

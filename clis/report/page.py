@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from clis.atomic import atomic_write, check_writable
-from clis.config import Config, data_path
+from clis.config import ONLINE_RULES, Config, data_path
 from clis.config_files import config_to_dict, flatten
 from clis.data.annotations import Annotations
 from clis.data.categories import check_same_categories
@@ -242,7 +242,10 @@ def _regions(
         run.missing.append(f"No regions: {error}.")
         return None
     payload = region_payload(index, found, annotations.categories, order, count, config.data.max_pixels)
-    return payload | {"run": run.name, "file": str(path), "rule": config.regions.rule}
+    rule = config.regions.file_rule
+    if config.regions.rule in ONLINE_RULES:
+        rule = f"{rule}, of which training chooses a part by {config.regions.rule}"
+    return payload | {"run": run.name, "file": str(path), "rule": rule}
 
 
 def _moved(error: Exception) -> str:

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from clis.config import DETECTOR_RULES, RESUMABLE, Config, data_path, scoped_keys
+from clis.config import DETECTOR_RULES, ONLINE_RULES, RESUMABLE, Config, data_path, scoped_keys
 from clis.config_files import config_to_dict, flatten, load_config
 from clis.config_scopes import Scope
-from clis.engine.prerequisites import PlannedRun, plan_run, shared_overrides
+from clis.engine.prerequisites import PlannedRun, passed_overrides, plan_run
 from clis.engine.provenance import file_hash
 from clis.engine.region_search import given_boxes
 
@@ -48,12 +48,15 @@ class StudyRun:
 
     @classmethod
     def _of(cls, plan: PlannedRun, base: Path, overrides: list[str]) -> StudyRun:
-        config, passed = plan.config, shared_overrides(overrides)
-        start = detector = regions = None
-        if plan.start is not None:
-            start = cls._of(plan.start, Path(str(config.start.from_)), passed)
-        if plan.detector is not None:
-            detector = cls._of(plan.detector, Path(str(config.regions.detector)), passed)
+        config = plan.config
+
+        def needed(run: PlannedRun | None, source: str | None) -> StudyRun | None:
+            if run is None:
+                return None
+            return cls._of(run, Path(str(source)), passed_overrides(overrides, config, run.config))
+
+        start, regions = needed(plan.start, config.start.from_), None
+        detector = needed(plan.detector, config.regions.detector)
         if config.clis.s > 0:
             regions = _regions_key(config, None if detector is None else detector.key)
         key = run_key(config, regions, None if start is None else start.key)
@@ -78,6 +81,8 @@ def run_key(config: Config, regions: str | None = None, start: str | None = None
         for key, value in values.items()
         if value != defaults[key] and key not in silent and not key.startswith("regions.")
     }
+    if config.regions.rule in ONLINE_RULES and config.clis.s > 0:
+        changed["regions.rule"] = config.regions.rule
     if start is not None:
         changed["start.from"] = start
     elif config.start.from_ is not None:
@@ -111,6 +116,7 @@ def _regions_key(config: Config, detector: str | None) -> str:
     fields += [field for field, does in matters.items() if does]
     values = flatten(config_to_dict(config))
     values["regions.short_side"].sort()  # the sizes are searched in any order
+    values["regions.rule"] = config.regions.file_rule
     key = [*(values[field] for field in fields), _data_key(config)]
     if detector is not None:
         key.append(detector)
