@@ -61,9 +61,8 @@ def choose_regions(
     areas = _areas(inside)
     mine = (areas > 0) & (areas >= LEAST_INSIDE * _areas(boxes))
     mine &= mine.cumsum(dim=1) <= MOST_PROPOSALS
-    mine = torch.cat(
-        [mine, ~mine.any(dim=1, keepdim=True)], dim=1
-    )  # the whole image, if there is no proposal
+    # the last candidate is the whole image, if there is no proposal
+    mine = torch.cat([mine, ~mine.any(dim=1, keepdim=True)], dim=1)
     values = F.pad(prefer(areas, score), (0, 1)).masked_fill(~mine, -torch.inf)
     best = values.argmax(dim=1, keepdim=True)
     return torch.cat([inside, images[:, None]], dim=1).take_along_dim(best[..., None], dim=1)[:, 0]
