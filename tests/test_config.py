@@ -26,6 +26,7 @@ from clis.config_files import (
 from clis.config_rules import Rules
 from clis.config_scopes import Scope, scoped, scopes_of, setting
 from clis.engine.prerequisites import plan_run
+from clis.engine.start import check_plan
 from clis.engine.run_folder import RunFolder
 from clis.losses import build_classification_loss
 
@@ -84,6 +85,10 @@ class TestShipped:
             detector = load_config(config.regions.detector)
             assert (detector.clis.s, detector.clis.t) == (0, 0)
             assert (detector.data.train, detector.data.root) == (config.data.train, config.data.root)
+
+    @pytest.mark.parametrize("path", SHIPPED, ids=shipped_name)
+    def test_the_weights_that_it_starts_from_will_fit(self, path):
+        check_plan(plan_run(load_config(path), str(path)))
 
     @pytest.mark.parametrize("path", SHIPPED, ids=shipped_name)
     def test_header_names_a_command_that_runs_it(self, path):

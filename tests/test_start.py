@@ -78,6 +78,14 @@ class TestWeights:
         assert torch.equal(model.contrastive.momentum_sub_network.fc1.weight, loaded)
         assert not torch.equal(model.image_classification.sub_network.fc1.weight, loaded)
 
+    def test_a_shared_classifier_from_a_plain_detector(self, plain):
+        """The plain one knows it by one name; siamese, image classification is that module."""
+        without_contrast = ("clis.contrastive=false", "clis.t=0", "clis.task_specialized=false")
+        model = model_of(*without_contrast, "clis.objectness=false", seed=1)
+        load_start(model, StartConfig(from_=str(plain)), plain)
+        loaded = load_checkpoint(plain)["model"]["classification.fc_cls.weight"]
+        assert torch.equal(model.image_classification.fc_cls.weight, loaded)
+
     def test_a_plain_detector_from_clis_leaves_parts_behind(self, tmp_path):
         path = tmp_path / "clis.pt"
         torch.save(detector_state(model_of("clis.siamese=false", seed=0), tiny_config()), path)
