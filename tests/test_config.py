@@ -26,8 +26,8 @@ from clis.config_files import (
 from clis.config_rules import Rules
 from clis.config_scopes import Scope, scoped, scopes_of, setting
 from clis.engine.prerequisites import plan_run
-from clis.engine.start import check_plan
 from clis.engine.run_folder import RunFolder
+from clis.engine.start import check_plan
 from clis.losses import build_classification_loss
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
