@@ -335,6 +335,7 @@ def interrupter() -> Callable[[], None]:
     return interrupt
 
 
+@pytest.mark.slow
 def test_processes_that_write_it_at_once_wait_for_each_other(written, tmp_path):
     """Without a lock the second would take the first one's files for those of a dead process."""
     context = multiprocessing.get_context("spawn")

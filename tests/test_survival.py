@@ -401,6 +401,7 @@ def one_rank_spoiled(rank: int, folder: Path) -> None:
     (folder / f"norm_{rank}").write_text(str(norm))
 
 
+@pytest.mark.slow
 def test_all_processes_find_the_same_gradient_not_finite(tmp_path):
     spawn(tmp_path, one_rank_spoiled, tmp_path)
     norms = [(tmp_path / f"norm_{rank}").read_text() for rank in (0, 1)]
