@@ -609,15 +609,24 @@ class Config:
                 f"start.from={self.start.from_}: replaces what pretrain.epochs={self.pretrain.epochs} makes; "
                 "set one of them"
             )
-        # Rules of one section, but a section that only describes a region file does not name the boxes.
-        if self.regions.rule == "given" and self.regions.boxes is None:
-            raise ValueError("regions.rule=given: requires a file of boxes; set regions.boxes")
-        if self.regions.rule != "given" and self.regions.boxes is not None:
+        self._check_regions()
+        train, test = self.data.max_size, self.test.max_size
+        if self.model.backbone.canvas == "square" and -(-train // 32) != -(-test // 32):
             raise ValueError(
-                f"regions.boxes={self.regions.boxes}: not read by regions.rule={self.regions.rule}; set "
+                f"model.backbone.canvas=square: requires equal data.max_size and test.max_size, not {train} "
+                f"and {test} (one canvas in training and at test)"
+            )
+
+    def _check_regions(self) -> None:
+        rule = self.regions.rule
+        # Rules of one section, but a section that only describes a region file does not name the boxes.
+        if rule == "given" and self.regions.boxes is None:
+            raise ValueError("regions.rule=given: requires a file of boxes; set regions.boxes")
+        if rule != "given" and self.regions.boxes is not None:
+            raise ValueError(
+                f"regions.boxes={self.regions.boxes}: not read by regions.rule={rule}; set "
                 "regions.rule=given or regions.boxes=null"
             )
-        rule = self.regions.rule
         if rule in ONLINE_RULES and self.clis.detect_mosaics:
             raise ValueError(
                 f"clis.detect_mosaics=true: requires pre-defined regions, not regions.rule={rule}"
@@ -631,12 +640,6 @@ class Config:
             raise ValueError(
                 f"regions.rule={rule}: chooses regions when the mosaics are already made; set "
                 "data.mosaic_surroundings=null, which places whole images in them"
-            )
-        train, test = self.data.max_size, self.test.max_size
-        if self.model.backbone.canvas == "square" and -(-train // 32) != -(-test // 32):
-            raise ValueError(
-                f"model.backbone.canvas=square: requires equal data.max_size and test.max_size, not {train} "
-                f"and {test} (one canvas in training and at test)"
             )
 
 

@@ -21,7 +21,8 @@ class Scope(enum.Flag):
     OWN = enum.auto()
     """Belongs to this run only."""
     IMAGE_LEVEL = enum.auto()
-    """Belongs to this run only and has no effect without its image-level stream."""
+    """Belongs to this run only and has no effect without its image-level stream. Where the run has none, but
+    one that it needs has, an override applies to that one, as do overrides of `REGIONS`."""
     MACHINE = enum.auto()
     """Changes speed, memory, places, reports or what ends a run, but no result of it (but for rounding, and
     what group norm sees of the padding of images that share a batch); a resumed run may change it."""

@@ -6,6 +6,7 @@ from conftest import MOSAIC, make_batch, make_model, normalizers_of
 from switches import steps
 from torchvision.ops import box_area
 
+from clis.config import ONLINE_RULES
 from clis.models import online_regions
 from clis.models.online_regions import by_score, by_size, choose_regions, scores_for
 
@@ -65,6 +66,10 @@ def test_only_the_best_proposals_by_objectness_are_considered(monkeypatch):
     left, right = [[0, 0, 1, 1], [0, 0, 2, 2], [0, 0, 9, 9]], [[12, 0, 13, 1], [12, 0, 14, 2], [12, 0, 20, 9]]
     assert choose(left + right, [[0, 0, 3, 3]])[:2] == [left[1], right[1]]
     assert choose(right + left, [[0, 0, 3, 3]])[:2] == [left[1], right[1]]
+
+
+def test_the_rules_of_the_config_are_those_of_the_model():
+    assert tuple(online_regions.PREFERENCES) == ONLINE_RULES
 
 
 def test_scores_are_looked_up_for_each_images_label():

@@ -441,7 +441,7 @@ def test_rows_that_are_not_there(tmp_path):
         ("train.steps=9", "'train.steps=9' is not a seed; put key=value before --rows and --seeds"),
     ],
 )
-def test_seeds_that_are_none(given, message, capsys):
+def test_invalid_seeds(given, message, capsys):
     with pytest.raises(SystemExit):
         run_verb("study", ["studies/alpha", "--seeds", "0", given])
     assert message in capsys.readouterr().err

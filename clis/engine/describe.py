@@ -29,35 +29,17 @@ def describe_run(
     accumulation: int,
 ) -> str:
     """Return the recipe as it will run on these data and processes, line by line."""
-    data, clis, train, optim = config.data, config.clis, config.train, config.optim
-    groups = [category.frequency for category in annotations.categories]
-    counts = " ".join(f"{groups.count(group)} {group}" for group in "rcf")
-    repeats = f"repeat factors {data.repeat_rounding}, threshold {data.repeat_threshold:g}"
-    if data.repeat == "class-balanced":
-        repeats = "classes drawn equally often"
-    instance, image_level = sampler.passes(train.steps)
-    lines = [
-        f"{len(annotations)} instance-level images, {len(annotations.labels)} boxes, {len(groups)} classes "
-        f"({counts}); {repeats}: a pass is "
-        f"{sampler.instance_pass} images"
-    ]
-    if index is not None:
-        lines.append(
-            f"{len(index)} image-level images of {(index.image_counts > 0).sum()} classes"
-            + f", of which a share of {data.image_level_share:g} is used" * (data.image_level_share < 1)
-            + f", a share of {data.label_noise:g} with wrong labels" * (data.label_noise > 0)
-            + f", regions by {config.regions.rule}"
-            + (
-                "; detection is trained on their mosaics, and on no other images"
-                if clis.detect_mosaics
-                else f", s={clis.s} t={clis.t}, alpha {config.loss.alpha:g} beta {config.loss.beta:g}"
-            )
-        )
-    passes = {} if clis.detect_mosaics else {"instance-level": instance}
-    passes |= {} if index is None else {"image-level": image_level}
+    clis, train, optim = config.clis, config.train, config.optim
+    passes = dict(zip(("instance-level", "image-level"), sampler.passes(train.steps)))
+    unseen = {"instance-level": clis.detect_mosaics, "image-level": index is None}
+    lines = _describe_streams(config, annotations, index, sampler)
     lines.append(
         f"{train.steps} steps of {train.images_per_step} images ({_division(accumulation)}): "
-        + " and ".join(f"{count:.1f} passes over the {stream} images" for stream, count in passes.items())
+        + " and ".join(
+            f"{count:.1f} passes over the {stream} images"
+            for stream, count in passes.items()
+            if not unseen[stream]
+        )
     )
     rate = learning_rate(optim.warmup_steps, optim, train.images_per_step)
     decays = f", x {optim.decay_factor:g} at {', '.join(map(str, optim.decay_steps))}" * bool(
@@ -89,6 +71,34 @@ def describe_run(
     lines += [f"WARNING: {each}" for each in schedule_warnings(config)]
     lines += [f"hint: {each}" for each in speed_hints(config, accumulation, next(model.parameters()).device)]
     return "\n".join(f"  {line}" for line in lines)
+
+
+def _describe_streams(
+    config: Config, annotations: Annotations, index: ImageLevelIndex | None, sampler: JointSampler
+) -> list[str]:
+    """Return a line for the instance-level images, and one for the image-level images if there are any."""
+    data, clis, loss = config.data, config.clis, config.loss
+    groups = [category.frequency for category in annotations.categories]
+    counts = " ".join(f"{groups.count(group)} {group}" for group in "rcf")
+    repeats = f"repeat factors {data.repeat_rounding}, threshold {data.repeat_threshold:g}"
+    if data.repeat == "class-balanced":
+        repeats = "classes drawn equally often"
+    instance_level = (
+        f"{len(annotations)} instance-level images, {len(annotations.labels)} boxes, {len(groups)} classes "
+        f"({counts}); {repeats}: a pass is {sampler.instance_pass} images"
+    )
+    if index is None:
+        return [instance_level]
+    use = f", s={clis.s} t={clis.t}, alpha {loss.alpha:g} beta {loss.beta:g}"
+    if clis.detect_mosaics:
+        use = "; detection is trained on their mosaics, and on no other images"
+    image_level = (
+        f"{len(index)} image-level images of {(index.image_counts > 0).sum()} classes"
+        + f", of which a share of {data.image_level_share:g} is used" * (data.image_level_share < 1)
+        + f", a share of {data.label_noise:g} with wrong labels" * (data.label_noise > 0)
+        + f", regions by {config.regions.rule}{use}"
+    )
+    return [instance_level, image_level]
 
 
 def schedule_warnings(config: Config) -> list[str]:

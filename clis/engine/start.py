@@ -205,7 +205,7 @@ def _load_parts(model: CLISDetector, start: StartConfig, given: dict[str, Tensor
         if fresh and others and shared_there:  # it starts from scratch by its other names, too
             kept |= {name: own[name] for name in others}
             loaded = {key: value for key, value in loaded.items() if key not in others}
-        elif others:  # what a model without this sharing does not have, or has for another tensor
+        elif others:  # by its other names the checkpoint does not have it, or has a tensor of its own
             absent = [name for name in names if name not in given and name not in kept]
             kept |= dict.fromkeys([*fresh, *absent], loaded[others[0]])
     hint = "; name what starts from scratch, or is left behind, in start.fresh"

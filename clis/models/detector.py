@@ -253,12 +253,10 @@ class CLISDetector(nn.Module):
             summed: what `Backbone.top_down` makes of the mosaics.
         """
         features = self.backbone.levels(summed)
-        sizes = [image_size(mosaic) for mosaic in batch.mosaics]
-        objectness, deltas = self.rpn(features)
-        proposals = self.rpn.propose(objectness, deltas, self.rpn.anchors(features), sizes)
+        proposals = self._propose(features, [image_size(mosaic) for mosaic in batch.mosaics])
 
         def score() -> Tensor:
-            scores, _ = self._judge(features, proposals, None)  # calibration compares classes
+            scores, _ = self._apply_heads(features, proposals, None)  # calibration is for the test
             return scores_for(scores, batch.region_labels, batch.region_mosaics)
 
         return choose_regions(proposals, batch.regions, batch.region_mosaics, prefer, score)
@@ -305,14 +303,22 @@ class CLISDetector(nn.Module):
         """
         sizes = [image_size(image) for image in images]
         features = self.backbone(images, max_size)
-        objectness, deltas = self.rpn(features)
-        proposals = self.rpn.propose(objectness, deltas, self.rpn.anchors(features), sizes)
-        return list(zip(proposals, *self._judge(features, proposals, self.calibration), strict=True))
+        proposals = self._propose(features, sizes)
+        return list(zip(proposals, *self._apply_heads(features, proposals, self.calibration), strict=True))
 
-    def _judge(
+    def _propose(self, features: Sequence[Tensor], sizes: Sequence[tuple[int, int]]) -> list[Tensor]:
+        """Return the RPN's proposals [n,4] for each image of these features."""
+        objectness, deltas = self.rpn(features)
+        return self.rpn.propose(objectness, deltas, self.rpn.anchors(features), sizes)
+
+    def _apply_heads(
         self, features: Sequence[Tensor], proposals: Sequence[Tensor], calibration: Calibration | None
     ) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
-        """Return scores [n,C] and box deltas [n, C or 1, 4] of each image's proposals."""
+        """Return scores [n,C] and box deltas [n, C or 1, 4] of each image's proposals.
+
+        Args:
+            calibration: of the class probabilities; None leaves them as they are.
+        """
         counts = [boxes.shape[0] for boxes in proposals]
         rows = torch.cat(
             [torch.full_like(boxes[:, 0], row, dtype=torch.int64) for row, boxes in enumerate(proposals)]

@@ -15,7 +15,7 @@ MOST_PROPOSALS = 128
 The four images of a mosaic share its proposals, `model.rpn.proposals`, so there may be fewer.
 """
 LEAST_INSIDE = 0.5
-"""Share of a proposal's area that lies inside its image; in a mosaic, others belong to the neighbors."""
+"""A proposal belongs to an image if at least this share of its area lies inside it, not inside a neighbor."""
 
 Score = Callable[[], Tensor]
 """Computes the score [R,P] of every proposal for the label of every image."""
@@ -46,7 +46,7 @@ def choose_regions(
 ) -> Tensor:
     """Choose a proposal of every image-level image, clipped to it, float32 [R,4] in pixels of the mosaics.
 
-    An image without a proposal keeps all of itself. The host does not wait for the device.
+    An image without a proposal is chosen as a whole. The host does not wait for the device.
 
     Args:
         proposals: of each of the M mosaics, [n,4], the best first.
