@@ -434,6 +434,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(norm, how, data, pretrained, tmp
     assert_same_pretraining(folder, reference)
 
 
+@pytest.mark.slow
 def test_under_torchrun_it_is_the_same_training(data, pretrained, tmp_path):
     """Two processes of four images: losses as far as float32 allows, one file, the same held-out images."""
     command = [

@@ -429,6 +429,7 @@ def found_on_rank_1(rank: int, folder: Path) -> None:
     assert str(bad.verdict()).startswith("c.jpg: no such file; restore")
 
 
+@pytest.mark.slow
 def test_what_one_process_has_met_is_said_by_rank_0(tmp_path):
     spawn(tmp_path, found_on_rank_1, tmp_path)
 
@@ -449,6 +450,7 @@ def failing_on_rank_0(rank: int, folder: Path) -> None:
         on_main(fail)
 
 
+@pytest.mark.slow
 def test_an_error_that_cannot_be_sent_is_raised_on_all_processes(tmp_path):
     spawn(tmp_path, failing_on_rank_0, tmp_path)
 
