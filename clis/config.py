@@ -233,10 +233,13 @@ class LossConfig:
     instance_cls: float = 1.0
     box: float = 1.0
     objectness: float = 1.0
+    pseudo: float = 4.0
+    """Weight of the detection losses on the pseudo boxes of `teacher`, added up; 4 is Unbiased Teacher's."""
 
     def __post_init__(self) -> None:
-        weights = ("alpha", "beta", "rpn_objectness", "rpn_box", "instance_cls", "box", "objectness")
-        Rules("loss", self).at_least(0, *weights)
+        rules = Rules("loss", self)
+        rules.at_least(0, "alpha", "beta", "rpn_objectness", "rpn_box", "instance_cls", "box", "objectness")
+        rules.at_least(0, "pseudo")
 
     @property
     def weights(self) -> dict[str, float]:
@@ -249,6 +252,7 @@ class LossConfig:
             "objectness": self.objectness,
             "image_cls": self.alpha,
             "contrastive": self.beta,
+            "pseudo": self.pseudo,
         }
 
 
@@ -417,6 +421,31 @@ class StartConfig:
     def __post_init__(self) -> None:
         rules = Rules("start", self)
         rules.require("fresh", self.from_ is not None or not self.fresh, "requires start.from")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherConfig:
+    """Not CLIS: a teacher finds boxes in the mosaics, and detection is trained on them, too.
+
+    It takes the place of the image-classification task, and does not use the labels of the images.
+    """
+
+    momentum: float | None = None
+    """Of the teacher, which begins as the detector of `start.from`. 1: it stays so (Self-Training). Below 1:
+    teacher <- momentum x teacher + (1 - momentum) x detector after every step, and the teacher is what is
+    tested (Unbiased Teacher, with 0.9996). null: there is none. It has no effect where clis.s is 0."""
+    score: float = 0.7
+    """What the teacher finds with a higher score is a pseudo box; 0.7 is Unbiased Teacher's."""
+    boxes: bool = False
+    """Also train the RPN's and the RoIs' boxes on pseudo boxes; Unbiased Teacher does not."""
+    strong: bool = True
+    """The detector sees the mosaics with color jitter, blur and erasing, the teacher without."""
+
+    def __post_init__(self) -> None:
+        rules = Rules("teacher", self)
+        rules.between(0, 1, "score")
+        bounded = self.momentum is None or 0 <= self.momentum <= 1
+        rules.require("momentum", bounded, "must be between 0 and 1, or null")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -589,6 +618,7 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     regions: RegionsConfig = field(default_factory=RegionsConfig)
     start: StartConfig = field(default_factory=StartConfig, metadata=scoped(OWN))
+    teacher: TeacherConfig = field(default_factory=TeacherConfig, metadata=scoped(OWN))
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     pretrain: PretrainConfig = field(default_factory=PretrainConfig, metadata=scoped(OWN | PRETRAINING))
@@ -610,12 +640,35 @@ class Config:
                 "set one of them"
             )
         self._check_regions()
+        if self.has_teacher:
+            self._check_teacher()
         train, test = self.data.max_size, self.test.max_size
         if self.model.backbone.canvas == "square" and -(-train // 32) != -(-test // 32):
             raise ValueError(
                 f"model.backbone.canvas=square: requires equal data.max_size and test.max_size, not {train} "
                 f"and {test} (one canvas in training and at test)"
             )
+
+    @property
+    def has_teacher(self) -> bool:
+        """Whether a teacher labels the mosaics."""
+        return self.teacher.momentum is not None and self.clis.s > 0
+
+    @property
+    def classifies_images(self) -> bool:
+        """Whether there is an image-classification task, to which the image-level images belong."""
+        return self.clis.s > 0 and not self.clis.detect_mosaics and not self.has_teacher
+
+    def _check_teacher(self) -> None:
+        given = f"teacher.momentum={self.teacher.momentum}"
+        if self.start.from_ is None:
+            raise ValueError(f"{given}: requires a trained detector to begin with; set start.from")
+        if self.clis.t > 0:
+            raise ValueError(f"{given}: uses no regions to paste; set clis.t=0 and clis.contrastive=false")
+        if self.clis.detect_mosaics:
+            raise ValueError(f"{given}: finds boxes in the mosaics itself; set clis.detect_mosaics=false")
+        if self.regions.rule != "full":
+            raise ValueError(f"{given}: uses no regions; set regions.rule=full, which needs no search")
 
     def _check_regions(self) -> None:
         rule = self.regions.rule

@@ -358,7 +358,7 @@ class TestStrictKeys:
             ("lr=0.1", "optim.lr or pretrain.lr"),
             ("clis.alpha=0.1", "loss.alpha"),
             ("backbone.name=resnet18", "model.backbone"),
-            ("momentum=0.9", "clis.momentum or optim.momentum"),
+            ("momentum=0.9", "clis.momentum or teacher.momentum or optim.momentum"),
         ],
     )
     def test_an_unknown_key_names_the_nearest(self, write, override, meant):
@@ -583,6 +583,16 @@ class TestContradictions:
             (
                 ["regions.rule=max-size"],
                 "regions.rule=max-size: chooses regions .*; set clis.t=0 and clis.contrastive=false",
+            ),
+            (["teacher.momentum=2"], "teacher.momentum=2.0: must be between 0 and 1, or null"),
+            (["teacher.momentum=1"], "teacher.momentum=1.0: requires a trained detector .*; set start.from"),
+            (
+                ["teacher.momentum=1", "start.from=a.pt"],
+                "teacher.momentum=1.0: uses no regions to paste; set clis.t=0 and clis.contrastive=false",
+            ),
+            (
+                ["teacher.momentum=1", "start.from=a.pt", "clis.t=0", "clis.contrastive=false"],
+                "teacher.momentum=1.0: uses no regions; set regions.rule=full",
             ),
             (
                 ["model.backbone.canvas=square", "test.max_size=1400"],

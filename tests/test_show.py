@@ -87,6 +87,12 @@ def test_mosaics_that_detection_is_trained_on_are_shown_as_mosaics(data, finishe
     assert sum("detection is trained on the mosaics" in note for note in as_images.notes) == 1
 
 
+def test_a_teachers_boxes_are_said_to_be_found_in_training(data, finished):
+    options = ("clis.t=0", "clis.contrastive=false", "regions.rule=full", "start.from=unread.pt")
+    seen = seen_of(data, *options, "teacher.momentum=1", f"output={finished / 'none'}")
+    assert sum("a teacher finds boxes in the mosaics in training" in note for note in seen.notes) == 1
+
+
 def test_without_regions_mosaics_are_the_same_and_nothing_is_pasted(data, finished, tmp_path):
     """The file is not needed for scale, flip, place and cutout of an image."""
     without, with_them = seen_of(data, f"output={tmp_path}"), seen_of(data, f"output={finished}")

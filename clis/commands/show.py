@@ -128,6 +128,8 @@ def open_streams(config: Config, name: str) -> Seen:
     if config.clis.s > 0 and config.regions.rule in ONLINE_RULES:
         rule = config.regions.rule
         notes.append(f"regions.rule={rule} chooses a part of each image in training; all of it is shown here")
+    if config.has_teacher:
+        notes.append("a teacher finds boxes in the mosaics in training; whole images are shown here")
     if config.clis.s > 0 and not exists:
         if by_detector:
             notes.append(

@@ -231,7 +231,7 @@ def resume(
 
 
 def load_model(state: dict[str, Any], config: Config, source: str) -> CLISDetector:
-    """Build the checkpoint's detector as `config` says, and load its weights.
+    """Build the checkpoint's detector as `config` says, and load its weights: the one that a test is of.
 
     Where its `loss.classification` is ``module:Class``, that module is imported, from the working folder or
     Python's path; no other code is run for a checkpoint.
@@ -245,7 +245,7 @@ def load_model(state: dict[str, Any], config: Config, source: str) -> CLISDetect
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from error
     load_state(model, state["model"], source)
-    return model
+    return model.tested
 
 
 def load_detector(path: str | Path, device: str | torch.device = "cpu") -> CLISDetector:

@@ -59,7 +59,7 @@ def describe_run(
         "TSS": clis.task_specialized,
         "objectness": clis.objectness,
         "image-level supervision": clis.s > 0,
-        "SS": clis.s > 0 and clis.siamese and not clis.detect_mosaics,
+        "SS": clis.siamese and config.classifies_images,
         "pasting": clis.t > 0,
         "CLR": clis.contrastive,
         "gradient clipping": optim.clip_norm is not None,
@@ -92,6 +92,8 @@ def _describe_streams(
     use = f", s={clis.s} t={clis.t}, alpha {loss.alpha:g} beta {loss.beta:g}"
     if clis.detect_mosaics:
         use = "; detection is trained on their mosaics, and on no other images"
+    if config.has_teacher:
+        use = _describe_teacher(config)
     image_level = (
         f"{len(index)} image-level images of {(index.image_counts > 0).sum()} classes"
         + f", of which a share of {data.image_level_share:g} is used" * (data.image_level_share < 1)
@@ -99,6 +101,15 @@ def _describe_streams(
         + f", regions by {config.regions.rule}{use}"
     )
     return [instance_level, image_level]
+
+
+def _describe_teacher(config: Config) -> str:
+    teacher = config.teacher
+    kind = "fixed" if teacher.momentum == 1 else f"of momentum {teacher.momentum:g}"
+    return (
+        f"; their labels are not used: detection is also trained, with weight {config.loss.pseudo:g}, on "
+        f"boxes above {teacher.score:g} that a teacher ({kind}) finds in their mosaics"
+    )
 
 
 def schedule_warnings(config: Config) -> list[str]:

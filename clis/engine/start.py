@@ -171,6 +171,9 @@ def train_only(model: nn.Module, prefixes: Sequence[str]) -> None:
         )
 
 
+COPIED = ("teacher",)
+"""What starts as a copy of the detector if the weights have none of their own."""
+
 _ANY_CLASSES = [
     Category(id=number, name=f"class {number}", frequency="r", image_count=1, instance_count=1)
     for number in (1, 2)
@@ -197,8 +200,10 @@ def _load_parts(model: CLISDetector, start: StartConfig, given: dict[str, Tensor
     """Load `given` but for `start.fresh`, which holds for all names of a tensor that both models share."""
     own = model.state_dict()
     _check_prefixes("start.fresh", start.fresh, [*own, *given])
-    loaded = {key: value for key, value in given.items() if not _matches(key, start.fresh)}
-    kept = {key: value for key, value in own.items() if _matches(key, start.fresh)}
+    copied = any(_matches(key, COPIED) for key in own) and not any(_matches(key, COPIED) for key in given)
+    from_scratch = (*start.fresh, *COPIED) if copied else start.fresh
+    loaded = {key: value for key, value in given.items() if not _matches(key, from_scratch)}
+    kept = {key: value for key, value in own.items() if _matches(key, from_scratch)}
     for names in shared_names(model):
         fresh, others = [name for name in names if name in kept], [name for name in names if name in loaded]
         shared_there = all(any(_same(given, name, other) for other in others) for name in fresh)
@@ -211,8 +216,10 @@ def _load_parts(model: CLISDetector, start: StartConfig, given: dict[str, Tensor
     hint = "; name what starts from scratch, or is left behind, in start.fresh"
     load_state(model, loaded | kept, source, hint)
     if model.contrastive is not None and _matches("contrastive.momentum_sub_network", start.fresh):
-        copied = model.contrastive.momentum_sub_network
-        copied.load_state_dict(model.classification.sub_network.state_dict())
+        momentum_copy = model.contrastive.momentum_sub_network
+        momentum_copy.load_state_dict(model.classification.sub_network.state_dict())
+    if model.teacher is not None and _matches("teacher", from_scratch):
+        model.teacher.restart(model)
 
 
 def _same(state: dict[str, Tensor], name: str, other: str) -> bool:

@@ -160,7 +160,7 @@ def run(config: Config, device: torch.device, start: Config | None = None) -> No
         say(f"{folder} is already finished")
         return
     training = train(config, folder, device, start)
-    evaluate_detector(training.model.eval(), config, folder, training.record)
+    evaluate_detector(training.model.tested.eval(), config, folder, training.record)
 
 
 def train(
@@ -185,7 +185,7 @@ def train(
     watch = ContrastWatch()
 
     def evaluate(step: int) -> None:
-        metrics = evaluate_detector(model.eval(), config, folder.evaluation(step), training.record)
+        metrics = evaluate_detector(model.tested.eval(), config, folder.evaluation(step), training.record)
         say(f"step {step}: {format_metrics(metrics)}")
         training.network.train()
         on_main(lambda: folder.mark_best(step, metrics["AP"]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from clis.models.heads import ClassificationHead, LocalizationHead, Refinement, 
 from clis.models.online_regions import PREFERENCES
 from clis.models.roi import ImageDetections
 from clis.models.rpn import RPN
+from clis.models.teacher import Teacher
 from clis.models.weights import load_backbone_weights
 
 __all__ = [
@@ -79,7 +81,7 @@ def build_model(config: Config, categories: Sequence[Any], *, pretrained: bool |
         objectness=clis.objectness,
     )
     image_classification = None
-    if clis.s > 0 and not clis.detect_mosaics:
+    if config.classifies_images:
         image_classification = (
             classification
             if clis.siamese
@@ -121,6 +123,8 @@ def build_model(config: Config, categories: Sequence[Any], *, pretrained: bool |
         max_size=config.data.max_size,
         categories=categories,
     )
+    if config.has_teacher:
+        detector.teacher = Teacher(copy.deepcopy(detector), config.teacher)
     # convolutions hand this layout on, and on CPUs need no copies to and from one of their own
     return detector.to(memory_format=torch.channels_last)
 

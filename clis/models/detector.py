@@ -22,6 +22,7 @@ from clis.models.inputs import ImageInput, as_tensors
 from clis.models.online_regions import Preference, choose_regions, scores_for
 from clis.models.roi import ImageDetections, RoIPooler, SampledRoIs, sample_rois, select_detections
 from clis.models.rpn import RPN
+from clis.models.teacher import Teacher
 from clis.resize import image_size, padded_size, resize_image, round_half_up, scale_boxes, shortest_size
 
 if TYPE_CHECKING:
@@ -78,8 +79,8 @@ class CLISDetector(nn.Module):
     """The detector and, in training, its tasks with image-level supervision.
 
     An optional part is a module or None, and shared parts are one module under two names; `build_model`
-    decides. Plain Faster R-CNN: no objectness, `image_classification`, `contrastive` or `refinement`, one
-    sub-network.
+    decides. Plain Faster R-CNN: no objectness, `image_classification`, `contrastive`, `refinement` or
+    `teacher`, one sub-network.
     """
 
     def __init__(
@@ -117,12 +118,19 @@ class CLISDetector(nn.Module):
         self.region_preference = region_preference
         self.contrastive = contrastive
         self.refinement = refinement
+        self.teacher: Teacher | None = None
+        """A copy of this detector, which `build_model` sets once this one is complete."""
         self.schedule = ((1.0, 1.0),) if refinement is None else refinement.schedule
         """Of each round of the heads: weight of L_incls, and stage of its `Rows`."""
         self.classification_loss, self.calibration = classification_loss, calibration
         self.roi_config, self.test_config, self.max_size = roi_config, test_config, max_size
         self.categories = tuple(categories)
         self.nms = box_ops.nms_top_k
+
+    @property
+    def tested(self) -> CLISDetector:
+        """Return the detector that a test is of: a teacher that follows this one, or else this one."""
+        return self if self.teacher is None or self.teacher.momentum == 1 else self.teacher.model
 
     @property
     def num_classes(self) -> int:
@@ -182,6 +190,15 @@ class CLISDetector(nn.Module):
             "positive_rois": (rois.labels < self.num_classes).sum(),
             "pairs": rois.labels.new_full((), len(batch.pair_boxes)),
         }
+
+        # or, not CLIS: all of the above for the mosaics, with the boxes that a teacher finds in them
+        if self.teacher is not None and len(batch.mosaics) > 0:
+            labeled = self.teacher.label(batch)
+            images = normalizers.images * len(labeled.images) / len(batch.images)
+            output = self(labeled, replace(normalizers, images=images))
+            taught = [loss for name, loss in output.losses.items() if name in self.teacher.losses]
+            losses["pseudo"] = torch.stack(taught).sum()
+            stats["pseudo_boxes"] = rois.labels.new_full((), sum(map(len, labeled.labels)))
         return TrainOutput(losses, stats, pending, views)
 
     @torch.no_grad()
@@ -196,6 +213,8 @@ class CLISDetector(nn.Module):
         if self.contrastive is not None:
             keys, labels = pending.rows["keys"], pending.rows["key_labels"]
             self.contrastive.update(self.classification.sub_network, keys, labels)
+        if self.teacher is not None:
+            self.teacher.follow(self)
 
     def _rows(
         self, images: Tensor, batch: Batch, normalizers: Normalizers, positive_fraction: float = 1.0
@@ -382,6 +401,18 @@ class CLISDetector(nn.Module):
         return [
             select_detections(*prediction, image_size(image), self.test_config, self.nms)
             for image, prediction in zip(images, self.predict(images, max_size))
+        ]
+
+    @torch.no_grad()
+    def find_pseudo_boxes(self, images: Sequence[Tensor], config: TestConfig) -> list[ImageDetections]:
+        """Detect objects in images of training as `config` says, without calibration."""
+        sizes = [image_size(image) for image in images]
+        features = self.backbone(images, self.max_size)
+        proposals = self._propose(features, sizes)
+        predictions = zip(proposals, *self._apply_heads(features, proposals, None), strict=True)
+        return [
+            select_detections(*prediction, size, config, self.nms)
+            for size, prediction in zip(sizes, predictions)
         ]
 
     @torch.no_grad()
