@@ -425,7 +425,7 @@ class StartConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherConfig:
-    """Not CLIS: a teacher finds boxes in the mosaics, and detection is trained on them, too.
+    """Not CLIS: a teacher finds boxes in the mosaics, and detection is also trained on them.
 
     It takes the place of the image-classification task, and does not use the labels of the images.
     """
