@@ -38,10 +38,10 @@ class BackboneConfig:
     """Size that images are zero-padded to: the largest of their ``batch``, or a ``square`` with the longest
     side that they may have, `data.max_size` and `test.max_size`, which must then agree. On the square, group
     norm sees an instance-level image with the same padding in training, at test and in any batch. The region
-    search has a square of `regions.max_size`; mosaics, all of one size, have none. Both are rounded up to a
-    multiple of 32. With ``batch`` and images of different sizes, the losses of a step depend on how it is
-    split into micro-batches (`train.images_per_process`), since convolutions see the padding with any norm,
-    as in mmdetection."""
+    search has a square of `regions.max_size`; mosaics, all of one size, have none, unless detection is
+    trained on them. Both are rounded up to a multiple of 32. With ``batch`` and images of different sizes,
+    the losses of a step depend on how it is split into micro-batches (`train.images_per_process`), since
+    convolutions see the padding with any norm, as in mmdetection."""
     norm_eps: float = setting(1e-5, SHARED | PRETRAINING)
     """Added to the variance; torchvision uses 0 for the COCO weights of its detector."""
     stride_in_1x1: bool = setting(False, SHARED | PRETRAINING)
@@ -234,7 +234,7 @@ class LossConfig:
     box: float = 1.0
     objectness: float = 1.0
     pseudo: float = 4.0
-    """Weight of the detection losses on the pseudo boxes of `teacher`, added up; 4 is Unbiased Teacher's."""
+    """Weight of the summed detection losses on the pseudo boxes of `teacher`; 4 is Unbiased Teacher's."""
 
     def __post_init__(self) -> None:
         rules = Rules("loss", self)
@@ -431,11 +431,12 @@ class TeacherConfig:
     """
 
     momentum: float | None = None
-    """Of the teacher, which begins as the detector of `start.from`. 1: it stays so (Self-Training). Below 1:
-    teacher <- momentum x teacher + (1 - momentum) x detector after every step, and the teacher is what is
-    tested (Unbiased Teacher, with 0.9996). null: there is none. It has no effect where clis.s is 0."""
+    """Momentum of the teacher, which starts as a copy of the detector of `start.from`. 1 keeps it fixed
+    (Self-Training). Below 1, teacher <- momentum x teacher + (1 - momentum) x detector after every step, and
+    the teacher is evaluated (Unbiased Teacher, with 0.9996). null is no teacher. No effect if clis.s is 0."""
     score: float = 0.7
-    """What the teacher finds with a higher score is a pseudo box; 0.7 is Unbiased Teacher's."""
+    """Minimum score (exclusive) of a pseudo box; 0.7 is Unbiased Teacher's. NMS and the most boxes of a
+    mosaic are those of `test`."""
     boxes: bool = False
     """Also train the RPN's and the RoIs' boxes on pseudo boxes; Unbiased Teacher does not."""
     strong: bool = True
@@ -443,7 +444,7 @@ class TeacherConfig:
 
     def __post_init__(self) -> None:
         rules = Rules("teacher", self)
-        rules.between(0, 1, "score")
+        rules.require("score", 0 <= self.score < 1, "must be at least 0 and below 1")
         bounded = self.momentum is None or 0 <= self.momentum <= 1
         rules.require("momentum", bounded, "must be between 0 and 1, or null")
 
@@ -618,7 +619,7 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     regions: RegionsConfig = field(default_factory=RegionsConfig)
     start: StartConfig = field(default_factory=StartConfig, metadata=scoped(OWN))
-    teacher: TeacherConfig = field(default_factory=TeacherConfig, metadata=scoped(OWN))
+    teacher: TeacherConfig = field(default_factory=TeacherConfig, metadata=scoped(IMAGE_LEVEL))
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     pretrain: PretrainConfig = field(default_factory=PretrainConfig, metadata=scoped(OWN | PRETRAINING))

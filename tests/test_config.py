@@ -585,6 +585,7 @@ class TestContradictions:
                 "regions.rule=max-size: chooses regions .*; set clis.t=0 and clis.contrastive=false",
             ),
             (["teacher.momentum=2"], "teacher.momentum=2.0: must be between 0 and 1, or null"),
+            (["teacher.score=1"], "teacher.score=1.0: must be at least 0 and below 1"),
             (["teacher.momentum=1"], "teacher.momentum=1.0: requires a trained detector .*; set start.from"),
             (
                 ["teacher.momentum=1", "start.from=a.pt"],

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from clis.atomic import atomic_write, link
 from clis.cli import is_worker_death
@@ -30,6 +31,9 @@ from clis.models.weights import load_state
 from clis.progress import say
 
 FORMAT = 1
+
+TEACHER = "teacher.model."
+"""What the names of a teacher's weights begin with, beside those of the detector that it teaches."""
 
 
 def detector_state(
@@ -231,7 +235,7 @@ def resume(
 
 
 def load_model(state: dict[str, Any], config: Config, source: str) -> CLISDetector:
-    """Build the checkpoint's detector as `config` says, and load its weights: the one that a test is of.
+    """Build the checkpoint's detector as `config` says, load its weights, and return the one to evaluate.
 
     Where its `loss.classification` is ``module:Class``, that module is imported, from the working folder or
     Python's path; no other code is run for a checkpoint.
@@ -246,6 +250,20 @@ def load_model(state: dict[str, Any], config: Config, source: str) -> CLISDetect
         raise ValueError(f"{source}: {error}") from error
     load_state(model, state["model"], source)
     return model.tested
+
+
+def weights_to_evaluate(state: dict[str, Any]) -> dict[str, Tensor]:
+    """Return the weights of the detector to evaluate of a checkpoint, which may also hold a teacher."""
+    settings = state["config"].get("teacher", {})
+    return without_teacher(state["model"], settings.get("momentum"))
+
+
+def without_teacher(weights: dict[str, Tensor], momentum: float | None) -> dict[str, Tensor]:
+    """Return the weights of the detector to evaluate, of a model that may have a teacher of this momentum."""
+    taught = {key: value for key, value in weights.items() if not key.startswith(TEACHER)}
+    if len(taught) == len(weights) or momentum == 1:
+        return taught
+    return {key.removeprefix(TEACHER): value for key, value in weights.items() if key.startswith(TEACHER)}
 
 
 def load_detector(path: str | Path, device: str | torch.device = "cpu") -> CLISDetector:

@@ -58,7 +58,7 @@ def describe_run(
     parts = {
         "TSS": clis.task_specialized,
         "objectness": clis.objectness,
-        "image-level supervision": clis.s > 0,
+        "image-level supervision": clis.s > 0 and not config.has_teacher,
         "SS": clis.siamese and config.classifies_images,
         "pasting": clis.t > 0,
         "CLR": clis.contrastive,
@@ -89,16 +89,18 @@ def _describe_streams(
     )
     if index is None:
         return [instance_level]
-    use = f", s={clis.s} t={clis.t}, alpha {loss.alpha:g} beta {loss.beta:g}"
-    if clis.detect_mosaics:
-        use = "; detection is trained on their mosaics, and on no other images"
-    if config.has_teacher:
+    use = f", regions by {config.regions.rule}"
+    if config.classifies_images:
+        use += f", s={clis.s} t={clis.t}, alpha {loss.alpha:g} beta {loss.beta:g}"
+    elif clis.detect_mosaics:
+        use += "; detection is trained on their mosaics, and on no other images"
+    else:
         use = _describe_teacher(config)
     image_level = (
         f"{len(index)} image-level images of {(index.image_counts > 0).sum()} classes"
         + f", of which a share of {data.image_level_share:g} is used" * (data.image_level_share < 1)
         + f", a share of {data.label_noise:g} with wrong labels" * (data.label_noise > 0)
-        + f", regions by {config.regions.rule}{use}"
+        + use
     )
     return [instance_level, image_level]
 
@@ -108,7 +110,7 @@ def _describe_teacher(config: Config) -> str:
     kind = "fixed" if teacher.momentum == 1 else f"of momentum {teacher.momentum:g}"
     return (
         f"; their labels are not used: detection is also trained, with weight {config.loss.pseudo:g}, on "
-        f"boxes above {teacher.score:g} that a teacher ({kind}) finds in their mosaics"
+        f"boxes above {teacher.score:g} that a teacher ({kind}) finds in their mosaics, s={config.clis.s}"
     )
 
 
@@ -275,7 +277,7 @@ def step_metrics(
 
 _SHORT = {
     "loss": "loss", "rpn_objectness": "rpn", "box": "box", "objectness": "obj", "instance_cls": "cls",
-    "image_cls": "img", "contrastive": "con",
+    "image_cls": "img", "contrastive": "con", "pseudo": "pse",
 }  # fmt: skip
 
 

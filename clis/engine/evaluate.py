@@ -128,13 +128,13 @@ def inference_config(
     config = saved_config(state, str(checkpoint), overrides, **values)
     differences = [
         difference
-        for difference in config_differences(trained, config, ("model", "clis", "loss"))
+        for difference in config_differences(trained, config, ("model", "clis", "loss", "teacher"))
         if difference.split(":")[0] not in INFERENCE
     ]
     if differences:
         raise ValueError(
-            f"{checkpoint} was trained with other settings: {'; '.join(differences[:5])}; of model, clis and "
-            f"loss only {', '.join(INFERENCE)} can change after the training"
+            f"{checkpoint} was trained with other settings: {'; '.join(differences[:5])}; of model, clis, "
+            f"loss and teacher only {', '.join(INFERENCE)} can change after the training"
         )
     return config
 

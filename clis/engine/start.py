@@ -10,7 +10,13 @@ from torch import Tensor, nn
 
 from clis.config import Config, StartConfig
 from clis.data.categories import Category, check_same_categories
-from clis.engine.checkpoint import load_checkpoint, saved_categories
+from clis.engine.checkpoint import (
+    TEACHER,
+    load_checkpoint,
+    saved_categories,
+    weights_to_evaluate,
+    without_teacher,
+)
 from clis.engine.prerequisites import PlannedRun, checkpoint_of
 from clis.engine.run_folder import RunFolder
 from clis.losses import find_classification_loss
@@ -110,8 +116,9 @@ def check_start(run: PlannedRun) -> None:
     else:
         model = build_model(run.config, _ANY_CLASSES, pretrained=False)
         if run.start is not None:
-            other = build_model(run.start.config, _ANY_CLASSES, pretrained=False)
-            _load_parts(model, start, other.state_dict(), run.start.title)
+            other = run.start.config
+            weights = build_model(other, _ANY_CLASSES, pretrained=False).state_dict()
+            _load_parts(model, start, without_teacher(weights, other.teacher.momentum), run.start.title)
     if start.train:
         train_only(model, start.train)
 
@@ -148,7 +155,7 @@ def load_start(model: CLISDetector, start: StartConfig, checkpoint: Path) -> Non
                 f"{error}. To start from a detector of other classes, name in start.fresh what depends on "
                 f"them: {', '.join(kept)}"
             ) from None
-    _load_parts(model, start, state["model"], str(checkpoint))
+    _load_parts(model, start, weights_to_evaluate(state), str(checkpoint))
 
 
 def train_only(model: nn.Module, prefixes: Sequence[str]) -> None:
@@ -170,9 +177,6 @@ def train_only(model: nn.Module, prefixes: Sequence[str]) -> None:
             "parts, or raise model.backbone.trainable_layers"
         )
 
-
-COPIED = ("teacher",)
-"""What starts as a copy of the detector if the weights have none of their own."""
 
 _ANY_CLASSES = [
     Category(id=number, name=f"class {number}", frequency="r", image_count=1, instance_count=1)
@@ -198,12 +202,16 @@ def _parts_of_classes(model: CLISDetector) -> Iterator[str]:
 
 def _load_parts(model: CLISDetector, start: StartConfig, given: dict[str, Tensor], source: str) -> None:
     """Load `given` but for `start.fresh`, which holds for all names of a tensor that both models share."""
-    own = model.state_dict()
+    teacher = {key: value for key, value in model.state_dict().items() if key.startswith(TEACHER)}
+    own = {key: value for key, value in model.state_dict().items() if key not in teacher}
     _check_prefixes("start.fresh", start.fresh, [*own, *given])
-    copied = any(_matches(key, COPIED) for key in own) and not any(_matches(key, COPIED) for key in given)
-    from_scratch = (*start.fresh, *COPIED) if copied else start.fresh
-    loaded = {key: value for key, value in given.items() if not _matches(key, from_scratch)}
-    kept = {key: value for key, value in own.items() if _matches(key, from_scratch)}
+    loaded = {key: value for key, value in given.items() if not _matches(key, start.fresh)}
+    kept = {key: value for key, value in own.items() if _matches(key, start.fresh)}
+    if model.teacher is not None and kept:
+        raise ValueError(
+            f"start.fresh: {', '.join(start.fresh)} would also start from scratch in the teacher, which "
+            "labels images from the first step; first train a detector that has it, and start from that"
+        )
     for names in shared_names(model):
         fresh, others = [name for name in names if name in kept], [name for name in names if name in loaded]
         shared_there = all(any(_same(given, name, other) for other in others) for name in fresh)
@@ -214,11 +222,11 @@ def _load_parts(model: CLISDetector, start: StartConfig, given: dict[str, Tensor
             absent = [name for name in names if name not in given and name not in kept]
             kept |= dict.fromkeys([*fresh, *absent], loaded[others[0]])
     hint = "; name what starts from scratch, or is left behind, in start.fresh"
-    load_state(model, loaded | kept, source, hint)
+    load_state(model, loaded | kept | teacher, source, hint)
     if model.contrastive is not None and _matches("contrastive.momentum_sub_network", start.fresh):
         momentum_copy = model.contrastive.momentum_sub_network
         momentum_copy.load_state_dict(model.classification.sub_network.state_dict())
-    if model.teacher is not None and _matches("teacher", from_scratch):
+    if model.teacher is not None:
         model.teacher.restart(model)
 
 

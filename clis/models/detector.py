@@ -129,8 +129,8 @@ class CLISDetector(nn.Module):
 
     @property
     def tested(self) -> CLISDetector:
-        """Return the detector that a test is of: a teacher that follows this one, or else this one."""
-        return self if self.teacher is None or self.teacher.momentum == 1 else self.teacher.model
+        """Return the detector to evaluate: the teacher if it follows this one, otherwise this one."""
+        return self.teacher.model if self.teacher is not None and self.teacher.follows else self
 
     @property
     def num_classes(self) -> int:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 CLASSIFICATION = ("rpn_objectness", "instance_cls", "objectness")
 """The losses on pseudo boxes that say what is an object, and of which class."""
 REGRESSION = ("rpn_box", "box")
-"""Those that say where it is. Unbiased Teacher leaves them out: a score says nothing of the place."""
+"""Those that say where it is. Unbiased Teacher leaves them out: a score says nothing about localization."""
 SMALLEST_BOX = 1.0
 """Pseudo boxes with a shorter side, in pixels of the mosaic, are left out: they have no finite targets."""
 JITTER = v2.Compose(
@@ -44,18 +44,24 @@ class Teacher(nn.Module):
 
     With a momentum of 1 it stays as it is: Self-Training (arXiv 2006.06882), but with labels found in every
     step. Below 1 it is the moving mean of the detector: the teacher of Unbiased Teacher (arXiv 2102.09480).
+    What it finds is selected as in a test (`test.nms_iou`, `test.detections`), but for `teacher.score`.
     """
 
     def __init__(self, model: CLISDetector, config: TeacherConfig) -> None:
-        """Take over a copy of the detector that is to be taught, without a teacher of its own."""
+        """Wrap a copy of the detector that is to be taught, without a teacher of its own."""
         super().__init__()
         self.model = model.requires_grad_(False)
         self.found = replace(model.test_config, score_threshold=config.score, min_size=SMALLEST_BOX)
-        """Which boxes are found; what `model` finds in a test is another matter."""
+        """How pseudo boxes are selected; `model` itself detects as its own `test_config` says."""
         assert config.momentum is not None
         self.momentum, self.strong = config.momentum, config.strong
         self.losses = CLASSIFICATION + REGRESSION * config.boxes
         """Names of the losses of `CLISDetector.forward` that pseudo boxes have, if the detector has them."""
+
+    @property
+    def follows(self) -> bool:
+        """Whether it is the moving mean of the detector."""
+        return self.momentum < 1
 
     @torch.no_grad()
     def label(self, batch: Batch) -> Batch:
@@ -84,6 +90,8 @@ class Teacher(nn.Module):
     @torch.no_grad()
     def follow(self, model: CLISDetector) -> None:
         """Move towards the detector after a step: teacher = m teacher + (1 - m) detector."""
+        if not self.follows:
+            return
         new = dict(model.named_parameters())
         for name, parameter in self.model.named_parameters():
             parameter.lerp_(new[name], 1 - self.momentum)
@@ -105,9 +113,10 @@ def mosaic_seeds(batch: Batch) -> Iterator[int]:
 def strongly_augmented(image: Tensor, seed: int) -> Tensor:
     """Change colors and blur of an image uint8 [3,H,W], and erase parts of it, as the seed says.
 
-    No box moves. What is erased is black; Unbiased Teacher has noise there.
+    No box moves. Erased parts are black (noise in Unbiased Teacher).
     """
-    with torch.random.fork_rng(devices=[]):  # all is drawn on the CPU
+    exact = torch.autocast(image.device.type, enabled=False)  # a kernel in bfloat16 can turn white into black
+    with torch.random.fork_rng(devices=[]), exact:  # all is drawn on the CPU
         torch.default_generator.manual_seed(seed)
         image = JITTER(image).clone()
         height, width = image.shape[1:]

@@ -13,6 +13,7 @@ MAX_POINTS = 1500
 """Points of a curve in the page; longer logs are averaged over equal numbers of records."""
 LOSSES = (
     "loss", "rpn_objectness", "rpn_box", "instance_cls", "box", "objectness", "image_cls", "contrastive",
+    "pseudo",
 )  # fmt: skip
 
 
