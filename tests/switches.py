@@ -29,7 +29,7 @@ SWITCHES = [
     ("regions.rule=max-score", "clis.t=0", "clis.contrastive=false"),
     (
         *("regions.rule=full", "clis.t=0", "clis.contrastive=false", "start.from=unread.pt"),
-        *("teacher.momentum=0.9", "teacher.score=0.08"),
+        *("teacher.momentum=0.9", "teacher.score=0.0875"),
     ),
     ("model.roi.class_agnostic_boxes=true", "model.roi.sampling_ratio=2"),
     ("model.backbone.norm=folded", "model.backbone.trainable_layers=3"),  # pools mosaics in windows

@@ -344,8 +344,8 @@ def test_a_run_of_another_version_is_read_by_what_this_one_knows(folder):
     assert state.unknown == ["clis.queue_init"]
     assert state.recipe["clis.queue_init"] == "empty"
     assert state.config.test.detections == 7
-    folder.config.write_text(f"{text}teacher:\n  momentum: 0.9\n")
-    assert RunState.read(folder).unknown == ["teacher.momentum"]
+    folder.config.write_text(f"{text}masks:\n  size: 28\n")
+    assert RunState.read(folder).unknown == ["masks.size"]
     folder.config.write_text(text.replace("  s: 4\n", "  s: many\n"))
     with pytest.raises(ValueError, match=r"config\.yaml: .*clis\.s"):
         RunState.read(folder)
