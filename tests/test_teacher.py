@@ -157,14 +157,7 @@ class TestTeacherItself:
 def test_a_run_begins_with_the_baseline_as_teacher(name, tests_teacher, data, tmp_path, capsys):
     """And its checkpoint is evaluated as the run was. Nothing is sure of one of 50 classes so early."""
     config = str(REPOSITORY / "configs" / "shapes" / f"{name}.yaml")
-    arguments = [
-        "--config",
-        config,
-        *SHORT,
-        "train.steps=2",
-        f"data.root={data}",
-        "teacher.score=0.0205",
-    ]
+    arguments = ["--config", config, *SHORT, "train.steps=2", f"data.root={data}", "teacher.score=0.0205"]
     run_verb("train", [*arguments, f"output={tmp_path}", "train.save_every=1", "train.keep_last=2"])
     said = capsys.readouterr().out
     assert said.count("their labels are not used: detection is also trained") == 1

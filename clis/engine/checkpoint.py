@@ -252,14 +252,13 @@ def load_model(state: dict[str, Any], config: Config, source: str) -> CLISDetect
     return model.tested
 
 
-def weights_to_evaluate(state: dict[str, Any]) -> dict[str, Tensor]:
-    """Return the weights of the detector to evaluate of a checkpoint, which may also hold a teacher."""
-    settings = state["config"].get("teacher", {})
-    return without_teacher(state["model"], settings.get("momentum"))
+def weights_to_evaluate(weights: dict[str, Tensor], momentum: float | None) -> dict[str, Tensor]:
+    """Return the state dict of the detector to evaluate, `CLISDetector.tested`, without a teacher beside it.
 
-
-def without_teacher(weights: dict[str, Tensor], momentum: float | None) -> dict[str, Tensor]:
-    """Return the weights of the detector to evaluate, of a model that may have a teacher of this momentum."""
+    Args:
+        weights: state dict of a model that may have a teacher.
+        momentum: its `teacher.momentum`.
+    """
     taught = {key: value for key, value in weights.items() if not key.startswith(TEACHER)}
     if len(taught) == len(weights) or momentum == 1:
         return taught

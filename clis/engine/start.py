@@ -10,13 +10,7 @@ from torch import Tensor, nn
 
 from clis.config import Config, StartConfig
 from clis.data.categories import Category, check_same_categories
-from clis.engine.checkpoint import (
-    TEACHER,
-    load_checkpoint,
-    saved_categories,
-    weights_to_evaluate,
-    without_teacher,
-)
+from clis.engine.checkpoint import TEACHER, load_checkpoint, saved_categories, weights_to_evaluate
 from clis.engine.prerequisites import PlannedRun, checkpoint_of
 from clis.engine.run_folder import RunFolder
 from clis.losses import find_classification_loss
@@ -118,7 +112,8 @@ def check_start(run: PlannedRun) -> None:
         if run.start is not None:
             other = run.start.config
             weights = build_model(other, _ANY_CLASSES, pretrained=False).state_dict()
-            _load_parts(model, start, without_teacher(weights, other.teacher.momentum), run.start.title)
+            given = weights_to_evaluate(weights, other.teacher.momentum)
+            _load_parts(model, start, given, run.start.title)
     if start.train:
         train_only(model, start.train)
 
@@ -155,7 +150,8 @@ def load_start(model: CLISDetector, start: StartConfig, checkpoint: Path) -> Non
                 f"{error}. To start from a detector of other classes, name in start.fresh what depends on "
                 f"them: {', '.join(kept)}"
             ) from None
-    _load_parts(model, start, weights_to_evaluate(state), str(checkpoint))
+    momentum = state["config"].get("teacher", {}).get("momentum")  # checkpoints from before have no teacher
+    _load_parts(model, start, weights_to_evaluate(state["model"], momentum), str(checkpoint))
 
 
 def train_only(model: nn.Module, prefixes: Sequence[str]) -> None:

@@ -39,6 +39,10 @@ ERASED = (
 """The second: a probability, and the ranges of the area, as a share of the image's, and of height / width."""
 
 
+SEED_STEP = 0x9E3779B97F4A7C15
+"""Between the seeds of an image and of its mosaics: odd, 2**64 over the golden ratio, so that none meet."""
+
+
 class Teacher(nn.Module):
     """A copy of the detector that is not trained, and labels what the detector is trained on.
 
@@ -71,7 +75,7 @@ class Teacher(nn.Module):
         """
         images = list(batch.mosaics.unbind())
         found = self.model.find_pseudo_boxes(images, self.found)
-        seeds, each = list(mosaic_seeds(batch)), len(images) // len(batch.images)
+        seeds, per_image = list(mosaic_seeds(batch)), len(images) // len(batch.images)
         if self.strong:
             images = [strongly_augmented(image, seed) for image, seed in zip(images, seeds, strict=True)]
         return replace(
@@ -84,7 +88,7 @@ class Teacher(nn.Module):
             region_labels=batch.region_labels[:0],
             region_mosaics=batch.region_mosaics[:0],
             seeds=seeds,
-            image_ids=[image_id for image_id in batch.image_ids for _ in range(each)],
+            image_ids=[image_id for image_id in batch.image_ids for _ in range(per_image)],
         )
 
     @torch.no_grad()
@@ -107,7 +111,7 @@ def mosaic_seeds(batch: Batch) -> Iterator[int]:
     """Derive a seed in [0, 2**63) for each mosaic from that of its image, whose own is not among them."""
     for seed in batch.seeds:
         for place in range(1, len(batch.mosaics) // len(batch.seeds) + 1):
-            yield (seed + place * 0x9E3779B97F4A7C15) % 2**63
+            yield (seed + place * SEED_STEP) % 2**63
 
 
 def strongly_augmented(image: Tensor, seed: int) -> Tensor:
