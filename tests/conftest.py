@@ -51,6 +51,7 @@ LOSSES: dict[str, tuple[str, ...]] = {
     "eqlv2": OWN_OBJECTNESS,
     "eqlv2(objectness=false, pcb=0.2, pcb_start=0)": (),
     "federated(classes=3)": (),
+    "focal": (),
     "gumbel": (),
     "loce": (),
     "logit_adjusted": (),

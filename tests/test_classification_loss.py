@@ -117,7 +117,7 @@ def test_the_loss_is_given_the_categories_with_their_training_images(modules):
     ("name", "message"),
     [
         ("cross_entrpy", r"there is no such loss; did you mean cross_entropy\? .*is written module:Class"),
-        ("focal", r"there is no such loss; known: acsl, .*\. One of your own is written module:Class"),
+        ("dice", r"there is no such loss; known: acsl, .*\. One of your own is written module:Class"),
         ("sound_loss:", r"write module:Class, e\.g\. my_loss:Focal for the class Focal in my_loss\.py"),
         (":Weighted", r"write module:Class"),
         ("losses/sound_loss:Weighted", r"write module:Class"),

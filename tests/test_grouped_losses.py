@@ -26,6 +26,8 @@ LOSSES = (
     "drop(tail_images=-1, prior=0)",
     "federated(classes=3)",
     "federated(classes=50, power=1)",
+    "focal",
+    "focal(gamma=2)",
     "gumbel",
     "loce",
     "logit_adjusted",
@@ -78,6 +80,7 @@ SIX_LABELS = torch.tensor([4, 3, 6, 0, 1, 1, 6, 6, 6, 4, 4, 6, 6, 6])
         ("balanced_softmax", Z, 2.1302561159),
         ("logit_adjusted", Z, 1.3712130359),
         ("logit_adjusted(tau=0)", Z, 0.5780322797),
+        ("focal", Z, 0.2374163238),  # that of Unbiased Teacher's official code
         ("gumbel(prior=0)", Z, 1.1913877846),
         ("drop(tail_images=-1, prior=0)", Z[:, :3], 1.5167075415),
     ],
@@ -110,7 +113,7 @@ def test_worked_example_of_groups():
 
 def test_scores_at_test():
     """Softmax without the training's shifts; sigmoids and Gumbel activations with the prior."""
-    for text in ("balanced_softmax", "logit_adjusted", "loce"):
+    for text in ("balanced_softmax", "focal", "logit_adjusted", "loce"):
         found = build_classification_loss(text, THREE).scores(Z)
         torch.testing.assert_close(found, Z.softmax(dim=1)[:, :3])
     sigmoid = (Z + math.log(0.2 / 0.8)).sigmoid()[:, :3]
@@ -170,6 +173,14 @@ def plain_softmax(loss, logits, labels, rows, shift):
     for row, label in zip(logits, labels):
         terms = [(value + add).exp() for value, add in zip(row, [*shift, 0.0])]
         total = total - (terms[label] / sum(terms)).log()
+    return total / 14
+
+
+def plain_focal(loss, logits, labels, rows, gamma):
+    total = logits.new_zeros(())
+    for row, label in zip(logits, labels):
+        p = row[label].exp() / row.exp().sum()
+        total = total - (1 - p) ** gamma * p.log()
     return total / 14
 
 
@@ -259,6 +270,8 @@ PLAIN = {
         (),
     ),
     "loce": (plain_softmax, ([0.0] * 6,)),  # mean scores are the background's at the start
+    "focal": (plain_focal, (1.5,)),
+    "focal(gamma=2)": (plain_focal, (2,)),
     "logit_adjusted": (plain_softmax, (CENTERED,)),
     "logit_adjusted(tau=0.5)": (plain_softmax, ([0.5 * x for x in CENTERED],)),
 }
@@ -354,6 +367,16 @@ def test_at_most_the_classes_that_have_images_are_kept():
     assert kept.tolist() == [[label != 2 for label in range(6)]] * 4
     few = build_classification_loss("federated(classes=1)", SIX).kept_classes(SIX_LABELS, rows_of(IMAGES))
     assert few.sum(dim=1).tolist() == [3, 0, 1, 3]  # background alone; no rows; more of its own than one
+
+
+def test_focal_loss_of_certain_rows():
+    """In float32 -log p is 0 for a certain row, where the weight has no slope, and p is 0 in a lost row."""
+    logits = torch.tensor([[200.0, 0, 0, 0], [200.0, 0, 0, 0]], requires_grad=True)
+    for text in ("focal(gamma=1)", "focal"):
+        value = build_classification_loss(text, THREE)(logits, torch.tensor([0, 3]), 1.0, rows_of([0] * 2))
+        (gradient,) = torch.autograd.grad(value, logits)
+        assert value.item() == 200
+        assert gradient.tolist() == [[0, 0, 0, 0], [1, 0, 0, -1]]
 
 
 def test_gumbel_is_exact_at_its_limits():

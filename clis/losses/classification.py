@@ -23,6 +23,7 @@ from clis.losses.efl import EFL
 from clis.losses.eql import EQL
 from clis.losses.eqlv2 import EQLv2
 from clis.losses.federated import Federated
+from clis.losses.focal import Focal
 from clis.losses.gumbel import Gumbel
 from clis.losses.loce import LOCE
 from clis.losses.logit_adjusted import BalancedSoftmax, LogitAdjusted
@@ -39,6 +40,7 @@ CLASSIFICATION_LOSSES: dict[str, type[ClassificationLoss]] = {
     "eql": EQL,
     "eqlv2": EQLv2,
     "federated": Federated,
+    "focal": Focal,
     "gumbel": Gumbel,
     "loce": LOCE,
     "logit_adjusted": LogitAdjusted,
