@@ -16,9 +16,9 @@ from clis.losses.precision import at_least_float32
 class Focal(CrossEntropy):
     """(1 - p)^gamma times -log p, where p is the softmax probability of the row's class or of background.
 
-    The focal loss (arXiv 1708.02002) on a softmax of C + 1 logits without its alpha, summed over the RoIs, as in
-    the official code of Unbiased Teacher (arXiv 2102.09480). The scores at test are those of `CrossEntropy`.
-    `efl` is focal loss of sigmoids, equalized over the classes.
+    The focal loss (arXiv 1708.02002) of a softmax over C + 1 logits, without its alpha and summed over RoIs,
+    as in the official code of Unbiased Teacher (arXiv 2102.09480). The scores at test are those of
+    `CrossEntropy`. `efl` is focal loss of sigmoids, equalized over the classes.
     """
 
     def __init__(self, categories: Sequence[Any], *, gamma: float = 1.5) -> None:
