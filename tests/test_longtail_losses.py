@@ -327,15 +327,15 @@ class TestAccumulation:
         targets = pcb.targets(torch.tensor([0, 2]), 3, torch.float64, 1.0)
         close(targets, [[0.6 + 0.4 * 0.7475, 0.4 * 0.2525, 0], [0, 0, 1]])
 
-    def test_pcb_waits_for_every_class_that_has_training_images(self):
-        unseen = dataclasses.replace(THREE[2], image_count=0)
-        two, one = torch.tensor([0, 1]), torch.tensor([0])
-        for categories, labels, weight in (
-            (THREE, two, 0), ((*THREE[:2], unseen), two, 0.4), ((*THREE[:2], unseen), one, 0)
-        ):  # fmt: skip
-            pcb = PairwiseClassBalance(categories, 0.4, 2 / 3)
-            pcb.update(pcb.statistics(torch.full((len(labels), 3), 1 / 3), labels), 1.0)
-            assert pcb.weight.item() == pytest.approx(weight)
+    def test_pcb_does_not_wait_for_a_class_that_never_occurs(self):
+        """Class 2 has a training image, but no RoI: a crowd, or an image that is not in this file."""
+        pcb = PairwiseClassBalance(THREE, 0.4, 2 / 3)
+        predictions = torch.tensor([[0.6, 0.2, 0.2], [0.2, 0.6, 0.2]])
+        pcb.update(pcb.statistics(predictions, torch.tensor([0, 1])), 1.0)
+        assert pcb.summary() == {"pcb_weight": pytest.approx(0.4), "pcb_unseen": 1}
+        targets = pcb.targets(torch.tensor([0, 1, 2]), 4, torch.float64, 1.0)
+        # column 0 is .6, .2 and nothing; column 2 is .2, .2 and nothing
+        close(targets, [[0.9, 0.1, 0, 0], [0.1, 0.9, 0, 0], [0.2, 0.2, 0.6, 0]])
 
     def test_official_ratio_before_the_first_step(self):
         for name in ("eqlv2", "efl"):

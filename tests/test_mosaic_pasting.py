@@ -1,5 +1,7 @@
 """Mosaic and pasting: the region is where its pixels are, on its own tile, and hides no box too far."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -7,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clis.config import DataConfig
-from clis.data.mosaic import draw_tile, plan_mosaic
+from clis.data.mosaic import Placement, draw_tile, plan_mosaic
 from clis.data.pasting import draw_paste, plan_pastes
-from clis.data.transforms import FILL
+from clis.data.transforms import FILL, random_cutout
 
 SIZE = 128
 TILE = SIZE // 2
@@ -137,6 +139,31 @@ def test_cutout_leaves_the_region_and_covers_part_of_it():
     assert kept.all()
     for color in COLORS:
         assert pixels_of(cut, color).sum() < 0.95 * pixels_of(plain, color).sum()
+
+
+@given(
+    size=st.tuples(st.integers(1, 200), st.integers(1, 200)),
+    flipped=st.booleans(),
+    index=st.integers(0, 3),
+    seed=st.integers(0, 1000),
+)
+@settings(max_examples=200, deadline=None)
+def test_cutout_is_cropped_with_its_image(size, flipped, index, seed):
+    """As if the image had been stored with the gray rectangle, most or all of which may be cropped off."""
+    rng = np.random.default_rng(seed)
+    height, width = size
+    top, left = (int(rng.integers(min(TILE - length, 0), max(TILE - length, 0) + 1)) for length in size)
+    cutout = random_cutout(size, rng, 1.0, (0.0, 1.0))
+    placed = Placement(crop=None, size=size, flipped=flipped, top=top, left=left, cutout=cutout)
+    image = torch.from_numpy(rng.integers(0, 256, (3, height, width), dtype=np.uint8))
+    x1, y1, x2, y2 = cutout
+    seen = image.flip(-1) if flipped else image.clone()
+    seen[:, y1:y2, x1:x2] = FILL
+    stored = seen.flip(-1) if flipped else seen
+    found, expected = (torch.zeros(3, SIZE, SIZE, dtype=torch.uint8) for _ in range(2))
+    draw_tile(image, placed, found, index)
+    draw_tile(stored, replace(placed, cutout=None), expected, index)
+    assert torch.equal(found, expected)
 
 
 def test_image_at_scale_one_fills_its_tile_and_the_rest_is_gray():

@@ -78,6 +78,20 @@ class TestWeights:
         assert torch.equal(model.contrastive.momentum_sub_network.fc1.weight, loaded)
         assert not torch.equal(model.image_classification.sub_network.fc1.weight, loaded)
 
+    def test_a_momentum_copy_from_scratch_is_a_copy_of_what_is_loaded(self, tmp_path):
+        """Its MLP as well: a random one would put keys into another space than that of the queries."""
+        path = tmp_path / "clis.pt"
+        trained = model_of(seed=0)
+        trained.contrastive.momentum_mlp.weight.data.zero_()
+        trained.contrastive.momentum_sub_network.fc1.weight.data.zero_()
+        torch.save(detector_state(trained, tiny_config()), path)
+        model = model_of(seed=1)
+        fresh = ("contrastive.momentum_sub_network", "contrastive.momentum_mlp", "contrastive.queue")
+        load_start(model, StartConfig(from_=str(path), fresh=fresh), path)
+        own, copies = trained.classification.sub_network, model.contrastive
+        assert torch.equal(copies.momentum_sub_network.fc1.weight, own.fc1.weight)
+        assert torch.equal(copies.momentum_mlp.weight, trained.contrastive.instance_mlp.weight)
+
     def test_a_shared_classifier_from_a_plain_detector(self, plain):
         """The plain one knows it by one name; siamese, image classification is that module."""
         without_contrast = ("clis.contrastive=false", "clis.t=0", "clis.task_specialized=false")

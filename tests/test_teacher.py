@@ -145,6 +145,15 @@ class TestTeacherItself:
         steps(model, [batch], *FIXED)
         assert all(torch.equal(p, before[name]) for name, p in model.teacher.model.named_parameters())
 
+    def test_has_the_counts_of_the_detectors_loss(self):
+        """They are no weights, but scores may depend on them, and a run that starts from the teacher does."""
+        overrides = (*MEAN, "loss.classification=seesaw", "clis.objectness=false")
+        model, batch = make_model(*overrides), make_batch(2, pairs=0)
+        steps(model, [batch], *overrides)
+        counts = model.classification_loss.counts
+        assert counts.sum() > 0
+        assert torch.equal(model.teacher.model.classification_loss.counts, counts)
+
     def test_only_one_that_follows_is_tested(self):
         fixed, mean = make_model(*FIXED), make_model(*MEAN)
         assert (fixed.tested is fixed, mean.tested is mean.teacher.model) == (True, True)

@@ -126,9 +126,11 @@ def draw_tile(image: Tensor, placement: Placement, canvas: Tensor, index: int) -
         image = image[:, :, left + width - x2 : left + width - x1].flip(-1)
     else:
         image = image[:, :, x1 - left : x2 - left]
-    canvas[:, y1:y2, x1:x2] = image
+    visible = canvas[:, y1:y2, x1:x2]
+    visible.copy_(image)
     if placement.cutout:
+        above, before = y1 - top, x1 - left  # what is cropped off, and maybe the whole cutout with it
         gray_x1, gray_y1, gray_x2, gray_y2 = placement.cutout
-        rows = slice(max(top + gray_y1, y), min(top + gray_y2, y + tile))
-        columns = slice(max(left + gray_x1, x), min(left + gray_x2, x + tile))
-        canvas[:, rows, columns] = FILL
+        rows = slice(max(gray_y1 - above, 0), max(gray_y2 - above, 0))
+        columns = slice(max(gray_x1 - before, 0), max(gray_x2 - before, 0))
+        visible[:, rows, columns] = FILL

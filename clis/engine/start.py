@@ -133,7 +133,7 @@ def load_start(model: CLISDetector, start: StartConfig, checkpoint: Path) -> Non
     """Load the tensors of another run's checkpoint, but for those that `start.fresh` names.
 
     It is strict: every tensor of the model and of the checkpoint is loaded or named. A momentum copy that
-    starts from scratch starts as a copy of the sub-network that is loaded. The checkpoint may be of other
+    starts from scratch starts as a copy of what it follows. The checkpoint may be of other
     classes if all that depends on them starts from scratch.
 
     Raises:
@@ -219,9 +219,10 @@ def _load_parts(model: CLISDetector, start: StartConfig, given: dict[str, Tensor
             kept |= dict.fromkeys([*fresh, *absent], loaded[others[0]])
     hint = "; name what starts from scratch, or is left behind, in start.fresh"
     load_state(model, loaded | kept | teacher, source, hint)
-    if model.contrastive is not None and _matches("contrastive.momentum_sub_network", start.fresh):
-        momentum_copy = model.contrastive.momentum_sub_network
-        momentum_copy.load_state_dict(model.classification.sub_network.state_dict())
+    if model.contrastive is not None:
+        for name, original in model.contrastive.originals(model.classification.sub_network).items():
+            if _matches(f"contrastive.{name}", start.fresh):
+                model.contrastive.get_submodule(name).load_state_dict(original.state_dict())
     if model.teacher is not None:
         model.teacher.restart(model)
 

@@ -19,13 +19,14 @@ class PairwiseClassBalance(nn.Module):
     Row i of the matrix M is the mean prediction over the C classes of the RoIs labeled i, a moving average
     with momentum 0.99 over the steps in which i occurs, normalized to sum 1. The target of a RoI of class y
     becomes (1 - A) e_y + A m_y, where m_y is column y of M over its sum: "what is it that gets predicted as
-    y?". A is 0 until `start`, a share of the training, and until every class has been seen.
+    y?". A is 0 until `start`, a share of the training.
 
     Official A: 0.05 with Seesaw, 0.4 with cross-entropy, 0.2 with EQL v2; start 2/3 (after epoch 16 of 24).
 
     What differs, and why:
     - M moves after the step, not before its loss, so that processes and micro-batches do not matter.
-    - Classes without training images need not be seen: one such class would switch PCB off for good.
+    - Officially A also waits until every class has been seen, so one class without a usable box would switch
+      PCB off for good. Here the row of such a class stays empty.
     - The soft part is a cross-entropy for all losses. With cross-entropy the official code has a KL
       divergence, which has the same gradient.
     - With EQL v2 the official code normalizes neither rows nor columns, so that targets depend on how sure
@@ -38,13 +39,12 @@ class PairwiseClassBalance(nn.Module):
 
     matrix: Tensor
     weight: Tensor
-    expected: Tensor
 
     def __init__(self, categories: Sequence[Any], weight: float, start: float) -> None:
         """Start with an empty confusion matrix [C,C] and targets that are not softened.
 
         Args:
-            categories: with `image_count`.
+            categories: one object per class.
             weight: A, in (0,1].
             start: share of the training, in [0,1], after which the targets are softened.
 
@@ -65,8 +65,6 @@ class PairwiseClassBalance(nn.Module):
         self.final_weight, self.start = weight, start
         self.register_buffer("matrix", torch.zeros(count, count, dtype=torch.float64))
         self.register_buffer("weight", torch.zeros((), dtype=torch.float64))
-        has_images = torch.tensor([each.image_count > 0 for each in categories], dtype=torch.bool)
-        self.register_buffer("expected", has_images, persistent=False)
 
     def targets(self, labels: Tensor, columns: int, dtype: torch.dtype, stage: float) -> Tensor:
         """Return the softened targets [N,columns] of labels 0..C at a stage of `Rows`.
@@ -90,16 +88,13 @@ class PairwiseClassBalance(nn.Module):
         """Move the matrix by the statistics of a step, and set the weight of the next one."""
         sums, counts = statistics[:, :-1], statistics[:, -1:]
         moved = MOMENTUM * self.matrix + (1 - MOMENTUM) * sums / counts.clamp(min=1)
-        seen = self.matrix.sum(dim=1, keepdim=True) > 0
-        occurs = counts > 0
-        self.matrix.copy_(torch.where(occurs, moved / moved.sum(dim=1, keepdim=True), self.matrix))
-        all_seen = ((seen | occurs)[:, 0] | ~self.expected).all()
-        self.weight.copy_(all_seen * (self.final_weight if progress >= self.start else 0.0))
+        self.matrix.copy_(torch.where(counts > 0, moved / moved.sum(dim=1, keepdim=True), self.matrix))
+        self.weight.fill_(self.final_weight if progress >= self.start else 0.0)
 
     def summary(self) -> dict[str, float]:
-        """Return the weight of the next step, and how many classes with training images are not yet seen."""
-        unseen = (self.matrix.sum(dim=1) == 0) & self.expected
-        return {"pcb_weight": self.weight.item(), "pcb_unseen": unseen.sum().item()}
+        """Return the weight of the next step, and how many classes have not been seen yet."""
+        unseen = (self.matrix.sum(dim=1) == 0).sum()
+        return {"pcb_weight": self.weight.item(), "pcb_unseen": unseen.item()}
 
 
 def make_pcb(categories: Sequence[Any], weight: float, start: float) -> PairwiseClassBalance | None:

@@ -150,13 +150,14 @@ class ContrastiveRegularization(nn.Module):
     @torch.no_grad()
     def update(self, sub_network: TwoFC, keys: Tensor, labels: Tensor) -> None:
         """Move the momentum copy after the optimizer's step, then push the global batch's keys."""
-        for copied, source in (
-            (self.momentum_sub_network, sub_network),
-            (self.momentum_mlp, self.instance_mlp),
-        ):
-            for old, new in zip(copied.parameters(), source.parameters()):
+        for name, original in self.originals(sub_network).items():
+            for old, new in zip(self.get_submodule(name).parameters(), original.parameters()):
                 old.lerp_(new, 1 - self.momentum)
         self.queue.push(keys, labels)
+
+    def originals(self, sub_network: TwoFC) -> dict[str, nn.Module]:
+        """Return what the parts of the momentum copy follow, by the names of these parts."""
+        return {"momentum_sub_network": sub_network, "momentum_mlp": self.instance_mlp}
 
 
 def normalize(features: Tensor) -> Tensor:

@@ -48,7 +48,8 @@ class Teacher(nn.Module):
 
     With a momentum of 1 it stays as it is: Self-Training (arXiv 2006.06882), but with labels found in every
     step. Below 1 it is the moving mean of the detector: the teacher of Unbiased Teacher (arXiv 2102.09480).
-    What it finds is selected as in a test (`test.nms_iou`, `test.detections`), but for `teacher.score`.
+    What it finds is selected as in a test (`test.nms_iou`, `test.detections`), but for `teacher.score`; as in
+    the official code, its proposals are as many as in training (`model.rpn.pre_nms_train`).
     """
 
     def __init__(self, model: CLISDetector, config: TeacherConfig) -> None:
@@ -93,12 +94,16 @@ class Teacher(nn.Module):
 
     @torch.no_grad()
     def follow(self, model: CLISDetector) -> None:
-        """Move towards the detector after a step: teacher = m teacher + (1 - m) detector."""
+        """Move towards the detector after a step: teacher = m teacher + (1 - m) detector.
+
+        What the classification loss has counted is no mean, and is taken as it is.
+        """
         if not self.follows:
             return
         new = dict(model.named_parameters())
         for name, parameter in self.model.named_parameters():
             parameter.lerp_(new[name], 1 - self.momentum)
+        self.model.classification_loss.load_state_dict(model.classification_loss.state_dict())
 
     @torch.no_grad()
     def restart(self, model: CLISDetector) -> None:
