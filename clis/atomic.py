@@ -91,7 +91,7 @@ def is_stale(descriptor: int, lock: Path) -> bool:
 
 
 def check_writable(path: str | Path) -> None:
-    """Raise an error now if `atomic_write` could not write this file after the work for it.
+    """Raise an error now if `atomic_write` could not write this file after the work for it; leave no trace.
 
     Raises:
         IsADirectoryError: it is a folder.
@@ -101,6 +101,7 @@ def check_writable(path: str | Path) -> None:
     if path.is_dir():
         raise IsADirectoryError(f"{path}: is a folder; name a file")
     trial = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
+    made = [folder for folder in path.parents if not folder.exists()]
     try:
         with contextlib.suppress(FileExistsError):  # if that is no folder, the next line says so
             path.parent.mkdir(parents=True)
@@ -108,6 +109,10 @@ def check_writable(path: str | Path) -> None:
         trial.unlink()
     except OSError as error:
         raise OSError(f"{path}: cannot be written ({error.strerror}); name another place") from error
+    finally:
+        with contextlib.suppress(OSError):  # another process uses them already
+            for folder in made:
+                folder.rmdir()
 
 
 def remove_partial_files(folder: Path, is_own: Callable[[str], bool]) -> None:

@@ -378,7 +378,7 @@ _KINDS = dict(_text_fields(Config))
 
 LARGEST = 2**48
 """Of whole numbers in a config."""
-_TYPE_NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
+_TYPE_NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "a string"}
 
 
 def _convert(value: Any, hint: Any, where: str) -> Any:

@@ -40,8 +40,11 @@ def is_main() -> bool:
     return rank() == 0
 
 
-def choose_device(name: str) -> torch.device:
+def choose_device(name: str, given: str = "train.device=") -> torch.device:
     """Return the device of this name; `auto` is this process's CUDA device where there is one, else the CPU.
+
+    Args:
+        given: what the user writes before the name, for errors.
 
     Raises:
         ValueError: the name is not a device's, or the machine does not have the device.
@@ -51,25 +54,23 @@ def choose_device(name: str) -> torch.device:
             device = torch.device(name)
             torch.zeros(1, device=device).item()  # a name may be known, and the device not be there
         except Exception:  # torch's modules have errors of many kinds
-            raise ValueError(
-                f"train.device={name}: cannot be used here; use auto, cpu, cuda or cuda:0"
-            ) from None
+            raise ValueError(f"{given}{name}: cannot be used here; use auto, cpu, cuda or cuda:0") from None
         return device
     if not torch.cuda.is_available():
         if name == "auto":
             return torch.device("cpu")
-        raise ValueError(f"train.device={name}: this machine has no CUDA device; use train.device=cpu")
-    device = _cuda_device(name, torch.cuda.device_count())
+        raise ValueError(f"{given}{name}: this machine has no CUDA device; use {given}cpu")
+    device = _cuda_device(name, torch.cuda.device_count(), given)
     torch.cuda.set_device(device)
     return device
 
 
-def _cuda_device(name: str, count: int) -> torch.device:
+def _cuda_device(name: str, count: int, given: str) -> torch.device:
     """Return the device named ``cuda:0``, or this process's own of the `count` that it sees."""
     local, here = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if ":" in name:
         if here > 1:
-            raise ValueError(f"train.device={name}: the same device for {here} processes; use cuda")
+            raise ValueError(f"{given}{name}: the same device for {here} processes; use cuda")
         return torch.device(name)
     shown = os.environ.get("CUDA_VISIBLE_DEVICES", "")
     own = count == 1 and shown != "" and "," not in shown  # some launchers show each process its own alone

@@ -412,7 +412,7 @@ class TestTypes:
             ("optim.lr=true", "optim.lr: a number is needed, not True"),
             (f"optim.lr=1{'0' * 400}", "optim.lr: a number is needed, not 1000"),  # beyond float64
             ("clis.siamese=1", "clis.siamese: true or false is needed, not 1"),
-            ("data={train: 5}", "data.train: a text is needed, not 5"),
+            ("data={train: 5}", "data.train: a string is needed, not 5"),
             ("data.short_sides={a: 1}", "data.short_sides: a list is needed"),
             ("data.short_sides=80,96", "data.short_sides: a whole number is needed, not '80,96'"),
             ("data.mosaic_scale=[1]", r"data.mosaic_scale: 2 values are needed, not \[1\]"),

@@ -483,7 +483,7 @@ def test_no_code_of_a_file_is_run(name, tmp_path):
 def test_nothing_is_overwritten(tmp_path):
     annotations = annotation_file(tmp_path / "annotations.json", [1])
     (tmp_path / "there.pt").write_bytes(b"mine")
-    with pytest.raises(FileExistsError, match=r"there\.pt is there already"):
+    with pytest.raises(FileExistsError, match=r"there\.pt already exists"):
         convert(tmp_path / "theirs.pth", tmp_path / "there.pt", annotations)
     with pytest.raises(ValueError, match=r"ours\.pth: the name of a checkpoint ends in \.pt"):
         convert(tmp_path / "theirs.pth", tmp_path / "ours.pth", annotations)

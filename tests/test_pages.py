@@ -8,7 +8,7 @@ import sys
 import pytest
 from runs import REPOSITORY
 
-from clis.pages import MissingExtra, render
+from clis.pages import MissingExtra, check_page, render
 
 TEMPLATES = sorted((REPOSITORY / "clis" / "pages" / "templates").glob("*.j2"))
 
@@ -30,3 +30,17 @@ def test_the_frame_is_a_whole_document():
     text = render("base.html.j2")
     assert text.lstrip().startswith("<!doctype html>")
     assert text.count("{") == text.count("}")  # of the style sheet
+
+
+def test_only_pages_of_ours_are_replaced(tmp_path):
+    pytest.importorskip("jinja2")
+    check_page(tmp_path / "to" / "be" / "made.html")  # which it does not make yet
+    page = tmp_path / "index.html"
+    check_page(page)
+    page.write_text(render("base.html.j2"))
+    check_page(page)
+    for text in ("", "<!doctype html><title>mine</title>"):
+        page.write_text(text)
+        with pytest.raises(ValueError, match=r"index\.html: is no page of clis, which would replace it"):
+            check_page(page)
+    assert [path.name for path in tmp_path.iterdir()] == ["index.html"]

@@ -376,12 +376,14 @@ def test_a_study_by_the_command_with_chosen_rows_and_names(tmp_path, capsys):
     assert "CLIS (n = 3)" in text
     assert "delta AP vs CLIS" in text
     for arguments, message in (
-        (["--rows", "most"], "has no row most; it has first, more, not run"),
+        (["--rows", "most"], "has no row 'most'; it has 'first', 'more', 'not run'"),
         (["--names", "most=x"], "--names most=x: write A=B, where A is one of: first, more, not run"),
         (["--names", "most"], "--names most: write A=B"),
     ):
         with pytest.raises(ValueError, match=re.escape(message)):
             main(["plot", str(folder), out, *arguments])
+    with pytest.raises(ValueError, match=r"--score 7: must be between 0 and 1"):
+        main(["plot", str(folder), out, "--score=7"])
     with pytest.raises(ValueError, match="--rows chooses rows of studies"):
         main(["plot", str(tmp_path), out, "--rows", "a"])
 

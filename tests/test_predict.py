@@ -53,7 +53,7 @@ def test_all_files_are_looked_at_and_unreadable_ones_named(finished, photos, tmp
     said = capsys.readouterr().out
     assert "3 images, " in said
     assert "1 turned by their EXIF orientation" in said
-    assert "left out by name: 1 in the folders" in said
+    assert "left out: 1 other file in the folders, by name not " in said
     assert f"unreadable: {photos}/damaged.jpg: " in said
     assert "empty.png: the file is empty" in said
     assert "2 unreadable" in said
@@ -137,6 +137,10 @@ def test_sources_are_files_folders_and_globs_each_file_once(photos, tmp_path):
     outside = [name for name in every if "/" not in name]
     assert names(photos, written=[photos / "below", photos / "notes.txt"]) == (outside, 0)
     assert names(photos / "**" / "*.jpg", written=[photos / "below"]) == (["b.jpg", "damaged.jpg"], 0)
+    (photos / "alias.jpg").symlink_to("b.jpg")  # sorted before the photo, whose own name it would hide
+    assert names(photos) == (every, 1)
+    assert names(photos / "alias.jpg") == (["alias.jpg"], 0)
+    (photos / "alias.jpg").unlink()
     with pytest.raises(FileNotFoundError, match=r"the only images are in .*below, where this command writes"):
         names(photos / "below" / "a.jpg", written=[photos / "below"])
 
@@ -151,6 +155,17 @@ def test_the_photos_folder_may_be_the_output_folder(finished, photos, tmp_path, 
         main(["predict", str(finished), str(tmp_path), f"--out={out}"])
         _, document = read(out)
         assert [image["file_name"] for image in document["images"]] == ["in/b.jpg"]
+
+
+def test_nothing_of_an_earlier_result_stays_beside_the_new_one(finished, photos, tmp_path):
+    command = ["predict", str(finished), f"--out={tmp_path}"]
+    main([*command, str(photos)])
+    (tmp_path / "pictures" / "mine.txt").write_text("kept")
+    main([*command, str(photos / "b.jpg")])
+    assert sorted(path.name for path in (tmp_path / "pictures").iterdir()) == ["b.jpg", "mine.txt"]
+    main([*command, str(photos / "turned.png"), "--no-pictures"])
+    left = sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file())
+    assert left == ["images.json", "pictures/mine.txt", "predictions.json"]
 
 
 @pytest.mark.parametrize("name", ["images.json", "pictures/cat.jpg"])
@@ -276,7 +291,7 @@ def test_each_picture_has_a_name_of_its_own():
         (["{photos}/b.jpg", "--annotations={data}/shapes/val.json"], r"b.jpg: is none of its images \("),
         (["{photos}/b.jpg", "--annotations={tmp}/gone.json"], "^--annotations .*gone.json: no such file$"),
         (["{photos}/b.jpg", "model.rpn.anchor_scale=2"], "was trained with other settings: model.rpn.anc"),
-        (["{photos}/empty.png"], "none of the 1 images could be read"),
+        (["{photos}/empty.png"], "none of the images could be read"),
     ],
 )
 def test_bad_input_is_one_line(finished, photos, data, tmp_path, arguments, message):

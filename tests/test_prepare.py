@@ -205,7 +205,7 @@ def test_coverage_of_a_few_classes():
     assert "12 classes match no category and are left out: class00, class01," in text
     assert "class09, ..." in text
     assert "class10" not in text
-    assert "1 folders and tars without an image: a.tar" in text
+    assert "1 folder or tar without an image: a.tar" in text
     rows = [line.split() for line in text.splitlines()]
     assert ["rare", "1", "0", "-", "-", "-"] in rows
     assert ["common", "3", "3", "3", "4", "9"] in rows
@@ -215,7 +215,7 @@ def test_what_matches_nothing_is_told_or_refused(tmp_path, root, capsys):
     (tmp_path / "root" / "BIRD").mkdir()
     prepared(tmp_path, root)
     told = capsys.readouterr().out
-    assert "1 classes match no category and are left out: n00000001\n" in told
+    assert "1 class matches no category and is left out: n00000001\n" in told
     assert "1 folders and tars without an image: BIRD" in told
     with pytest.raises(ValueError, match=r"root: 1 of 5 image-level classes match no .*: n00000001; name"):
         prepared(tmp_path, root, strict=True)

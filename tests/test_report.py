@@ -267,6 +267,9 @@ def test_a_place_that_cannot_be_written_is_said_before_the_work(root, tmp_path, 
     (tmp_path / "file").touch()
     with pytest.raises(OSError, match="file"):
         main(["report", str(run), "--out", str(tmp_path / "file" / "report.html")])
+    (tmp_path / "mine.yaml").write_text("train: {steps: 3}\n")
+    with pytest.raises(ValueError, match=r"mine\.yaml: is no page of clis"):
+        main(["report", str(run), "--out", str(tmp_path / "mine.yaml")])
 
 
 def test_a_folder_that_is_no_run_is_not_made(tmp_path):
@@ -291,6 +294,8 @@ def test_bad_input_is_one_line(root, tmp_path, capsys):
     out = ("--out", str(tmp_path / "page.html"))
     with pytest.raises(FileNotFoundError, match=r"config\.yaml: no such file; name run folders"):
         main(["report", str(tmp_path / "nothing"), *out])
+    with pytest.raises(ValueError, match=r"run: is named more than once"):
+        main(["report", str(run), f"{run}/.", *out])
     with pytest.raises(ValueError, match=r"--names x=y: write A=B, where A is one of: .*run$"):
         main(["report", str(run), *out, "--names", "x=y"])
     for option in ("--images=-1", "--regions=-1"):

@@ -358,13 +358,28 @@ def test_an_interrupted_folder_is_completed(written, tmp_path):
     assert contents(tmp_path) == contents(written)
 
 
-def test_another_spec_is_replaced_without_leftovers(written, tmp_path):
+def as_of_an_earlier_version(folder):
+    record = json.loads((folder / "shapes.json").read_text())
+    (folder / "shapes.json").write_text(json.dumps(record | {"version": 1}))
+
+
+def test_an_earlier_version_is_replaced_without_leftovers(written, tmp_path):
     write_shapes(tmp_path, dataclasses.replace(SPEC, train_images=50, image_level_per_class=3))
+    as_of_an_earlier_version(tmp_path)
     with pytest.raises(KeyboardInterrupt):  # a folder being replaced must not pass for complete
         write_shapes(tmp_path, SPEC, progress=interrupter())
     assert not (tmp_path / "shapes.json").exists()
     write_shapes(tmp_path, SPEC)
     assert contents(tmp_path) == contents(written)
+
+
+def test_the_benchmark_of_another_seed_is_left_alone(tmp_path):
+    """Runs may be reading it, and a config that draws the benchmark names the same folder by default."""
+    write_shapes(tmp_path, SPEC)
+    own = contents(tmp_path)
+    with pytest.raises(ValueError, match=r"holds the shapes benchmark of seed 3, not 9; name another folder"):
+        write_shapes(tmp_path, dataclasses.replace(SPEC, seed=9))
+    assert contents(tmp_path) == own
 
 
 @pytest.mark.parametrize("name", ["train.json", "train/000001.jpg", "notes.txt", "shapes.json"])
@@ -383,10 +398,13 @@ def test_foreign_files_stop_a_replacement_before_anything_is_lost(tmp_path):
     for name in ("notes.txt", "train/photo.jpg", "image_level/cat/000001.jpg"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("precious")
-        with pytest.raises(ValueError, match="move that file away"):
-            write_shapes(tmp_path, dataclasses.replace(SPEC, seed=9))
-        assert contents(tmp_path) == own | {name: b"precious"}
         write_shapes(tmp_path, SPEC)  # complete as it is
+        as_of_an_earlier_version(tmp_path)
+        mine = contents(tmp_path)
+        with pytest.raises(ValueError, match="move that file away"):
+            write_shapes(tmp_path, SPEC)
+        assert contents(tmp_path) == mine
+        (tmp_path / "shapes.json").write_bytes(own["shapes.json"])
         (tmp_path / name).unlink()
 
 

@@ -16,6 +16,7 @@ import pytest
 import yaml
 from runs import CONFIG, REPOSITORY, SHORT
 
+from clis.__main__ import main
 from clis.commands import run_verb
 from clis.commands.study import draw_again, run_study
 from clis.config import data_path
@@ -424,9 +425,15 @@ def test_study_files_at_fault(tmp_path, values, message):
         Study.load(tmp_path / "bad.yaml")
 
 
+@pytest.mark.parametrize("option", ["--rows=first", "--seeds=0"])
+def test_what_is_drawn_again_is_all_that_is_recorded(tmp_path, option):
+    with pytest.raises(ValueError, match=r"--draw draws all that is recorded; leave --rows and --seeds out"):
+        main(["study", "studies/components", "--draw", option, f"--out={tmp_path}"])
+
+
 def test_rows_that_are_not_there(tmp_path):
     path = write_study(tmp_path / "small.yaml", {"CLIS": {}})
-    with pytest.raises(ValueError, match=r"has no row CLIP; it has CLIS"):
+    with pytest.raises(ValueError, match=r"has no row 'CLIP'; it has 'CLIS'"):
         run_study(path, tmp_path, rows=["CLIP"])
     with pytest.raises(
         ValueError, match=r"no row train.steps=9; .*; put key=value before --rows and --seeds"

@@ -51,6 +51,8 @@ class VerbParser(argparse.ArgumentParser):
         """
         if self._declares("overrides"):
             self._add_foreign()
+        for action in self._actions:
+            action.required &= action.nargs != "*"  # or errors would name what may be left out as missing
         arguments = self.parse_intermixed_args(
             [re.sub(r"^(--[\w-]+=)?(~.*)", _at_home, each) for each in argv]
         )

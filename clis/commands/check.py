@@ -54,7 +54,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_config(parser)
     parser.add_argument("--sample", type=positive, metavar="N", help="read only N images of each stream")
     parser.add_argument(
-        "--workers", type=non_negative, default=os.cpu_count(), help="processes that read images"
+        "--workers",
+        type=non_negative,
+        default=os.cpu_count(),
+        help="processes that read images (default: one per CPU)",
     )
     parser.add_argument("--list", type=Path, metavar="FILE", help="write every image that cannot be used")
 

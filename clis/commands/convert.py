@@ -164,7 +164,7 @@ def convert(
     if out.suffix != ".pt":
         raise ValueError(f"{out}: the name of a checkpoint ends in .pt")
     if out.exists():
-        raise FileExistsError(f"{out} is there already; remove it or name another file")
+        raise FileExistsError(f"{out} already exists; remove it or name another file")
     weights = read_weights(source)
     classes = read_annotations(annotations)
     try:
@@ -193,7 +193,7 @@ def convert(
     say(f"{source}: {kind.name}, {style} style, {classes.num_classes} classes; other than our defaults:")
     for difference in config_differences(config, Config()):
         say(f"  {difference}")
-    say(f"{out}: for evaluate.py, load_detector and regions.detector")
+    say(f"{out}: for load_detector, regions.detector and, with data.val and data.val_images, evaluate.py")
 
 
 def _kind_of(weights: dict[str, Tensor]) -> tuple[Source, dict[str, Tensor]]:

@@ -62,7 +62,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `clis export`."""
     parser.add_argument("checkpoint", type=Path, help="a run folder, or one of its checkpoints")
     parser.add_argument("out", type=Path, help="the program to write: .pt2 (torch.export) or .onnx")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the section test, or data.root")
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        help="change the section test, e.g. test.detections=100, or data.root",
+    )
     parser.add_argument(
         "--size", type=int, nargs=2, metavar=("HEIGHT", "WIDTH"),
         help="only for images of this size, which need no square canvas then (default: any size)",
@@ -74,7 +79,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--candidates", type=int, default=CANDIDATES, metavar="N",
         help=f"set how many boxes of an image NMS chooses from (default {CANDIDATES})",
     )  # fmt: skip
-    parser.add_argument("--device", default="cpu", help="where the program will run")
+    parser.add_argument("--device", default="cpu", help="where the program will run (default cpu)")
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -83,7 +88,7 @@ def run(arguments: argparse.Namespace) -> None:
         arguments.checkpoint,
         arguments.out,
         None if arguments.size is None else tuple(arguments.size),
-        choose_device(arguments.device),
+        choose_device(arguments.device, "--device "),
         arguments.overrides,
         candidates=arguments.candidates,
         batch=arguments.batch,

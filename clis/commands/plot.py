@@ -65,7 +65,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="run folders, or folders of studies; key=value changes the runs' configs, e.g. "
         "data.root=/datasets if the data have moved",
     )  # fmt: skip
-    parser.add_argument("--out", type=Path, default=Path("runs/plots"), metavar="FOLDER")
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/plots"), metavar="FOLDER",
+        help="folder for the figures (default runs/plots)",
+    )  # fmt: skip
     parser.add_argument(
         "--format", choices=FORMATS, default="png", help="default png; pdf and svg for papers"
     )
@@ -74,8 +77,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="call the run folder, or a study's row, A by the name B; runs of one name are drawn together",
     )  # fmt: skip
     parser.add_argument("--rows", nargs="+", default=(), metavar="NAME", help="only these rows of a study")
-    parser.add_argument("--images", type=non_negative, default=6, help="validation images with boxes")
-    parser.add_argument("--score", type=float, default=0.3, help="minimum score of boxes to draw")
+    parser.add_argument(
+        "--images", type=non_negative, default=6, metavar="N", help="validation images with boxes (default 6)"
+    )
+    parser.add_argument(
+        "--score", type=float, default=0.3, metavar="S", help="minimum score of boxes to draw (default 0.3)"
+    )
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -84,6 +91,8 @@ def run(arguments: argparse.Namespace) -> None:
     Raises:
         OSError, ValueError: an argument is wrong; see `plot`.
     """
+    if not 0 <= arguments.score <= 1:
+        raise ValueError(f"--score {arguments.score:g}: must be between 0 and 1")
     named, overrides = split_overrides(arguments.folders, "folder")
     folders = [Path(each) for each in named]
     studies = {
@@ -120,7 +129,8 @@ def _chosen(
 ) -> dict[str, Any]:
     """Return a study.json with the chosen rows under their new names."""
     if unknown := [name for name in rows if name not in document["rows"]]:
-        raise ValueError(f"{source} has no row {unknown[0]}; it has {', '.join(document['rows'])}")
+        known = ", ".join(map(repr, document["rows"]))
+        raise ValueError(f"{source} has no row {unknown[0]!r}; it has {known}")
     chosen: dict[str, Any] = {}
     for name in rows or document["rows"]:
         new = names.get(name, name)

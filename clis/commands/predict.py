@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import functools
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,7 +51,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="an image file, a folder with all below it, or a glob; key=value changes the detector's config, "
         "e.g. data.root=/datasets for a calibration that measures the training annotations",
     )  # fmt: skip
-    parser.add_argument("--out", type=Path, default=Path("runs/predict"), metavar="FOLDER")
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/predict"), metavar="FOLDER",
+        help="folder for pictures, page and JSON files (default runs/predict)",
+    )  # fmt: skip
     parser.add_argument("--score", type=float, default=0.3, help="minimum score (default 0.3)")
     parser.add_argument(
         "--top", type=positive, default=100, metavar="N", help="best N per image (default 100)"
@@ -79,14 +83,14 @@ def run(arguments: argparse.Namespace) -> None:
     sources, overrides = split_overrides(arguments.sources, "source")
     files, others = find_images(sources, [out / name for name in (PICTURES, PREDICTIONS, IMAGES, PAGE)])
     checkpoint = find_checkpoint(arguments.run)
-    detector, config = load_for_inference(checkpoint, choose_device(arguments.device), overrides)
+    detector, config = load_for_inference(checkpoint, choose_device(arguments.device, "--device "), overrides)
     labels = None
     if arguments.classes is not None:
         labels = torch.tensor(class_labels(arguments.classes, detector.categories))
     selection = Selection(arguments.score, arguments.top, labels)
     known = find_annotated(arguments.annotations, files, detector.categories) if stored else None
     pictures = None if arguments.no_pictures else out / PICTURES
-    claim_folder(out, {"checkpoint": str(checkpoint)})  # if this is impossible, say so before the work
+    old = claim_folder(out, {"checkpoint": str(checkpoint)})  # if this is impossible, say so before the work
     photos = predict(detector, config, files, selection, arguments.batch, known, pictures)
     written = write_results(out, photos, detector.categories, checkpoint, stored)
     if pictures is not None:
@@ -98,6 +102,7 @@ def run(arguments: argparse.Namespace) -> None:
             written.append(write_page(out, photos, detector.categories, facts))
         except MissingExtra as error:
             say(f"no {PAGE}: {error}")
+    remove_old(old | {out / PAGE}, [*written, *(out / PICTURES / str(photo.picture) for photo in photos)])
     _say_summary(photos, others)
     say(", ".join(map(str, [*written, *([pictures] if pictures else [])])))
 
@@ -210,8 +215,11 @@ def draw_photo(pixels: Tensor, photo: Photo, categories: Sequence[Category], pat
         picture.save(temporary, quality=90)
 
 
-def claim_folder(out: Path, info: Mapping[str, str]) -> None:
+def claim_folder(out: Path, info: Mapping[str, str]) -> set[Path]:
     """Note in a folder that its results are those of this command; nothing of somebody else is replaced.
+
+    Returns:
+        The pictures of an earlier result, which stays until the new one is whole.
 
     Raises:
         ValueError: files or pictures of these names are there, and `IMAGES` does not say whose they are.
@@ -220,15 +228,26 @@ def claim_folder(out: Path, info: Mapping[str, str]) -> None:
     check_writable(out / PREDICTIONS)
     there = [path for name in (PICTURES, PREDICTIONS, IMAGES, PAGE) if (path := out / name).exists()]
     try:
-        own = "checkpoint" in json.loads((out / IMAGES).read_bytes())["info"]
+        earlier = json.loads((out / IMAGES).read_bytes())
+        own = "checkpoint" in earlier["info"]
+        pictures = {out / each["picture"] for each in earlier["images"] if "picture" in each}
     except (OSError, ValueError, KeyError, TypeError):
-        own = False
+        own, pictures = False, set()
     if there and not own:
         raise ValueError(
             f"{there[0]}: was not written by predict, which would replace it; name another --out"
         )
-    if not own:  # an earlier result stays until the new one is whole
+    if not own:
         _write_images(out, {"info": info, "images": []})
+    return pictures
+
+
+def remove_old(files: Collection[Path], new: Collection[Path]) -> None:
+    """Remove the files of an earlier result that the new one has not replaced, and folders that empties."""
+    for path in sorted({*files} - {*new}):
+        path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # something is in it
+            path.parent.rmdir()
 
 
 def _write_images(out: Path, document: Mapping[str, Any]) -> None:
@@ -325,10 +344,10 @@ def _say_summary(photos: Sequence[Photo], others: int) -> None:
     if turned := sum(photo.turned for photo in read):
         say(f"{turned} turned by their EXIF orientation; boxes are in the images as displayed")
     if others:
-        say(f"left out by name: {others} in the folders that are not {FORMATS} files")
+        say(f"left out: {counted(others, 'other file')} in the folders, by name not {FORMATS}")
     for photo in bad[:NAMED]:
         say(f"unreadable: {photo.error}")
     if bad:
         say(f"{len(bad)} unreadable" + (f"; {IMAGES} names all of them" if len(bad) > NAMED else ""))
     if not read:
-        raise ValueError(f"none of the {len(photos)} images could be read")
+        raise ValueError(f"none of the images could be read: {len(photos)}")

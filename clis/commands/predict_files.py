@@ -34,7 +34,8 @@ class ImageFile:
 def find_images(sources: Sequence[str], written: Sequence[Path]) -> tuple[list[ImageFile], int]:
     """List the image files of the sources: files as they are named, folders and globs sorted.
 
-    Each file comes once. Links to folders are followed; hidden files and folders are left out.
+    Each file comes once, by its own name rather than by that of a link. Links to folders are followed; hidden
+    files and folders are left out.
 
     Args:
         written: files and folders that the command writes, which are left out too: a picture is never taken
@@ -68,7 +69,8 @@ def find_images(sources: Sequence[str], written: Sequence[Path]) -> tuple[list[I
                     num_others += 1
                 else:
                     name = str(each.relative_to(path)) if is_folder else each.name
-                    found.setdefault(full, ImageFile(each, name))
+                    if full not in found or (found[full].path.is_symlink() and not each.is_symlink()):
+                        found[full] = ImageFile(each, name)
     if not found:
         only = f"the only images are in {written[0]}, where this command writes; name another --out"
         what = only if num_own else f"no {FORMATS} file found"

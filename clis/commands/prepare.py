@@ -62,11 +62,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "roots", nargs="+", type=Path, metavar="ROOT", help="of folders or tars, or a tar of tars"
     )
     parser.add_argument(
-        "--annotations", type=Path, required=True, help="LVIS or COCO-form file: the categories"
+        "--annotations",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="LVIS or COCO-form file: the categories",
     )
     parser.add_argument("--out", type=Path, required=True, metavar="INDEX", help="folder to write")
-    parser.add_argument("--mapping", type=Path, help="lines of: name, tab, category")
-    parser.add_argument("--labels", type=Path, help="of mixed tars, lines of: member name, tab, class")
+    parser.add_argument("--mapping", type=Path, metavar="FILE", help="lines of: name, tab, category")
+    parser.add_argument(
+        "--labels", type=Path, metavar="FILE", help="of mixed tars, lines of: member name, tab, class"
+    )
     parser.add_argument("--strict", action="store_true", help="stop at what matches nothing")
     parser.add_argument("--workers", type=positive, help="scan tars with N processes (default: one per CPU)")
 
@@ -121,6 +127,9 @@ def prepare_image_level(
     """
     out, root_paths = Path(out), [Path(root) for root in roots]
     _check_out(out, root_paths)
+    for name, path in (("mapping", mapping), ("labels", labels)):
+        if path is not None and not Path(path).exists():
+            raise FileNotFoundError(f"{path}: no such file of {name}")
     categories = read_annotations(annotations).categories
     if not is_index(out):
         mark_unfinished(out)

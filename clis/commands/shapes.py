@@ -10,7 +10,7 @@ from clis.data.shapes import ShapesSpec, generate_shapes
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `clis shapes`."""
-    parser.add_argument("folder", type=Path)
+    parser.add_argument("folder", type=Path, help="folder to write, new or empty")
     parser.add_argument("--seed", type=int, default=0, help="set the data seed (default 0, the benchmark)")
 
 

@@ -31,7 +31,7 @@ from clis.data.sampling import JointSampler, WorkItem
 from clis.data.streams import generate_data, make_streams
 from clis.engine.region_search import region_rule, regions_of, search_batches
 from clis.engine.run_folder import regions_file
-from clis.pages import MissingExtra, render
+from clis.pages import MissingExtra, check_page, render
 from clis.progress import Progress, say
 from clis.text import printable, shortened
 
@@ -61,6 +61,7 @@ def run(arguments: argparse.Namespace) -> None:
     """Write pictures and a page of what the first steps of a config see."""
     config = load_config(arguments.config, arguments.overrides)
     out = arguments.out or Path("runs/show") / name_below(find_config(arguments.config), "configs")
+    check_page(out / PAGE)
     generate_data(config)
     seen = open_streams(config, arguments.config)
     labels = None

@@ -16,6 +16,7 @@ from clis.progress import say
 from clis.study.file import Study, check_overrides, overruled
 from clis.study.jobs import Job, log_of, plan_row, work
 from clis.study.record import Record
+from clis.text import counted
 
 _BEFORE = "; put key=value before --rows and --seeds"
 
@@ -31,7 +32,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--seeds", nargs="+", type=_seed, default=(), help="run only these seeds, of every row"
     )
-    parser.add_argument("--jobs", type=positive, default=2, help="runs at once, which share the CPUs")
+    parser.add_argument(
+        "--jobs", type=positive, default=2, help="runs at once, which share the CPUs (default 2)"
+    )
     parser.add_argument(
         "--out", type=Path, default=Path("runs/studies"), metavar="FOLDER",
         help="folder of all studies, each in a folder of its name (default runs/studies)",
@@ -50,6 +53,11 @@ def _seed(text: str) -> int:
 def run(arguments: argparse.Namespace) -> None:
     """Run the rows and seeds of a study that are missing, then print its table; or only draw it again."""
     if arguments.draw:
+        if arguments.rows or arguments.seeds:
+            raise ValueError(
+                "--draw draws all that is recorded; leave --rows and --seeds out (python -m clis plot "
+                f"{arguments.out}/{arguments.file.stem} --rows NAME ... draws some rows)"
+            )
         say(str(draw_again(arguments.file, arguments.out, arguments.overrides)))
         return
     folder = run_study(
@@ -60,7 +68,8 @@ def run(arguments: argparse.Namespace) -> None:
         jobs=arguments.jobs,
         overrides=arguments.overrides,
     )
-    say((folder / "table.md").read_text() + f"{folder}/study.json, table.md")
+    files = [name for name in ("study.json", "table.md", "figure.png") if (folder / name).exists()]
+    say((folder / "table.md").read_text() + f"{folder}/{', '.join(files)}")
 
 
 def run_study(
@@ -95,7 +104,8 @@ def run_study(
     unknown = sorted(set(rows) - {row.name for row in study.rows})
     if unknown:
         raise ValueError(
-            f"{path} has no row {', '.join(unknown)}; it has {', '.join(r.name for r in study.rows)}"
+            f"{path} has no row {', '.join(map(repr, unknown))}; it has "
+            + ", ".join(repr(row.name) for row in study.rows)
             + _BEFORE * any("=" in name for name in unknown)
         )
     folder = out / study.name
@@ -106,7 +116,7 @@ def run_study(
     for row, seed in sorted(wanted, key=lambda each: each[1]):  # a seed of all rows before the next
         if not record.has(row, seed) and not record.take(row, seed):
             plan_row(study, row, seed, out, overrides, plan)
-    say(f"{study.name}: {len(study.rows)} rows; {len(plan)} jobs to do, {jobs} at once")
+    say(f"{study.name}: {len(study.rows)} rows; {counted(len(plan), 'job')} to do, {jobs} at once")
     for key, names in overruled(chosen, overrides).items():
         say(f"WARNING: {key} stays as it is in rows that set it themselves: {', '.join(names)}")
     if record.outdated:

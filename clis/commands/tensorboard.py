@@ -22,7 +22,9 @@ POLL = 5.0
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `clis tensorboard`."""
-    parser.add_argument("folders", nargs="+", type=Path, metavar="RUN_FOLDER")
+    parser.add_argument(
+        "folders", nargs="+", type=Path, metavar="RUN_FOLDER", help="runs, also unfinished ones"
+    )
     parser.add_argument("--follow", action="store_true", help="continue while the runs continue")
 
 

@@ -14,16 +14,16 @@ from typing import Any
 import numpy as np
 
 from clis.data.categories import Category
-from clis.text import name_key, printable, shortened
+from clis.text import counted, name_key, printable, shortened
 
 _SYNSETS = Path(__file__).with_name("wnids.tsv")
 GROUP_NAMES = {"r": "rare", "c": "common", "f": "frequent", "all": "all"}
 _FEWEST = 10
 """Classes that the coverage names as those with the fewest images."""
 _LISTS = {
-    "without_images": "categories without images",
-    "unmatched": "classes match no category and are left out",
-    "empty": "folders and tars without an image",
+    "without_images": ("category without images", "categories without images"),
+    "unmatched": ("class matches no category and is left out", "classes match no category and are left out"),
+    "empty": ("folder or tar without an image", "folders and tars without an image"),
 }
 
 NO_CATEGORY = -1
@@ -269,7 +269,7 @@ def describe_coverage(covered: dict[str, Any]) -> str:
     lines.append("fewest images: " + shortened([f"{name} {count}" for name, count in covered["fewest"]]))
     for key, what in _LISTS.items():
         if names := covered.get(key):
-            lines.append(f"{len(names)} {what}: {shortened(names)}")
+            lines.append(f"{counted(len(names), *what)}: {shortened(names)}")
     if skipped := covered.get("skipped"):
         names = shortened(covered["skipped_in"])
         lines.append(

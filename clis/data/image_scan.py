@@ -23,7 +23,7 @@ from typing import NamedTuple
 import numpy as np
 
 from clis.atomic import atomic_write
-from clis.text import shortened
+from clis.text import counted, shortened
 
 IMAGE_SUFFIXES = (
     ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff",
@@ -221,7 +221,9 @@ def _entries(root: Path, say: Callable[[str], None]) -> list[Path]:
     elif root.exists():
         paths = [root]
     else:
-        raise ValueError(f"{root}: no such folder or tar; correct data.image_level or data.root")
+        raise ValueError(
+            f"{root}: no such folder or tar; in a config it is in data.image_level, below data.root"
+        )
     for path in paths:
         if path.name.lower().endswith(_COMPRESSED):
             raise ValueError(
@@ -245,9 +247,10 @@ def _entries(root: Path, say: Callable[[str], None]) -> list[Path]:
         )
     if not used and root.is_dir():
         images = sum(map(is_image, others))
-        held = f"{images} images" if images else f"{len(others)} other files" if others else "nothing"
+        held = counted(images, "image") if images else counted(len(others), "other file")
         raise ValueError(
-            f"{root}: no class folder and no tar in it, but {held}; images belong in folders that are named "
+            (f"{root}: no class folder and no tar in it, but {held}" if others else f"{root}: is empty")
+            + "; images belong in folders that are named "
             "after their class, and data.image_level names what holds these folders"
         )
     return used

@@ -36,7 +36,7 @@ def document_parts(
         yield from read_lists(path, LISTS, advance)
     except FileNotFoundError:
         raise FileNotFoundError(
-            f"{path}: no such annotation file; paths of a config are relative to data.root, so pass "
+            f"{path}: no such annotation file; if a config names it, it is relative to data.root: pass "
             "data.root=FOLDER if the data have moved (run folders and checkpoints keep theirs; CLIS_DATA is "
             "for configs without one)"
         ) from None

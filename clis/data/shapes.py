@@ -139,11 +139,12 @@ def write_shapes(
     Makes ``train.json`` and ``val.json`` (LVIS v1 form, exhaustively annotated, file names relative to
     `folder`), ``train/000001.jpg`` and so on, ``image_level/<class name>/000001.jpg`` and so on, the boxes of
     the latter in ``image_level_boxes.json`` (for `regions.boxes`, as an oracle), and finally ``shapes.json``,
-    whose presence means that the rest is complete. A folder that this function left incomplete or wrote from
-    another spec is rewritten. `progress` is called after each image. Of several processes one writes it, and
-    the others wait.
+    whose presence means that the rest is complete. A folder that this function left incomplete, or an earlier
+    version of it wrote, is rewritten. `progress` is called after each image. Of several processes one writes
+    it, and the others wait.
 
-    Raises ValueError where `folder` holds anything that this function did not make; nothing is changed then.
+    Raises ValueError where `folder` holds anything that this function did not make, or the benchmark of
+    another spec; nothing is changed then.
     """
     record = {"format": FORMAT, "version": VERSION, "spec": dataclasses.asdict(spec)}
     record = json.loads(json.dumps(record))  # as it reads back: tuples become lists
@@ -155,8 +156,14 @@ def write_shapes(
         say(f"{folder}: another process writes it; waiting for that")
 
     with exclusive(folder.with_name(f".{folder.name}.lock"), on_wait):
-        if _read_record(folder) == record:
+        there = _read_record(folder)
+        if there == record:
             return
+        if there is not None and there.get("version") == VERSION:
+            raise ValueError(
+                f"{folder}: holds the shapes benchmark of {_difference(there, record)}; name another folder "
+                "(data.root=FOLDER in a config), or remove it"
+            )
         unfinished = _claim_folder(folder)
         for _ in _write_images(folder, spec):
             progress()
@@ -173,6 +180,12 @@ def generate_shapes(folder: Path, spec: ShapesSpec | None = None) -> None:
             write_shapes(folder, made, progress.advance)
 
     on_main(write)
+
+
+def _difference(there: dict, record: dict) -> str:
+    """Say in which settings the benchmark that is there differs from the one to be written."""
+    old, new = there.get("spec", {}), record["spec"]
+    return ", ".join(f"{key} {old.get(key)}, not {new[key]}" for key in new if old.get(key) != new[key])
 
 
 def _read_record(folder: Path) -> dict | None:

@@ -41,7 +41,7 @@ from clis.data.sampling import (
 from clis.data.shapes import generate_shapes
 from clis.distributed import local_main_first
 from clis.progress import Progress, say
-from clis.text import shortened
+from clis.text import counted, shortened
 
 
 def generate_data(config: Config) -> None:
@@ -155,7 +155,11 @@ def read_index(config: Config, annotations: Annotations) -> ImageLevelIndex:
     index = build_index(roots, annotations.categories, mapping, strict=not data.drop_unmatched)
     if index.unmatched:
         some = shortened(index.unmatched)
-        say(f"{len(index.unmatched)} image-level classes match no category and are left out: {some}")
+        what = (
+            "image-level class matches no category and is",
+            "image-level classes match no category and are",
+        )
+        say(f"{counted(len(index.unmatched), *what)} left out: {some}")
     return index
 
 

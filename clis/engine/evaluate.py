@@ -31,7 +31,7 @@ from clis.engine.run_folder import RECORD, RunFolder
 from clis.metric.detections import Detections
 from clis.metric.lvis_eval import METRICS, evaluate
 from clis.models import CLISDetector
-from clis.progress import Progress
+from clis.progress import Progress, say
 from clis.resize import image_size
 
 INFERENCE = scoped_keys(Scope.INFERENCE)
@@ -144,6 +144,8 @@ def load_for_inference(
 ) -> tuple[CLISDetector, Config]:
     """Load a detector ready for `detect`, and its config, with ``key=value`` overrides.
 
+    That it is from the middle of its training is said.
+
     Raises:
         FileNotFoundError, ValueError: as `load_checkpoint`, `inference_config` and `load_model`.
     """
@@ -151,6 +153,8 @@ def load_for_inference(
     config = inference_config(state, checkpoint, overrides)
     detector = load_model(state, config, str(checkpoint)).to(device).eval()
     measure_calibration(detector, config)
+    if 0 < state["step"] < config.train.steps:
+        say(f"{checkpoint}: step {state['step']} of {config.train.steps} of its training")
     return detector, config
 
 

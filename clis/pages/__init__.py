@@ -2,11 +2,31 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
+
+from clis.atomic import check_writable
+
+MARK = b'<meta name="generator" content="clis">'
+"""Of every page, in its first lines."""
 
 
 class MissingExtra(ValueError):
     """The packages of the extra ``[report]`` are not installed; the message says how to install them."""
+
+
+def check_page(path: Path) -> None:
+    """Raise an error now if a page could not be written after the work for it, or would replace another file.
+
+    Raises:
+        IsADirectoryError, OSError: see `check_writable`.
+        ValueError: there is a file that is no page of ours.
+    """
+    check_writable(path)
+    if path.exists():
+        with open(path, "rb") as file:
+            if MARK not in file.read(1024):
+                raise ValueError(f"{path}: is no page of clis, which would replace it; name another --out")
 
 
 def render(template_name: str, **values: Any) -> str:

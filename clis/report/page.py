@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from clis.atomic import atomic_write, check_writable
+from clis.atomic import atomic_write
 from clis.config import ONLINE_RULES, Config, data_path
 from clis.config_files import config_to_dict, flatten
 from clis.data.annotations import Annotations
@@ -23,7 +23,7 @@ from clis.engine.run_state import check_same_data
 from clis.metric.analysis import ERROR_GROUPS, ERRORS
 from clis.metric.matching import IOU_THRESHOLDS
 from clis.metric.verdicts import VERDICTS
-from clis.pages import render
+from clis.pages import check_page, render
 from clis.progress import Progress, say
 from clis.report.curves import curves_of, evaluations_of
 from clis.report.judged import (
@@ -75,9 +75,12 @@ def write_report(
         FileNotFoundError, ValueError: a folder is no run, or the runs are of different data.
         OSError: the page cannot be written; known before minutes of work.
     """
+    paths = [Path(folder).resolve() for folder in folders]
+    if twice := [folder for folder, path in zip(folders, paths) if paths.count(path) > 1]:
+        raise ValueError(f"{twice[0]}: is named more than once; name each run once")
     runs = [read_run(folder, name, overrides) for folder, name in zip(folders, names)]
     check_same_data([run.state for run in runs], "make a report for each")
-    check_writable(out)
+    check_page(out)
     payload = collect(runs, images, regions)
     text = render_page(payload)
     with atomic_write(out) as temporary:
