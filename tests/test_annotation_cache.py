@@ -460,4 +460,4 @@ def test_the_streams_of_a_run_are_mapped(path, reads, capsys):
         assert dataset.annotations is found
     assert len(reads) == 1
     said = capsys.readouterr().out
-    assert said.count(" dropped boxes, 1 clipped boxes") == 2
+    assert said.count(" dropped boxes, 1 clipped box") == 2

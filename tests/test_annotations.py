@@ -314,6 +314,27 @@ def test_larger_overflow_is_an_error_or_clipped(load):
     assert annotations.bboxes[0].tolist() == [-1.5, 0, 11.5, 10]  # the metric still sees the file's
 
 
+@pytest.mark.parametrize("drop_invalid", [False, True])
+def test_boxes_of_another_form_are_refused_whatever_is_dropped(load, drop_invalid):
+    """In an image of 200 x 100: ten boxes as corners, which leave it as x, y, width, height; and fractions."""
+    corners = [[150.0, 20 + n, 190, 90] for n in range(10)]
+    with pytest.raises(ValueError, match=r"10 of 10 boxes leave .* x1, y1, x2, y2;"):
+        checked_for_training(with_boxes(load, *corners), drop_invalid=drop_invalid)
+    kept, _ = checked_for_training(with_boxes(load, *corners[:9]), drop_invalid=True)  # too few to say so
+    assert len(kept.labels) == 9
+    proper = [[10.0, 10, 50, 50]] * 10
+    assert len(checked_for_training(with_boxes(load, *proper), drop_invalid=drop_invalid)[0].labels) == 10
+    with pytest.raises(ValueError, match=r"all boxes are within 0\.\.1, as fractions of the image would be"):
+        checked_for_training(with_boxes(load, [0.1, 0.2, 0.3, 1.0]), drop_invalid=drop_invalid)
+
+
+def test_a_split_without_a_box_is_refused_even_with_empty_images(load):
+    annotations = with_boxes(load, [1, 1, 5, 5])
+    annotations.crowd[:] = True
+    with pytest.raises(ValueError, match=r"no box is left to train on: 1 crowd box; correct the boxes"):
+        checked_for_training(annotations, drop_invalid=True, empty_images=True)
+
+
 def test_small_boxes_go_with_the_invalid_ones(load):
     """As in mmdetection: sides under a pixel, and areas that the file says are 0."""
     annotations = with_boxes(load, [1, 1, 0.9, 5], [1, 1, 5, 1.0], [2, 2, 6, 6])
@@ -384,7 +405,7 @@ def scratch(tmp_path_factory):
 @settings(max_examples=150)
 @given(boxes=st.lists(st.lists(COORDINATE, min_size=4, max_size=4), min_size=1, max_size=6))
 def test_kept_boxes_lie_in_their_image_with_area(scratch, boxes):
-    content = document()
+    content, boxes = document(), [*boxes, [10, 10, 20, 20]]  # one is left in any case
     content["annotations"] = [
         {"id": n, "image_id": 42, "category_id": 2, "bbox": box} for n, box in enumerate(boxes)
     ]

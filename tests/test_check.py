@@ -167,8 +167,29 @@ def test_annotations_at_fault(root, field, value, error):
     if field == "bbox":
         report = checked(root, "data.drop_invalid=true")
         assert report.errors == []
-        kind = "1 dropped boxes" if value[2] == 0 else "1 clipped boxes"
+        kind = "1 dropped box, of " if value[2] == 0 else "1 clipped box, of "
         assert any(f"train.json: {kind}" in warning for warning in report.warnings)
+
+
+def test_counts_of_a_larger_file_are_said(root):
+    """A part of LVIS keeps LVIS's counts and groups, which decide APr and the margins of some losses."""
+
+    def claim(document):
+        document["categories"][3] |= {"image_count": 500, "frequency": "f"}
+
+    assert not any("image_count" in warning for warning in checked(root).warnings)
+    change(root, "train", claim)
+    said = [warning for warning in checked(root).warnings if "image_count" in warning]
+    assert len(said) == 1
+    assert re.search(r"image_count of 1 class is not the number of images .* \(.*: 500, here \d+\)", said[0])
+
+
+def test_refused_boxes_are_not_described(root):
+    """What would train is not known then: images without a box are left out, or train as background."""
+    change(root, "train", lambda document: document["annotations"][4].update(bbox=[3, 4, 0, 9]))
+    report = checked(root)
+    assert len(report.errors) == 1
+    assert not any("a pass is" in note or "without a box" in note for note in report.notes)
 
 
 def test_annotations_that_are_hardly_meant(root):

@@ -75,6 +75,8 @@ class WithBackground(CrossEntropy):
     def scores(self, logits): return logits.softmax(dim=1)
 class Detached(CrossEntropy):
     def forward(self, *arguments): return super().forward(*arguments).detach()
+class Logits(CrossEntropy):
+    def scores(self, logits): return logits[:, :-1]
 class Uncounted(CrossEntropy):
     def statistics(self, logits, labels, rows): return None
 def function(categories): return CrossEntropy(categories)
@@ -158,6 +160,7 @@ def test_the_loss_is_given_the_categories_with_their_training_images(modules):
         ("lacking_loss:Rows", r"it gives \[\], \[\] for no rows"),
         ("lacking_loss:Uncounted", r"fails with AttributeError: 'NoneType' object has no attribute 'dtype'"),
         ("lacking_loss:Number", r"fails with AttributeError: 'float' object has no attribute 'shape'"),
+        ("lacking_loss:Logits", r"scores gives -20 to 18\.\d+ for logits of -20 to 20; return probabilities"),
         (
             "lacking_loss:WithBackground",
             r"scores gives the shape \(0, 6\) for no rows; it has to be \(0, 5",

@@ -25,7 +25,7 @@ BELOW = {
     "data": GROUND - {"losses", "boxes"},
     **{room: GROUND - {"losses"} for room in GROUND},
     "losses": set(),
-    "pages": set(),
+    "pages": {"atomic"},
     "report": {"engine", "metric", "data", "pages"} | GROUND,
     "study": {"engine", "metric", "data", "figures"} | GROUND,
     "drawing": set(),

@@ -229,9 +229,32 @@ def test_two_files_are_not_one_image(tmp_path):
     (tmp_path / "val.json").write_text(json.dumps(document | {"categories": [{"id": 1, "name": "cat"}]}))
     categories = [Category(id=1, name="cat", frequency="r", image_count=0)]
     files = [ImageFile(tmp_path / name / "x.jpg", f"{name}/x.jpg") for name in ("a", "b")]
-    assert find_annotated(tmp_path / "val.json", files[:1], categories).ids() == [7]
+    assert find_annotated(tmp_path / "val.json", files[:1], categories)[0].ids() == [7]
     with pytest.raises(ValueError, match=r"b/x\.jpg and .*a/x\.jpg would both be image 7"):
         find_annotated(tmp_path / "val.json", files, categories)
+
+
+def test_images_of_another_split_in_the_same_folder_are_left_out(finished, data, tmp_path, capsys):
+    """But not a file that is named itself, and not all of them."""
+    val = json.loads((data / "shapes" / "val.json").read_text())
+    (tmp_path / "photos" / "val").mkdir(parents=True)
+    for name in ("000001.jpg", "000002.jpg", "000003.jpg"):
+        shutil.copy(data / "shapes" / "val" / name, tmp_path / "photos" / "val" / name)
+    part = [image for image in val["images"] if image["file_name"] in ("val/000001.jpg", "val/000003.jpg")]
+    (tmp_path / "part.json").write_text(json.dumps(val | {"images": part, "annotations": []}))
+    options = [f"--annotations={tmp_path / 'part.json'}", f"--out={tmp_path / 'out'}", "--no-pictures"]
+    command = ["predict", str(finished), *options]
+    main([*command, str(tmp_path / "photos")])
+    assert (
+        f"left out: 1 image of the folders that {tmp_path}/part.json does not have" in capsys.readouterr().out
+    )
+    assert [image["id"] for image in read(tmp_path / "out")[1]["images"]] == [each["id"] for each in part]
+    with pytest.raises(ValueError, match=r"000002\.jpg: is none of its images"):
+        main([*command, str(tmp_path / "photos" / "val" / "000002.jpg")])
+    others = val | {"images": val["images"][9:], "annotations": []}
+    (tmp_path / "part.json").write_text(json.dumps(others))
+    with pytest.raises(ValueError, match=r"none of its images is among the 3 files that are named"):
+        main([*command, str(tmp_path / "photos")])
 
 
 @pytest.mark.parametrize(
@@ -244,7 +267,7 @@ def test_names_are_understood_as_by_training(tmp_path, name, on_disk):
     (tmp_path / "val.json").write_text(json.dumps(document))
     categories = [Category(id=1, name="cat", frequency="r", image_count=0)]
     file = ImageFile(tmp_path / "ph" / on_disk, on_disk)
-    assert find_annotated(tmp_path / "val.json", [file], categories).ids() == [7]
+    assert find_annotated(tmp_path / "val.json", [file], categories)[0].ids() == [7]
     with pytest.raises(ValueError, match=r"x\.jpg: is none of its images"):
         find_annotated(tmp_path / "val.json", [ImageFile(tmp_path / "x.jpg", "x.jpg")], categories)
 

@@ -436,7 +436,7 @@ def test_rows_that_are_not_there(tmp_path):
     with pytest.raises(ValueError, match=r"has no row 'CLIP'; it has 'CLIS'"):
         run_study(path, tmp_path, rows=["CLIP"])
     with pytest.raises(
-        ValueError, match=r"no row train.steps=9; .*; put key=value before --rows and --seeds"
+        ValueError, match=r"no row 'train.steps=9'; .*; put key=value before --rows and --seeds"
     ):
         run_study(path, tmp_path, rows=["CLIS", "train.steps=9"])
 

@@ -16,7 +16,7 @@ from clis.commands.check_images import ImageCheck, Stream
 from clis.commands.check_report import SHOWN, Report
 from clis.config import DETECTOR_RULES, Config, data_path
 from clis.config_files import load_config
-from clis.data.annotations import Annotations, checked_for_training
+from clis.data.annotations import Annotations, checked_for_training, describe_changes
 from clis.data.categories import Category, check_same_categories
 from clis.data.image_classes import GROUP_NAMES, coverage, describe_coverage
 from clis.data.image_level import ImageLevelIndex, check_containers, is_intact
@@ -46,7 +46,7 @@ from clis.engine.run_folder import RunFolder, regions_file
 from clis.engine.start import check_run, starting_weights
 from clis.metric.matching import check_truth, describe_uncounted
 from clis.models import CLISDetector, build_classifier, build_model
-from clis.text import name_key, shortened
+from clis.text import counted, name_key, shortened
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -162,8 +162,11 @@ def _check_annotations(config: Config, report: Report) -> tuple[Annotations | No
     train = val = None
     with report.catching():
         train = read_annotations(data_path(config, config.data.train))
-        train = _checked_boxes(train, config, report)
-        _describe_classes(train, config, report)
+        _describe_counts(train, report)
+        checked = _checked_boxes(train, config, report)
+        if checked is not None:
+            train = checked
+            _describe_classes(train, config, report)
     with report.catching():
         val = read_annotations(data_path(config, config.data.val))
         _describe_names(val, config, report)
@@ -195,18 +198,35 @@ def _check_image_level(plan: PlannedRun, train: Annotations, report: Report) -> 
     return index
 
 
-def _checked_boxes(train: Annotations, config: Config, report: Report) -> Annotations:
-    """Return what the run will train on, or the annotations as they are if their boxes stop it."""
-    counts: dict[str, int] = {}
-    with report.catching():
+def _describe_counts(train: Annotations, report: Report) -> None:
+    """Warn of classes that have other numbers of images than the file says, as in a part of a larger one."""
+    other = [
+        f"{category.name}: {category.image_count}, here {count}"
+        for category, count in zip(train.categories, train.images_per_class().tolist())
+        if category.image_count != count
+    ]
+    if other:
+        report.warnings.append(
+            f"{train.path}: image_count of {counted(len(other), 'class', 'classes')} is not the number of "
+            f"images in this file ({shortened(other, SHOWN)}); APr, APc, APf and some losses follow it and "
+            "frequency: remove both fields to have them counted"
+        )
+
+
+def _checked_boxes(train: Annotations, config: Config, report: Report) -> Annotations | None:
+    """Return what the run will train on, or None if the boxes stop it."""
+    boxes = len(train.labels)
+    try:
         train, counts = checked_for_training(
             train, drop_invalid=config.data.drop_invalid, empty_images=config.data.empty_images
         )
+    except ValueError as error:
+        report.errors.append(str(error))
+        return None
     if left_out := counts.pop("empty images", 0):
         report.notes.append(f"{train.path}: {left_out} images without a box are left out (data.empty_images)")
     if any(counts.values()):
-        said = ", ".join(f"{count} {what}" for what, count in counts.items() if count)
-        report.warnings.append(f"{train.path}: {said}")
+        report.warnings.append(f"{train.path}: {describe_changes(counts)}, of {boxes} boxes")
     empty = int((np.diff(train.offsets) == 0).sum())
     if empty:
         report.notes.append(f"{train.path}: {empty} images without a box, which train as background")
@@ -248,12 +268,7 @@ def _describe_classes(train: Annotations, config: Config, report: Report) -> Non
 def _describe_oddities(annotations: Annotations, report: Report) -> None:
     """Warn of annotations that are possible and hardly meant."""
     sizes = annotations.bboxes[:, 2:]
-    if len(sizes) and (annotations.bboxes <= 1).all():
-        report.errors.append(
-            f"{annotations.path}: all boxes are within 0..1, as fractions of the image would be; boxes are "
-            "x, y, width, height in pixels"
-        )
-    elif len(sizes) and (sizes < 2).all():
+    if len(sizes) and (sizes < 2).all():
         width, height = sizes[sizes.prod(axis=1).argmax()]
         report.warnings.append(
             f"{annotations.path}: no box has a side of 2 px, the largest is {width:.3g} x {height:.3g}: are "

@@ -48,12 +48,18 @@ from torchvision.io import ImageReadMode, decode_image
 files = {{"categories.json": ""}}
 program = torch.export.load(Path(__file__).with_name({program!r}), extra_files=files).module()
 names = [category["name"] for category in json.loads(files["categories.json"])]
-for path in sys.argv[1:]:
-    image = decode_image(path, ImageReadMode.RGB, apply_exif_orientation=True)  # uint8 RGB [3,H,W]
-    boxes, scores, labels = (found.tolist() for found in program(image.to("{device}")))
-    for box, score, label in zip(boxes, scores, labels):
-        if score >= 0.3:
-            print(path, names[label], f"{{score:.2f}}", [round(side) for side in box])
+for path in sys.argv[1:] or sys.exit(__doc__):
+    try:
+        image = decode_image(path, ImageReadMode.RGB, apply_exif_orientation=True)  # uint8 RGB [3,H,W]
+        boxes, scores, labels = (found.tolist() for found in program(image.to("{device}")))
+    except (RuntimeError, AssertionError) as error:  # no image, or only a pixel wide once it is resized
+        print(path, "cannot be used:", str(error).splitlines()[0])
+        continue
+    kept = [found for found in zip(boxes, scores, labels) if found[1] >= 0.3]
+    for box, score, label in kept:
+        print(path, names[label], f"{{score:.2f}}", [round(side) for side in box])
+    if not kept:
+        print(path, "nothing above 0.3; the best score is", f"{{max(scores, default=0):.2f}}")
 '''
 """What is written beside a program of one image at a time."""
 
@@ -128,6 +134,7 @@ def export(
     nms = _onnx_nms() if onnx else nms_of_best
     detector, _ = load_for_inference(checkpoint, device, overrides)
     detector.to(memory_format=torch.contiguous_format)  # in which torch.export.save stores all weights
+    on_canvas = detector.backbone.square
     detector.backbone.square |= size is None  # the canvas of the program
     images = _noise(size or TRIED, batch, device)
     expected = _found(detector, images)
@@ -159,6 +166,8 @@ def export(
         else:
             torch.export.save(program, temporary, extra_files={CATEGORIES: categories})
     shape = [*([] if batch is None else [batch]), 3, *(size or ("H", "W"))]
+    if size is None and not on_canvas:
+        say("every image is padded to one square, so detections differ from detect's; --size avoids this")
     say(f"{out}: for uint8 RGB images [{', '.join(map(str, shape))}] on {device.type}")
     if not onnx and batch is None:
         script = out.with_name(f"{out.stem}_run.py")

@@ -88,7 +88,13 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.classes is not None:
         labels = torch.tensor(class_labels(arguments.classes, detector.categories))
     selection = Selection(arguments.score, arguments.top, labels)
-    known = find_annotated(arguments.annotations, files, detector.categories) if stored else None
+    known = None
+    if stored:
+        known, kept = find_annotated(arguments.annotations, files, detector.categories)
+        if len(kept) < len(files):
+            absent = counted(len(files) - len(kept), "image")
+            say(f"left out: {absent} of the folders that {arguments.annotations} does not have")
+        files = kept
     pictures = None if arguments.no_pictures else out / PICTURES
     old = claim_folder(out, {"checkpoint": str(checkpoint)})  # if this is impossible, say so before the work
     photos = predict(detector, config, files, selection, arguments.batch, known, pictures)

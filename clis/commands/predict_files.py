@@ -16,7 +16,7 @@ from clis.data.categories import Category, check_same_categories
 from clis.data.image_scan import is_hidden, is_image
 from clis.data.images import FORMATS
 from clis.data.streams import read_annotations
-from clis.text import printable
+from clis.text import counted, printable
 
 LONGEST = 200
 """Bytes of a picture's name, and of each of its folders: most systems allow 255, also for temporary names."""
@@ -29,6 +29,8 @@ class ImageFile:
     path: Path
     name: str
     """Relative to the folder that was named, else the file's own name."""
+    among: bool = False
+    """Whether it was found in a folder or by a glob, and not named itself."""
 
 
 def find_images(sources: Sequence[str], written: Sequence[Path]) -> tuple[list[ImageFile], int]:
@@ -70,7 +72,7 @@ def find_images(sources: Sequence[str], written: Sequence[Path]) -> tuple[list[I
                 else:
                     name = str(each.relative_to(path)) if is_folder else each.name
                     if full not in found or (found[full].path.is_symlink() and not each.is_symlink()):
-                        found[full] = ImageFile(each, name)
+                        found[full] = ImageFile(each, name, is_folder or len(matches) > 1)
     if not found:
         only = f"the only images are in {written[0]}, where this command writes; name another --out"
         what = only if num_own else f"no {FORMATS} file found"
@@ -101,15 +103,21 @@ class Annotated:
         return self.annotations.image_ids[self.rows].tolist()
 
 
-def find_annotated(path: Path, files: Sequence[ImageFile], categories: Sequence[Category]) -> Annotated:
+def find_annotated(
+    path: Path, files: Sequence[ImageFile], categories: Sequence[Category]
+) -> tuple[Annotated, list[ImageFile]]:
     """Find image files in an annotation file, which need not have boxes, by the ends of their paths.
 
-    A path may be that of a link, or of what it links to. Names are understood as by training: with
-    backslashes, a leading ``./``, and accents in either of Unicode's forms.
+    Files of a folder or glob that are not in it are left out, since splits may share a folder. A path may be
+    that of a link, or of what it links to. Names are understood as by training: with backslashes, a leading
+    ``./``, and accents in either of Unicode's forms.
+
+    Returns:
+        Where the files are, and those that are left.
 
     Raises:
-        ValueError: a file is not in it, two files would be one image, or a name is that of several images; or
-            it is of other classes.
+        ValueError: no file is in it, or not one that was named itself; two files would be one image, or a
+            name is that of several images; or it is of other classes.
     """
     annotations = read_annotations(path, unlabeled=True)
     check_same_categories(categories, "the detector", annotations.categories, annotations.path)
@@ -118,6 +126,7 @@ def find_annotated(path: Path, files: Sequence[ImageFile], categories: Sequence[
     for row, name in enumerate(names):
         rows.setdefault(os.path.basename(name), []).append(row)
     found: list[int] = []
+    kept: list[ImageFile] = []
     for file in files:
         full = {_plain(os.path.abspath(file.path)), _plain(file.path.resolve())}
         own = [
@@ -125,17 +134,25 @@ def find_annotated(path: Path, files: Sequence[ImageFile], categories: Sequence[
             for row in {row for path in full for row in rows.get(os.path.basename(path), [])}
             if any(path.endswith(names[row]) for path in full)
         ]
+        if not own and file.among:
+            continue
         if len(own) != 1:
             what = "is none of its images" if not own else f"may be any of {len(own)} of its images"
             raise ValueError(f"{file.path}: {what} ({path}); leave --annotations out, or name other files")
         if own[0] in found:
-            other = files[found.index(own[0])].path
+            other = kept[found.index(own[0])].path
             raise ValueError(
                 f"{file.path} and {other} would both be image {annotations.image_ids[own[0]]} of {path}, "
                 "whose names are the ends of both; name one of them"
             )
         found.append(own[0])
-    return Annotated(annotations, found)
+        kept.append(file)
+    if not kept:
+        raise ValueError(
+            f"{path}: none of its images is among the {counted(len(files), 'file')} that are named; leave "
+            "--annotations out, or name the folder of its images"
+        )
+    return Annotated(annotations, found), kept
 
 
 def _plain(path: object) -> str:

@@ -14,8 +14,11 @@ from clis.data.annotation_cache import cached
 from clis.data.categories import Category, image_class_pairs
 from clis.data.mapped import MappedFile
 from clis.data.records import Packed, document_parts, lists_of, pack_records
+from clis.text import counted
 
 MAX_OVERFLOW = 1.0
+FEWEST_BOXES = 10
+"""Of fewer boxes nobody can say whether they are meant as x1, y1, x2, y2."""
 """Pixels by which a training box may leave its image and be clipped silently: LVIS's own rounding."""
 CACHED_BYTES = 8_000_000
 """Size in bytes from which on an annotation file is cached (see `clis.data.annotation_cache`)."""
@@ -224,7 +227,7 @@ def checked_for_training(
     CocoDataset.parse_data_info).
 
     Args:
-        empty_images: keep images that no box is left in.
+        empty_images: keep images that no box is left in, as background.
 
     Returns:
         The annotations, and how many ``crowd boxes``, ``ignored boxes`` (flag ``ignore``) and ``dropped
@@ -232,8 +235,8 @@ def checked_for_training(
         images`` were left out.
 
     Raises:
-        ValueError: a box is invalid and `drop_invalid` is False (the message names the first), or no image is
-            left.
+        ValueError: boxes are of another form than x, y, width, height in pixels; a box is invalid and
+            `drop_invalid` is False (the message names the first); or no box is left.
     """
     rows = annotations.rows_of_boxes
     limits = np.tile(annotations.image_sizes[rows, ::-1], 2)
@@ -245,32 +248,32 @@ def checked_for_training(
     empty = (x2 <= x1) | (y2 <= y1)
     # Decimal digits do not add up exactly in binary (600.01 + 40.99), hence the 1e-6.
     outside = np.abs(corners - clipped).max(axis=1) > MAX_OVERFLOW + 1e-6
-    counted = ~annotations.crowd & ~annotations.ignored
+    used = ~annotations.crowd & ~annotations.ignored
+    _refuse_other_forms(annotations, annotations.bboxes[used], limits[used], outside[used])
     if not drop_invalid:
-        _refuse(annotations, rows, counted & infinite, "is not finite", "remove it")
-        _refuse(annotations, rows, counted & empty, "has no area", "remove it")
-        _refuse(annotations, rows, counted & outside, "leaves the image by more than 1 px", "correct it")
+        _refuse(annotations, rows, used & infinite, "is not finite", "remove it")
+        _refuse(annotations, rows, used & empty, "has no area", "remove it")
+        _refuse(annotations, rows, used & outside, "leaves the image by more than 1 px", "correct it")
 
-    keep = counted & ~infinite & ~empty
+    keep = used & ~infinite & ~empty
     if drop_invalid:
         keep &= (annotations.bboxes[:, 2:] >= 1).all(axis=1) & (annotations.areas > 0)
     moved = (corners != clipped).any(axis=1)
     bboxes = annotations.bboxes.copy()
     bboxes[moved] = np.hstack([clipped[:, :2], clipped[:, 2:] - clipped[:, :2]])[moved]
     counts = {
-        "dropped boxes": int((counted & ~keep).sum()),
+        "dropped boxes": int((used & ~keep).sum()),
         "clipped boxes": int((keep & outside).sum()),
         "crowd boxes": int(annotations.crowd.sum()),
         "ignored boxes": int((annotations.ignored & ~annotations.crowd).sum()),
     }
     kept = _select(replace(annotations, bboxes=bboxes), keep)
+    if not len(kept.labels):
+        raise ValueError(
+            f"{annotations.path}: no box is left to train on: {describe_changes(counts)}; correct the boxes"
+        )
     has_box = (np.diff(kept.offsets) > 0) | empty_images
     counts["empty images"] = int((~has_box).sum())
-    if not has_box.any():
-        raise ValueError(
-            f"{annotations.path}: no image has a box left to train on; correct the boxes, or set "
-            "data.empty_images=true to train on background alone"
-        )
     return _select_images(kept, has_box) if counts["empty images"] else kept, counts
 
 
@@ -306,6 +309,36 @@ def _select(annotations: Annotations, keep: np.ndarray) -> Annotations:
         crowd=annotations.crowd[keep],
         ignored=annotations.ignored[keep],
     )
+
+
+def describe_changes(counts: Mapping[str, int]) -> str:
+    """Say what `checked_for_training` has counted: ``1 dropped box, 12 crowd boxes``."""
+    one = {what: what.replace("boxes", "box").replace("images", "image") for what in counts}
+    return ", ".join(counted(count, one[what], what) for what, count in counts.items() if count)
+
+
+def _refuse_other_forms(
+    annotations: Annotations, bboxes: np.ndarray, limits: np.ndarray, outside: np.ndarray
+) -> None:
+    """Raise an error if boxes are fractions of their images, or x1, y1, x2, y2: no switch corrects these.
+
+    Args:
+        bboxes: of the annotations that count, [n,4].
+        limits: width, height, width, height of their images, [n,4].
+        outside: which of them, as x, y, width, height, leave their images, [n].
+    """
+    form = "boxes are x, y, width, height in pixels"
+    within = ((bboxes >= 0) & (bboxes <= 1)).all() and (limits > 2).all()
+    if within and (bboxes[:, 2:] > 0).any():
+        raise ValueError(
+            f"{annotations.path}: all boxes are within 0..1, as fractions of the image would be; {form}"
+        )
+    as_corners = (bboxes[:, 2:] > bboxes[:, :2]).all() and (bboxes <= limits + MAX_OVERFLOW).all()
+    if len(bboxes) >= FEWEST_BOXES and outside.mean() > 0.5 and as_corners:
+        raise ValueError(
+            f"{annotations.path}: {outside.sum()} of {len(bboxes)} boxes leave their images, and all of them "
+            f"would fit as x1, y1, x2, y2; {form}"
+        )
 
 
 def _refuse(annotations: Annotations, rows: np.ndarray, bad: np.ndarray, what: str, remedy: str) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from clis.text import name_key
+from clis.text import name_key, shortened
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,9 +40,10 @@ def check_same_categories(
         ValueError: they differ; the message names the sources.
     """
     if len(first) != len(second):
+        alone = [_only_in(first, second, first_source), _only_in(second, first, second_source)]
         raise ValueError(
             f"{first_source} has {len(first)} categories, {second_source} has {len(second)}; they must be of "
-            "one data set"
+            f"one data set{''.join(filter(None, alone))}"
         )
     for label, (a, b) in enumerate(zip(first, second)):
         if (a.id, name_key(a.name)) != (b.id, name_key(b.name)):
@@ -50,6 +51,13 @@ def check_same_categories(
                 f"label {label} is category {a.id} ({a.name}) in {first_source} but {b.id} ({b.name}) in "
                 f"{second_source}; they must be of one data set"
             )
+
+
+def _only_in(categories: Sequence[Category], others: Sequence[Category], source: str) -> str:
+    """Name the categories that others do not have, by id and name; empty if there is none."""
+    known = {(each.id, name_key(each.name)) for each in others}
+    names = [f"{each.id} {each.name}" for each in categories if (each.id, name_key(each.name)) not in known]
+    return f"; only in {source}: {shortened(names, 5)}" if names else ""
 
 
 def image_class_pairs(

@@ -81,8 +81,8 @@ def load_regions(
         raise ValueError(f"{path}: damaged ({error}); remove it to have it made again") from error
     if made["index"] != index.digest or regions.shape != (len(index),) or regions.dtype != REGION_DTYPE:
         raise ValueError(
-            f"{path}: made for other image-level images than the {len(index)} of data.image_level; remove it "
-            "to have it made again, or correct data.image_level, data.mapping or data.train"
+            f"{path}: made for other image-level images than the {len(index)} of data.image_level; correct "
+            "data.image_level, data.mapping or data.train, or name another regions.file, which is then made"
         )
     for name, wanted in region_recipe(config).items():
         if name not in made:

@@ -14,6 +14,7 @@ from clis.data.annotations import (
     CACHED_BYTES,
     Advance,
     Annotations,
+    describe_changes,
     load_annotations,
     load_training_annotations,
 )
@@ -100,9 +101,7 @@ def make_streams(
     data, clis, seed = config.data, config.clis, config.train.seed
     annotations, changes = read_training_annotations(config)
     if any(changes.values()):
-        say(
-            f"{annotations.path}: " + ", ".join(f"{count} {what}" for what, count in changes.items() if count)
-        )
+        say(f"{annotations.path}: {describe_changes(changes)}")
     index = regions = image_level_sampler = None
     if clis.s > 0:
         index = make_index(config, annotations)

@@ -86,18 +86,19 @@ def evaluation_record(config: Config, training: Mapping[str, Any] | None) -> dic
 
 
 def load_validation(
-    config: Config, categories: Sequence[Category], *, unlabeled: bool = False
+    config: Config, categories: Sequence[Category], source: str = "the detector", *, unlabeled: bool = False
 ) -> Annotations:
     """Read the annotations of `data.val`, with the frequency groups of the training split's `categories`.
 
     Args:
+        source: what has these categories, for errors.
         unlabeled: accept a split without annotations, which cannot be judged.
 
     Raises:
         FileNotFoundError, ValueError: they cannot be read, or are of other categories.
     """
     annotations = read_annotations(data_path(config, config.data.val), unlabeled=unlabeled)
-    check_same_categories(categories, "the detector", annotations.categories, annotations.path)
+    check_same_categories(categories, source, annotations.categories, annotations.path)
     return dataclasses.replace(annotations, categories=tuple(categories))
 
 

@@ -77,7 +77,7 @@ def check_files(plan: PlannedRun) -> None:
         if config.pretrain.epochs > 0:
             split_batch(config.pretrain, world_size(), "pretrain")
         training, _ = read_training_annotations(config)
-        validation = load_validation(config, training.categories)
+        validation = load_validation(config, training.categories, training.path)
         images = data_path(config, config.data.val_images)
         if (data_path(config, config.data.val), images) not in seen:
             seen.add((data_path(config, config.data.val), images))
@@ -101,6 +101,7 @@ def describe_reuse(plan: PlannedRun) -> Iterator[str]:
 
 def _reuse_of(run: PlannedRun) -> Iterator[str]:
     config, folder, path = run.config, RunFolder(run.config.output), regions_file(run.config)
+    folder.check(config)
     if folder.is_finished(config):
         changed = changed_files(folder.read_record().get("training"), training_files(config))
         if changed:

@@ -116,10 +116,16 @@ def build_classification_loss(text: str, categories: Sequence[Any]) -> Classific
         )
     try:
         whole, half = _trial(loss, 1.0), _trial(loss, 2.0)
+        scores = loss.scores(torch.linspace(-20, 20, 4 * loss.num_logits).view(4, -1))
     except Exception as error:
         raise ValueError(
             f"{where}: tried on a few rows, it fails with {type(error).__name__}: {error}"
         ) from error
+    if not ((scores >= 0) & (scores <= 1)).all():
+        low, high = scores.min().item(), scores.max().item()
+        raise ValueError(
+            f"{where}: scores gives {low:g} to {high:g} for logits of -20 to 20; return probabilities, 0..1"
+        )
     for name, value, other_value in zip(("forward", "image_level"), whole, half):
         if torch.is_grad_enabled() and not value.requires_grad:
             raise ValueError(

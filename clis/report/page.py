@@ -239,7 +239,7 @@ def _regions(
     path = regions_file(config) if config.regions.file else run.state.folder.regions
     try:
         if not path.exists():
-            raise FileNotFoundError(f"{path}: no such file; pass regions.file=")
+            raise FileNotFoundError(f"{path}: no such file; pass regions.file=FILE")
         found = load_regions(path, index, config.regions)
     except (OSError, ValueError) as error:
         run.missing.append(f"No regions: {error}.")
