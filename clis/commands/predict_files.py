@@ -72,7 +72,7 @@ def find_images(sources: Sequence[str], written: Sequence[Path]) -> tuple[list[I
                 else:
                     name = str(each.relative_to(path)) if is_folder else each.name
                     if full not in found or (found[full].path.is_symlink() and not each.is_symlink()):
-                        found[full] = ImageFile(each, name, is_folder or len(matches) > 1)
+                        found[full] = ImageFile(each, name, is_folder or matches != [source])
     if not found:
         only = f"the only images are in {written[0]}, where this command writes; name another --out"
         what = only if num_own else f"no {FORMATS} file found"

@@ -17,9 +17,9 @@ from clis.data.records import Packed, document_parts, lists_of, pack_records
 from clis.text import counted
 
 MAX_OVERFLOW = 1.0
+"""Pixels by which a training box may leave its image and be clipped silently: LVIS's own rounding."""
 FEWEST_BOXES = 10
 """Of fewer boxes nobody can say whether they are meant as x1, y1, x2, y2."""
-"""Pixels by which a training box may leave its image and be clipped silently: LVIS's own rounding."""
 CACHED_BYTES = 8_000_000
 """Size in bytes from which on an annotation file is cached (see `clis.data.annotation_cache`)."""
 
