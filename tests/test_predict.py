@@ -163,7 +163,13 @@ def test_nothing_of_an_earlier_result_stays_beside_the_new_one(finished, photos,
     (tmp_path / "pictures" / "mine.txt").write_text("kept")
     main([*command, str(photos / "b.jpg")])
     assert sorted(path.name for path in (tmp_path / "pictures").iterdir()) == ["b.jpg", "mine.txt"]
+    document = json.loads((tmp_path / "images.json").read_text())
+    document["images"].append({"picture": "../precious.jpg"})
+    (tmp_path / "images.json").write_text(json.dumps(document))
+    precious = tmp_path.parent / "precious.jpg"
+    precious.write_text("kept")
     main([*command, str(photos / "turned.png"), "--no-pictures"])
+    assert precious.exists()
     left = sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file())
     assert left == ["images.json", "pictures/mine.txt", "predictions.json"]
 
