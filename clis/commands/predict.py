@@ -238,7 +238,7 @@ def claim_folder(out: Path, info: Mapping[str, str]) -> set[Path]:
         own = "checkpoint" in earlier["info"]
         pictures = {out / each["picture"] for each in earlier["images"] if "picture" in each}
         inside = (out / PICTURES).resolve()
-        pictures = {path for path in pictures if inside in path.resolve().parents}  # whatever was edited in it
+        pictures = {path for path in pictures if inside in path.resolve().parents}  # whoever edits it
     except (OSError, ValueError, KeyError, TypeError):
         own, pictures = False, set()
     if there and not own:
