@@ -92,7 +92,7 @@ def test_what_is_wrong_is_told(text, message):
 
 def test_scores_that_are_no_softmax_are_refused():
     softmax = {name for name, loss in CLASSIFICATION_LOSSES.items() if loss.softmax_scores}
-    assert softmax == {"balanced_softmax", "cross_entropy", "loce", "logit_adjusted", "seesaw"}
+    assert softmax == {"balanced_softmax", "cross_entropy", "focal", "loce", "logit_adjusted", "seesaw"}
     for name in softmax:
         logits = torch.randn(9, CLASSIFICATION_LOSSES[name](CATEGORIES).num_logits)
         assert (CLASSIFICATION_LOSSES[name](CATEGORIES).scores(logits).sum(dim=1) <= 1 + 1e-6).all()

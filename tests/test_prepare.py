@@ -216,7 +216,7 @@ def test_what_matches_nothing_is_told_or_refused(tmp_path, root, capsys):
     prepared(tmp_path, root)
     told = capsys.readouterr().out
     assert "1 class matches no category and is left out: n00000001\n" in told
-    assert "1 folders and tars without an image: BIRD" in told
+    assert "1 folder or tar without an image: BIRD" in told
     with pytest.raises(ValueError, match=r"root: 1 of 5 image-level classes match no .*: n00000001; name"):
         prepared(tmp_path, root, strict=True)
     with pytest.raises(ValueError, match=r"root: 5 of 5 image-level classes match no category"):

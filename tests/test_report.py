@@ -250,7 +250,7 @@ def test_a_missing_region_file_is_named(root, tmp_path):
     run = write_run(root, tmp_path / "run")
     page = report(run, "regions.file=gone.npy", "--out", tmp_path / "page.html")
     assert page["regions"] is None
-    assert page["runs"][0]["missing"] == ["No regions: gone.npy: no such file; pass regions.file=."]
+    assert page["runs"][0]["missing"] == ["No regions: gone.npy: no such file; pass regions.file=FILE."]
 
 
 def test_settings_of_another_version_are_shown_and_named(root, tmp_path):
