@@ -5,13 +5,15 @@
 R50-FPN, random weights, one 800 x 1088 image with ten boxes, 1203 classes, class-specific boxes, float32; a
 step is forward, backward and SGD with momentum. Ours trains batch norm's affine and pools adaptively, as the
 recipe does; torchvision's affine is frozen, and it pools 2 x 2 points a bin. Seconds are of two variants in
-turns; peaks of memory (`--memory`, not for s, t and losses) of a process for each.
+turns; peaks of memory (`--memory`, not for s, t, systems and losses) of a process for each.
 
 * baseline: our Faster R-CNN beside torchvision's with frozen batch norm, stem and layer1, and as many
   proposals and RoIs, as it comes and with its convolutions in channels_last, as ours have them.
 * clis: CLIS with s = 16 and t = 2 beside s = t = 0 (TSS and objectness alone), which the paper has at 0.479
   and 0.249 s: 1.92.
 * s, t: the rows of the paper's tables V and VI. classes: 80, 1203 and 21,842 of them.
+* systems: stages of other systems with image-level images beside the baseline, with one mosaic (s = 4), which
+  MosaicOS has in place of the image. A teacher of random weights finds nothing, so mosaics are background.
 * losses: every classification loss beside cross-entropy, on the baseline; Seesaw as in its recipe, with
   the cosine classifier, and PCB with its three rounds of refinement.
 * profile: where the time of a step goes, and how much of it is convolutions and matrix products.
@@ -47,6 +49,16 @@ PAPER = {
     "t": {(16, 0): 0.381, (16, 1): 0.403, (16, 2): 0.479, (16, 4): 0.531},
 }
 """Seconds a step on V100s by (s, t): the paper's tables V and VI."""
+PLAIN = tuple(f"clis.{name}=false" for name in ("task_specialized", "objectness", "contrastive"))
+ONE_MOSAIC = (*PLAIN, "clis.s=4", "clis.t=0")
+TEACHER = (*ONE_MOSAIC, "regions.rule=full", "start.from=unread.pt")
+SYSTEMS = {
+    "L_imcls": ONE_MOSAIC,
+    "Detic": (*ONE_MOSAIC, "regions.rule=max-size"),
+    "Self-Training": (*TEACHER, "teacher={momentum: 1, boxes: true, strong: false}"),
+    "Unbiased Teacher": (*TEACHER, "teacher.momentum=0.9996", "loss.classification=focal"),
+}
+"""Overrides of the stages with image-level images, by system."""
 COSINE, ROUNDS = "model.roi.cosine=20", "model.roi.refinement_rounds=3"
 LOSSES: dict[str, tuple[str, ...]] = {
     **{name: (f"loss.classification={name}",) for name in ("cross_entropy", *CLASSIFICATION_LOSSES)},
@@ -126,6 +138,10 @@ def _our_classes(count: int, device: str) -> Callable[[], object]:
     return our_step(device, *parts(16, 2), classes=count)
 
 
+def _our_system(overrides: Sequence[str], device: str) -> Callable[[], object]:
+    return our_step(device, *overrides)
+
+
 def _our_loss(overrides: Sequence[str], device: str) -> Callable[[], object]:
     return our_step(device, "clis=off", *overrides)
 
@@ -136,6 +152,7 @@ VARIANTS: dict[str, Callable[[str], Callable[[], object]]] = {
     "baseline": lambda device: our_step(device, "clis=off"),
     **{_pair(s, t): functools.partial(_our_pair, s, t) for s, t in (*PAPER["s"], *PAPER["t"])},
     **{f"{count} classes": functools.partial(_our_classes, count) for count in (80, 1203, 21_842)},
+    **{name: functools.partial(_our_system, overrides) for name, overrides in SYSTEMS.items()},
     **{name: functools.partial(_our_loss, overrides) for name, overrides in LOSSES.items()},
 }
 
@@ -160,6 +177,7 @@ KINDS = {
     "s": [_pair(*pair) for pair in PAPER["s"]],
     "t": [_pair(*pair) for pair in PAPER["t"]],
     "classes": ["1203 classes", "80 classes", "21842 classes"],
+    "systems": ["baseline", *SYSTEMS],
     "losses": list(LOSSES),
     "profile": ["baseline", "s=16 t=2"],
 }
@@ -173,7 +191,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             for name in KINDS[what]:
                 profile(name, arguments.device)
             continue
-        memory = what not in (*PAPER, "losses")
+        memory = what not in (*PAPER, "systems", "losses")
         compare(__file__, VARIANTS, KINDS[what], arguments.repeats, arguments.device, memory)
         if what in PAPER:
             first, *_ = PAPER[what].values()
