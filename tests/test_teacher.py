@@ -221,7 +221,10 @@ def test_every_loss_is_a_curve_of_the_report():
 
 def test_without_image_level_images_a_teacher_is_no_other_run():
     keys = {
-        StudyRun.load(REPOSITORY / "configs" / "shapes" / f"{name}.yaml", ["clis=off", "loss.pseudo=4", "loss.classification=focal"]).key
+        StudyRun.load(
+            REPOSITORY / "configs" / "shapes" / f"{name}.yaml",
+            ["clis=off", "loss.pseudo=4", "loss.classification=focal"],
+        ).key
         for name in ("self_training", "unbiased_teacher")
     }
     assert len(keys) == 1
