@@ -52,6 +52,8 @@ def make_detector(classes: int, *overrides: str, device: str) -> CLISDetector:
     torch.manual_seed(0)
     detector = build_model(paper_config(*overrides), long_tail(classes))
     draw_dense(detector)
+    if detector.teacher is not None:
+        detector.teacher.restart(detector)  # a copy of what has been drawn
     return detector.to(device)
 
 

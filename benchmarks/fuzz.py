@@ -231,7 +231,7 @@ def attempts(root: Path) -> dict[str, Callable[[], object]]:
     def read() -> None:
         config = loaded()
         training = read_annotations(data_path(config, config.data.train))
-        annotations = load_validation(config, training.categories)
+        annotations = load_validation(config, training.categories, training.path)
         for row in range(len(annotations)):
             read_annotated(annotations, data_path(config, config.data.val_images), row)
 

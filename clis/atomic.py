@@ -91,7 +91,7 @@ def is_stale(descriptor: int, lock: Path) -> bool:
 
 
 def check_writable(path: str | Path) -> None:
-    """Raise an error now if `atomic_write` could not write this file after the work for it; leave no trace.
+    """Raise an error now if `atomic_write` could not write this file after the work for it; make no folder.
 
     Raises:
         IsADirectoryError: it is a folder.
@@ -100,19 +100,13 @@ def check_writable(path: str | Path) -> None:
     path = Path(path)
     if path.is_dir():
         raise IsADirectoryError(f"{path}: is a folder; name a file")
-    trial = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
-    made = [folder for folder in path.parents if not folder.exists()]
+    nearest = next(folder for folder in path.absolute().parents if folder.exists())
+    trial = nearest / f".{path.stem}.{os.getpid()}.tmp{path.suffix}"
     try:
-        with contextlib.suppress(FileExistsError):  # if that is no folder, the next line says so
-            path.parent.mkdir(parents=True)
         trial.touch()
         trial.unlink()
     except OSError as error:
         raise OSError(f"{path}: cannot be written ({error.strerror}); name another place") from error
-    finally:
-        with contextlib.suppress(OSError):  # another process uses them already
-            for folder in made:
-                folder.rmdir()
 
 
 def remove_partial_files(folder: Path, is_own: Callable[[str], bool]) -> None:

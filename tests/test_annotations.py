@@ -318,14 +318,18 @@ def test_larger_overflow_is_an_error_or_clipped(load):
 def test_boxes_of_another_form_are_refused_whatever_is_dropped(load, drop_invalid):
     """In an image of 200 x 100: ten boxes as corners, which leave it as x, y, width, height; fractions."""
     corners = [[150.0, 20 + n, 190, 90] for n in range(10)]
+    odd = [[9.0, 9, 9, 50], [math.nan, 1, 2, 3]]  # of no width, and not finite
+    with pytest.raises(ValueError, match=r"10 of 11 boxes leave .* x1, y1, x2, y2;"):
+        checked_for_training(with_boxes(load, *corners, *odd), drop_invalid=drop_invalid)
     with pytest.raises(ValueError, match=r"10 of 10 boxes leave .* x1, y1, x2, y2;"):
         checked_for_training(with_boxes(load, *corners), drop_invalid=drop_invalid)
     kept, _ = checked_for_training(with_boxes(load, *corners[:9]), drop_invalid=True)  # too few to tell
     assert len(kept.labels) == 9
     proper = [[10.0, 10, 50, 50]] * 10
     assert len(checked_for_training(with_boxes(load, *proper), drop_invalid=drop_invalid)[0].labels) == 10
+    fractions = [[0.1, 0.2, 0.3, 1.0], [-1e-7, 0, 0.4, 1.0001], [0.1, math.inf, 0, 1]]
     with pytest.raises(ValueError, match=r"all boxes are within 0\.\.1, as fractions"):
-        checked_for_training(with_boxes(load, [0.1, 0.2, 0.3, 1.0]), drop_invalid=drop_invalid)
+        checked_for_training(with_boxes(load, *fractions), drop_invalid=drop_invalid)
 
 
 def test_a_split_without_a_box_is_refused_even_with_empty_images(load):

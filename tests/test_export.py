@@ -92,7 +92,8 @@ def test_the_script_beside_it_needs_no_code_of_ours(any_size, tmp_path):
     for source in (any_size, script):
         (tmp_path / source.name).write_bytes(source.read_bytes())
     text = (tmp_path / script.name).read_text()
-    (tmp_path / script.name).write_text(text.replace(">= 0.3", ">= 0"))
+    (tmp_path / "all.py").write_text(text.replace(">= 0.3", ">= 0"))
+    (tmp_path / "text.jpg").write_text("no image")
     exif = Image.Exif()
     exif[0x0112] = 6  # shown turned by 90 degrees
     noise = np.random.default_rng(0).integers(256, size=(40, 80, 3), dtype=np.uint8)
@@ -100,10 +101,14 @@ def test_the_script_beside_it_needs_no_code_of_ours(any_size, tmp_path):
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     done = subprocess.run(
         [sys.executable, "-c", "import sys; sys.modules['clis'] = None; import runpy; "
-         f"sys.argv = ['', 'noise.jpg']; runpy.run_path({script.name!r})"],
+         "sys.argv = ['', 'text.jpg', 'noise.jpg']; "
+         f"runpy.run_path({script.name!r}); runpy.run_path('all.py')"],
         cwd=tmp_path, env=environment, capture_output=True, text=True, check=True,
     )  # fmt: skip
-    lines = done.stdout.splitlines()
+    unreadable, nothing, again, *lines = done.stdout.splitlines()
+    assert unreadable == again
+    assert unreadable.startswith("text.jpg cannot be used: ")
+    assert nothing.startswith("noise.jpg nothing above 0.3; the best score is 0.")
     assert lines
     boxes = [json.loads(line[line.index("[") :]) for line in lines]
     assert all(line.startswith("noise.jpg ") for line in lines)

@@ -41,6 +41,6 @@ def test_only_pages_of_ours_are_replaced(tmp_path):
     check_page(page)
     for text in ("", "<!doctype html><title>mine</title>"):
         page.write_text(text)
-        with pytest.raises(ValueError, match=r"index\.html: is no page of clis, which would replace it"):
+        with pytest.raises(ValueError, match=r"index\.html: was not written by this version of clis"):
             check_page(page)
     assert [path.name for path in tmp_path.iterdir()] == ["index.html"]

@@ -36,7 +36,7 @@ def annotations(runs, finished):
     from clis.engine.checkpoint import load_detector
 
     detector = load_detector(finished / "checkpoints" / "last.pt")
-    return load_validation(runs[0].config, detector.categories)
+    return load_validation(runs[0].config, detector.categories, "the detector")
 
 
 def test_the_command_writes_four_pictures(finished, tmp_path, capsys):

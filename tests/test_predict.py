@@ -139,6 +139,8 @@ def test_sources_are_files_folders_and_globs_each_file_once(photos, tmp_path):
     assert names(photos / "**" / "*.jpg", written=[photos / "below"]) == (["b.jpg", "damaged.jpg"], 0)
     (photos / "alias.jpg").symlink_to("b.jpg")  # sorted before the photo, whose own name it would hide
     assert names(photos) == (every, 1)
+    (first, *_), _ = find_images([str(photos)], [])
+    assert first.links == (photos / "alias.jpg",)  # by which annotations may know it
     assert names(photos / "alias.jpg") == (["alias.jpg"], 0)
     (photos / "alias.jpg").unlink()
     with pytest.raises(FileNotFoundError, match=r"the only images are in .*below, where this command writes"):
@@ -172,6 +174,7 @@ def test_nothing_of_an_earlier_result_stays_beside_the_new_one(finished, photos,
     assert precious.exists()
     left = sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file())
     assert left == ["images.json", "pictures/mine.txt", "predictions.json"]
+    assert [path.name for path in (tmp_path / "pictures").iterdir()] == ["mine.txt"]  # no empty folder
 
 
 @pytest.mark.parametrize("name", ["images.json", "pictures/cat.jpg"])
@@ -251,15 +254,15 @@ def test_images_of_another_split_in_the_same_folder_are_left_out(finished, data,
     options = [f"--annotations={tmp_path / 'part.json'}", f"--out={tmp_path / 'out'}", "--no-pictures"]
     command = ["predict", str(finished), *options]
     main([*command, str(tmp_path / "photos")])
-    assert (
-        f"left out: 1 image of the folders that {tmp_path}/part.json does not have" in capsys.readouterr().out
-    )
+    assert f"left out: 1 image not in {tmp_path}/part.json" in capsys.readouterr().out
     assert [image["id"] for image in read(tmp_path / "out")[1]["images"]] == [each["id"] for each in part]
-    with pytest.raises(ValueError, match=r"000002\.jpg: is none of its images"):
-        main([*command, str(tmp_path / "photos" / "val" / "000002.jpg")])
+    named = str(tmp_path / "photos" / "val" / "000002.jpg")
+    for sources in ([named], [named, str(tmp_path / "photos")], [str(tmp_path / "photos"), named]):
+        with pytest.raises(ValueError, match=r"000002\.jpg: is none of its images"):
+            main([*command, *sources])
     others = val | {"images": val["images"][9:], "annotations": []}
     (tmp_path / "part.json").write_text(json.dumps(others))
-    with pytest.raises(ValueError, match=r"none of its images is among the 3 files that are named"):
+    with pytest.raises(ValueError, match=r"none of 3 given files is one of its images"):
         main([*command, str(tmp_path / "photos")])
 
 
@@ -320,7 +323,7 @@ def test_each_picture_has_a_name_of_its_own():
         (["{photos}/b.jpg", "--annotations={data}/shapes/val.json"], r"b.jpg: is none of its images \("),
         (["{photos}/b.jpg", "--annotations={tmp}/gone.json"], "^--annotations .*gone.json: no such file$"),
         (["{photos}/b.jpg", "model.rpn.anchor_scale=2"], "was trained with other settings: model.rpn.anc"),
-        (["{photos}/empty.png"], "none of the images could be read"),
+        (["{photos}/empty.png"], "could not read any of 1 image"),
     ],
 )
 def test_bad_input_is_one_line(finished, photos, data, tmp_path, arguments, message):

@@ -268,7 +268,7 @@ def test_a_place_that_cannot_be_written_is_said_before_the_work(root, tmp_path, 
     with pytest.raises(OSError, match="file"):
         main(["report", str(run), "--out", str(tmp_path / "file" / "report.html")])
     (tmp_path / "mine.yaml").write_text("train: {steps: 3}\n")
-    with pytest.raises(ValueError, match=r"mine\.yaml: is no page of clis"):
+    with pytest.raises(ValueError, match=r"mine\.yaml: was not written by this version of clis"):
         main(["report", str(run), "--out", str(tmp_path / "mine.yaml")])
 
 

@@ -153,6 +153,10 @@ class TestTeacherItself:
         counts = model.classification_loss.counts
         assert counts.sum() > 0
         assert torch.equal(model.teacher.model.classification_loss.counts, counts)
+        model.classification_loss.scale = torch.nn.Parameter(torch.ones(1))  # of a loss that learns
+        model.teacher.model.classification_loss.scale = torch.nn.Parameter(torch.zeros(1))
+        model.teacher.follow(model)
+        assert model.teacher.model.classification_loss.scale.item() == 0.25
 
     def test_only_one_that_follows_is_tested(self):
         fixed, mean = make_model(*FIXED), make_model(*MEAN)

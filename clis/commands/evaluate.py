@@ -48,7 +48,7 @@ def run(arguments: argparse.Namespace) -> None:
     with process_group(device):
         on_main(lambda: check_writable(folder.result))  # before hours of work
         detector = load_model(state, config, str(arguments.checkpoint)).to(device).eval()
-        annotations = load_validation(config, detector.categories, unlabeled=True)
+        annotations = load_validation(config, detector.categories, "the detector", unlabeled=True)
         if not len(annotations.labels):
             _write_detections(detector, config, annotations, folder)
             return

@@ -53,7 +53,7 @@ for path in sys.argv[1:] or sys.exit(__doc__):
         image = decode_image(path, ImageReadMode.RGB, apply_exif_orientation=True)  # uint8 RGB [3,H,W]
         boxes, scores, labels = (found.tolist() for found in program(image.to("{device}")))
     except (RuntimeError, AssertionError) as error:  # no image, or only a pixel wide once it is resized
-        print(path, "cannot be used:", str(error).splitlines()[0])
+        print(path, "cannot be used:", *str(error).splitlines()[:1])
         continue
     kept = [found for found in zip(boxes, scores, labels) if found[1] >= 0.3]
     for box, score, label in kept:

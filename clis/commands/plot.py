@@ -378,7 +378,7 @@ def _draw(
 def _validation(config: Config) -> Annotations:
     """Read the validation split, with the counts of the training split."""
     train = read_annotations(data_path(config, config.data.train))
-    return load_validation(config, train.categories)
+    return load_validation(config, train.categories, train.path)
 
 
 def _numbers(runs: Sequence[PlottedRun]) -> dict[str, int]:

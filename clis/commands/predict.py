@@ -93,7 +93,7 @@ def run(arguments: argparse.Namespace) -> None:
         known, kept = find_annotated(arguments.annotations, files, detector.categories)
         if len(kept) < len(files):
             absent = counted(len(files) - len(kept), "image")
-            say(f"left out: {absent} of the folders that {arguments.annotations} does not have")
+            say(f"left out: {absent} not in {arguments.annotations}")
         files = kept
     pictures = None if arguments.no_pictures else out / PICTURES
     old = claim_folder(out, {"checkpoint": str(checkpoint)})  # if this is impossible, say so before the work
@@ -251,11 +251,12 @@ def claim_folder(out: Path, info: Mapping[str, str]) -> set[Path]:
 
 
 def remove_old(files: Collection[Path], new: Collection[Path]) -> None:
-    """Remove the files of an earlier result that the new one has not replaced, and folders that empties."""
-    for path in sorted({*files} - {*new}):
+    """Remove files of an earlier result that the new one has not replaced, and folders that this empties."""
+    for path in {*files} - {*new}:
         path.unlink(missing_ok=True)
         with contextlib.suppress(OSError):  # something is in it
-            path.parent.rmdir()
+            for folder in path.parents:
+                folder.rmdir()
 
 
 def _write_images(out: Path, document: Mapping[str, Any]) -> None:
@@ -358,4 +359,4 @@ def _say_summary(photos: Sequence[Photo], others: int) -> None:
     if bad:
         say(f"{len(bad)} unreadable" + (f"; {IMAGES} names all of them" if len(bad) > NAMED else ""))
     if not read:
-        raise ValueError(f"none of the images could be read: {len(photos)}")
+        raise ValueError(f"could not read any of {counted(len(photos), 'image')}")

@@ -8,7 +8,7 @@ import os
 import posixpath
 import unicodedata
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from clis.data.annotations import Annotations
@@ -31,6 +31,14 @@ class ImageFile:
     """Relative to the folder that was named, else the file's own name."""
     among: bool = False
     """Whether it was found in a folder or by a glob, and not named itself."""
+    links: tuple[Path, ...] = ()
+    """Other paths of the same file that were found."""
+
+    def joined(self, other: ImageFile) -> ImageFile:
+        """Return the file of two paths under its own name, which is not that of a link."""
+        first, second = (other, self) if self.path.is_symlink() > other.path.is_symlink() else (self, other)
+        links = (*first.links, second.path, *second.links)
+        return replace(first, among=self.among and other.among, links=links)
 
 
 def find_images(sources: Sequence[str], written: Sequence[Path]) -> tuple[list[ImageFile], int]:
@@ -71,8 +79,8 @@ def find_images(sources: Sequence[str], written: Sequence[Path]) -> tuple[list[I
                     num_others += 1
                 else:
                     name = str(each.relative_to(path)) if is_folder else each.name
-                    if full not in found or (found[full].path.is_symlink() and not each.is_symlink()):
-                        found[full] = ImageFile(each, name, is_folder or matches != [source])
+                    file = ImageFile(each, name, is_folder or matches != [source])
+                    found[full] = found[full].joined(file) if full in found else file
     if not found:
         only = f"the only images are in {written[0]}, where this command writes; name another --out"
         what = only if num_own else f"no {FORMATS} file found"
@@ -128,7 +136,8 @@ def find_annotated(
     found: list[int] = []
     kept: list[ImageFile] = []
     for file in files:
-        full = {_plain(os.path.abspath(file.path)), _plain(file.path.resolve())}
+        paths = (*map(os.path.abspath, (file.path, *file.links)), file.path.resolve())
+        full = {_plain(path) for path in paths}
         own = [
             row
             for row in {row for path in full for row in rows.get(os.path.basename(path), [])}
@@ -149,7 +158,7 @@ def find_annotated(
         kept.append(file)
     if not kept:
         raise ValueError(
-            f"{path}: none of its images is among the {counted(len(files), 'file')} that are named; leave "
+            f"{path}: none of {counted(len(files), 'given file')} is one of its images; leave "
             "--annotations out, or name the folder of its images"
         )
     return Annotated(annotations, found), kept

@@ -129,7 +129,7 @@ def prepare_image_level(
     _check_out(out, root_paths)
     for name, path in (("mapping", mapping), ("labels", labels)):
         if path is not None and not Path(path).exists():
-            raise FileNotFoundError(f"{path}: no such file of {name}")
+            raise FileNotFoundError(f"--{name} {path}: no such file")
     categories = read_annotations(annotations).categories
     if not is_index(out):
         mark_unfinished(out)

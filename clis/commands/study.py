@@ -9,7 +9,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from clis.commands.arguments import positive
-from clis.config_files import find_config, load_config
+from clis.config_files import find_config, load_config, name_below
 from clis.data.streams import generate_data
 from clis.engine.run_folder import RunFolder
 from clis.progress import say
@@ -56,7 +56,7 @@ def run(arguments: argparse.Namespace) -> None:
         if arguments.rows or arguments.seeds:
             raise ValueError(
                 "--draw draws all that is recorded; leave --rows and --seeds out (python -m clis plot "
-                f"{arguments.out}/{arguments.file.stem} --rows NAME ... draws some rows)"
+                f"{arguments.out / name_below(arguments.file, 'studies')} --rows NAME ... draws some rows)"
             )
         say(str(draw_again(arguments.file, arguments.out, arguments.overrides)))
         return

@@ -18,6 +18,8 @@ from clis.text import counted
 
 MAX_OVERFLOW = 1.0
 """Pixels by which a training box may leave its image and be clipped silently: LVIS's own rounding."""
+ROUNDING = 1e-3
+"""By which fractions of an image may leave 0..1."""
 FEWEST_BOXES = 10
 """Of fewer boxes nobody can say whether they are meant as x1, y1, x2, y2."""
 CACHED_BYTES = 8_000_000
@@ -328,16 +330,18 @@ def _refuse_other_forms(
         outside: which of them, as x, y, width, height, leave their images, [n].
     """
     form = "boxes are x, y, width, height in pixels"
-    within = ((bboxes >= 0) & (bboxes <= 1)).all() and (limits > 2).all()
+    finite = np.isfinite(bboxes).all(axis=1)
+    bboxes, limits, outside = bboxes[finite], limits[finite], outside[finite]
+    within = (np.abs(bboxes) <= 1 + ROUNDING).all() and (limits > 2).all()
     if within and (bboxes[:, 2:] > 0).any():
         raise ValueError(
             f"{annotations.path}: all boxes are within 0..1, as fractions of the image would be; {form}"
         )
-    as_corners = (bboxes[:, 2:] > bboxes[:, :2]).all() and (bboxes <= limits + MAX_OVERFLOW).all()
+    as_corners = (bboxes[:, 2:] >= bboxes[:, :2]).all() and (bboxes <= limits + MAX_OVERFLOW).all()
     if len(bboxes) >= FEWEST_BOXES and outside.mean() > 0.5 and as_corners:
         raise ValueError(
             f"{annotations.path}: {outside.sum()} of {len(bboxes)} boxes leave their images, and all of them "
-            f"would fit as x1, y1, x2, y2; {form}"
+            f"would fit as x1, y1, x2, y2; {form} (clip boxes that are meant to leave their images)"
         )
 
 

@@ -43,7 +43,7 @@ def check_same_categories(
         alone = [_only_in(first, second, first_source), _only_in(second, first, second_source)]
         raise ValueError(
             f"{first_source} has {len(first)} categories, {second_source} has {len(second)}; they must be of "
-            f"one data set{''.join(filter(None, alone))}"
+            f"one data set{''.join(alone)}"
         )
     for label, (a, b) in enumerate(zip(first, second)):
         if (a.id, name_key(a.name)) != (b.id, name_key(b.name)):

@@ -222,7 +222,7 @@ def _entries(root: Path, say: Callable[[str], None]) -> list[Path]:
         paths = [root]
     else:
         raise ValueError(
-            f"{root}: no such folder or tar; in a config it is in data.image_level, below data.root"
+            f"{root}: no such folder or tar (of a config: data.image_level, relative to data.root)"
         )
     for path in paths:
         if path.name.lower().endswith(_COMPRESSED):

@@ -52,7 +52,7 @@ def evaluate_detector(
         The metrics of `METRICS` as fractions, -1 where undefined, AR at `test.detections`; the same on all
         ranks.
     """
-    annotations = load_validation(config, detector.categories)
+    annotations = load_validation(config, detector.categories, "the detector")
     detections = detect_split(detector, config, annotations)
 
     def judge() -> dict[str, float]:
@@ -86,7 +86,7 @@ def evaluation_record(config: Config, training: Mapping[str, Any] | None) -> dic
 
 
 def load_validation(
-    config: Config, categories: Sequence[Category], source: str = "the detector", *, unlabeled: bool = False
+    config: Config, categories: Sequence[Category], source: str, *, unlabeled: bool = False
 ) -> Annotations:
     """Read the annotations of `data.val`, with the frequency groups of the training split's `categories`.
 
@@ -155,7 +155,7 @@ def load_for_inference(
     detector = load_model(state, config, str(checkpoint)).to(device).eval()
     measure_calibration(detector, config)
     if 0 < state["step"] < config.train.steps:
-        say(f"{checkpoint}: step {state['step']} of {config.train.steps} of its training")
+        say(f"{checkpoint}: of step {state['step']}; its training has {config.train.steps}")
     return detector, config
 
 

@@ -96,14 +96,16 @@ class Teacher(nn.Module):
     def follow(self, model: CLISDetector) -> None:
         """Move towards the detector after a step: teacher = m teacher + (1 - m) detector.
 
-        What the classification loss has counted is no mean, and is taken as it is.
+        What the classification loss has counted, its buffers, is no mean and is taken as it is.
         """
         if not self.follows:
             return
         new = dict(model.named_parameters())
         for name, parameter in self.model.named_parameters():
             parameter.lerp_(new[name], 1 - self.momentum)
-        self.model.classification_loss.load_state_dict(model.classification_loss.state_dict())
+        counts = model.classification_loss.buffers()
+        for old, count in zip(self.model.classification_loss.buffers(), counts):
+            old.copy_(count)
 
     @torch.no_grad()
     def restart(self, model: CLISDetector) -> None:

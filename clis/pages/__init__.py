@@ -26,7 +26,10 @@ def check_page(path: Path) -> None:
     if path.exists():
         with open(path, "rb") as file:
             if MARK not in file.read(1024):
-                raise ValueError(f"{path}: is no page of clis, which would replace it; name another --out")
+                raise ValueError(
+                    f"{path}: was not written by this version of clis, which would replace it; remove it, or "
+                    "name another --out"
+                )
 
 
 def render(template_name: str, **values: Any) -> str:

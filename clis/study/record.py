@@ -256,7 +256,7 @@ def _ap_by_images(folder: RunFolder) -> tuple[dict[str, float], dict[str, int]]:
     """Return AP in percent, and classes, by the first and last count of `ap_by_image_count`'s bins."""
     config = folder.read_config()
     train = read_annotations(data_path(config, config.data.train))
-    val = load_validation(config, train.categories)
+    val = load_validation(config, train.categories, train.path)
     detections = Detections.load(folder.detections)
     curves = accumulate(match(val, detections, config.test.detections))
     bins = {f"{first}-{last}": (n, ap) for first, last, n, ap in ap_by_image_count(curves, val.categories)}
