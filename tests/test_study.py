@@ -65,7 +65,7 @@ def test_shared_stages_are_made_once_and_finished_runs_are_kept(data, tmp_path, 
     run_study(path, tmp_path / "out", overrides=overrides)
     assert "0 jobs to do" in capsys.readouterr().out
     run_study(path, tmp_path / "out", overrides=overrides, rows=["baseline"], seeds=[1])
-    assert "1 jobs to do" in capsys.readouterr().out
+    assert "1 job to do" in capsys.readouterr().out
     document = json.loads((folder / "study.json").read_text())
     assert list(document["rows"]["baseline"]["runs"]) == ["0", "1"]
     assert list(document["rows"]["CLIS"]["runs"]) == ["0"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -75,7 +76,7 @@ def write_report(
         FileNotFoundError, ValueError: a folder is no run, or the runs are of different data.
         OSError: the page cannot be written; known before minutes of work.
     """
-    paths = [Path(folder).resolve() for folder in folders]
+    paths = [os.path.abspath(folder) for folder in folders]
     if twice := [folder for folder, path in zip(folders, paths) if paths.count(path) > 1]:
         raise ValueError(f"{twice[0]}: is named more than once; name each run once")
     runs = [read_run(folder, name, overrides) for folder, name in zip(folders, names)]
