@@ -231,6 +231,7 @@ def test_what_is_wrong_with_options(modules, call, message):
         ("seesaw(eps=0)", r"eps=0: must be above 0 and at most 1"),
         ("eqlv2(prior=1)", r"prior=1: must be at least 0, which switches it off, and below 1"),
         ("efl(gamma=0)", r"gamma=0: must be above 0"),
+        ("focal(gamma=0.5)", r"gamma=0\.5: must be at least 1"),
         ("cross_entropy(pcb=2)", r"pcb=2: must be in 0\.\.1; 0 switches it off"),
         ("seesaw(pcb=0.05, pcb_start=16)", r"pcb_start=16: must be a share of the training"),
     ],
