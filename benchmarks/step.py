@@ -138,12 +138,8 @@ def _our_classes(count: int, device: str) -> Callable[[], object]:
     return our_step(device, *parts(16, 2), classes=count)
 
 
-def _our_system(overrides: Sequence[str], device: str) -> Callable[[], object]:
+def _ours(overrides: Sequence[str], device: str) -> Callable[[], object]:
     return our_step(device, *overrides)
-
-
-def _our_loss(overrides: Sequence[str], device: str) -> Callable[[], object]:
-    return our_step(device, "clis=off", *overrides)
 
 
 VARIANTS: dict[str, Callable[[str], Callable[[], object]]] = {
@@ -152,8 +148,8 @@ VARIANTS: dict[str, Callable[[str], Callable[[], object]]] = {
     "baseline": lambda device: our_step(device, "clis=off"),
     **{_pair(s, t): functools.partial(_our_pair, s, t) for s, t in (*PAPER["s"], *PAPER["t"])},
     **{f"{count} classes": functools.partial(_our_classes, count) for count in (80, 1203, 21_842)},
-    **{name: functools.partial(_our_system, overrides) for name, overrides in SYSTEMS.items()},
-    **{name: functools.partial(_our_loss, overrides) for name, overrides in LOSSES.items()},
+    **{name: functools.partial(_ours, overrides) for name, overrides in SYSTEMS.items()},
+    **{name: functools.partial(_ours, ("clis=off", *overrides)) for name, overrides in LOSSES.items()},
 }
 
 

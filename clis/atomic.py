@@ -100,13 +100,17 @@ def check_writable(path: str | Path) -> None:
     path = Path(path)
     if path.is_dir():
         raise IsADirectoryError(f"{path}: is a folder; name a file")
-    nearest = next(folder for folder in path.absolute().parents if folder.exists())
-    trial = nearest / f".{path.stem}.{os.getpid()}.tmp{path.suffix}"
+    trial = nearest_existing(path.parent) / f".{path.stem}.{os.getpid()}.tmp{path.suffix}"
     try:
         trial.touch()
         trial.unlink()
     except OSError as error:
         raise OSError(f"{path}: cannot be written ({error.strerror}); name another place") from error
+
+
+def nearest_existing(folder: Path) -> Path:
+    """Return the folder, or the nearest above it that exists."""
+    return next(each for each in (folder.absolute(), *folder.absolute().parents) if each.exists())
 
 
 def remove_partial_files(folder: Path, is_own: Callable[[str], bool]) -> None:

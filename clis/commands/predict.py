@@ -236,9 +236,9 @@ def claim_folder(out: Path, info: Mapping[str, str]) -> set[Path]:
     try:
         earlier = json.loads((out / IMAGES).read_bytes())
         own = "checkpoint" in earlier["info"]
-        pictures = {out / each["picture"] for each in earlier["images"] if "picture" in each}
-        inside = (out / PICTURES).resolve()
-        pictures = {path for path in pictures if inside in path.resolve().parents}  # whoever edits it
+        named = {out / each["picture"] for each in earlier["images"] if "picture" in each}
+        below = (out / PICTURES).resolve()  # the file may have been edited: nothing else is ever removed
+        pictures = {path for path in named if below in path.resolve().parents}
     except (OSError, ValueError, KeyError, TypeError):
         own, pictures = False, set()
     if there and not own:
@@ -251,7 +251,7 @@ def claim_folder(out: Path, info: Mapping[str, str]) -> set[Path]:
 
 
 def remove_old(files: Collection[Path], new: Collection[Path]) -> None:
-    """Remove files of an earlier result that the new one has not replaced, and folders that this empties."""
+    """Remove files of an earlier result that are not in the new one, and the folders that become empty."""
     for path in {*files} - {*new}:
         path.unlink(missing_ok=True)
         with contextlib.suppress(OSError):  # something is in it

@@ -137,7 +137,7 @@ def _lock(lock: Path, folder: RunFolder, instead: str) -> int:
             if isinstance(error, FileNotFoundError) and time.monotonic() < until:
                 time.sleep(0.1)  # another process has just removed the empty folder
                 continue
-            if os.path.isfile(str(folder)):
+            if folder.path.is_file():
                 raise OSError(f"{folder}: is a file; name a folder") from error
             raise OSError(
                 f"{folder}: cannot be written ({error.strerror}); allow writing there, or {instead}"

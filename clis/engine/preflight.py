@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 from torch import nn
 
+from clis.atomic import nearest_existing
 from clis.config import DETECTOR_RULES, Config, data_path
 from clis.data.annotated_images import check_size, image_path
 from clis.data.annotations import Annotations
@@ -322,7 +323,7 @@ def check_writable_folder(folder: Path, setting: str) -> None:
     Raises:
         OSError: they cannot.
     """
-    place = _existing(folder)
+    place = nearest_existing(folder)
     try:
         with tempfile.TemporaryFile(dir=place):
             pass
@@ -371,17 +372,15 @@ def check_space(needs: Sequence[tuple[Path, int]]) -> None:
     """
     by_disk: dict[int, list[tuple[Path, int]]] = {}
     for folder, num_bytes in needs:
-        by_disk.setdefault(os.stat(_existing(folder)).st_dev, []).append((folder, num_bytes))
+        by_disk.setdefault(os.stat(nearest_existing(folder)).st_dev, []).append((folder, num_bytes))
     for runs in by_disk.values():
-        usage, needed = shutil.disk_usage(_existing(runs[0][0])), sum(num_bytes for _, num_bytes in runs)
+        usage, needed = (
+            shutil.disk_usage(nearest_existing(runs[0][0])),
+            sum(num_bytes for _, num_bytes in runs),
+        )
         if usage.total > 0 and usage.free < needed:  # some network file systems know no total
             raise OSError(
                 f"{', '.join(str(folder) for folder, _ in runs)}: checkpoints will take "
                 f"{needed / 1e9:.2f} GB, but only {usage.free / 1e9:.2f} GB are free there; make room, lower "
                 "train.keep_last, or pass output= on another disk"
             )
-
-
-def _existing(folder: Path) -> Path:
-    """Return the folder, or the nearest above it that exists."""
-    return next(each for each in (folder.absolute(), *folder.absolute().parents) if each.exists())
