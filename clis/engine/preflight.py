@@ -374,10 +374,8 @@ def check_space(needs: Sequence[tuple[Path, int]]) -> None:
     for folder, num_bytes in needs:
         by_disk.setdefault(os.stat(nearest_existing(folder)).st_dev, []).append((folder, num_bytes))
     for runs in by_disk.values():
-        usage, needed = (
-            shutil.disk_usage(nearest_existing(runs[0][0])),
-            sum(num_bytes for _, num_bytes in runs),
-        )
+        usage = shutil.disk_usage(nearest_existing(runs[0][0]))
+        needed = sum(num_bytes for _, num_bytes in runs)
         if usage.total > 0 and usage.free < needed:  # some network file systems know no total
             raise OSError(
                 f"{', '.join(str(folder) for folder, _ in runs)}: checkpoints will take "
